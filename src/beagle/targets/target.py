@@ -1,0 +1,256 @@
+"""A wrapped causal LM: embed, prefill, verify a tree, true states, logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beagle.errors import BeagleError
+from beagle.targets.attention import NAME, ExactPass, Pass, ShapeProbe, current_pass
+from beagle.targets.cache import KVCache
+
+EXACT_KEYS = 64  # exact mode pads every query's keys to a multiple of this
+
+
+@dataclass(frozen=True)
+class TreeShape:
+    """Who descends from whom among the nodes of one verification, node 0 being the root.
+
+    Attributes:
+        parents: parent of each node, ``parents[0] == -1``; parents stand before their children.
+    """
+
+    parents: list[int]
+
+    def depths(self) -> list[int]:
+        """Depth of each node; the root's is 0."""
+        depths = [0]
+        for parent in self.parents[1:]:
+            depths.append(depths[parent] + 1)
+        return depths
+
+    def ancestors(self) -> Tensor:
+        """Bool ``[nodes, nodes]``: ``[i, j]`` is true if j is i or an ancestor of i."""
+        seen = torch.eye(len(self.parents), dtype=torch.bool)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                seen[node] |= seen[parent]
+        return seen
+
+
+class Target:
+    """Any Hugging Face causal LM whose layers go through transformers' attention interface.
+
+    A *true state* is the last hidden state after the final norm, so that ``logits(state)`` is the
+    distribution of the next token (paper §2).
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, name: str) -> None:
+        """
+        Raises:
+            BeagleError: the family keeps no plain KV cache, or ignores what the pass needs.
+        """
+        config = model.config
+        refuse_unsupported(config, name)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.config = config
+        self.base: nn.Module = model.base_model  # type: ignore[assignment]
+        self.head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+        self.embed: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+        weight: Tensor = self.embed.weight  # type: ignore[assignment]
+        self.vocab_size, self.hidden_size = weight.shape
+        self.device, self.dtype = weight.device, weight.dtype
+        self.context_limit = int(getattr(config, "max_position_embeddings", 0) or 2**31)
+        self.eos_ids = eos_ids(model, tokenizer)
+        self._logit_scale = float(getattr(config, "logit_scale", 1.0) or 1.0) / float(
+            getattr(config, "logits_scaling", 1.0) or 1.0
+        )
+        self._logit_softcap = getattr(config, "final_logit_softcapping", None)
+        model.set_attn_implementation(NAME)  # type: ignore[operator]
+        model.eval()
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        self._layers = self._probe()
+
+    @torch.no_grad()
+    def _probe(self) -> list[Any]:
+        """Learn the cache's shape, and that a token at a time gives what one pass gives."""
+        ids = torch.arange(1, 7, device=self.device)[None] % self.vocab_size
+        probe = ShapeProbe()
+        whole = self._forward(ids, torch.arange(6, device=self.device)[None], probe)
+        layers = [probe.layers[i] for i in sorted(probe.layers)]
+        expected = int(getattr(self.config, "num_hidden_layers", len(layers)))
+        self._layers = layers
+        if probe.layers_seen != expected or sorted(probe.layers) != list(range(expected)):
+            raise BeagleError(
+                f"{self.name}: only {probe.layers_seen} of {expected} layers use transformers' attention "
+                "interface, so this family can't be served; choose a model with plain attention in every layer"
+            )
+        cache = self.new_cache(1, 8)
+        self.prefill(ids[:, :4], cache)
+        states = self.verify(cache, ids[0, 4:], TreeShape([-1, 0]))
+        gap = (states - whole[0, 4:]).abs().max() / whole.abs().max()
+        if not gap < 0.1:  # also catches NaN
+            raise BeagleError(
+                f"{self.name}: a token at a time gives other states than one pass, so this family keeps a state "
+                "that beagle doesn't know; choose a model with plain attention in every layer"
+            )
+        return layers
+
+    def _forward(self, ids: Tensor, positions: Tensor, plan: Pass) -> Tensor:
+        token = current_pass.set(plan)
+        try:
+            return self.base(input_ids=ids, position_ids=positions, use_cache=False)[0]
+        finally:
+            current_pass.reset(token)
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        return KVCache(
+            self._layers, batch=batch, capacity=capacity, dtype=self.dtype, device=self.device
+        )
+
+    @torch.no_grad()
+    def logits(self, states: Tensor) -> Tensor:
+        """``[..., hidden]`` to ``[..., vocabulary]``, in the model's dtype."""
+        out: Tensor = self.head(states)
+        if self._logit_scale != 1.0:
+            out = out * self._logit_scale
+        if self._logit_softcap is not None:
+            out = torch.tanh(out / self._logit_softcap) * self._logit_softcap
+        return out
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor, cache: KVCache, lengths: list[int] | None = None) -> Tensor:
+        """Run prompts on an empty cache.
+
+        Args:
+            ids: ``[batch, n]``, padded at the right where ``lengths`` says so.
+            lengths: real tokens per row (all n if not given).
+        Returns:
+            True states ``[batch, n, hidden]``; those of padding mean nothing.
+        """
+        n = ids.shape[1]
+        positions = torch.arange(n, device=self.device)[None]
+        plan = Pass(
+            cache,
+            slots=slice(0, n),
+            key_positions=positions,
+            query_positions=positions,
+            visible=positions[:, :, None] >= positions[:, None, :],
+        )
+        states = self._forward(ids, positions, plan)
+        cache.lengths = list(lengths) if lengths is not None else [n] * ids.shape[0]
+        return states
+
+    @torch.no_grad()
+    def step(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """One more token for every row of a batch, committed at once.
+
+        Args:
+            ids: ``[batch]``.
+        Returns:
+            True states ``[batch, hidden]``.
+        """
+        lengths = torch.tensor(cache.lengths, device=self.device)
+        keys = torch.arange(max(cache.lengths) + 1, device=self.device)[None]
+        plan = Pass(
+            cache,
+            slots=lengths,
+            key_positions=keys,
+            query_positions=lengths[:, None],
+            visible=(keys <= lengths[:, None])[:, None],
+        )
+        states = self._forward(ids[:, None], lengths[:, None], plan)
+        cache.lengths = [n + 1 for n in cache.lengths]
+        return states[:, 0]
+
+    @torch.no_grad()
+    def verify(self, cache: KVCache, tokens: Tensor, shape: TreeShape) -> Tensor:
+        """Run a tree of tokens in one pass (nothing is committed: see ``KVCache.compact``).
+
+        Each node sees the committed context, its ancestors and itself.
+
+        Args:
+            tokens: ``[nodes]``, the root first.
+        Returns:
+            True states ``[nodes, hidden]``.
+        """
+        start, n = cache.length, len(shape.parents)
+        depths = torch.tensor(shape.depths(), device=self.device)
+        positions = (start + depths)[None]
+        visible = torch.ones(1, n, start + n, dtype=torch.bool, device=self.device)
+        visible[0, :, start:] = shape.ancestors().to(self.device)
+        context = torch.arange(start, device=self.device)
+        plan = Pass(
+            cache,
+            slots=slice(start, start + n),
+            key_positions=torch.cat([context, positions[0]])[None],
+            query_positions=positions,
+            visible=visible,
+        )
+        return self._forward(tokens[None], positions, plan)[0]
+
+    @torch.no_grad()
+    def verify_exact(self, cache: KVCache, tokens: Tensor, shape: TreeShape, rows: int, keys: int) -> Tensor:
+        """``verify`` in the shape-stable form: states bit-equal to those of one node at a time.
+
+        Args:
+            tokens: ``[nodes]``, at most ``rows`` of them.
+            rows: rows of every pass of this generation; missing nodes are padded.
+            keys: padded number of keys of every pass of this generation.
+        Returns:
+            True states ``[nodes, hidden]``.
+        """
+        start, n = cache.length, len(shape.parents)
+        depths = shape.depths()
+        padded = torch.cat([tokens, tokens.new_zeros(rows - n)])
+        # padding rows write their keys behind the tree and see only slot 0
+        slots = torch.arange(keys, device=self.device).repeat(rows, 1).clamp_(max=cache.capacity - 1)
+        for node in range(1, n):
+            at, depth = node, depths[node]
+            while at > 0:
+                slots[node, start + depth] = start + at
+                at, depth = shape.parents[at], depth - 1
+        lengths = torch.ones(rows, dtype=torch.long, device=self.device)
+        lengths[:n] = torch.tensor([start + d + 1 for d in depths], device=self.device)
+        positions = torch.zeros(1, rows, dtype=torch.long, device=self.device)
+        positions[0, :n] = lengths[:n] - 1
+        plan = ExactPass(
+            cache,
+            key_slots=slots,
+            lengths=lengths,
+            slots=slice(start, start + rows),
+            key_positions=positions,
+            query_positions=positions,
+            visible=torch.ones(1, 1, cache.capacity, dtype=torch.bool, device=self.device),
+        )
+        return self._forward(padded[None], positions, plan)[0, :n]
+
+
+def refuse_unsupported(config: Any, name: str) -> None:
+    """Refuse, by config alone, families that have no plain KV cache."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise BeagleError(f"{name}: encoder-decoder models can't be served; choose a causal (decoder-only) LM")
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    recurrent = {"mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "xlstm", "jamba", "bamba", "zamba"}
+    if kinds or config.model_type in recurrent:
+        what = ", ".join(sorted(kinds)) or config.model_type
+        raise BeagleError(
+            f"{name}: layers of kind '{what}' keep a recurrent or chunked state that can't be rolled back; "
+            "choose a model with plain attention in every layer"
+        )
+
+
+def eos_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
+    """Every token that ends an answer, by the generation config, else config, else tokenizer."""
+    generation = getattr(model, "generation_config", None)
+    for source in (generation, model.config, tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return frozenset(ids if isinstance(ids, list) else [ids])
+    return frozenset()

@@ -1,0 +1,153 @@
+"""Samples on disk: bounded safetensors shards, written atomically, resumed, never mixed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from beagle.errors import BeagleError
+from beagle.targets.target import Target
+from beagle.training.answers import Sample
+
+SHARD_TOKENS = 65_536
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What stored states depend on; a folder never holds two kinds."""
+
+    target: str
+    hidden_size: int
+    vocab_size: int
+    layers: int
+    template: str
+    max_prompt_tokens: int
+    max_new_tokens: int
+
+    @classmethod
+    def of(cls, target: Target, max_prompt_tokens: int, max_new_tokens: int) -> Fingerprint:
+        template = str(getattr(target.tokenizer, "chat_template", None))
+        return cls(
+            target.name,
+            target.hidden_size,
+            target.vocab_size,
+            int(target.config.num_hidden_layers),
+            hashlib.sha256(template.encode()).hexdigest()[:16],
+            max_prompt_tokens,
+            max_new_tokens,
+        )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file so that a reader never sees half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+class StateStore:
+    """A folder of shards: ``tokens [n]``, ``states [n, hidden]`` bf16, ``offsets``, ``answer_from``."""
+
+    def __init__(self, folder: str | Path, fingerprint: Fingerprint) -> None:
+        """
+        Raises:
+            BeagleError: the folder holds states of another target, template or length.
+        """
+        self.folder = Path(folder)
+        self.fingerprint = fingerprint
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            manifest = self.folder / "manifest.json"
+            if manifest.is_file():
+                found = json.loads(manifest.read_text())
+                for key, value in asdict(fingerprint).items():
+                    if found.get(key) != value:
+                        raise BeagleError(
+                            f"{self.folder} holds states made with {key} {found.get(key)!r}, not {value!r}; "
+                            "choose another folder or delete this one"
+                        )
+            else:
+                write_json(manifest, asdict(fingerprint))
+        except OSError as error:
+            raise BeagleError(f"cannot write '{self.folder}': {error.strerror}; choose another --out") from error
+
+    def shards(self) -> list[Path]:
+        return sorted(self.folder.glob("shard-*.safetensors"))
+
+    def done_ids(self) -> set[str]:
+        """Ids of all samples on disk."""
+        done: set[str] = set()
+        for shard in self.shards():
+            with safe_open(shard, framework="pt") as file:
+                done.update(json.loads(file.metadata()["ids"]))
+        return done
+
+    def refuse_if_full(self, tokens: int) -> None:
+        """Refuse before the work begins, not after hours of it.
+
+        Raises:
+            BeagleError: ``tokens`` more tokens would not leave 1 GB of the disk free.
+        """
+        need = tokens * (2 * self.fingerprint.hidden_size + 8)
+        free = shutil.disk_usage(self.folder).free
+        if need + 1_000_000_000 > free:
+            raise BeagleError(
+                f"{self.folder}: up to {need / 1e9:.1f} GB of states may be needed and {free / 1e9:.1f} GB are free; "
+                "use fewer prompts (--max-tokens) or another disk (--out)"
+            )
+
+    def write(self, samples: Iterable[Sample]) -> None:
+        """Append samples, a shard at a time; what is on disk when interrupted stays valid."""
+        waiting: list[Sample] = []
+        try:
+            for sample in samples:
+                waiting.append(sample)
+                if sum(len(s.tokens) for s in waiting) >= SHARD_TOKENS:
+                    self._write_shard(waiting)
+                    waiting = []
+        finally:
+            if waiting:
+                self._write_shard(waiting)
+
+    def _write_shard(self, samples: list[Sample]) -> None:
+        lengths = torch.tensor([len(s.tokens) for s in samples])
+        tensors = {
+            "tokens": torch.cat([s.tokens for s in samples]).to(torch.int32),
+            "states": torch.cat([s.states for s in samples]),
+            "offsets": torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]),
+            "answer_from": torch.tensor([s.answer_from for s in samples]),
+        }
+        existing = self.shards()
+        number = int(existing[-1].stem.split("-")[1]) + 1 if existing else 0
+        path = self.folder / f"shard-{number:05d}.safetensors"
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            save_file(tensors, partial, metadata={"ids": json.dumps([s.id for s in samples])})
+            os.replace(partial, path)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise BeagleError(f"cannot write {path}: {error}; free space, then run the same command again") from error
+
+
+def read_shard(path: Path) -> dict[str, Tensor]:
+    """Tensors of one shard.
+
+    Raises:
+        BeagleError: the file is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in ("tokens", "states", "offsets", "answer_from")}
+    except (OSError, SafetensorError) as error:
+        raise BeagleError(f"{path} is damaged ({error}); delete it and run the same command again") from error

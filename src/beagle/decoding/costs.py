@@ -1,0 +1,118 @@
+"""What a pass costs on this machine, measured once, and the tree size that follows from it.
+
+Expected speed of a tree of n candidates: (1 + Σ_{i<=n} P_i) / (T_draft + T_verify(n)), where P_i,
+the cumulative draft probability of candidate i, estimates its chance of acceptance (EAGLE-2).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from beagle.drafters.base import Drafter, TreePlan
+from beagle.targets.loading import cache_dir
+from beagle.targets.target import Target, TreeShape
+from beagle.training.states import write_json
+
+SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds: ``verify[n]`` for a pass of n rows (n up to 64), ``level`` for one drafted level."""
+
+    verify: list[float]
+    level: float
+    overhead: float = 0.0
+
+    def best_size(self, scores: list[float]) -> int:
+        """Candidates worth verifying, given their cumulative log-probabilities, best first."""
+        best, best_rate, expected = 0, 1 / (self.verify[1] + self.overhead), 1.0
+        spent = self.level * 4 + self.overhead  # already drafted: the same for every size
+        best_rate = 1 / (self.verify[1] + spent)
+        for n, score in enumerate(scores[: len(self.verify) - 2], 1):
+            expected += math.exp(score)
+            rate = expected / (self.verify[n + 1] + spent)
+            if rate > best_rate:
+                best, best_rate = n, rate
+        return best
+
+    @property
+    def min_gain(self) -> float:
+        """Expected tokens another level must bring: its time at the speed of plain decoding."""
+        return self.level / self.verify[1]
+
+
+def interpolate(points: dict[int, float]) -> list[float]:
+    """Times for 0 … max rows from measured ones, made non-decreasing."""
+    sizes = sorted(points)
+    out = [points[sizes[0]]]
+    for n in range(1, sizes[-1] + 1):
+        high = next(s for s in sizes if s >= n)
+        low = max((s for s in sizes if s <= n), default=high)
+        share = 0.0 if high == low else (n - low) / (high - low)
+        out.append(max(out[-1], points[low] + share * (points[high] - points[low])))
+    return out
+
+
+def measure(target: Target, drafter: Drafter, plan: TreePlan, context: int = 256, repeats: int = 7) -> Costs:
+    """Time verification by size and drafting by level, interleaved, medians."""
+    context = min(context, target.context_limit - 80)
+    ids = [1 + i % (target.vocab_size - 1) for i in range(context)]
+    cache = target.new_cache(1, context + 80)
+    states = target.prefill(torch.tensor([ids], device=target.device), cache)[0]
+    drafter.begin(ids, states)
+    times: dict[int, list[float]] = {n: [] for n in SIZES}
+    levels: list[float] = []
+    for _ in range(repeats):
+        for n in SIZES:
+            tokens = torch.tensor(ids[:n], device=target.device)
+            shape = TreeShape([-1, *([0] * (n - 1))])
+            began = time.perf_counter()
+            target.logits(target.verify(cache, tokens, shape)).argmax(-1).tolist()
+            times[n].append(time.perf_counter() - began)
+        began = time.perf_counter()
+        drafter.draft(ids[0], plan)
+        levels.append((time.perf_counter() - began) / plan.depth)
+    return Costs(interpolate({n: median(t) for n, t in times.items()}), median(levels))
+
+
+def cached_costs(target: Target, drafter: Drafter, plan: TreePlan) -> Costs:
+    """Costs of this machine, target, dtype, thread count and plan, from the user's cache if known."""
+    key = {
+        "machine": platform.node() + platform.machine() + platform.processor(),
+        "device": torch.cuda.get_device_name() if target.device.type == "cuda" else "cpu",
+        "target": target.name,
+        "layers": target.config.num_hidden_layers,
+        "dtype": str(target.dtype),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "plan": [plan.kind, plan.depth, plan.top_k],
+    }
+    path = cache_dir() / "costs.json"
+    known = _read(path)
+    for entry in known:
+        if entry.get("key") == key:
+            return Costs(**entry["costs"])
+    costs = measure(target, drafter, plan)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, [*known, {"key": key, "costs": costs.__dict__}])
+    except OSError:
+        pass  # a read-only home: measured again next time
+    return costs
+
+
+def _read(path: Path) -> list[dict]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return []
+    return content if isinstance(content, list) else []

@@ -1,0 +1,165 @@
+"""The decoding loop: draft a tree, verify it in one pass, accept a path, commit.
+
+Greedy, sampling, chain, static and dynamic trees, and plain decoding (a tree of the root alone)
+are this one loop with different parts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from beagle.decoding.costs import Costs
+from beagle.decoding.sampling import Sampler
+from beagle.decoding.stats import Stats
+from beagle.drafters.base import Draft, Drafter, TreePlan
+from beagle.errors import BeagleError
+from beagle.targets.target import EXACT_KEYS, Target, TreeShape
+
+EXACT_ROWS = 16  # rows of every pass of the shape-stable mode
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """Tokens of one iteration. The first ``len(tokens) - 1`` were drafted, the last is the target's
+    own; fewer where the answer ended inside."""
+
+    tokens: list[int]
+    drafted: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one iteration verified, for tests and for whoever wants to look inside."""
+
+    tokens: list[int]
+    shape: TreeShape
+    states: Tensor
+    path: list[int]
+
+
+def decode(
+    target: Target,
+    ids: list[int],
+    *,
+    max_new_tokens: int,
+    sampler: Sampler,
+    stats: Stats,
+    drafter: Drafter | None = None,
+    plan: TreePlan | None = None,
+    costs: Costs | None = None,
+    exact: bool = False,
+    watch: Callable[[Step], None] | None = None,
+) -> Iterator[Emitted]:
+    """Answer ``ids``, yielding the tokens of each iteration until EOS or the limit.
+
+    Args:
+        drafter: None is plain decoding. plan: shape of the tree.
+        costs: measured times that choose the tree's size where the plan leaves it open.
+        exact: shape-stable passes, bit-equal to plain decoding in this mode.
+    Raises:
+        BeagleError: the prompt and the answer don't fit into the target's context.
+    """
+    plan = plan or TreePlan()
+    limit = target.context_limit
+    if len(ids) >= limit:
+        raise BeagleError(f"the prompt has {len(ids)} tokens, the context of {target.name} {limit}; shorten the prompt")
+    max_new_tokens = min(max_new_tokens, limit - len(ids))
+    if max_new_tokens < 1:
+        raise BeagleError("max_new_tokens must be at least 1")
+    most = EXACT_ROWS - 1 if exact else 64
+    slack = EXACT_ROWS if exact else most + 1
+    keys = -(-(len(ids) + max_new_tokens + slack) // EXACT_KEYS) * EXACT_KEYS
+    cache = target.new_cache(1, keys)
+
+    clock = time.perf_counter
+    began = clock()
+    prompt = torch.tensor([ids], device=target.device)
+    states = target.prefill(prompt, cache)[0]
+    root = sampler.choose(target.logits(states[-1]), 0)
+    stats.tokens += 1
+    if drafter is not None:
+        drafter.begin(ids, states)
+    stats.prefill_seconds += clock() - began
+    yield Emitted([root], 0)
+    if root in target.eos_ids:
+        return
+
+    made = 1
+    while made < max_new_tokens:
+        began = clock()
+        draft = Draft([], [], [])
+        left = max_new_tokens - made
+        if drafter is not None and left > 1:
+            draft = drafter.draft(root, plan, costs.min_gain if costs else 0.0)
+            size = min(len(draft.tokens), most)
+            if plan.nodes is None and plan.kind == "dynamic" and costs is not None and not exact:
+                size = costs.best_size(draft.scores[:size])
+            draft = Draft(draft.tokens[:size], draft.parents[:size], draft.scores[:size])
+        drafted_at = clock()
+
+        shape = TreeShape([-1, *(parent + 1 for parent in draft.parents)])
+        tokens = torch.tensor([root, *draft.tokens], device=target.device)
+        if exact:
+            states = target.verify_exact(cache, tokens, shape, EXACT_ROWS, keys)
+        else:
+            states = target.verify(cache, tokens, shape)
+        path, chosen = accept(target, states, draft, sampler, made, left, exact)
+        verified_at = clock()
+
+        cache.compact(path)
+        if drafter is not None:
+            drafter.extend([root, *chosen[:-1]], states[path])
+        if watch is not None:
+            watch(Step(tokens.tolist(), shape, states, path))
+        end = next((i for i, token in enumerate(chosen, 1) if token in target.eos_ids), len(chosen))
+        emitted = chosen[:end]
+        made += len(emitted)
+        root = emitted[-1]
+        now = clock()
+        stats.tokens += len(emitted)
+        stats.passed_tokens += len(emitted)
+        stats.passes += 1
+        stats.drafted += len(draft.tokens)
+        stats.accepted_at[len(path) - 1] = stats.accepted_at.get(len(path) - 1, 0) + 1
+        stats.draft_seconds += drafted_at - began
+        stats.verify_seconds += verified_at - drafted_at
+        stats.decode_seconds += now - began
+        yield Emitted(emitted, min(len(path) - 1, len(emitted)))
+        if root in target.eos_ids:
+            return
+
+
+def accept(
+    target: Target, states: Tensor, draft: Draft, sampler: Sampler, position: int, left: int, exact: bool = False
+) -> tuple[list[int], list[int]]:
+    """Walk from the root along the target's own choices while the draft has them.
+
+    The target's choice at a node is what plain decoding would have chosen there; where a child
+    carries that token the walk goes on, else the token is the bonus. Deterministic candidates are
+    so verified losslessly, greedy or sampled.
+
+    Returns:
+        The accepted nodes (the root first), and the tokens chosen at each of them.
+    """
+    children: dict[tuple[int, int], int] = {}
+    for node, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True), 1):
+        children.setdefault((parent + 1, token), node)
+    padded = states
+    if exact and len(states) < EXACT_ROWS:  # the LM head, too, always runs in one shape
+        padded = torch.cat([states, states.new_zeros(EXACT_ROWS - len(states), states.shape[1])])
+    logits = target.logits(padded)
+    greedy = logits.argmax(-1).tolist() if not sampler.temperature else None
+    path, chosen = [0], []
+    while True:
+        node = path[-1]
+        token = greedy[node] if greedy is not None else sampler.choose(logits[node], position + len(chosen))
+        chosen.append(token)
+        child = children.get((node, token))
+        if child is None or len(chosen) == left or token in target.eos_ids:
+            return path, chosen
+        path.append(child)

@@ -1,0 +1,53 @@
+"""How the next token is chosen, the same way with and without drafts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from beagle.errors import BeagleError
+
+
+class Sampler:
+    """Chooses the target's token at a position of the answer.
+
+    Each position of the answer owns one uniform number, drawn from the seed beforehand; the token
+    is where it falls in the cumulative distribution. A tree node at depth d is judged with the
+    number of the position it would take, so drafts cannot change the answer: the same seed gives
+    the same text with and without them, and each token follows the target's own distribution.
+    """
+
+    def __init__(
+        self, *, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0, length: int = 0
+    ) -> None:
+        """
+        Args:
+            temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off. length: positions to draw for.
+        """
+        if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+            raise BeagleError("temperature must be >= 0, top_k >= 0 and 0 < top_p <= 1; correct the sampling options")
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        random = torch.Generator().manual_seed(seed)
+        self._uniform = torch.rand(length, generator=random, dtype=torch.float64).tolist() if temperature else []
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """``[vocabulary]`` logits to the fp64 distribution that is sampled from."""
+        scores = logits.double() / self.temperature
+        if self.top_k:
+            limit = scores.topk(min(self.top_k, len(scores))).values[-1]
+            scores = scores.masked_fill(scores < limit, -torch.inf)
+        p = torch.softmax(scores, dim=-1)
+        if self.top_p < 1:
+            ordered, index = p.sort(descending=True, stable=True)
+            outside = ordered.cumsum(0) - ordered >= self.top_p  # the token that crosses top_p stays in
+            p = p.index_fill(0, index[outside], 0.0)
+            p = p / p.sum()
+        return p
+
+    def choose(self, logits: Tensor, position: int) -> int:
+        """The target's token at ``position`` of the answer, from its logits ``[vocabulary]``."""
+        if not self.temperature:
+            return int(logits.argmax())
+        cumulative = self.probabilities(logits).cumsum(0)
+        drawn = cumulative.new_tensor([self._uniform[position]]) * cumulative[-1]
+        return int(torch.searchsorted(cumulative, drawn, right=True).clamp(max=len(logits) - 1))

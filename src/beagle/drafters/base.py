@@ -1,0 +1,71 @@
+"""What the decoding loop asks of anything that proposes tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TreePlan:
+    """How a tree of candidates is grown (paper §3, EAGLE-2).
+
+    Attributes:
+        kind: ``chain`` (one candidate a level), ``static`` (fixed ranks at fixed places) or
+            ``dynamic`` (expand the best ``top_k`` by cumulative log-probability, then re-rank).
+        depth: drafted levels. top_k: candidates expanded a level.
+        nodes: candidates kept for verification, besides the root; None: whatever the measured
+            costs of this machine make worth while, step by step.
+    """
+
+    kind: Literal["chain", "static", "dynamic"] = "dynamic"
+    depth: int = 5
+    top_k: int = 10
+    nodes: int | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.depth, self.top_k, self.nodes or 1) < 1:
+            raise ValueError("depth, top_k and nodes of a tree are at least 1")
+
+
+# Static tree: children kept per rank path; the k-th best child of a node at rank path r is kept if
+# the path (r, k) is here. Wide at the top, a chain at the bottom, 25 candidates.
+STATIC_PATHS: frozenset[tuple[int, ...]] = frozenset(
+    [(i,) for i in range(6)]
+    + [(0, i) for i in range(5)] + [(1, i) for i in range(3)] + [(2, 0), (3, 0)]
+    + [(0, 0, i) for i in range(3)] + [(0, 1, 0), (1, 0, 0)]
+    + [(0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 0)]
+    + [(0, 0, 0, 0, 0)]
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Candidates, best first; a prefix of any length is a tree (parents stand before children).
+
+    Attributes:
+        tokens: target token ids. parents: index of each candidate's parent, -1 for the root.
+        scores: cumulative log-probability of each candidate, descending where the plan is dynamic.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    scores: list[float]
+
+
+class Drafter(Protocol):
+    """Proposes continuations of a context that the target has run."""
+
+    def begin(self, tokens: list[int], states: Tensor) -> None:
+        """A new context: its tokens and their true states ``[n, hidden]``."""
+
+    def extend(self, tokens: list[int], states: Tensor) -> None:
+        """The target has run ``tokens`` too; true states ``[n, hidden]``."""
+
+    def draft(self, root: int, plan: TreePlan, min_gain: float = 0.0) -> Draft:
+        """Candidates for what follows ``root``, the newest token, which the target has not run.
+
+        ``min_gain``: expected accepted tokens below which another level is not worth its time.
+        """

@@ -1,0 +1,96 @@
+"""Draft checkpoints: ``config.json`` beside ``model.safetensors``, checked against the target."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from beagle.drafters.head import BeagleHead, HeadConfig
+from beagle.errors import BeagleError
+
+SHIPPED = Path(__file__).parent.parent / "heads"
+
+
+def save_head(head: BeagleHead, folder: str | Path, *, target: str, dtype: torch.dtype, meta: dict[str, Any]) -> None:
+    """Write a head atomically: the weights first, then the config that makes the folder a checkpoint."""
+    folder = Path(folder)
+    tensors = {
+        name: tensor.detach().to(dtype if tensor.is_floating_point() else torch.int32).contiguous()
+        for name, tensor in head.state_dict().items()
+    }
+    content = {"model_type": "beagle", "architectures": ["BeagleForCausalLM"], "target": target}
+    content |= {"head": asdict(head.config), "meta": meta}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / ".model.safetensors.partial"
+        save_file(tensors, partial)
+        os.replace(partial, folder / "model.safetensors")
+        text = folder / ".config.json.partial"
+        text.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(text, folder / "config.json")
+    except (OSError, SafetensorError) as error:
+        raise BeagleError(f"cannot write the draft checkpoint '{folder}': {error}; free space or choose another folder") from error
+
+
+def find_head(draft: str, target_name: str) -> Path | None:
+    """The folder a ``--draft`` names: ``auto`` is the shipped head of this target, if there is one."""
+    if draft in ("auto", "shipped"):
+        folder = SHIPPED / target_name
+        return folder if (folder / "config.json").is_file() else None
+    if not Path(draft).is_dir():
+        raise BeagleError(f"draft '{draft}': no such folder; give a folder that `beagle train` wrote, auto or none")
+    return Path(draft)
+
+
+def load_head(folder: str | Path, target: Any) -> BeagleHead:
+    """Load a head for ``target``, onto its device in its dtype.
+
+    Raises:
+        BeagleError: missing, corrupt, or made for another target (which part differs is named).
+    """
+    folder = Path(folder)
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BeagleError(f"draft '{folder}': no config.json there; give a folder that `beagle train` wrote") from error
+    except (OSError, ValueError) as error:
+        raise BeagleError(f"draft '{folder}': config.json is unreadable ({error}); train or copy it again") from error
+    if not isinstance(content, dict) or content.get("model_type") != "beagle":
+        raise BeagleError(f"draft '{folder}' is no Beagle head (model_type is not 'beagle'); give a folder that `beagle train` wrote")
+    known = {field.name for field in fields(HeadConfig)}
+    try:
+        settings = content["head"]
+        if unknown := set(settings) - known:
+            raise BeagleError(f"draft '{folder}': unknown setting {sorted(unknown)}; it needs a newer beagle")
+        config = HeadConfig(**settings)
+        head = BeagleHead(config)
+    except (KeyError, TypeError) as error:
+        raise BeagleError(f"draft '{folder}': config.json is incomplete ({error}); train or copy it again") from error
+    for what, ours, theirs in (
+        ("hidden size", config.hidden_size, target.hidden_size),
+        ("vocabulary size", config.target_vocab_size, target.vocab_size),
+    ):
+        if ours != theirs:
+            raise BeagleError(
+                f"draft '{folder}' was trained for {content.get('target')} ({what} {ours}), but {target.name} has "
+                f"{what} {theirs}; choose the head of this target or train one with `beagle train`"
+            )
+    try:
+        tensors = load_file(folder / "model.safetensors")
+        tensors["draft_vocab"] = tensors["draft_vocab"].long()
+        head.load_state_dict(tensors)
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        reason = str(error).split("\n")[0]
+        raise BeagleError(f"draft '{folder}': model.safetensors is corrupt or incomplete ({reason}); train or copy it again") from error
+    if not all(t.isfinite().all() for t in tensors.values() if t.is_floating_point()):
+        raise BeagleError(f"draft '{folder}': model.safetensors holds NaN or infinite weights; train or copy it again")
+    if int(head.draft_vocab.max()) >= target.vocab_size:
+        raise BeagleError(f"draft '{folder}': its vocabulary names tokens the target does not have; train it again")
+    return head.to(target.device, target.dtype).eval().requires_grad_(False)

@@ -1,0 +1,183 @@
+"""The library's front: load a target with its draft head, generate, stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from beagle.decoding.costs import Costs, cached_costs
+from beagle.decoding.loop import decode
+from beagle.decoding.sampling import Sampler
+from beagle.decoding.stats import Stats
+from beagle.drafters.base import Drafter, TreePlan
+from beagle.drafters.beagle import BeagleDrafter
+from beagle.drafters.checkpoint import find_head, load_head
+from beagle.errors import BeagleError
+from beagle.targets.chat import Message, encode
+from beagle.targets.loading import EMBEDDED, load_target
+from beagle.targets.target import Target
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer: text without special tokens, its token ids, and what it cost."""
+
+    text: str
+    token_ids: list[int]
+    stats: Stats
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of a streamed answer.
+
+    Attributes:
+        text: what this step adds to the text.
+        token_ids: the step's tokens. drafted: how many of them, from the first on, were drafted.
+    """
+
+    text: str
+    token_ids: list[int] = field(default_factory=list)
+    drafted: int = 0
+
+
+class Model:
+    """A target, and the drafter that speeds it up (``None``: plain decoding)."""
+
+    def __init__(self, target: Target, drafter: Drafter | None = None, plan: TreePlan | None = None) -> None:
+        self.target = target
+        self.drafter = drafter
+        self.plan = plan or TreePlan()
+        self._costs: Costs | None = None
+
+    def costs(self) -> Costs:
+        """Measured costs of this machine; the first call takes some seconds, later ones are cached."""
+        assert self.drafter is not None
+        if self._costs is None:
+            self._costs = cached_costs(self.target, self.drafter, self.plan)
+        return self._costs
+
+    def generate(self, prompt: str | Sequence[Message], **options: Any) -> Answer:
+        """Answer a question or a dialogue; options as for ``stream``.
+
+        Returns:
+            The whole answer. With the same options it is the same with and without drafts (in half
+            precision: bit for bit with ``exact=True``, else up to near-ties).
+        """
+        stats = Stats()
+        pieces = list(self.stream(prompt, stats=stats, **options))
+        ids = [token for piece in pieces for token in piece.token_ids]
+        return Answer("".join(piece.text for piece in pieces), ids, stats)
+
+    def stream(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        raw: bool = False,
+        exact: bool = False,
+        draft: bool = True,
+        stats: Stats | None = None,
+    ) -> Iterator[Piece]:
+        """Answer piece by piece, as passes of the target end.
+
+        Args:
+            prompt: a question, or messages ``{"role", "content"}``.
+            max_new_tokens: never overshot. temperature: 0 is greedy.
+            stop: the answer ends before the first of these.
+            raw: no chat template. exact: shape-stable passes (see ``decoding.loop``).
+            draft: False decodes plainly. stats: filled while the answer grows.
+        """
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        if any(not s for s in stops):
+            raise BeagleError("a stop string is empty; leave it out")
+        ids = encode(self.target, prompt, raw=raw)
+        drafter = self.drafter if draft else None
+        open_size = self.plan.nodes is None and self.plan.kind == "dynamic" and not exact
+        sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, length=max_new_tokens)
+        steps = decode(
+            self.target,
+            ids,
+            max_new_tokens=max_new_tokens,
+            sampler=sampler,
+            stats=stats if stats is not None else Stats(),
+            drafter=drafter,
+            plan=self.plan,
+            costs=self.costs() if drafter is not None and open_size else None,
+            exact=exact,
+        )
+        yield from self._texts(steps, stops)
+
+    def _texts(self, steps: Iterator[Any], stops: list[str]) -> Iterator[Piece]:
+        """Decode incrementally; hold back half characters and what may become a stop string."""
+        tokens: list[int] = []
+        shown = 0
+        hold = max((len(s) for s in stops), default=1) - 1
+        waiting: list[int] = []
+        drafted = 0
+        for step in steps:
+            before = len(tokens)
+            tokens += step.tokens
+            waiting += step.tokens
+            drafted += step.drafted
+            text = self._decode(tokens)
+            cut = min((at for s in stops if (at := text.find(s)) >= 0), default=None)
+            if cut is not None:
+                surplus = self._surplus(tokens, before, stops)
+                kept = waiting[: len(waiting) - surplus]
+                yield Piece(text[shown:cut], kept, min(drafted, len(kept)))
+                return
+            safe = len(text) - hold
+            while safe > shown and text[safe - 1] == "\ufffd":
+                safe -= 1  # the rest of this character is still to come
+            if safe > shown:
+                yield Piece(text[shown:safe], waiting, drafted)
+                shown, waiting, drafted = safe, [], 0
+        text = self._decode(tokens)
+        if waiting or len(text) > shown:
+            yield Piece(text[shown:], waiting, drafted)
+
+    def _surplus(self, tokens: list[int], before: int, stops: list[str]) -> int:
+        """How many of the newest tokens come after the one that completes a stop string."""
+        for n in range(before + 1, len(tokens)):
+            text = self._decode(tokens[:n])
+            if any(s in text for s in stops):
+                return len(tokens) - n
+        return 0
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self.target.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def load(
+    target: str = EMBEDDED,
+    *,
+    draft: str | None = "auto",
+    dtype: str = "auto",
+    device: str = "auto",
+    plan: TreePlan | None = None,
+    trust_remote_code: bool = False,
+) -> Model:
+    """Load a target and its draft head.
+
+    Args:
+        target: ``smollm2-135m``, a hub id, a folder, or a ``.gguf`` file.
+        draft: ``auto`` (the head shipped for this target, else plain decoding), a folder that
+            ``beagle train`` wrote, or None for plain decoding.
+        dtype, device: see ``targets.loading.load_target``.
+        plan: shape of the draft tree; by default its size follows from this machine's costs.
+    Raises:
+        BeagleError: see the message; nothing is left half loaded.
+    """
+    folder = None
+    if draft is not None and draft != "none":
+        folder = find_head(draft, target)
+    loaded = load_target(target, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    drafter = BeagleDrafter(loaded, load_head(folder, loaded)) if folder is not None else None
+    return Model(loaded, drafter, plan)

@@ -1,0 +1,93 @@
+"""Stored samples as padded batches, in an order that depends on the seed and epoch alone."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from beagle.errors import BeagleError
+from beagle.training.states import StateStore, read_shard
+from beagle.training.windows import Batch
+
+SHARDS_TOGETHER = 8  # samples are shuffled across this many shards at a time
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One sample as views into its shard (see ``answers.Sample``)."""
+
+    id: str
+    tokens: Tensor
+    states: Tensor
+    answer_from: int
+
+
+def is_validation(index: int, shard: Path) -> bool:
+    """A fixed 1 in 40 of the samples, whatever comes later."""
+    return zlib.crc32(f"{shard.name}/{index}".encode()) % 40 == 0
+
+
+def samples(shards: list[Path], *, validation: bool) -> list[Stored]:
+    """Samples of some shards that are long enough to bear a loss."""
+    out: list[Stored] = []
+    for path in shards:
+        content = read_shard(path)
+        offsets = content["offsets"].tolist()
+        for i, first in enumerate(content["answer_from"].tolist()):
+            a, b = offsets[i], offsets[i + 1]
+            if b - a - 2 >= first and is_validation(i, path) == validation:
+                tokens = content["tokens"][a:b].long()
+                out.append(Stored(f"{path.name}/{i}", tokens, content["states"][a:b], first))
+    return out
+
+
+def batches(store: StateStore, *, tokens: int, seed: int, epoch: int) -> Iterator[list[Stored]]:
+    """One epoch of training batches of about ``tokens`` tokens each, padding kept small."""
+    shuffle = random.Random(f"{seed}/{epoch}")
+    shards = store.shards()
+    shuffle.shuffle(shards)
+    for at in range(0, len(shards), SHARDS_TOGETHER):
+        pool = samples(shards[at : at + SHARDS_TOGETHER], validation=False)
+        shuffle.shuffle(pool)
+        pool.sort(key=lambda s: len(s.tokens) // 24)  # stable: shuffled inside a length class
+        group: list[Stored] = []
+        groups: list[list[Stored]] = []
+        for sample in pool:
+            if group and (len(group) + 1) * max(len(sample.tokens), len(group[-1].tokens)) > tokens:
+                groups.append(group)
+                group = []
+            group.append(sample)
+        groups.append(group)
+        shuffle.shuffle(groups)
+        yield from (g for g in groups if g)
+
+
+def collate(group: list[Stored], embed: nn.Module, device: torch.device) -> Batch:
+    """Pad a group and look its embeddings up, in fp32."""
+    n = max(len(s.tokens) for s in group)
+    tokens = torch.zeros(len(group), n, dtype=torch.long)
+    states = torch.zeros(len(group), n, group[0].states.shape[1])
+    for i, sample in enumerate(group):
+        tokens[i, : len(sample.tokens)] = sample.tokens
+        states[i, : len(sample.tokens)] = sample.states
+    first = torch.tensor([s.answer_from for s in group], device=device)
+    last = torch.tensor([len(s.tokens) - 2 for s in group], device=device)
+    with torch.no_grad():
+        embeddings = embed(tokens.to(device)).float()
+    return Batch(embeddings, states.to(device), first, last)
+
+
+def frequent_tokens(store: StateStore, size: int, vocab_size: int) -> Tensor:
+    """The ``size`` most frequent tokens of the answers, ascending ids ``[size]`` (paper: whole vocabulary)."""
+    counts = torch.zeros(vocab_size, dtype=torch.long)
+    for sample in samples(store.shards(), validation=False):
+        counts += torch.bincount(sample.tokens[sample.answer_from + 1 :], minlength=vocab_size)
+    if not counts.any():
+        raise BeagleError(f"{store.folder} holds no training sample; give more prompts")
+    return counts.topk(min(size, vocab_size)).indices.sort().values

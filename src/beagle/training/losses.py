@@ -1,0 +1,53 @@
+"""The losses of paper §4.2, computed so that the logits of all rows never exist at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 1024  # rows whose logits exist at a time
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    """Σ_r weight_r · CE(p_r, q_r); the LM head is frozen, so its input's gradient is made at once."""
+
+    @staticmethod
+    def forward(ctx: Any, predicted: Tensor, true: Tensor, head: Tensor, weights: Tensor) -> Tensor:
+        total = predicted.new_zeros(())
+        gradient = torch.empty_like(predicted)
+        for at in range(0, len(predicted), CHUNK):
+            rows = slice(at, at + CHUNK)
+            log_q = F.log_softmax(F.linear(predicted[rows], head).float(), dim=-1)
+            p = F.softmax(F.linear(true[rows], head).float(), dim=-1)
+            total += -(weights[rows] * torch.linalg.vecdot(p, log_q)).sum()
+            error = (log_q.exp_() - p) * weights[rows, None]
+            gradient[rows] = error.to(head.dtype) @ head
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outputs[0], None, None, None
+
+
+def soft_cross_entropy(predicted: Tensor, true: Tensor, head: Tensor, weights: Tensor) -> Tensor:
+    """Cross-entropy of the draft's distribution against the target's, both over the draft vocabulary.
+
+    Args:
+        predicted, true: states ``[rows, hidden]``. head: LM head rows ``[draft_vocab, hidden]``.
+        weights: ``[rows]``.
+    Returns:
+        The weighted sum, a scalar.
+    """
+    out: Tensor = _SoftCrossEntropy.apply(predicted, true, head, weights)
+    return out
+
+
+def regression(predicted: Tensor, true: Tensor, weights: Tensor) -> Tensor:
+    """Smooth-L1 between states (EAGLE's "vloss"), mean over channels, weighted sum over rows."""
+    per_row = F.smooth_l1_loss(predicted.float(), true.float(), reduction="none").mean(-1)
+    return (weights * per_row).sum()

@@ -1,0 +1,90 @@
+"""Tiny random models of each family, with a tokenizer that needs no file."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from beagle.drafters.beagle import BeagleDrafter
+from beagle.drafters.head import BeagleHead, HeadConfig
+from beagle.targets.target import Target
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 64,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 6},
+    "gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 8},
+    "gemma3_text": {
+        "sliding_window": 6,
+        "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "gpt_neox": {"rotary_pct": 0.5},
+    "phi": {"partial_rotary_factor": 0.5},
+    "phi3": {},
+    "olmo2": {},
+    "granite": {"logits_scaling": 2.0},
+}
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One word a token: ``w3 w4 …``, with a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 64)}}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", bos_token="<s>", pad_token="<pad>")
+    tokenizer.chat_template = "{% for m in messages %}<s> {{ m['content'] }} {% endfor %}<s>"
+    return tokenizer
+
+
+def tiny_model(family: str = "llama", *, seed: int = 0, scale: float = 6.0, **overrides):
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **{**SMALL, **FAMILIES.get(family, {}), **overrides})
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():  # random models are nearly constant; make their choices vary
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(scale if "embed" not in name else 1.0)
+    return model
+
+
+def tiny_target(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides) -> Target:
+    model = tiny_model(family, seed=seed, **overrides).to(dtype)
+    return Target(model, tiny_tokenizer(), f"tiny-{family}")
+
+
+def tiny_head(target: Target, *, seed: int = 0, **overrides) -> BeagleHead:
+    torch.manual_seed(seed)
+    head = BeagleHead(HeadConfig.for_target(target, **overrides))
+    return head.to(target.device, target.dtype).eval().requires_grad_(False)
+
+
+def tiny_drafter(target: Target, **overrides) -> BeagleDrafter:
+    return BeagleDrafter(target, tiny_head(target, **overrides))
+
+
+@pytest.fixture
+def target() -> Target:
+    return tiny_target()

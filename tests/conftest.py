@@ -88,3 +88,9 @@ def tiny_drafter(target: Target, **overrides) -> BeagleDrafter:
 @pytest.fixture
 def target() -> Target:
     return tiny_target()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Measured costs and the like never touch the user's cache."""
+    monkeypatch.setenv("BEAGLE_CACHE", str(tmp_path_factory.mktemp("cache")))

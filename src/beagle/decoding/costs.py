@@ -90,7 +90,7 @@ def cached_costs(target: Target, drafter: Drafter, plan: TreePlan) -> Costs:
         "machine": platform.node() + platform.machine() + platform.processor(),
         "device": torch.cuda.get_device_name() if target.device.type == "cuda" else "cpu",
         "target": target.name,
-        "layers": target.config.num_hidden_layers,
+        "layers": target.layer_count,
         "dtype": str(target.dtype),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

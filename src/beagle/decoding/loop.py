@@ -154,7 +154,8 @@ def accept(
         padded = torch.cat([states, states.new_zeros(EXACT_ROWS - len(states), states.shape[1])])
     logits = target.logits(padded)
     greedy = logits.argmax(-1).tolist() if not sampler.temperature else None
-    path, chosen = [0], []
+    path: list[int] = [0]
+    chosen: list[int] = []
     while True:
         node = path[-1]
         token = greedy[node] if greedy is not None else sampler.choose(logits[node], position + len(chosen))

@@ -23,13 +23,12 @@ class BeagleDrafter:
         trimmed = head.config.draft_vocab_size is not None
         self.lm_head = weight[head.draft_vocab].contiguous() if trimmed else weight
         self.length = 0
+        self._cache = torch.zeros(0)
         self._reserve(512)
 
     def _reserve(self, capacity: int) -> None:
         c = self.head.config
-        fresh = torch.zeros(
-            2, c.num_kv_heads, capacity, c.head_dim, dtype=self.lm_head.dtype, device=self.device
-        )
+        fresh = torch.zeros(2, c.num_kv_heads, capacity, c.head_dim, dtype=self.lm_head.dtype, device=self.device)
         if self.length:
             fresh[:, :, : self.length] = self._cache[:, :, : self.length]
         self._cache = fresh
@@ -84,7 +83,9 @@ class BeagleDrafter:
                 if not len(keep):
                     break
                 paths += [ranked[i] for i in keep.tolist()]
-                level_scores, level_tokens, level_parents = (x[keep] for x in (level_scores, level_tokens, level_parents))
+                level_scores, level_tokens, level_parents = (
+                    x[keep] for x in (level_scores, level_tokens, level_parents)
+                )
                 row = keep // best.shape[1]
             else:
                 row = torch.arange(len(level_scores), device=self.device) // best.shape[1]

@@ -25,7 +25,7 @@ def save_head(head: BeagleHead, folder: str | Path, *, target: str, dtype: torch
         name: tensor.detach().to(dtype if tensor.is_floating_point() else torch.int32).contiguous()
         for name, tensor in head.state_dict().items()
     }
-    content = {"model_type": "beagle", "architectures": ["BeagleForCausalLM"], "target": target}
+    content: dict[str, Any] = {"model_type": "beagle", "architectures": ["BeagleForCausalLM"], "target": target}
     content |= {"head": asdict(head.config), "meta": meta}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,9 @@ def save_head(head: BeagleHead, folder: str | Path, *, target: str, dtype: torch
         text.write_text(json.dumps(content, indent=1) + "\n")
         os.replace(text, folder / "config.json")
     except (OSError, SafetensorError) as error:
-        raise BeagleError(f"cannot write the draft checkpoint '{folder}': {error}; free space or choose another folder") from error
+        raise BeagleError(
+            f"cannot write the draft checkpoint '{folder}': {error}; free space or choose another folder"
+        ) from error
 
 
 def find_head(draft: str, target_name: str) -> Path | None:
@@ -63,7 +65,9 @@ def load_head(folder: str | Path, target: Any) -> BeagleHead:
     except (OSError, ValueError) as error:
         raise BeagleError(f"draft '{folder}': config.json is unreadable ({error}); train or copy it again") from error
     if not isinstance(content, dict) or content.get("model_type") != "beagle":
-        raise BeagleError(f"draft '{folder}' is no Beagle head (model_type is not 'beagle'); give a folder that `beagle train` wrote")
+        raise BeagleError(
+            f"draft '{folder}' is no Beagle head (model_type is not 'beagle'); give a folder that `beagle train` wrote"
+        )
     known = {field.name for field in fields(HeadConfig)}
     try:
         settings = content["head"]
@@ -88,7 +92,9 @@ def load_head(folder: str | Path, target: Any) -> BeagleHead:
         head.load_state_dict(tensors)
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         reason = str(error).split("\n")[0]
-        raise BeagleError(f"draft '{folder}': model.safetensors is corrupt or incomplete ({reason}); train or copy it again") from error
+        raise BeagleError(
+            f"draft '{folder}': model.safetensors is corrupt or incomplete ({reason}); train or copy it again"
+        ) from error
     if not all(t.isfinite().all() for t in tensors.values() if t.is_floating_point()):
         raise BeagleError(f"draft '{folder}': model.safetensors holds NaN or infinite weights; train or copy it again")
     if int(head.draft_vocab.max()) >= target.vocab_size:

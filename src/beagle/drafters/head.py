@@ -67,6 +67,7 @@ class BeagleHead(nn.Module):
     """The block alone; embeddings and LM head are the target's, frozen and shared."""
 
     draft_vocab: Tensor
+    frequencies: Tensor
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()

@@ -93,9 +93,7 @@ class Pass:
             # the query heads of a group become rows, so that keys are read once, not once a head
             folded = query.reshape(batch, kv_heads, groups, dim)
             if softcap is None:
-                out = F.scaled_dot_product_attention(
-                    folded, key, value, attn_mask=mask, scale=scaling
-                )
+                out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
                 return out.reshape(batch, heads, 1, -1)
         if softcap is None:
             return F.scaled_dot_product_attention(
@@ -177,14 +175,10 @@ class ShapeProbe(Pass):
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        return F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
-        )
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
 
 
-def unfused(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float | None
-) -> Tensor:
+def unfused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float | None) -> Tensor:
     """matmul, fp32 softmax, matmul: the one form whose rows do not depend on their neighbours."""
     scores = torch.matmul(query, key.transpose(-1, -2)).float() * scaling
     if softcap is not None:

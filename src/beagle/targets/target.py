@@ -62,7 +62,7 @@ class Target:
         self.base: nn.Module = model.base_model  # type: ignore[assignment]
         self.head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
         self.embed: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-        weight: Tensor = self.embed.weight  # type: ignore[assignment]
+        weight: Tensor = self.embed.weight
         self.vocab_size, self.hidden_size = weight.shape
         self.device, self.dtype = weight.device, weight.dtype
         self.context_limit = int(getattr(config, "max_position_embeddings", 0) or 2**31)
@@ -76,6 +76,7 @@ class Target:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self._layers = self._probe()
+        self.layer_count = len(self._layers)
 
     @torch.no_grad()
     def _probe(self) -> list[Any]:
@@ -110,9 +111,7 @@ class Target:
             current_pass.reset(token)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
-        return KVCache(
-            self._layers, batch=batch, capacity=capacity, dtype=self.dtype, device=self.device
-        )
+        return KVCache(self._layers, batch=batch, capacity=capacity, dtype=self.dtype, device=self.device)
 
     @torch.no_grad()
     def logits(self, states: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from beagle.errors import BeagleError
+from beagle.targets.target import Target
 from beagle.training.states import StateStore, read_shard
 from beagle.training.windows import Batch
 
@@ -24,7 +25,7 @@ class Stored:
 
     id: str
     tokens: Tensor
-    states: Tensor
+    states: Tensor | None
     answer_from: int
 
 
@@ -43,7 +44,8 @@ def samples(shards: list[Path], *, validation: bool) -> list[Stored]:
             a, b = offsets[i], offsets[i + 1]
             if b - a - 2 >= first and is_validation(i, path) == validation:
                 tokens = content["tokens"][a:b].long()
-                out.append(Stored(f"{path.name}/{i}", tokens, content["states"][a:b], first))
+                states = content["states"][a:b] if "states" in content else None
+                out.append(Stored(f"{path.name}/{i}", tokens, states, first))
     return out
 
 
@@ -68,19 +70,25 @@ def batches(store: StateStore, *, tokens: int, seed: int, epoch: int) -> Iterato
         yield from (g for g in groups if g)
 
 
-def collate(group: list[Stored], embed: nn.Module, device: torch.device) -> Batch:
-    """Pad a group and look its embeddings up, in fp32."""
+def collate(group: list[Stored], target: Target) -> Batch:
+    """Pad a group and look its embeddings up, in fp32; run the target where no states are stored."""
     n = max(len(s.tokens) for s in group)
     tokens = torch.zeros(len(group), n, dtype=torch.long)
-    states = torch.zeros(len(group), n, group[0].states.shape[1])
     for i, sample in enumerate(group):
         tokens[i, : len(sample.tokens)] = sample.tokens
-        states[i, : len(sample.tokens)] = sample.states
-    first = torch.tensor([s.answer_from for s in group], device=device)
-    last = torch.tensor([len(s.tokens) - 2 for s in group], device=device)
+    tokens = tokens.to(target.device)
+    stored = [s.states for s in group if s.states is not None]
+    if len(stored) < len(group):
+        states = target.prefill(tokens, target.new_cache(len(group), n)).float()
+    else:
+        states = torch.zeros(len(group), n, target.hidden_size)
+        for i, own in enumerate(stored):
+            states[i, : len(own)] = own
+    first = torch.tensor([s.answer_from for s in group], device=target.device)
+    last = torch.tensor([len(s.tokens) - 2 for s in group], device=target.device)
     with torch.no_grad():
-        embeddings = embed(tokens.to(device)).float()
-    return Batch(embeddings, states.to(device), first, last)
+        embeddings = target.embed(tokens).float()
+    return Batch(embeddings, states.to(target.device), first, last)
 
 
 def frequent_tokens(store: StateStore, size: int, vocab_size: int) -> Tensor:

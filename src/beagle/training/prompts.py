@@ -54,7 +54,9 @@ def read_prompts(path: str | Path, *, limit: int | None = None, skip_bad_lines: 
         reason = getattr(error, "strerror", None) or error
         raise BeagleError(f"question file '{path}' can't be read: {reason}; check the path") from error
     if not prompts:
-        raise BeagleError(f"question file '{path}' holds no prompt; give one JSON object a line with \"turns\" or \"prompt\"")
+        raise BeagleError(
+            f'question file \'{path}\' holds no prompt; give one JSON object a line with "turns" or "prompt"'
+        )
     return prompts
 
 

@@ -42,7 +42,7 @@ class Fingerprint:
             target.name,
             target.hidden_size,
             target.vocab_size,
-            int(target.config.num_hidden_layers),
+            target.layer_count,
             hashlib.sha256(template.encode()).hexdigest()[:16],
             max_prompt_tokens,
             max_new_tokens,
@@ -59,13 +59,16 @@ def write_json(path: Path, content: Any) -> None:
 class StateStore:
     """A folder of shards: ``tokens [n]``, ``states [n, hidden]`` bf16, ``offsets``, ``answer_from``."""
 
-    def __init__(self, folder: str | Path, fingerprint: Fingerprint) -> None:
+    def __init__(self, folder: str | Path, fingerprint: Fingerprint, *, with_states: bool = True) -> None:
         """
+        Args:
+            with_states: False stores tokens alone (states are then computed live, in training).
         Raises:
             BeagleError: the folder holds states of another target, template or length.
         """
         self.folder = Path(folder)
         self.fingerprint = fingerprint
+        self.with_states = with_states
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             manifest = self.folder / "manifest.json"
@@ -93,13 +96,21 @@ class StateStore:
                 done.update(json.loads(file.metadata()["ids"]))
         return done
 
+    def tokens(self) -> int:
+        """Tokens on disk, prompts included."""
+        total = 0
+        for shard in self.shards():
+            with safe_open(shard, framework="pt") as file:
+                total += file.get_slice("tokens").get_shape()[0]
+        return total
+
     def refuse_if_full(self, tokens: int) -> None:
         """Refuse before the work begins, not after hours of it.
 
         Raises:
             BeagleError: ``tokens`` more tokens would not leave 1 GB of the disk free.
         """
-        need = tokens * (2 * self.fingerprint.hidden_size + 8)
+        need = tokens * (2 * self.fingerprint.hidden_size * self.with_states + 8)
         free = shutil.disk_usage(self.folder).free
         if need + 1_000_000_000 > free:
             raise BeagleError(
@@ -124,10 +135,11 @@ class StateStore:
         lengths = torch.tensor([len(s.tokens) for s in samples])
         tensors = {
             "tokens": torch.cat([s.tokens for s in samples]).to(torch.int32),
-            "states": torch.cat([s.states for s in samples]),
             "offsets": torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]),
             "answer_from": torch.tensor([s.answer_from for s in samples]),
         }
+        if self.with_states:
+            tensors["states"] = torch.cat([s.states for s in samples])
         existing = self.shards()
         number = int(existing[-1].stem.split("-")[1]) + 1 if existing else 0
         path = self.folder / f"shard-{number:05d}.safetensors"
@@ -141,13 +153,13 @@ class StateStore:
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:
-    """Tensors of one shard.
+    """Tensors of one shard (``states`` only where they are stored).
 
     Raises:
         BeagleError: the file is damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in ("tokens", "states", "offsets", "answer_from")}
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise BeagleError(f"{path} is damaged ({error}); delete it and run the same command again") from error

@@ -95,7 +95,7 @@ def step_alpha(head: BeagleHead, target: Target, groups: list[list[Stored]], ste
     matrix = lm_head_weight(target)
     small = matrix[head.draft_vocab]
     for group in groups:
-        batch = collate(group, target.embed, target.device)
+        batch = collate(group, target)
         for offset in range(steps):
             alive: Tensor | None = None
             for j, (states, slots, real) in enumerate(late(head, batch, batch.states, steps, offset, steps)):
@@ -203,7 +203,7 @@ class Trainer:
     def _one(self, group: list[Stored]) -> float:
         began = time.perf_counter()
         c = self.config
-        batch = collate(group, self.target.embed, self.target.device)
+        batch = collate(group, self.target)
         random = torch.Generator(device=self.target.device).manual_seed(c.seed * 1_000_003 + self.step)
         noise = torch.randn(batch.states.shape, generator=random, device=self.target.device)
         offset = int(torch.randint(c.window, (), generator=random, device=self.target.device))
@@ -211,14 +211,14 @@ class Trainer:
             part["lr"] = self.learning_rate(self.step)
         stage = "early" if self.step < self.early_steps else "late"
         with torch.autocast(self.target.device.type, torch.bfloat16, enabled=c.autocast):
-            loss, shown = stage_loss(
-                self.head, batch, self.lm_head, c, stage=stage, offset=offset, noise=noise
-            )
+            loss, shown = stage_loss(self.head, batch, self.lm_head, c, stage=stage, offset=offset, noise=noise)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.head.parameters(), c.max_grad_norm)
         if not torch.isfinite(norm):
-            raise BeagleError(f"the loss diverged at step {self.step}; lower the learning rate and run the command again")
+            raise BeagleError(
+                f"the loss diverged at step {self.step}; lower the learning rate and run the command again"
+            )
         self.optimizer.step()
         self.step += 1
         self.tokens += sum(len(s.tokens) for s in group)
@@ -236,7 +236,7 @@ class Trainer:
             row = [f"{loss:.4f}", f"{self.seconds:.1f}", self.tokens, *(f"{a:.4f}" for a in alphas)]
             writer.writerow([self.step, stage, *row])
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         return json.loads(json.dumps({"train": asdict(self.config), "head": self.head_options}))
 
     def save(self) -> None:
@@ -244,21 +244,25 @@ class Trainer:
         tensors = {f"head.{k}": v for k, v in self.head.state_dict().items()}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
-        progress = {"step": self.step, "seconds": self.seconds, "tokens": self.tokens, "identity": self._identity()}
+        progress = {"step": self.step, "seconds": self.seconds, "tokens": self.tokens, "identity": self.identity()}
         partial = self.out / ".checkpoint.partial"
         try:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"progress": json.dumps(progress)})
+            save_file(
+                {k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"progress": json.dumps(progress)}
+            )
             os.replace(partial, self.out / "checkpoint.safetensors")
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
-            raise BeagleError(f"cannot write the checkpoint in '{self.out}': {error}; free space, then run again") from error
+            raise BeagleError(
+                f"cannot write the checkpoint in '{self.out}': {error}; free space, then run again"
+            ) from error
 
     def _resume(self) -> None:
         from safetensors import safe_open
 
         path = self.out / "checkpoint.safetensors"
         if not path.is_file():
-            write_json(self.out / "run.json", self._identity())
+            write_json(self.out / "run.json", self.identity())
             return
         try:
             with safe_open(path, framework="pt") as file:
@@ -266,7 +270,7 @@ class Trainer:
             tensors = load_file(path)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise BeagleError(f"checkpoint '{path}' is corrupt ({error}); delete it to start over") from error
-        if progress["identity"] != self._identity():
+        if progress["identity"] != self.identity():
             raise BeagleError(f"'{self.out}' holds a run with other settings; choose another --out or delete it")
         self.head.load_state_dict({k[5:]: v for k, v in tensors.items() if k.startswith("head.")})
         self.lm_head = lm_head_weight(self.target)[self.head.draft_vocab]

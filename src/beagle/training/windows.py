@@ -39,9 +39,7 @@ class Batch:
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """Bool mask to additive."""
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
-        ~visible, torch.finfo(dtype).min
-    )
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
 
 
 def early(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,10 +98,7 @@ def late(
             key, value = head.keys_values(newest, slots)  # the state predicted for this slot
             own_k.append(key)
             own_v.append(value)
-        if own_k:
-            attended = attend_with_own(q, k, v, mask, own_k, own_v)
-        else:
-            attended = head.attend(q, k, v, mask)
+        attended = attend_with_own(q, k, v, mask, own_k, own_v) if own_k else head.attend(q, k, v, mask)
         newest = head.finish(attended, embeddings, newest)
         out.append((newest, slots, real))
     return out

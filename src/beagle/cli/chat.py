@@ -1,0 +1,73 @@
+"""``beagle chat``: a conversation in the terminal, drafted tokens in colour."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from beagle.cli import options as o
+from beagle.cli.generate import show_stats
+from beagle.decoding.stats import Stats
+from beagle.model import Model, Piece
+
+
+def chat(
+    target: o.TargetName = "smollm2-135m",
+    draft: o.DraftName = "auto",
+    system: Annotated[str, typer.Option(help="System message.")] = "",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 512,
+    temperature: o.Temperature = 0.0,
+    seed: o.Seed = 0,
+    exact: o.Exact = False,
+    dtype: o.DType = "auto",
+    device: o.Device = "auto",
+    beam: o.TopK = 8,
+    depth: o.Depth = 5,
+    nodes: o.Nodes = 0,
+    trust_remote_code: o.Trust = False,
+) -> None:
+    """Talk to the model; accepted draft tokens are green. /reset forgets, /exit (or Ctrl-D) ends.
+
+    Example: [bold]beagle chat --target smollm2-135m[/bold]
+    """
+    model = o.load_model(target, draft, dtype, device, o.tree_plan("dynamic", depth, beam, nodes), trust_remote_code)
+    console = Console()
+    start = [{"role": "system", "content": system}] if system else []
+    messages = list(start)
+    while True:
+        try:
+            question = console.input("[bold]you>[/bold] ").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
+        if question in ("/exit", "/quit"):
+            return
+        if question == "/reset":
+            messages = list(start)
+            continue
+        if not question:
+            continue
+        stats = Stats()
+        text = ""
+        asked = [*messages, {"role": "user", "content": question}]
+        try:
+            for piece in model.stream(
+                asked, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, exact=exact, stats=stats
+            ):
+                text += piece.text
+                console.print(coloured(model, piece), end="", soft_wrap=True, highlight=False)
+        except KeyboardInterrupt:
+            console.print(" [yellow](stopped)[/yellow]", end="")
+        console.print()
+        show_stats(stats, console)
+        messages = [*asked, {"role": "assistant", "content": text}]
+
+
+def coloured(model: Model, piece: Piece) -> Text:
+    """A piece with its drafted part in green."""
+    drafted = model.target.tokenizer.decode(piece.token_ids[: piece.drafted], skip_special_tokens=True)
+    border = min(len(drafted), len(piece.text))
+    return Text.assemble((piece.text[:border], "green"), piece.text[border:])

@@ -1,0 +1,79 @@
+"""``beagle demo``: the same questions answered plainly and with drafts, side by side."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from beagle.cli import options as o
+from beagle.cli.chat import coloured
+from beagle.decoding.stats import Stats
+from beagle.errors import BeagleError, BeagleInternalError
+
+QUESTIONS = (
+    "Natalia has 12 boxes with 8 pencils each. She gives away 30 pencils. How many are left? Explain step by step.",
+    "Write a Python function that returns the n-th Fibonacci number, and explain it.",
+    "What should I see on a three-day trip to Rome?",
+)
+
+
+def demo(
+    target: o.TargetName = "smollm2-135m",
+    draft: o.DraftName = "auto",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=2)] = 128,
+    dtype: o.DType = "auto",
+    device: o.Device = "auto",
+    fast: Annotated[bool, typer.Option("--fast", help="Not the bit-exact mode: faster, near-ties may flip.")] = False,
+) -> None:
+    """Answer three questions twice, plainly and with the draft head, and compare.
+
+    In half precision both sides run in the shape-stable mode, so that equal means bit for bit.
+    """
+    model = o.load_model(target, draft, dtype, device)
+    if model.drafter is None:
+        raise BeagleError(f"no draft head for {target}; pass --draft FOLDER (see `beagle train`)")
+    console = Console()
+    half = str(model.target.dtype) != "torch.float32"
+    exact = half and not fast
+    name = str(model.target.dtype).removeprefix("torch.")
+    console.print(
+        f"[bold]{target}[/bold], {name}{', exact mode' if exact else ''}, greedy, {max_new_tokens} new tokens"
+    )
+    model.generate("Hello", max_new_tokens=8, exact=exact)  # warm-up, and the machine's costs
+    totals = {"plain": Stats(), "Beagle": Stats()}
+    same = 0
+    table = Table(title="the same text, faster", title_justify="left")
+    for column in ("question", "plain token/s", "Beagle token/s", "speed-up", "τ", "same text"):
+        table.add_column(column, justify="left" if column == "question" else "right")
+    for question in QUESTIONS:
+        console.print(f"\n[bold]{question}[/bold]")
+        ids: dict[str, list[int]] = {}
+        stats = {mode: Stats() for mode in totals}
+        for mode in totals:
+            console.print(f"[cyan]{mode}[/cyan]", end=" ")
+            ids[mode] = []
+            for piece in model.stream(
+                question, max_new_tokens=max_new_tokens, exact=exact, draft=mode == "Beagle", stats=stats[mode]
+            ):
+                ids[mode] += piece.token_ids
+                console.print(coloured(model, piece), end="", soft_wrap=True, highlight=False)
+            console.print(f"\n[dim]{stats[mode].tokens_per_second:.1f} token/s[/dim]", highlight=False)
+            totals[mode].add(stats[mode])
+        equal = ids["plain"] == ids["Beagle"]
+        same += equal
+        table.add_row(question[:48] + "…", *row(stats["plain"], stats["Beagle"]), "yes" if equal else "no")
+    table.add_section()
+    table.add_row("all", *row(totals["plain"], totals["Beagle"]), f"{same} of {len(QUESTIONS)}")
+    console.print()
+    console.print(table)
+    console.print("[dim]green: drafted and accepted; τ: tokens per pass of the target, 1 without drafts[/dim]")
+    if same < len(QUESTIONS) and not fast:
+        raise BeagleInternalError("the two texts differ, which must not happen; please report this")
+
+
+def row(plain: Stats, beagle: Stats) -> tuple[str, str, str, str]:
+    a, b = plain.tokens_per_second, beagle.tokens_per_second
+    return f"{a:.1f}", f"{b:.1f}", f"{b / a:.2f}×" if a else "-", f"{beagle.tau:.2f}"

@@ -1,0 +1,79 @@
+"""``beagle generate``: answer one prompt."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from beagle.cli import options as o
+from beagle.decoding.stats import Stats
+from beagle.errors import BeagleError
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The question; '-' reads standard input.")],
+    target: o.TargetName = "smollm2-135m",
+    draft: o.DraftName = "auto",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 256,
+    temperature: o.Temperature = 0.0,
+    top_k: Annotated[int, typer.Option(min=0)] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    seed: o.Seed = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text (repeatable).")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
+    exact: o.Exact = False,
+    dtype: o.DType = "auto",
+    device: o.Device = "auto",
+    tree: o.Tree = "dynamic",
+    depth: o.Depth = 5,
+    beam: o.TopK = 8,
+    nodes: o.Nodes = 0,
+    trust_remote_code: o.Trust = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No figures after the answer.")] = False,
+) -> None:
+    """Answer one prompt, streaming; the figures follow on standard error.
+
+    Example: [bold]beagle generate "Why is the sky blue?" -n 128[/bold]
+    """
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    elif len(prompt) < 200 and prompt.endswith(".txt") and Path(prompt).is_file():
+        raise BeagleError(f"'{prompt}' is a file; pipe it in: beagle generate - < {prompt}")
+    model = o.load_model(target, draft, dtype, device, o.tree_plan(tree, depth, beam, nodes), trust_remote_code)
+    stats = Stats()
+    pieces = model.stream(
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=stop or (),
+        raw=raw,
+        exact=exact,
+        stats=stats,
+    )
+    try:
+        for piece in pieces:
+            print(piece.text, end="", flush=True)
+    finally:
+        print(flush=True)
+        if not quiet:
+            show_stats(stats, o.console)
+
+
+def show_stats(stats: Stats, console: Console) -> None:
+    """One line: tokens, speed, τ, where the time went."""
+    if not stats.passes:
+        return
+    alphas = " ".join(f"{a:.2f}" for a in stats.step_alpha[:5])
+    line = f"{stats.tokens} tokens, {stats.tokens_per_second:.1f} token/s, τ {stats.tau:.2f}"
+    if alphas:
+        line += f", step-α {alphas}"
+        share = 100 / stats.decode_seconds
+        line += f", draft {stats.draft_seconds * share:.0f}% verify {stats.verify_seconds * share:.0f}%"
+    console.print(f"[dim]{line}[/dim]", highlight=False)

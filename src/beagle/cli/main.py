@@ -1,0 +1,71 @@
+"""The ``beagle`` command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+# spinning threads ruin whoever shares the cores; must be set before torch starts its pool
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import typer
+from rich.console import Console
+
+from beagle.cli import bench, chat, demo, generate, train
+from beagle.errors import BeagleError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Lossless speculative decoding with cross-attention draft heads.",
+)
+for module in (generate, chat, demo, bench, train):
+    app.command()(getattr(module, module.__name__.rsplit(".", 1)[-1]))
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Options of every command."""
+
+
+def run() -> None:
+    """Entry point: one line for an error, exit code 2 for bad input, 1 for failures of ours."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+    error_console = Console(stderr=True)
+    try:
+        app()
+    except BeagleError as error:
+        if debug:
+            raise
+        error_console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        error_console.print("[yellow]stopped[/yellow]")
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        message = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        error_console.print(
+            f"[red]failure of ours:[/red] {escape(message)}; run with --debug for the traceback",
+            soft_wrap=True,
+            highlight=False,
+        )
+        sys.exit(1)
+
+
+def escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,72 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from beagle.drafters.base import TreePlan
+from beagle.errors import BeagleError
+from beagle.model import Model, load
+
+console = Console(stderr=True)
+
+TargetName = Annotated[str, typer.Option("--target", "-t", help="smollm2-135m, a hub id, a folder, or a .gguf file.")]
+DraftName = Annotated[
+    str, typer.Option("--draft", "-d", help="auto (the shipped head), none, or a folder that `beagle train` wrote.")
+]
+DType = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda.")]
+Exact = Annotated[
+    bool, typer.Option("--exact", help="Shape-stable passes: bit-equal to plain decoding in half precision too.")
+]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
+Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
+Tree = Annotated[str, typer.Option(help="dynamic, static or chain.")]
+Depth = Annotated[int, typer.Option(min=1, max=16, help="Drafted levels.")]
+TopK = Annotated[int, typer.Option("--beam", min=1, max=64, help="Candidates expanded per level of a dynamic tree.")]
+Nodes = Annotated[
+    int, typer.Option(min=0, max=64, help="Candidates verified per pass; 0 chooses by this machine's costs.")
+]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's repository brings.")]
+
+
+def tree_plan(tree: str, depth: int, beam: int, nodes: int) -> TreePlan:
+    if tree not in ("dynamic", "static", "chain"):
+        raise BeagleError(f"tree '{tree}' is unknown; use dynamic, static or chain")
+    return TreePlan(tree, depth, beam, nodes or None)  # type: ignore[arg-type]
+
+
+def load_model(
+    target: str, draft: str, dtype: str, device: str, plan: TreePlan | None = None, trust: bool = False
+) -> Model:
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    with console.status(f"loading {target}"):
+        model = load(
+            target,
+            draft=None if draft == "none" else draft,
+            dtype=dtype,
+            device=device,
+            plan=plan,
+            trust_remote_code=trust,
+        )
+    if model.drafter is None and draft == "auto":
+        console.print(f"[yellow]no head is shipped for {target}: decoding plainly (see `beagle train`)[/yellow]")
+    return model
+
+
+def check_writable(path: Path) -> None:
+    """Find out before the work, not after it, that its result can't be stored."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        existed = path.exists()
+        with path.open("a"):
+            pass
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise BeagleError(f"cannot write '{path}': {error.strerror}; choose another file") from error

@@ -1,0 +1,53 @@
+"""``beagle train``: from prompts to a draft head."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from beagle.cli import options as o
+from beagle.errors import BeagleError
+from beagle.targets.loading import load_target
+from beagle.training.pipeline import Recipe, read_recipe, train_head
+from beagle.training.prompts import read_prompts
+
+
+def train(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; the head ends in OUT/head.")],
+    prompts: Annotated[Path | None, typer.Option(help="Prompts, .jsonl or .jsonl.gz; the target answers them.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of answers and states (default: OUT/data).")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="Recipe, YAML (see configs/).")] = None,
+    target: o.TargetName = "smollm2-135m",
+    dtype: o.DType = "float32",
+    device: o.Device = "auto",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N prompts.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop answering after this many tokens.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.0, help="Stop training after about this long; resumable.")
+    ] = None,
+    skip_bad_lines: Annotated[bool, typer.Option("--skip-bad-lines")] = False,
+    trust_remote_code: o.Trust = False,
+) -> None:
+    """Train a Beagle head: answers and states, early stage, late stage. Run again, it goes on.
+
+    Example: [bold]beagle train --prompts prompts.jsonl --config configs/smollm2-135m.yaml --out runs/mine[/bold]
+    """
+    recipe = read_recipe(config) if config else Recipe()
+    if max_tokens:
+        recipe = replace(recipe, answers=replace(recipe.answers, max_tokens=max_tokens))
+    questions = read_prompts(prompts, limit=limit, skip_bad_lines=skip_bad_lines) if prompts else None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BeagleError(f"cannot write '{out}': {error.strerror}; choose another --out") from error
+    with o.console.status(f"loading {target}"):
+        loaded = load_target(target, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    try:
+        folder = train_head(loaded, questions, out, recipe, data=data, seconds=seconds, console=o.console)
+    except KeyboardInterrupt:
+        o.console.print(f"[yellow]stopped; nothing is lost: run the same command again to go on in {out}[/yellow]")
+        raise
+    o.console.print(f'draft head written to {folder}; try: beagle generate "Hello" --target {target} --draft {folder}')

@@ -1,0 +1,86 @@
+"""Where and how a figure was made: machine, versions, revision, date."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from beagle.targets.target import Target
+
+
+def describe(target: Target | None = None) -> dict[str, Any]:
+    """Everything a reader needs to judge or repeat a measurement."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    about: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+            "memory_gib": round(memory, 1),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "threads": torch.get_num_threads(),
+            "system": platform.system(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "beagle-decoding")},
+        },
+        "revision": revision(),
+    }
+    if target is not None:
+        about["target"] = {"name": target.name, "dtype": str(target.dtype).removeprefix("torch.")}
+    return about
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = dict(line.split(":", 1) for line in lines[:40] if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in names.items()}
+    return f"{fields.get('model name', platform.machine())}, model {fields.get('model', '?')}"
+
+
+def revision() -> str | None:
+    """Git revision of the working tree this package runs from, ``+`` if it has changes."""
+    try:
+        here = Path(__file__).parent
+        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True)
+        if head.returncode:
+            return None
+        status = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
+        return head.stdout.strip() + ("+" if status.stdout.strip() else "")
+    except OSError:
+        return None
+
+
+def reset_peak_memory() -> None:
+    """Start a new measurement of peak memory, where the system can."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # else the peak is that of the process so far
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_mb() -> float:
+    """Peak since ``reset_peak_memory``: of the GPU if there is one, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    except OSError:
+        pass
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

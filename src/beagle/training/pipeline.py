@@ -1,0 +1,176 @@
+"""From prompts to a draft checkpoint: answers and states, early stage, late stage, export."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import Progress, TextColumn
+
+from beagle.drafters.head import HeadConfig
+from beagle.errors import BeagleError
+from beagle.evaluation.meta import describe
+from beagle.targets.target import Target
+from beagle.training.answers import AnswerGenerator, Sample
+from beagle.training.prompts import Prompt
+from beagle.training.states import Fingerprint, StateStore, write_json
+from beagle.training.trainer import TrainConfig, Trainer
+
+
+@dataclass(frozen=True)
+class AnswerConfig:
+    """How the target's answers are made.
+
+    Attributes:
+        states: ``disk`` stores true states (2 bytes x hidden size a token); ``live`` stores tokens
+            only and runs the target again in every epoch.
+        max_tokens: stop after this many tokens, prompts included (None: all prompts).
+    """
+
+    rows: int = 96
+    max_prompt_tokens: int = 288
+    max_new_tokens: int = 160
+    max_turns: int = 2
+    sampled_share: float = 0.25
+    temperature: float = 0.7
+    max_tokens: int | None = None
+    states: str = "disk"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run: ``answers``, ``train`` and ``head`` sections of a YAML file."""
+
+    answers: AnswerConfig = field(default_factory=AnswerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    head: dict[str, Any] = field(default_factory=dict)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """
+    Raises:
+        BeagleError: unreadable, or a key that is unknown (named).
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BeagleError(f"recipe '{path}' can't be read: {str(error).splitlines()[0]}; see configs/") from error
+    if not isinstance(content, dict):
+        raise BeagleError(f"recipe '{path}' is no mapping of answers, train and head; see configs/")
+    if unknown := set(content) - {"answers", "train", "head"}:
+        raise BeagleError(f"recipe '{path}': unknown section {sorted(unknown)}; use answers, train, head")
+    try:
+        return Recipe(
+            typed(AnswerConfig, content.get("answers") or {}, path),
+            typed(TrainConfig, content.get("train") or {}, path),
+            dict(content.get("head") or {}),
+        )
+    except (TypeError, ValueError) as error:
+        raise BeagleError(f"recipe '{path}': {error}; see configs/") from error
+
+
+def typed(kind: Any, values: dict[str, Any], path: Path) -> Any:
+    known = {f.name for f in fields(kind)}
+    if unknown := set(values) - known:
+        raise BeagleError(f"recipe '{path}': unknown key {sorted(unknown)}; known are {', '.join(sorted(known))}")
+    values = {k: float(v) if isinstance(v, str) and k != "states" and k != "schedule" else v for k, v in values.items()}
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def make_answers(
+    target: Target, prompts: list[Prompt], folder: Path, config: AnswerConfig, console: Console
+) -> StateStore:
+    """Fill a state store; run again after an interruption, it answers what is missing."""
+    store = StateStore(
+        folder,
+        Fingerprint.of(target, config.max_prompt_tokens, config.max_new_tokens),
+        with_states=config.states == "disk",
+    )
+    done = {sample_id.rsplit("/", 1)[0] for sample_id in store.done_ids()}
+    todo = [p for p in prompts if p.id not in done]
+    random.Random(config.seed).shuffle(todo)
+    have = store.tokens()
+    if not todo or (config.max_tokens and have >= config.max_tokens):
+        return store
+    longest = (config.max_prompt_tokens + config.max_new_tokens) * len(todo) * config.max_turns
+    store.refuse_if_full(min(longest, (config.max_tokens or longest) - have))
+    generator = AnswerGenerator(
+        target,
+        rows=min(config.rows, len(todo)),
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_new_tokens=config.max_new_tokens,
+        max_turns=config.max_turns,
+        sampled_share=config.sampled_share,
+        temperature=config.temperature,
+        seed=config.seed + len(done),
+    )
+
+    def in_chunks() -> Iterator[Prompt]:
+        for at in range(0, len(todo), 1024):  # similar lengths together: less padding
+            yield from sorted(todo[at : at + 1024], key=lambda p: len(p.turns[0]))
+
+    with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[note]}"), console=console) as progress:
+        task = progress.add_task("answers", total=config.max_tokens or None, completed=have, note="")
+
+        def counted() -> Iterator[Sample]:
+            tokens = have
+            for answered, sample in enumerate(generator.run(in_chunks()), 1):
+                tokens += len(sample.tokens)
+                progress.update(task, completed=tokens, note=f"{answered} answers, {tokens:,} tokens")
+                yield sample
+                if config.max_tokens and tokens >= config.max_tokens:
+                    return
+
+        store.write(counted())
+    return store
+
+
+def train_head(
+    target: Target,
+    prompts: list[Prompt] | None,
+    out: Path,
+    recipe: Recipe,
+    *,
+    data: Path | None = None,
+    seconds: float | None = None,
+    console: Console,
+) -> Path:
+    """The whole run; every part resumes.
+
+    Args:
+        prompts: None if the answers are already in ``data``.
+        data: folder of answers and states (default: ``out/data``).
+    Returns:
+        The draft checkpoint's folder.
+    """
+    HeadConfig.for_target(target, **recipe.head)  # a wrong key shows now, not after the answers
+    folder = data or out / "data"
+    if prompts is not None:
+        store = make_answers(target, prompts, folder, recipe.answers, console)
+    else:
+        fingerprint = Fingerprint.of(target, recipe.answers.max_prompt_tokens, recipe.answers.max_new_tokens)
+        store = StateStore(folder, fingerprint, with_states=recipe.answers.states == "disk")
+    if not store.shards():
+        raise BeagleError(f"'{folder}' holds no answers; pass --prompts FILE")
+    trainer = Trainer(target, store, out, recipe.train, recipe.head)
+    alphas = trainer.train(seconds=seconds, report=lambda line: console.print(line, highlight=False))
+    about = describe(target)
+    about |= {
+        "stored_tokens": store.tokens(),
+        "trained_tokens": trainer.tokens,
+        "train_seconds": round(trainer.seconds, 1),
+    }
+    about |= {
+        "steps": trainer.step,
+        "validation_step_alpha": [round(a, 4) for a in alphas],
+        "recipe": trainer.identity(),
+    }
+    trainer.export(out / "head", about)
+    write_json(out / "result.json", about)
+    return out / "head"

@@ -1,0 +1,133 @@
+"""Draft checkpoints: a round trip, and one clear line for each way they can be wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_head, tiny_target
+from safetensors.torch import load_file, save_file
+
+from beagle.drafters.checkpoint import find_head, load_head, save_head
+from beagle.errors import BeagleError
+
+
+@pytest.fixture
+def folder(target, tmp_path):
+    save_head(tiny_head(target), tmp_path / "head", target=target.name, dtype=torch.float32, meta={"note": 1})
+    return tmp_path / "head"
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def refused(folder, target) -> str:
+    with pytest.raises(BeagleError) as caught:
+        load_head(folder, target)
+    message = str(caught.value)
+    assert str(folder) in message
+    assert "\n" not in message
+    assert ";" in message  # what is wrong; what to do
+    return message
+
+
+@pytest.mark.parametrize("overrides", [{}, {"newest_state": "linear", "num_kv_heads": 2, "concat": False}])
+def test_roundtrip(target, tmp_path, overrides):
+    head = tiny_head(target, seed=4, **overrides)
+    save_head(head, tmp_path, target=target.name, dtype=torch.float32, meta={"note": 1})
+    loaded = load_head(tmp_path, target)
+    assert loaded.config == head.config
+    assert loaded.state_dict().keys() == head.state_dict().keys()
+    for name, tensor in head.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert not list(tmp_path.glob(".*"))
+    assert json.loads((tmp_path / "config.json").read_text())["meta"] == {"note": 1}
+
+
+def test_roundtrip_with_a_trimmed_vocabulary(target, tmp_path):
+    head = tiny_head(target, draft_vocab_size=10)
+    head.draft_vocab.copy_(torch.arange(10) * 6)
+    save_head(head, tmp_path, target=target.name, dtype=torch.bfloat16, meta={})
+    assert load_head(tmp_path, target).draft_vocab.tolist() == [i * 6 for i in range(10)]
+
+
+def test_loaded_head_takes_the_targets_dtype(folder):
+    assert load_head(folder, tiny_target(dtype=torch.bfloat16)).q_proj.weight.dtype == torch.bfloat16
+
+
+def test_another_targets_head(folder):
+    assert "hidden size 32" in refused(folder, tiny_target(hidden_size=40))
+    message = refused(folder, tiny_target(vocab_size=80))
+    assert "vocabulary size 64" in message
+    assert "beagle train" in message
+
+
+def test_config_is_missing_broken_or_foreign(folder, target):
+    edit_config(folder, model_type="llama")
+    assert "no Beagle head" in refused(folder, target)
+    (folder / "config.json").write_text("[]")
+    assert "no Beagle head" in refused(folder, target)
+    (folder / "config.json").write_text('{"model_type": "beag')
+    assert "unreadable" in refused(folder, target)
+    (folder / "config.json").unlink()
+    assert "no config.json" in refused(folder, target)
+
+
+@pytest.mark.parametrize("head", [{}, None, 3, {"hidden_size": "32"}], ids=str)
+def test_incomplete_settings(folder, target, head):
+    edit_config(folder, head=head)
+    assert "incomplete" in refused(folder, target)
+
+
+def test_newer_settings(folder, target):
+    head = json.loads((folder / "config.json").read_text())["head"]
+    edit_config(folder, head=head | {"flux": 1})
+    assert "flux" in refused(folder, target)
+
+
+def test_settings_that_do_not_fit_the_weights(folder, target):
+    head = json.loads((folder / "config.json").read_text())["head"]
+    edit_config(folder, head=head | {"num_kv_heads": 2})
+    assert "model.safetensors" in refused(folder, target)
+
+
+@pytest.mark.parametrize("keep", [0, 5, -40])
+def test_truncated_weights(folder, target, keep):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert "corrupt" in refused(folder, target)
+
+
+def test_missing_weights(folder, target):
+    edit_weights(folder, lambda tensors: tensors.pop("o_proj.weight"))
+    assert "o_proj" in refused(folder, target) or "incomplete" in refused(folder, target)
+    (folder / "model.safetensors").unlink()
+    assert "model.safetensors" in refused(folder, target)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(folder, target, value):
+    edit_weights(folder, lambda tensors: tensors["q_proj.weight"][0].fill_(value))
+    assert "NaN or infinite" in refused(folder, target)
+
+
+def test_vocabulary_beyond_the_targets(folder, target):
+    edit_weights(folder, lambda tensors: tensors["draft_vocab"].add_(1))
+    assert "vocabulary" in refused(folder, target)
+
+
+def test_finding_heads(folder):
+    assert find_head(str(folder), "any") == folder
+    assert find_head("auto", "a-target-nobody-ships-a-head-for") is None
+    with pytest.raises(BeagleError, match="no such folder"):
+        find_head(str(folder / "none"), "any")

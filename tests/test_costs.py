@@ -1,0 +1,74 @@
+"""Tree sizes from measured costs."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from conftest import tiny_drafter
+from hypothesis import given
+from hypothesis import strategies as st
+
+from beagle.decoding.costs import Costs, cached_costs, interpolate
+from beagle.drafters.base import TreePlan
+from beagle.targets.loading import cache_dir
+
+SCORES = [math.log(p) for p in (0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.01)]
+
+
+def test_no_candidates_where_every_row_costs_a_whole_pass():
+    assert Costs([float(n) for n in range(65)], level=0.0).best_size(SCORES) == 0
+
+
+def test_all_candidates_where_rows_are_free():
+    assert Costs([1.0] * 65, level=0.01).best_size(SCORES) == len(SCORES)
+
+
+def test_size_is_the_best_rate_between_these():
+    costs = Costs([1.0 + 0.15 * n for n in range(65)], level=0.05)
+    rates = [
+        (1 + sum(math.exp(s) for s in SCORES[:n])) / (costs.verify[n + 1] + 4 * costs.level)
+        for n in range(len(SCORES) + 1)
+    ]
+    size = costs.best_size(SCORES)
+    assert size == rates.index(max(rates))
+    assert 0 < size < len(SCORES)
+
+
+def test_more_candidates_than_measured_rows():
+    assert Costs([1.0] * 9, level=0.0).best_size([-0.1] * 60) == 7
+    assert Costs([1.0] * 9, level=0.0).best_size([]) == 0
+
+
+def test_another_level_must_earn_its_time():
+    assert Costs([0.0, 2.0], level=0.5).min_gain == pytest.approx(0.25)
+
+
+@given(st.dictionaries(st.integers(1, 64), st.floats(0, 10), min_size=1))
+def test_interpolated_times_never_fall(points):
+    times = interpolate(points)
+    assert len(times) == max(points) + 1
+    assert all(a <= b for a, b in zip(times, times[1:], strict=False))
+    assert all(times[n] >= points[n] - 1e-9 for n in points)
+
+
+def test_interpolation_between_points():
+    assert interpolate({1: 1.0, 2: 2.0, 4: 6.0}) == pytest.approx([1.0, 1.0, 2.0, 4.0, 6.0])
+
+
+def test_costs_are_measured_once(target, monkeypatch):
+    plan, drafter = TreePlan(), tiny_drafter(target)
+    first = cached_costs(target, drafter, plan)
+    assert len(first.verify) == 65
+    assert min(first.verify) > 0
+    monkeypatch.setattr("beagle.decoding.costs.measure", lambda *_: pytest.fail("measured again"))
+    assert cached_costs(target, drafter, plan) == first
+
+
+def test_unreadable_cache_is_measured_over(target):
+    path = cache_dir() / "costs.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{broken")
+    cached_costs(target, tiny_drafter(target), TreePlan(depth=1))
+    assert len(json.loads(path.read_text())) == 1

@@ -1,0 +1,115 @@
+"""Exact mode in bf16: bit-equal states and answers, with and without drafts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_drafter, tiny_target
+
+from beagle.decoding.loop import EXACT_ROWS, decode
+from beagle.decoding.sampling import Sampler
+from beagle.decoding.stats import Stats
+from beagle.drafters.base import Draft, TreePlan
+from beagle.model import Model
+from beagle.targets.target import EXACT_KEYS, TreeShape
+
+FAMILIES = ["llama", "qwen3", "gemma3_text"]
+CONTEXT = [5, 9, 33, 12, 60, 41, 7, 7, 28, 50, 19]
+PARENTS = [-1, 0, 0, 1, 1, 2, 3, 6, 5, 0]
+TOKENS = [10, 11, 12, 13, 14, 15, 16, 17, 18, 11]
+
+
+@pytest.fixture(params=FAMILIES)
+def bf16(request):
+    target = tiny_target(request.param, dtype=torch.bfloat16)
+    target.eos_ids = frozenset()
+    return target
+
+
+class Oracle:
+    """Knows the answer: drafts its next tokens as a chain, among wrong candidates."""
+
+    def __init__(self, answer: list[int]) -> None:
+        self.answer = answer
+
+    def begin(self, tokens, states):
+        self.prompt = len(tokens)
+        self.length = len(tokens)
+
+    def extend(self, tokens, states):
+        self.length += len(tokens)
+
+    def draft(self, root, plan, min_gain=0.0):
+        at = self.length - self.prompt + 1
+        tokens, parents, parent = [], [], -1
+        for right in self.answer[at : at + plan.depth]:
+            tokens += [(right + 1) % 64, right]
+            parents += [parent, parent]
+            parent = len(tokens) - 1
+        return Draft(tokens, parents, [0.0] * len(tokens))
+
+
+def run(target, drafter, plan, *, n=40, **sampling):
+    """Answer tokens, and the state of every accepted node in order."""
+    states, stats = [], Stats()
+    sampler = Sampler(length=n, **sampling)
+    steps = decode(
+        target,
+        CONTEXT,
+        max_new_tokens=n,
+        sampler=sampler,
+        stats=stats,
+        drafter=drafter,
+        plan=plan,
+        exact=True,
+        watch=lambda step: states.append(step.states[step.path].clone()),
+    )
+    tokens = [token for step in steps for token in step.tokens]
+    return tokens, torch.cat(states), stats
+
+
+@pytest.mark.parametrize("kind", ["chain", "static", "dynamic", "oracle"])
+def test_states_and_answers_are_bitwise_those_of_plain_decoding(bf16, kind):
+    plain_tokens, plain_states, plain_stats = run(bf16, None, None)
+    assert plain_stats.tau == 1.0
+    if kind == "oracle":
+        drafter, plan = Oracle(plain_tokens), TreePlan("chain", depth=5)
+    else:
+        drafter, plan = tiny_drafter(bf16), TreePlan(kind, depth=4, top_k=6, nodes=14)
+    tokens, states, stats = run(bf16, drafter, plan)
+    assert tokens == plain_tokens
+    assert torch.equal(states, plain_states)
+    if kind == "oracle":
+        assert stats.tau > 5
+
+
+def test_sampled_answers_are_equal_too(bf16):
+    plain = run(bf16, None, None, temperature=0.8, top_p=0.9, seed=3)
+    drafted = run(bf16, Oracle(plain[0]), TreePlan("chain", depth=6), temperature=0.8, top_p=0.9, seed=3)
+    assert drafted[0] == plain[0]
+    assert torch.equal(drafted[1], plain[1])
+    assert drafted[2].tau > 4
+
+
+def test_one_tree_is_bitwise_its_paths_alone(bf16):
+    rows, keys = EXACT_ROWS, EXACT_KEYS
+    cache = bf16.new_cache(1, keys)
+    bf16.prefill(torch.tensor([CONTEXT]), cache)
+    tree = bf16.verify_exact(cache, torch.tensor(TOKENS), TreeShape(PARENTS), rows, keys)
+    for leaf in (4, 7, 8, 9):
+        path = [leaf]
+        while PARENTS[path[0]] >= 0:
+            path.insert(0, PARENTS[path[0]])
+        alone = bf16.new_cache(1, keys)
+        bf16.prefill(torch.tensor([CONTEXT]), alone)
+        for node in path:
+            state = bf16.verify_exact(alone, torch.tensor([TOKENS[node]]), TreeShape([-1]), rows, keys)
+            alone.compact([0])
+            assert torch.equal(state[0], tree[node])
+
+
+def test_generate_exact_with_and_without_drafter(bf16):
+    prompt = "w5 w9 w33 w12"
+    plain = Model(bf16).generate(prompt, max_new_tokens=30, exact=True)
+    model = Model(bf16, tiny_drafter(bf16), TreePlan("dynamic", depth=4, top_k=6))
+    assert model.generate(prompt, max_new_tokens=30, exact=True).token_ids == plain.token_ids

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from beagle.drafters.base import Draft
 from beagle.drafters.beagle import BeagleDrafter
 from beagle.drafters.head import BeagleHead, HeadConfig
 from beagle.targets.target import Target
@@ -75,14 +76,39 @@ def tiny_target(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = to
     return Target(model, tiny_tokenizer(), f"tiny-{family}")
 
 
-def tiny_head(target: Target, *, seed: int = 0, **overrides) -> BeagleHead:
+def tiny_head(target: Target, *, seed: int = 0, scale: float = 1.0, **overrides) -> BeagleHead:
     torch.manual_seed(seed)
     head = BeagleHead(HeadConfig.for_target(target, **overrides))
+    for parameter in head.parameters():
+        parameter.data.mul_(scale if parameter.ndim == 2 else 1.0)  # fresh heads hardly attend
     return head.to(target.device, target.dtype).eval().requires_grad_(False)
 
 
 def tiny_drafter(target: Target, **overrides) -> BeagleDrafter:
     return BeagleDrafter(target, tiny_head(target, **overrides))
+
+
+class Oracle:
+    """Knows the answer: drafts its next tokens as a chain, among wrong candidates."""
+
+    def __init__(self, answer: list[int]) -> None:
+        self.answer = answer
+
+    def begin(self, tokens, states):
+        self.prompt = len(tokens)
+        self.length = len(tokens)
+
+    def extend(self, tokens, states):
+        self.length += len(tokens)
+
+    def draft(self, root, plan, min_gain=0.0):
+        at = self.length - self.prompt + 1
+        tokens, parents, parent = [], [], -1
+        for right in self.answer[at : at + plan.depth]:
+            tokens += [(right + 1) % 64, right]
+            parents += [parent, parent]
+            parent = len(tokens) - 1
+        return Draft(tokens, parents, [0.0] * len(tokens))
 
 
 @pytest.fixture

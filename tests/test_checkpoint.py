@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_head, tiny_target
 from safetensors.torch import load_file, save_file
 
 from beagle.drafters.checkpoint import find_head, load_head, save_head
 from beagle.errors import BeagleError
+from conftest import tiny_head, tiny_target
 
 
 @pytest.fixture

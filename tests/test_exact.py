@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_drafter, tiny_target
 
 from beagle.decoding.loop import EXACT_ROWS, decode
 from beagle.decoding.sampling import Sampler
 from beagle.decoding.stats import Stats
-from beagle.drafters.base import Draft, TreePlan
+from beagle.drafters.base import TreePlan
 from beagle.model import Model
 from beagle.targets.target import EXACT_KEYS, TreeShape
+from conftest import Oracle, tiny_drafter, tiny_target
 
 FAMILIES = ["llama", "qwen3", "gemma3_text"]
 CONTEXT = [5, 9, 33, 12, 60, 41, 7, 7, 28, 50, 19]
@@ -24,29 +24,6 @@ def bf16(request):
     target = tiny_target(request.param, dtype=torch.bfloat16)
     target.eos_ids = frozenset()
     return target
-
-
-class Oracle:
-    """Knows the answer: drafts its next tokens as a chain, among wrong candidates."""
-
-    def __init__(self, answer: list[int]) -> None:
-        self.answer = answer
-
-    def begin(self, tokens, states):
-        self.prompt = len(tokens)
-        self.length = len(tokens)
-
-    def extend(self, tokens, states):
-        self.length += len(tokens)
-
-    def draft(self, root, plan, min_gain=0.0):
-        at = self.length - self.prompt + 1
-        tokens, parents, parent = [], [], -1
-        for right in self.answer[at : at + plan.depth]:
-            tokens += [(right + 1) % 64, right]
-            parents += [parent, parent]
-            parent = len(tokens) - 1
-        return Draft(tokens, parents, [0.0] * len(tokens))
 
 
 def run(target, drafter, plan, *, n=40, **sampling):

@@ -44,6 +44,6 @@ def test_regression_is_smooth_l1_by_row():
     predicted = torch.tensor([[0.0, 3.0], [0.5, 0.0]], requires_grad=True)
     weights = torch.tensor([2.0, 4.0])
     value = regression(predicted, torch.zeros(2, 2), weights)
-    assert float(value) == pytest.approx(2 * (0 + 2.5) / 2 + 4 * (0.125 + 0) / 2)
+    assert value.item() == pytest.approx(2 * (0 + 2.5) / 2 + 4 * (0.125 + 0) / 2)
     value.backward()
     torch.testing.assert_close(predicted.grad, torch.tensor([[0.0, 1.0], [1.0, 0.0]]))

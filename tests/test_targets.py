@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_model, tiny_target, tiny_tokenizer
 from transformers import AutoConfig
 
 from beagle.errors import BeagleError
 from beagle.targets.target import Target, TreeShape, refuse_unsupported
+from conftest import FAMILIES, tiny_model, tiny_target, tiny_tokenizer
 
 CONTEXT = [5, 9, 33, 12, 60, 41, 7, 7, 28, 50, 19]  # longer than every sliding window of FAMILIES
 PARENTS = [-1, 0, 0, 1, 1, 2, 3, 6, 5, 0]
@@ -47,9 +47,11 @@ def test_tree_gives_each_path_its_own_logits(family):
     cache.compact(kept)
     assert cache.length == len(CONTEXT) + len(kept)
     context = CONTEXT + [TOKENS[i] for i in kept]
-    again = target.logits(target.verify(cache, torch.tensor([20, 21, 22]), TreeShape([-1, 0, 0])))
-    for node, tail in enumerate(([20], [20, 21], [20, 22])):
-        torch.testing.assert_close(again[node], reference(model, context + tail), atol=1e-4, rtol=1e-4)
+    parents = [-1, 0, 0, 2, 3, 4, 5]  # deep enough for a window to end inside the path
+    again = target.logits(target.verify(cache, torch.tensor(range(20, 27)), TreeShape(parents)))
+    for node in range(len(parents)):
+        ids = context + [20 + i for i in path_to(node, parents)]
+        torch.testing.assert_close(again[node], reference(model, ids), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gemma2"])
@@ -131,7 +133,6 @@ def test_unusual_attention_is_refused(family):
         tiny_target(family)
 
 
-@pytest.mark.xfail(strict=True, reason="BERT-like heads are more than one linear layer; the probe does not look at logits")
 def test_head_with_a_transform_is_refused_or_right():
     model = tiny_model("bert", is_decoder=True)
     try:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_drafter, tiny_target
 
 from beagle.drafters.base import TreePlan
 from beagle.drafters.head import BeagleHead, HeadConfig
 from beagle.training.windows import Batch, additive, early, late
+from conftest import tiny_drafter, tiny_target
 
 HEADS = [
     {},
@@ -159,7 +159,7 @@ def test_a_window_sees_its_base_and_nothing_later(stage, newest):
 @pytest.mark.parametrize("overrides", [{}, {"concat": False}, {"num_kv_heads": 2}, {"newest_state": "none"}], ids=str)
 def test_training_and_inference_agree(overrides):
     target = tiny_target()
-    drafter = tiny_drafter(target, **overrides)
+    drafter = tiny_drafter(target, scale=15.0, **overrides)
     head, depth = drafter.head, 4
     context = [5, 9, 33, 12, 60, 41, 7]
     states = target.prefill(torch.tensor([context]), target.new_cache(1, 16))[0]

@@ -97,6 +97,8 @@ class Model:
         stops = [stop] if isinstance(stop, str) else list(stop)
         if any(not s for s in stops):
             raise BeagleError("a stop string is empty; leave it out")
+        if max_new_tokens < 1:
+            raise BeagleError("max_new_tokens must be at least 1")
         ids = encode(self.target, prompt, raw=raw)
         drafter = self.drafter if draft else None
         open_size = self.plan.nodes is None and self.plan.kind == "dynamic" and not exact
@@ -126,16 +128,13 @@ class Model:
             tokens += step.tokens
             waiting += step.tokens
             drafted += step.drafted
-            text = self._decode(tokens)
-            cut = min((at for s in stops if (at := text.find(s)) >= 0), default=None)
-            if cut is not None:
-                surplus = self._surplus(tokens, before, stops)
+            if stopped := self._stopped(tokens, before, stops):
+                text, surplus = stopped
                 kept = waiting[: len(waiting) - surplus]
-                yield Piece(text[shown:cut], kept, min(drafted, len(kept)))
+                yield Piece(text[shown:], kept, min(drafted, len(kept)))
                 return
-            safe = len(text) - hold
-            while safe > shown and text[safe - 1] == "\ufffd":
-                safe -= 1  # the rest of this character is still to come
+            text = self._decode(tokens)
+            safe = len(text.rstrip("\ufffd")) - hold  # the rest of an unfinished character is still to come
             if safe > shown:
                 yield Piece(text[shown:safe], waiting, drafted)
                 shown, waiting, drafted = safe, [], 0
@@ -143,13 +142,16 @@ class Model:
         if waiting or len(text) > shown:
             yield Piece(text[shown:], waiting, drafted)
 
-    def _surplus(self, tokens: list[int], before: int, stops: list[str]) -> int:
-        """How many of the newest tokens come after the one that completes a stop string."""
-        for n in range(before + 1, len(tokens)):
+    def _stopped(self, tokens: list[int], before: int, stops: list[str]) -> tuple[str, int] | None:
+        """The text before the stop string that is complete first, and how many tokens come after it."""
+        if not stops:
+            return None
+        for n in range(before + 1, len(tokens) + 1):
             text = self._decode(tokens[:n])
-            if any(s in text for s in stops):
-                return len(tokens) - n
-        return 0
+            found = [at for s in stops if (at := text.find(s)) >= 0]
+            if found:
+                return text[: min(found)], len(tokens) - n
+        return None
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self.target.tokenizer.decode(tokens, skip_special_tokens=True))

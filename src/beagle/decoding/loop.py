@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -95,7 +95,8 @@ def decode(
         draft = Draft([], [], [])
         left = max_new_tokens - made
         if drafter is not None and left > 1:
-            draft = drafter.draft(root, plan, costs.min_gain if costs else 0.0)
+            reach = replace(plan, depth=min(plan.depth, left - 1))  # never past the limit or the context
+            draft = drafter.draft(root, reach, costs.min_gain if costs else 0.0)
             size = min(len(draft.tokens), most)
             if plan.nodes is None and plan.kind == "dynamic" and costs is not None and not exact:
                 size = costs.best_size(draft.scores[:size])

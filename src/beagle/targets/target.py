@@ -92,6 +92,13 @@ class Target:
                 f"{self.name}: only {probe.layers_seen} of {expected} layers use transformers' attention "
                 "interface, so this family can't be served; choose a model with plain attention in every layer"
             )
+        if not isinstance(self.head, nn.Linear) or not torch.allclose(
+            self._forward_logits(ids), self.logits(whole), rtol=0.05, atol=0.05
+        ):
+            raise BeagleError(
+                f"{self.name}: its logits are more than one linear layer over the last hidden state, so this family "
+                "can't be served; choose another model"
+            )
         cache = self.new_cache(1, 8)
         self.prefill(ids[:, :4], cache)
         states = self.verify(cache, ids[0, 4:], TreeShape([-1, 0]))
@@ -107,6 +114,16 @@ class Target:
         token = current_pass.set(plan)
         try:
             return self.base(input_ids=ids, position_ids=positions, use_cache=False)[0]
+        finally:
+            current_pass.reset(token)
+
+    def _forward_logits(self, ids: Tensor) -> Tensor:
+        """The model's own logits, for the probe."""
+        token = current_pass.set(ShapeProbe())
+        try:
+            positions = torch.arange(ids.shape[1], device=self.device)[None]
+            out: Tensor = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits
+            return out
         finally:
             current_pass.reset(token)
 

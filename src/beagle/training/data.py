@@ -61,7 +61,7 @@ def batches(store: StateStore, *, tokens: int, seed: int, epoch: int) -> Iterato
         group: list[Stored] = []
         groups: list[list[Stored]] = []
         for sample in pool:
-            if group and (len(group) + 1) * max(len(sample.tokens), len(group[-1].tokens)) > tokens:
+            if group and (len(group) + 1) * max(len(s.tokens) for s in (sample, *group)) > tokens:
                 groups.append(group)
                 group = []
             group.append(sample)

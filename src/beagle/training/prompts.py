@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def read_prompts(path: str | Path, *, limit: int | None = None, skip_bad_lines: 
                     if not skip_bad_lines:
                         raise BeagleError(f"{message}; mend the line or pass --skip-bad-lines") from error
                     Console(stderr=True).print(f"[yellow]skipped {message}[/yellow]", highlight=False)
-    except (OSError, UnicodeDecodeError, EOFError) as error:
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise BeagleError(f"question file '{path}' can't be read: {reason}; check the path") from error
     if not prompts:

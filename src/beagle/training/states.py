@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ class StateStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             manifest = self.folder / "manifest.json"
             if manifest.is_file():
-                found = json.loads(manifest.read_text())
+                found = _read_manifest(manifest)
                 for key, value in asdict(fingerprint).items():
                     if found.get(key) != value:
                         raise BeagleError(
@@ -92,7 +93,7 @@ class StateStore:
         """Ids of all samples on disk."""
         done: set[str] = set()
         for shard in self.shards():
-            with safe_open(shard, framework="pt") as file:
+            with open_shard(shard) as file:
                 done.update(json.loads(file.metadata()["ids"]))
         return done
 
@@ -100,7 +101,7 @@ class StateStore:
         """Tokens on disk, prompts included."""
         total = 0
         for shard in self.shards():
-            with safe_open(shard, framework="pt") as file:
+            with open_shard(shard) as file:
                 total += file.get_slice("tokens").get_shape()[0]
         return total
 
@@ -158,8 +159,26 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     Raises:
         BeagleError: the file is damaged.
     """
+    with open_shard(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def open_shard(path: Path) -> Iterator[Any]:
+    """A shard's safetensors handle.
+
+    Raises:
+        BeagleError: the file is damaged.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+            yield file
+    except (OSError, SafetensorError, TypeError, KeyError) as error:
         raise BeagleError(f"{path} is damaged ({error}); delete it and run the same command again") from error
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise BeagleError(f"{path} is damaged ({error}); delete its folder and run the same command again") from error

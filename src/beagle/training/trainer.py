@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -138,6 +139,7 @@ class Trainer:
             fused=True,
         )
         self.step = 0
+        self.epoch, self.at = 0, 0  # the next batch: its epoch, and its place there
         self.seconds = 0.0
         self.tokens = 0
         held = sorted(samples(store.shards()[:24], validation=True), key=lambda s: len(s.tokens))
@@ -173,12 +175,14 @@ class Trainer:
             task = progress.add_task("training", total=self.total, completed=self.step, note="")
             try:
                 while self.step < self.total:
-                    epoch, skip = divmod(self.step, self.per_epoch)
-                    stream = batches(self.store, tokens=self.config.batch_tokens, seed=self.config.seed, epoch=epoch)
-                    for i, group in enumerate(stream):
-                        if i < skip or i >= self.per_epoch or self.step >= self.total:
-                            continue
+                    stream = batches(
+                        self.store, tokens=self.config.batch_tokens, seed=self.config.seed, epoch=self.epoch
+                    )
+                    for group in itertools.islice(stream, self.at, None):
+                        if self.step >= self.total:
+                            break
                         loss = self._one(group)
+                        self.at += 1
                         last = self.step == self.total
                         if self.step % self.config.validate_every == 0 or last:
                             self.head.eval()
@@ -195,6 +199,8 @@ class Trainer:
                         if seconds is not None and time.perf_counter() - started > seconds:
                             self.save()
                             return alphas
+                    else:
+                        self.epoch, self.at = self.epoch + 1, 0
             except KeyboardInterrupt:
                 self.save()
                 raise
@@ -244,7 +250,14 @@ class Trainer:
         tensors = {f"head.{k}": v for k, v in self.head.state_dict().items()}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
-        progress = {"step": self.step, "seconds": self.seconds, "tokens": self.tokens, "identity": self.identity()}
+        progress = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "epoch": self.epoch,
+            "at": self.at,
+            "identity": self.identity(),
+        }
         partial = self.out / ".checkpoint.partial"
         try:
             save_file(
@@ -268,7 +281,7 @@ class Trainer:
             with safe_open(path, framework="pt") as file:
                 progress = json.loads(file.metadata()["progress"])
             tensors = load_file(path)
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise BeagleError(f"checkpoint '{path}' is corrupt ({error}); delete it to start over") from error
         if progress["identity"] != self.identity():
             raise BeagleError(f"'{self.out}' holds a run with other settings; choose another --out or delete it")
@@ -281,6 +294,7 @@ class Trainer:
                 states.setdefault(int(index), {})[name] = tensor
         self.optimizer.load_state_dict({"state": states, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.step, self.seconds, self.tokens = progress["step"], progress["seconds"], progress["tokens"]
+        self.epoch, self.at = progress["epoch"], progress["at"]
 
     def export(self, folder: Path, meta: dict[str, Any]) -> None:
         """Write the head as a draft checkpoint that ``beagle generate --draft`` takes."""

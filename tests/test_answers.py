@@ -1,0 +1,194 @@
+"""Answers generated in batches, and the store that keeps them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from beagle.errors import BeagleError
+from beagle.model import Model
+from beagle.training import states as states_module
+from beagle.training.answers import AnswerGenerator, Sample
+from beagle.training.data import batches, collate, frequent_tokens, is_validation, samples
+from beagle.training.prompts import Prompt
+from beagle.training.states import Fingerprint, StateStore, read_shard
+from conftest import tiny_target
+
+LIMIT = 10
+PROMPTS = [
+    Prompt(
+        str(i),
+        tuple(" ".join(f"w{3 + (7 * i + 11 * t + j * j) % 60}" for j in range(1 + i % 5)) for t in range(1 + i % 3)),
+    )
+    for i in range(12)
+]
+
+
+def generate(target, prompts=PROMPTS, **options) -> list[Sample]:
+    settings = {"rows": 4, "max_prompt_tokens": 40, "max_new_tokens": LIMIT, "sampled_share": 0.0, **options}
+    return list(AnswerGenerator(target, **settings).run(prompts))
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3_text"])
+def target(request):
+    target = tiny_target(request.param)
+    probe = target.model.generation_config.eos_token_id
+    assert probe == 2
+    target.eos_ids = frozenset({2, 17, 30, 41})  # so that some answers end early
+    return target
+
+
+@pytest.mark.parametrize("rows", [1, 4, 20])
+def test_greedy_samples_are_plain_answers_with_true_states(target, rows):
+    found = {sample.id: sample for sample in generate(target, rows=rows)}
+    ended = 0
+    for prompt in PROMPTS:
+        history = []
+        for turn in range(min(2, len(prompt.turns))):
+            history.append({"role": "user", "content": prompt.turns[turn]})
+            plain = Model(target).generate(history, max_new_tokens=LIMIT + 1)
+            sample = found.pop(f"{prompt.id}/{turn}", None)
+            if len(plain.token_ids) == 1 and plain.token_ids[0] in target.eos_ids:
+                assert sample is None  # an empty answer teaches nothing
+                break
+            answer = sample.tokens[sample.answer_from + 1 :].tolist()
+            assert answer == plain.token_ids[: len(answer)]
+            assert len(answer) == min(LIMIT, len(plain.token_ids) - (plain.token_ids[-1] in target.eos_ids))
+            ended += plain.token_ids[-1] in target.eos_ids
+            fresh = target.prefill(sample.tokens[None], target.new_cache(1, 64))[0]
+            assert sample.states.dtype == torch.bfloat16
+            torch.testing.assert_close(sample.states.float(), fresh, atol=0.02, rtol=0.01)
+            made = [t for t in plain.token_ids if t not in target.eos_ids]
+            history.append({"role": "assistant", "content": target.tokenizer.decode(made, skip_special_tokens=True)})
+    assert not found
+    assert ended > 0
+
+
+def test_long_prompts_are_passed_over(target):
+    long = Prompt("long", ("w3 " * 60,))
+    assert {s.id for s in generate(target, [long, *PROMPTS[:2]])} <= {"0/0", "1/0", "1/1"}
+    assert generate(target, [long]) == []
+    assert generate(target, []) == []
+
+
+def test_sampled_rows_depend_on_the_seed_alone():
+    target = tiny_target()
+    a, b, c = (generate(target, sampled_share=1.0, temperature=1.5, seed=s) for s in (0, 0, 1))
+    assert [s.tokens.tolist() for s in a] == [s.tokens.tolist() for s in b]
+    assert sorted(s.tokens.tolist() for s in a) != sorted(s.tokens.tolist() for s in c)
+
+
+def fingerprint(target) -> Fingerprint:
+    return Fingerprint.of(target, 40, LIMIT)
+
+
+def test_store_roundtrip_in_bounded_shards(target, tmp_path, monkeypatch):
+    monkeypatch.setattr(states_module, "SHARD_TOKENS", 40)
+    made = generate(target)
+    store = StateStore(tmp_path, fingerprint(target))
+    store.write(made[:5])
+    StateStore(tmp_path, fingerprint(target)).write(made[5:])  # a second run appends
+    assert len(store.shards()) > 2
+    assert store.done_ids() == {s.id for s in made}
+    everything = samples(store.shards(), validation=False) + samples(store.shards(), validation=True)
+    kept = {tuple(s.tokens.tolist()): s for s in everything}
+    for sample in made:
+        again = kept[tuple(sample.tokens.tolist())]
+        assert torch.equal(again.states, sample.states)
+        assert again.answer_from == sample.answer_from
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_was_made_before_a_failure_is_kept(target, tmp_path):
+    def failing():
+        yield from generate(target)[:3]
+        raise KeyboardInterrupt
+
+    store = StateStore(tmp_path, fingerprint(target))
+    with pytest.raises(KeyboardInterrupt):
+        store.write(failing())
+    assert len(store.done_ids()) == 3
+
+
+def test_other_targets_states_are_not_mixed_in(target, tmp_path):
+    StateStore(tmp_path, fingerprint(target))
+    for change in ({"target": "other"}, {"template": "x"}, {"max_new_tokens": 11}, {"hidden_size": 8}):
+        with pytest.raises(BeagleError, match=next(iter(change))) as caught:
+            StateStore(tmp_path, replace(fingerprint(target), **change))
+        assert str(tmp_path) in str(caught.value)
+        assert "choose another folder" in str(caught.value)
+
+
+@pytest.fixture
+def damaged(target, tmp_path):
+    store = StateStore(tmp_path, fingerprint(target))
+    store.write(generate(target)[:3])
+    (shard,) = store.shards()
+    shard.write_bytes(shard.read_bytes()[:200])
+    return store, shard
+
+
+def test_damaged_shard_is_named(damaged):
+    _, shard = damaged
+    with pytest.raises(BeagleError, match="damaged") as caught:
+        read_shard(shard)
+    assert str(shard) in str(caught.value)
+
+
+def test_damaged_shard_is_named_on_resuming(damaged):
+    store, shard = damaged
+    with pytest.raises(BeagleError, match=shard.name):
+        store.done_ids()
+
+
+def test_damaged_manifest_is_named(target, tmp_path):
+    (tmp_path / "manifest.json").write_text('{"target": ')
+    with pytest.raises(BeagleError, match=r"manifest\.json"):
+        StateStore(tmp_path, fingerprint(target))
+
+
+def test_full_disk_is_refused_beforehand(target, tmp_path):
+    store = StateStore(tmp_path, fingerprint(target))
+    store.refuse_if_full(10)
+    with pytest.raises(BeagleError, match="GB"):
+        store.refuse_if_full(10**15)
+
+
+def test_batches_cover_every_training_sample_once(target, tmp_path, monkeypatch):
+    monkeypatch.setattr(states_module, "SHARD_TOKENS", 60)
+    store = StateStore(tmp_path, fingerprint(target))
+    store.write(generate(target))
+    whole = sorted(s.id for s in samples(store.shards(), validation=False))
+    orders = []
+    for epoch in (0, 0, 1):
+        groups = list(batches(store, tokens=64, seed=5, epoch=epoch))
+        orders.append([s.id for g in groups for s in g])
+        assert sorted(orders[-1]) == whole
+        assert all(len(g) == 1 or len(g) * max(len(s.tokens) for s in g) <= 64 + 24 * len(g) for g in groups)
+    assert orders[0] == orders[1] != orders[2]
+    batch = collate(groups[0], target)
+    for row, sample in enumerate(groups[0]):
+        n = len(sample.tokens)
+        assert torch.equal(batch.states[row, :n], sample.states.float())
+        assert torch.equal(batch.embeddings[row, :n], target.embed(sample.tokens))
+        assert (int(batch.first[row]), int(batch.last[row])) == (sample.answer_from, n - 2)
+
+
+def test_validation_share_is_fixed(tmp_path):
+    held = sum(is_validation(i, tmp_path / "shard-00000.safetensors") for i in range(4000))
+    assert 60 < held < 140
+
+
+def test_frequent_tokens(target, tmp_path):
+    store = StateStore(tmp_path, fingerprint(target))
+    with pytest.raises(BeagleError, match="no training sample"):
+        frequent_tokens(store, 3, 64)
+    tokens = torch.tensor([9, 9, 9, 9, 5, 6, 5, 6, 6, 7])
+    sample = Sample("a", tokens, torch.zeros(10, 32, dtype=torch.bfloat16), 3)
+    store.write([replace(sample, id=str(i)) for i in range(5)])
+    assert frequent_tokens(store, 2, 64).tolist() == [5, 6]
+    assert len(frequent_tokens(store, 99, 64)) == 64
+    assert json.loads((tmp_path / "manifest.json").read_text())["layers"] == 3

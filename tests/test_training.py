@@ -1,0 +1,220 @@
+"""Training a tiny head: the loss falls, and an interrupted run ends where a whole one does."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from beagle.drafters.base import TreePlan
+from beagle.drafters.beagle import BeagleDrafter
+from beagle.drafters.checkpoint import load_head
+from beagle.errors import BeagleError
+from beagle.model import Model
+from beagle.training import trainer as trainer_module
+from beagle.training.answers import AnswerGenerator, Sample
+from beagle.training.data import batches, collate, samples
+from beagle.training.prompts import Prompt
+from beagle.training.states import Fingerprint, StateStore
+from beagle.training.trainer import TrainConfig, Trainer, stage_loss, step_alpha
+from conftest import tiny_head, tiny_target
+
+PROMPTS = [Prompt(str(i), (" ".join(f"w{3 + (5 * i + j * j) % 60}" for j in range(1 + i % 5)),)) for i in range(12)]
+CONFIG = TrainConfig(
+    early_epochs=8,
+    late_epochs=8,
+    window=3,
+    steps=3,
+    batch_tokens=120,
+    learning_rate=1e-2,
+    warmup_steps=4,
+    schedule="cosine",
+    noise=0.05,
+    regression=0.1,
+    validate_every=5,
+    checkpoint_every=4,
+)
+
+
+@pytest.fixture(scope="module")
+def target():
+    target = tiny_target()
+    target.eos_ids = frozenset()
+    return target
+
+
+@pytest.fixture(scope="module")
+def store(target, tmp_path_factory):
+    store = StateStore(tmp_path_factory.mktemp("states"), Fingerprint.of(target, 20, 24))
+    store.write(AnswerGenerator(target, rows=4, max_prompt_tokens=20, max_new_tokens=24, sampled_share=0).run(PROMPTS))
+    return store
+
+
+@pytest.fixture(scope="module")
+def whole(target, store, tmp_path_factory):
+    """One uninterrupted run."""
+    trainer = Trainer(target, store, tmp_path_factory.mktemp("whole"), CONFIG)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("stage", ["early", "late"])
+def test_both_losses_fall(target, store, whole, stage, monkeypatch):
+    group = samples(store.shards(), validation=False)
+    batch = collate(group, target)
+    noise, untrained = torch.zeros_like(batch.states), tiny_head(target)
+
+    def loss(head):
+        return float(stage_loss(head, batch, whole.lm_head, CONFIG, stage=stage, offset=1, noise=noise)[1])
+
+    before, after = loss(untrained), loss(whole.head)
+    ordinary = trainer_module.soft_cross_entropy
+    monkeypatch.setattr(trainer_module, "soft_cross_entropy", lambda p, t, head, w: ordinary(t, t, head, w))
+    entropy = loss(untrained)  # of the target's own distributions: no head gets below
+    assert entropy < after
+    assert after - entropy < 0.6 * (before - entropy)
+    assert sum(step_alpha(whole.head, target, [group], 3)) > sum(step_alpha(untrained, target, [group], 3))
+
+
+def test_run_leaves_a_log_and_a_usable_head(target, whole, tmp_path):
+    assert whole.step == whole.total == 16 * whole.per_epoch
+    rows = list(csv.DictReader((whole.out / "log.csv").open()))
+    assert [int(r["step"]) for r in rows][:2] == [5, 10]
+    assert int(rows[-1]["step"]) == whole.total
+    assert {r["stage"] for r in rows} == {"early", "late"}
+    whole.export(tmp_path, {"steps": whole.step})
+    drafter = BeagleDrafter(target, load_head(tmp_path, target))
+    plain = Model(target).generate("w3", max_new_tokens=24)
+    answer = Model(target, drafter, TreePlan("chain", depth=3)).generate("w3", max_new_tokens=24)
+    assert answer.token_ids == plain.token_ids
+    assert answer.stats.tau > 1.3
+
+
+def same_weights(a: Trainer, b: Trainer) -> bool:
+    theirs = b.head.state_dict()
+    return all(torch.equal(tensor, theirs[name]) for name, tensor in a.head.state_dict().items())
+
+
+@pytest.mark.parametrize("stops", [[0.0], [0.0] * 7])
+def test_resumed_run_ends_bitwise_like_a_whole_one(target, store, whole, tmp_path, stops):
+    for seconds in stops:
+        Trainer(target, store, tmp_path, CONFIG).train(seconds=seconds)
+    resumed = Trainer(target, store, tmp_path, CONFIG)
+    assert resumed.step == len(stops)
+    resumed.train()
+    assert resumed.step == whole.total
+    assert same_weights(resumed, whole)
+
+
+def test_killed_run_resumes_from_its_last_checkpoint(target, store, whole, tmp_path, monkeypatch):
+    killed = Trainer(target, store, tmp_path, CONFIG)
+    one = killed._one
+
+    def dies(group):
+        if killed.step == 10:
+            raise SystemError("power cut")
+        return one(group)
+
+    monkeypatch.setattr(killed, "_one", dies)
+    with pytest.raises(SystemError):
+        killed.train()
+    resumed = Trainer(target, store, tmp_path, CONFIG)
+    assert resumed.step == 8
+    resumed.train()
+    assert same_weights(resumed, whole)
+
+
+def test_interrupted_run_saves(target, store, whole, tmp_path, monkeypatch):
+    trainer = Trainer(target, store, tmp_path, CONFIG)
+    one = trainer._one
+    monkeypatch.setattr(
+        trainer, "_one", lambda g: one(g) if trainer.step < 6 else (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert Trainer(target, store, tmp_path, CONFIG).step == 6
+
+
+def test_finished_run_stays_as_it_is(target, store, whole):
+    again = Trainer(target, store, whole.out, CONFIG)
+    assert again.step == again.total
+    again.train()
+    assert same_weights(again, whole)
+
+
+@pytest.mark.parametrize(
+    ("config", "head"), [({"learning_rate": 1.0}, {}), ({"seed": 1}, {}), ({}, {"newest_state": "none"})], ids=str
+)
+def test_other_settings_are_refused(target, store, whole, config, head):
+    settings = TrainConfig(**{**CONFIG.__dict__, **config})
+    with pytest.raises(BeagleError, match="other settings") as caught:
+        Trainer(target, store, whole.out, settings, head)
+    assert str(whole.out) in str(caught.value)
+
+
+@pytest.mark.parametrize("keep", [0, 20, -100])
+def test_corrupt_checkpoint_is_refused(target, store, whole, tmp_path, keep):
+    content = (whole.out / "checkpoint.safetensors").read_bytes()
+    (tmp_path / "checkpoint.safetensors").write_bytes(content[:keep])
+    with pytest.raises(BeagleError, match="corrupt") as caught:
+        Trainer(target, store, tmp_path, CONFIG)
+    assert "delete it to start over" in str(caught.value)
+
+
+def test_checkpoint_without_progress_is_refused(target, store, whole, tmp_path):
+    save_file(load_file(whole.out / "checkpoint.safetensors"), tmp_path / "checkpoint.safetensors")
+    with pytest.raises(BeagleError, match="corrupt"):
+        Trainer(target, store, tmp_path, CONFIG)
+
+
+def test_trimmed_vocabulary_survives_resuming(target, store, tmp_path):
+    config = TrainConfig(**{**CONFIG.__dict__, "draft_vocab_size": 16})
+    first = Trainer(target, store, tmp_path, config)
+    first.train(seconds=0)
+    again = Trainer(target, store, tmp_path, config)
+    assert torch.equal(first.head.draft_vocab, again.head.draft_vocab)
+    assert torch.equal(first.lm_head, again.lm_head)
+    assert again.lm_head.shape[0] == 16
+
+
+def test_schedules(target, store, tmp_path):
+    trainer = Trainer(target, store, tmp_path, CONFIG)
+    rates = [trainer.learning_rate(step) for step in range(trainer.total + 1)]
+    assert rates[:4] == pytest.approx([2.5e-3, 5e-3, 7.5e-3, 1e-2])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] == pytest.approx(2e-4)
+    assert json.loads((tmp_path / "run.json").read_text())["train"]["window"] == 3
+
+
+def test_diverged_run_says_so(target, store, tmp_path):
+    trainer = Trainer(target, store, tmp_path, CONFIG)
+    with torch.no_grad():
+        trainer.head.q_proj.weight.fill_(float("nan"))
+    with pytest.raises(BeagleError, match="diverged at step 0"):
+        trainer.train()
+
+
+def test_epochs_of_unequal_length_come_to_an_end(target, tmp_path, monkeypatch):
+    random = torch.Generator().manual_seed(0)
+    store = StateStore(tmp_path / "states", Fingerprint.of(target, 20, 24))
+    lengths = torch.randint(5, 24, (40,), generator=random).tolist()
+    store.write(
+        Sample(str(i), torch.full((n,), 5), torch.zeros(n, 32, dtype=torch.bfloat16), 1) for i, n in enumerate(lengths)
+    )
+    counts = [sum(1 for _ in batches(store, tokens=70, seed=0, epoch=e)) for e in range(30)]
+    assert len(set(counts)) > 1  # else this store tests nothing
+    settings = {**CONFIG.__dict__, "early_epochs": 15, "late_epochs": 15, "batch_tokens": 70, "validate_every": 9999}
+    trainer = Trainer(target, store, tmp_path / "run", TrainConfig(**settings))
+    readings = []
+
+    def counted(*args, **options):
+        readings.append(options["epoch"])
+        assert len(readings) < 100, f"epoch {readings[-1]} is read over and over"
+        return batches(*args, **options)
+
+    monkeypatch.setattr(trainer_module, "batches", counted)
+    trainer.train()
+    assert trainer.step == trainer.total

@@ -43,7 +43,9 @@ def one(stage: str, steps: int) -> dict[str, float]:
         if i == 2:
             reset_peak_memory()
         began = time.perf_counter()
-        loss, _ = stage_loss(head, batch, lm_head, settings, stage=stage, offset=i % WINDOW, noise=torch.randn(shape))
+        loss, _ = stage_loss(
+            head, batch, (lm_head, None), settings, stage=stage, offset=i % WINDOW, noise=torch.randn(shape)
+        )
         loss.backward()
         head.zero_grad(set_to_none=True)
         times.append(time.perf_counter() - began)

@@ -18,18 +18,17 @@ SCORES = [math.log(p) for p in (0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.01)]
 
 
 def test_no_candidates_where_every_row_costs_a_whole_pass():
-    assert Costs([float(n) for n in range(65)], level=0.0).best_size(SCORES) == 0
+    assert Costs([float(n) for n in range(65)], draft=0.0, depth=5).best_size(SCORES) == 0
 
 
 def test_all_candidates_where_rows_are_free():
-    assert Costs([1.0] * 65, level=0.01).best_size(SCORES) == len(SCORES)
+    assert Costs([1.0] * 65, draft=0.04, depth=5).best_size(SCORES) == len(SCORES)
 
 
 def test_size_is_the_best_rate_between_these():
-    costs = Costs([1.0 + 0.15 * n for n in range(65)], level=0.05)
+    costs = Costs([1.0 + 0.15 * n for n in range(65)], draft=0.2, depth=5)
     rates = [
-        (1 + sum(math.exp(s) for s in SCORES[:n])) / (costs.verify[n + 1] + 4 * costs.level)
-        for n in range(len(SCORES) + 1)
+        (1 + sum(math.exp(s) for s in SCORES[:n])) / (costs.verify[n + 1] + costs.draft) for n in range(len(SCORES) + 1)
     ]
     size = costs.best_size(SCORES)
     assert size == rates.index(max(rates))
@@ -37,12 +36,12 @@ def test_size_is_the_best_rate_between_these():
 
 
 def test_more_candidates_than_measured_rows():
-    assert Costs([1.0] * 9, level=0.0).best_size([-0.1] * 60) == 7
-    assert Costs([1.0] * 9, level=0.0).best_size([]) == 0
+    assert Costs([1.0] * 9, draft=0.0, depth=5).best_size([-0.1] * 60) == 7
+    assert Costs([1.0] * 9, draft=0.0, depth=5).best_size([]) == 0
 
 
 def test_another_level_must_earn_its_time():
-    assert Costs([0.0, 2.0], level=0.5).min_gain == pytest.approx(0.25)
+    assert Costs([0.0, 2.0], draft=2.5, depth=5).min_gain == pytest.approx(0.25)
 
 
 @given(st.dictionaries(st.integers(1, 64), st.floats(0, 10), min_size=1))

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from beagle.decoding.loop import Emitted
+from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.model import Model
 from conftest import Oracle, tiny_drafter, tiny_target, tiny_tokenizer
@@ -38,7 +39,7 @@ def chunked(tokenizer, tokens: list[int], sizes: list[int], stops: list[str]) ->
         if at < len(tokens):
             steps.append(Emitted(tokens[at : at + size], 0))
         at += size
-    pieces = list(Model(SimpleNamespace(tokenizer=tokenizer))._texts(iter(steps), stops))
+    pieces = list(Model(SimpleNamespace(tokenizer=tokenizer))._texts(iter(steps), stops, Stats()))
     return "".join(p.text for p in pieces), [t for p in pieces for t in p.token_ids]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from beagle.decoding.costs import Costs, cached_costs
-from beagle.decoding.loop import decode
+from beagle.decoding.loop import Emitted, decode
 from beagle.decoding.sampling import Sampler
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import Drafter, TreePlan
@@ -103,20 +103,21 @@ class Model:
         drafter = self.drafter if draft else None
         open_size = self.plan.nodes is None and self.plan.kind == "dynamic" and not exact
         sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, length=max_new_tokens)
+        stats = stats if stats is not None else Stats()
         steps = decode(
             self.target,
             ids,
             max_new_tokens=max_new_tokens,
             sampler=sampler,
-            stats=stats if stats is not None else Stats(),
+            stats=stats,
             drafter=drafter,
             plan=self.plan,
             costs=self.costs() if drafter is not None and open_size else None,
             exact=exact,
         )
-        yield from self._texts(steps, stops)
+        yield from self._texts(steps, stops, stats)
 
-    def _texts(self, steps: Iterator[Any], stops: list[str]) -> Iterator[Piece]:
+    def _texts(self, steps: Iterator[Emitted], stops: list[str], stats: Stats) -> Iterator[Piece]:
         """Decode incrementally; hold back half characters and what may become a stop string."""
         tokens: list[int] = []
         shown = 0
@@ -130,6 +131,8 @@ class Model:
             drafted += step.drafted
             if stopped := self._stopped(tokens, before, stops):
                 text, surplus = stopped
+                stats.tokens -= surplus
+                stats.passed_tokens -= surplus
                 kept = waiting[: len(waiting) - surplus]
                 yield Piece(text[shown:], kept, min(drafted, len(kept)))
                 return

@@ -26,20 +26,19 @@ SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds: ``verify[n]`` for a pass of n rows (n up to 64), ``level`` for one drafted level."""
+    """Seconds: ``verify[n]`` for a pass of n rows (n up to 64), ``draft`` for a whole draft of ``depth`` levels."""
 
     verify: list[float]
-    level: float
-    overhead: float = 0.0
+    draft: float
+    depth: int
 
     def best_size(self, scores: list[float]) -> int:
         """Candidates worth verifying, given their cumulative log-probabilities, best first."""
-        best, best_rate, expected = 0, 1 / (self.verify[1] + self.overhead), 1.0
-        spent = self.level * 4 + self.overhead  # already drafted: the same for every size
-        best_rate = 1 / (self.verify[1] + spent)
+        best, expected = 0, 1.0
+        best_rate = 1 / (self.verify[1] + self.draft)
         for n, score in enumerate(scores[: len(self.verify) - 2], 1):
             expected += math.exp(score)
-            rate = expected / (self.verify[n + 1] + spent)
+            rate = expected / (self.verify[n + 1] + self.draft)
             if rate > best_rate:
                 best, best_rate = n, rate
         return best
@@ -47,7 +46,7 @@ class Costs:
     @property
     def min_gain(self) -> float:
         """Expected tokens another level must bring: its time at the speed of plain decoding."""
-        return self.level / self.verify[1]
+        return self.draft / self.depth / self.verify[1]
 
 
 def interpolate(points: dict[int, float]) -> list[float]:
@@ -64,24 +63,25 @@ def interpolate(points: dict[int, float]) -> list[float]:
 
 def measure(target: Target, drafter: Drafter, plan: TreePlan, context: int = 256, repeats: int = 7) -> Costs:
     """Time verification by size and drafting by level, interleaved, medians."""
-    context = min(context, target.context_limit - 80)
+    context = max(1, min(context, target.context_limit - SIZES[-1] - 1))
+    sizes = [n for n in SIZES if context + n <= target.context_limit]
     ids = [1 + i % (target.vocab_size - 1) for i in range(context)]
-    cache = target.new_cache(1, context + 80)
+    cache = target.new_cache(1, context + sizes[-1])
     states = target.prefill(torch.tensor([ids], device=target.device), cache)[0]
     drafter.begin(ids, states)
-    times: dict[int, list[float]] = {n: [] for n in SIZES}
-    levels: list[float] = []
+    times: dict[int, list[float]] = {n: [] for n in sizes}
+    drafts: list[float] = []
     for _ in range(repeats):
-        for n in SIZES:
-            tokens = torch.tensor(ids[:n], device=target.device)
+        for n in sizes:
+            tokens = torch.ones(n, dtype=torch.long, device=target.device)
             shape = TreeShape([-1, *([0] * (n - 1))])
             began = time.perf_counter()
             target.logits(target.verify(cache, tokens, shape)).argmax(-1).tolist()
             times[n].append(time.perf_counter() - began)
         began = time.perf_counter()
         drafter.draft(ids[0], plan)
-        levels.append((time.perf_counter() - began) / plan.depth)
-    return Costs(interpolate({n: median(t) for n, t in times.items()}), median(levels))
+        drafts.append(time.perf_counter() - began)
+    return Costs(interpolate({n: median(t) for n, t in times.items()}), median(drafts), plan.depth)
 
 
 def cached_costs(target: Target, drafter: Drafter, plan: TreePlan) -> Costs:
@@ -99,7 +99,7 @@ def cached_costs(target: Target, drafter: Drafter, plan: TreePlan) -> Costs:
     path = cache_dir() / "costs.json"
     known = _read(path)
     for entry in known:
-        if entry.get("key") == key:
+        if entry.get("key") == key and set(entry.get("costs", ())) == {"verify", "draft", "depth"}:
             return Costs(**entry["costs"])
     costs = measure(target, drafter, plan)
     try:
@@ -115,4 +115,4 @@ def _read(path: Path) -> list[dict]:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
         return []
-    return content if isinstance(content, list) else []
+    return [entry for entry in content if isinstance(entry, dict)] if isinstance(content, list) else []

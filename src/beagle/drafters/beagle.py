@@ -19,9 +19,8 @@ class BeagleDrafter:
         self.head = head
         self.embed = target.embed
         self.device = target.device
-        weight: Tensor = target.head.weight  # type: ignore[assignment]
         trimmed = head.config.draft_vocab_size is not None
-        self.lm_head = weight[head.draft_vocab].contiguous() if trimmed else weight
+        self.lm_head, self.bias = target.head_rows(head.draft_vocab if trimmed else None)
         self.length = 0
         self._cache = torch.zeros(0)
         self._reserve(512)
@@ -71,7 +70,7 @@ class BeagleDrafter:
         total = 0
         for level in range(1, plan.depth + 1):
             states = self._expand(beam_tokens, newest, seen, n - 2 + level)
-            log_q = F.log_softmax(F.linear(states, self.lm_head).float(), dim=-1)
+            log_q = F.log_softmax(F.linear(states, self.lm_head, self.bias).float(), dim=-1)
             best, index = log_q.topk(min(width, log_q.shape[-1]), dim=-1)  # [beam, width]
             level_scores = (beam_scores[:, None] + best).flatten()
             level_tokens = self.head.draft_vocab[index].flatten()

@@ -140,6 +140,19 @@ class Target:
             out = torch.tanh(out / self._logit_softcap) * self._logit_softcap
         return out
 
+    def head_rows(self, index: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Weight ``[rows, hidden]`` and bias ``[rows]`` of the LM head for some tokens (all if None).
+
+        They carry the model's logit scale; a soft cap, which changes no order, is left out.
+        """
+        weight: Tensor = self.head.weight  # type: ignore[assignment]
+        bias: Tensor | None = self.head.bias  # type: ignore[assignment]
+        if index is not None:
+            weight, bias = weight[index], None if bias is None else bias[index]
+        if self._logit_scale != 1.0:
+            weight, bias = weight * self._logit_scale, None if bias is None else bias * self._logit_scale
+        return weight.detach(), None if bias is None else bias.detach()
+
     @torch.no_grad()
     def prefill(self, ids: Tensor, cache: KVCache, lengths: list[int] | None = None) -> Tensor:
         """Run prompts on an empty cache.

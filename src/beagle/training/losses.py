@@ -15,13 +15,15 @@ class _SoftCrossEntropy(torch.autograd.Function):
     """Σ_r weight_r · CE(p_r, q_r); the LM head is frozen, so its input's gradient is made at once."""
 
     @staticmethod
-    def forward(ctx: Any, predicted: Tensor, true: Tensor, head: Tensor, weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, predicted: Tensor, true: Tensor, head: Tensor, weights: Tensor, bias: Tensor | None
+    ) -> Tensor:
         total = predicted.new_zeros(())
         gradient = torch.empty_like(predicted)
         for at in range(0, len(predicted), CHUNK):
             rows = slice(at, at + CHUNK)
-            log_q = F.log_softmax(F.linear(predicted[rows], head).float(), dim=-1)
-            p = F.softmax(F.linear(true[rows], head).float(), dim=-1)
+            log_q = F.log_softmax(F.linear(predicted[rows], head, bias).float(), dim=-1)
+            p = F.softmax(F.linear(true[rows], head, bias).float(), dim=-1)
             total += -(weights[rows] * torch.linalg.vecdot(p, log_q)).sum()
             error = (log_q.exp_() - p) * weights[rows, None]
             gradient[rows] = error.to(head.dtype) @ head
@@ -29,21 +31,23 @@ class _SoftCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outputs[0], None, None, None
+        return gradient * outputs[0], None, None, None, None
 
 
-def soft_cross_entropy(predicted: Tensor, true: Tensor, head: Tensor, weights: Tensor) -> Tensor:
+def soft_cross_entropy(
+    predicted: Tensor, true: Tensor, head: Tensor, weights: Tensor, bias: Tensor | None = None
+) -> Tensor:
     """Cross-entropy of the draft's distribution against the target's, both over the draft vocabulary.
 
     Args:
         predicted, true: states ``[rows, hidden]``. head: LM head rows ``[draft_vocab, hidden]``.
-        weights: ``[rows]``.
+        weights: ``[rows]``. bias: ``[draft_vocab]`` of the LM head, where it has one.
     Returns:
         The weighted sum, a scalar.
     """
-    out: Tensor = _SoftCrossEntropy.apply(predicted, true, head, weights)
+    out: Tensor = _SoftCrossEntropy.apply(predicted, true, head, weights, bias)
     return out
 
 

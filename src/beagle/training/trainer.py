@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -27,6 +28,8 @@ from beagle.training.data import Stored, batches, collate, frequent_tokens, samp
 from beagle.training.losses import regression, soft_cross_entropy
 from beagle.training.states import StateStore, write_json
 from beagle.training.windows import Batch, early, late
+
+LMHead = tuple[Tensor, Tensor | None]  # weight [draft_vocab, hidden], bias [draft_vocab]
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class TrainConfig:
 
 
 def stage_loss(
-    head: BeagleHead, batch: Batch, lm_head: Tensor, config: TrainConfig, *, stage: str, offset: int, noise: Tensor
+    head: BeagleHead, batch: Batch, lm_head: LMHead, config: TrainConfig, *, stage: str, offset: int, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Loss of one batch (cross-entropy plus regression) and its cross-entropy alone."""
     keys_from = batch.states + config.noise * noise
@@ -79,7 +82,7 @@ def stage_loss(
         true.append(batch.pick(batch.states, slots + 1)[real])
         weights.append(torch.full((int(real.sum()),), share, device=states.device) / max(1, int(real.sum())))
     p, t, w = torch.cat(predicted), torch.cat(true), torch.cat(weights)
-    cross_entropy = soft_cross_entropy(p, t, lm_head, w)
+    cross_entropy = soft_cross_entropy(p, t, lm_head[0], w, lm_head[1])
     if not config.regression:
         return cross_entropy, cross_entropy.detach()
     return cross_entropy + config.regression * regression(p, t, w), cross_entropy.detach()
@@ -93,8 +96,7 @@ def step_alpha(head: BeagleHead, target: Target, groups: list[list[Stored]], ste
     """
     tried = torch.zeros(steps)
     right = torch.zeros(steps)
-    matrix = lm_head_weight(target)
-    small = matrix[head.draft_vocab]
+    whole, small = lm_head_rows(target), lm_head_rows(target, head.draft_vocab)
     for group in groups:
         batch = collate(group, target)
         for offset in range(steps):
@@ -102,8 +104,8 @@ def step_alpha(head: BeagleHead, target: Target, groups: list[list[Stored]], ste
             for j, (states, slots, real) in enumerate(late(head, batch, batch.states, steps, offset, steps)):
                 if alive is not None:
                     real = real & alive
-                draft = head.draft_vocab[(states[real] @ small.T).argmax(-1)]
-                truth = (batch.pick(batch.states, slots + 1)[real] @ matrix.T).argmax(-1)
+                draft = head.draft_vocab[F.linear(states[real], *small).argmax(-1)]
+                truth = F.linear(batch.pick(batch.states, slots + 1)[real], *whole).argmax(-1)
                 alive = torch.zeros_like(real)
                 alive[real] = draft == truth
                 tried[j] += int(real.sum())
@@ -111,10 +113,10 @@ def step_alpha(head: BeagleHead, target: Target, groups: list[list[Stored]], ste
     return (right / tried.clamp(min=1)).tolist()
 
 
-def lm_head_weight(target: Target) -> Tensor:
-    """The target's LM head ``[vocab, hidden]``, fp32."""
-    weight: Tensor = target.head.weight  # type: ignore[assignment]
-    return weight.detach().float()
+def lm_head_rows(target: Target, index: Tensor | None = None) -> LMHead:
+    """Weight and bias of the target's LM head for some tokens, in fp32."""
+    weight, bias = target.head_rows(index)
+    return weight.float(), None if bias is None else bias.float()
 
 
 class Trainer:
@@ -130,7 +132,7 @@ class Trainer:
         self.head_options = head or {}
         if shape.draft_vocab_size:
             self.head.draft_vocab.copy_(frequent_tokens(store, shape.draft_vocab_size, target.vocab_size))
-        self.lm_head = lm_head_weight(target)[self.head.draft_vocab]
+        self.lm_head = lm_head_rows(target, self.head.draft_vocab)
         self.optimizer = torch.optim.AdamW(
             self.head.parameters(),
             lr=config.learning_rate,
@@ -286,7 +288,7 @@ class Trainer:
         if progress["identity"] != self.identity():
             raise BeagleError(f"'{self.out}' holds a run with other settings; choose another --out or delete it")
         self.head.load_state_dict({k[5:]: v for k, v in tensors.items() if k.startswith("head.")})
-        self.lm_head = lm_head_weight(self.target)[self.head.draft_vocab]
+        self.lm_head = lm_head_rows(self.target, self.head.draft_vocab)
         states: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             if key.startswith("optimizer."):

@@ -10,7 +10,7 @@ from beagle.decoding.sampling import Sampler
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.model import Model
-from beagle.targets.target import EXACT_KEYS, TreeShape
+from beagle.targets.target import EXACT_BLOCK, TreeShape
 from conftest import Oracle, tiny_drafter, tiny_target
 
 FAMILIES = ["llama", "qwen3", "gemma3_text"]
@@ -69,7 +69,7 @@ def test_sampled_answers_are_equal_too(bf16):
 
 
 def test_one_tree_is_bitwise_its_paths_alone(bf16):
-    rows, keys = EXACT_ROWS, EXACT_KEYS
+    rows, keys = EXACT_ROWS, EXACT_BLOCK
     cache = bf16.new_cache(1, keys)
     bf16.prefill(torch.tensor([CONTEXT]), cache)
     tree = bf16.verify_exact(cache, torch.tensor(TOKENS), TreeShape(PARENTS), rows, keys)

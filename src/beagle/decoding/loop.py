@@ -18,7 +18,7 @@ from beagle.decoding.sampling import Sampler
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import Draft, Drafter, TreePlan
 from beagle.errors import BeagleError
-from beagle.targets.target import EXACT_KEYS, Target, TreeShape
+from beagle.targets.target import EXACT_BLOCK, Target, TreeShape
 
 EXACT_ROWS = 16  # rows of every pass of the shape-stable mode
 
@@ -73,7 +73,7 @@ def decode(
         raise BeagleError("max_new_tokens must be at least 1")
     most = EXACT_ROWS - 1 if exact else 64
     slack = EXACT_ROWS if exact else most + 1
-    keys = -(-(len(ids) + max_new_tokens + slack) // EXACT_KEYS) * EXACT_KEYS
+    keys = -(-(len(ids) + max_new_tokens + slack) // EXACT_BLOCK) * EXACT_BLOCK
     cache = target.new_cache(1, keys)
 
     clock = time.perf_counter

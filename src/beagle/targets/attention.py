@@ -108,31 +108,37 @@ class Pass:
 class ExactPass(Pass):
     """The shape-stable form: bit-equal results however many drafted rows share the pass.
 
-    Every query is one row of a batched product over its own keys in path order, whether it is the
-    only token of plain decoding or a node of a tree; the number of rows and the padded number of
-    keys never change within a generation, so every kernel runs in the same shape.
+    A query at position p sees its keys in two parts, cut at a place that depends on p alone: those
+    below the cut are shared by all rows and lie in position order; the last ones are gathered per
+    row in path order, since a node's ancestors stand at scattered slots. The numbers of rows and of
+    keys never change within a generation, and keys that a query doesn't see get probability 0, which
+    adds nothing: so every sum runs over the same numbers in the same order, alone or in a tree.
     """
 
-    def __init__(self, cache: KVCache, *, key_slots: Tensor, lengths: Tensor, **kwargs: Any) -> None:
+    def __init__(self, cache: KVCache, *, keys: int, tail_slots: Tensor, cuts: Tensor, **kwargs: Any) -> None:
         """
         Args:
-            key_slots: ``[rows, keys]`` slot of every key of every query, in path order; padding may
-                name any slot.
-            lengths: ``[rows]`` keys that are real.
+            keys: padded number of shared keys.
+            tail_slots: ``[rows, tail]`` slots of positions cut, cut + 1, … on each query's path.
+            cuts: ``[rows]`` first position of each query's own part.
         """
         super().__init__(cache, **kwargs)
-        self._key_slots = key_slots
-        self._lengths = lengths
+        self._keys = keys
+        self._tail_slots = tail_slots
+        self._cuts = cuts
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """Additive fp32 mask ``[rows, 1, 1, keys + tail]`` over the shared, then the own keys."""
         if window not in self._masks:
-            order = torch.arange(self._key_slots.shape[1], device=self._key_slots.device)
-            seen = order < self._lengths[:, None]  # in path order, the index is the position
+            own = self.query_positions[0][:, None]
+            shared = torch.arange(self._keys, device=own.device).expand(len(own), -1)
+            tail = self._cuts[:, None] + torch.arange(self._tail_slots.shape[1], device=own.device)
+            positions = torch.cat([shared, tail], dim=1)
+            seen = torch.cat([shared < self._cuts[:, None], tail <= own], dim=1)
             if window is not None:
-                seen = seen & (self._lengths[:, None] - 1 - order < window)
-            mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-            mask.masked_fill_(~seen, torch.finfo(dtype).min)
-            self._masks[window] = mask[:, None, None]  # [rows, 1, 1, keys]
+                seen = seen & (own - positions < window)
+            mask = torch.zeros(seen.shape, device=own.device).masked_fill_(~seen, torch.finfo(dtype).min)
+            self._masks[window] = mask[:, None, None]
         return self._masks[window]
 
     def attend(
@@ -145,12 +151,21 @@ class ExactPass(Pass):
         softcap: float | None,
     ) -> Tensor:
         _, heads, rows, dim = query.shape
-        kv_heads = key.shape[1]
-        own_keys = key[0][:, self._key_slots].transpose(0, 1)  # [rows, kv_heads, keys, head_dim]
-        own_values = value[0][:, self._key_slots].transpose(0, 1)
-        grouped = query[0].transpose(0, 1).reshape(rows, kv_heads, heads // kv_heads, dim)
-        mask = self.mask(window, query.dtype)
-        out = unfused(grouped, own_keys, own_values, mask, scaling, softcap)
+        kv_heads, n = key.shape[1], self._keys
+        groups = heads // kv_heads
+        grouped = query[0].view(kv_heads, groups, rows, dim).permute(2, 0, 1, 3)  # [rows, kv_heads, groups, head_dim]
+        flat = grouped.transpose(0, 1).reshape(kv_heads, rows * groups, dim)  # shared keys: one product a head
+        own_keys = key[0][:, self._tail_slots].transpose(0, 1)  # [rows, kv_heads, tail, head_dim]
+        own_values = value[0][:, self._tail_slots].transpose(0, 1)
+        shared = torch.matmul(flat, key[0, :, :n].transpose(1, 2)).view(kv_heads, rows, groups, n).transpose(0, 1)
+        own = torch.matmul(grouped, own_keys.transpose(2, 3))
+        scores = torch.cat([shared, own], dim=-1).float() * scaling
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        chances = torch.softmax(scores + self.mask(window, query.dtype), dim=-1).to(value.dtype)
+        below = chances[..., :n].transpose(0, 1).reshape(kv_heads, rows * groups, n)
+        out = torch.matmul(below, value[0, :, :n]).view(kv_heads, rows, groups, -1).transpose(0, 1)
+        out = out + torch.matmul(chances[..., n:], own_values)
         return out.reshape(rows, heads, -1).transpose(0, 1)[None]
 
 

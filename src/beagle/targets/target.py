@@ -12,7 +12,7 @@ from beagle.errors import BeagleError
 from beagle.targets.attention import NAME, ExactPass, Pass, ShapeProbe, current_pass
 from beagle.targets.cache import KVCache
 
-EXACT_KEYS = 64  # exact mode pads every query's keys to a multiple of this
+EXACT_BLOCK = 32  # exact mode: the keys of a query's own block and the one before are gathered per row
 
 
 @dataclass(frozen=True)
@@ -236,29 +236,29 @@ class Target:
             True states ``[nodes, hidden]``.
         """
         start, n = cache.length, len(shape.parents)
-        depths = shape.depths()
-        padded = torch.cat([tokens, tokens.new_zeros(rows - n)])
-        # padding rows write their keys behind the tree and see only slot 0
-        slots = torch.arange(keys, device=self.device).repeat(rows, 1).clamp_(max=cache.capacity - 1)
+        depths = torch.tensor(shape.depths())
+        positions = torch.zeros(rows, dtype=torch.long)  # padding rows stand at position 0 and see slot 0
+        positions[:n] = start + depths
+        cuts = (positions // EXACT_BLOCK - 1).clamp(min=0) * EXACT_BLOCK
+        slots = (cuts[:, None] + torch.arange(2 * EXACT_BLOCK)).clamp_(max=cache.capacity - 1)
         for node in range(1, n):
-            at, depth = node, depths[node]
+            at = node
             while at > 0:
-                slots[node, start + depth] = start + at
-                at, depth = shape.parents[at], depth - 1
-        lengths = torch.ones(rows, dtype=torch.long, device=self.device)
-        lengths[:n] = torch.tensor([start + d + 1 for d in depths], device=self.device)
-        positions = torch.zeros(1, rows, dtype=torch.long, device=self.device)
-        positions[0, :n] = lengths[:n] - 1
+                slots[node, start + depths[at] - cuts[node]] = start + at
+                at = shape.parents[at]
+        padded = torch.cat([tokens, tokens.new_zeros(rows - n)])
+        where = positions[None].to(self.device)
         plan = ExactPass(
             cache,
-            key_slots=slots,
-            lengths=lengths,
+            keys=keys,
+            tail_slots=slots.to(self.device),
+            cuts=cuts.to(self.device),
             slots=slice(start, start + rows),
-            key_positions=positions,
-            query_positions=positions,
+            key_positions=where,
+            query_positions=where,
             visible=torch.ones(1, 1, cache.capacity, dtype=torch.bool, device=self.device),
         )
-        return self._forward(padded[None], positions, plan)[0, :n]
+        return self._forward(padded[None], where, plan)[0, :n]
 
 
 def refuse_unsupported(config: Any, name: str) -> None:

@@ -16,6 +16,7 @@ from beagle.drafters.head import BeagleHead, HeadConfig
 from beagle.errors import BeagleError
 
 SHIPPED = Path(__file__).parent.parent / "heads"
+SAME_TARGET = {"HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2-135m"}  # names of one target
 
 
 def save_head(head: BeagleHead, folder: str | Path, *, target: str, dtype: torch.dtype, meta: dict[str, Any]) -> None:
@@ -43,9 +44,9 @@ def save_head(head: BeagleHead, folder: str | Path, *, target: str, dtype: torch
 
 def find_head(draft: str, target_name: str) -> Path | None:
     """The folder a ``--draft`` names: ``auto`` is the shipped head of this target, if there is one."""
-    if draft in ("auto", "shipped"):
-        folder = SHIPPED / target_name
-        return folder if (folder / "config.json").is_file() else None
+    if draft == "auto":
+        known = {folder.name: folder for folder in SHIPPED.glob("*") if (folder / "config.json").is_file()}
+        return known.get(SAME_TARGET.get(target_name, target_name))
     if not Path(draft).is_dir():
         raise BeagleError(f"draft '{draft}': no such folder; give a folder that `beagle train` wrote, auto or none")
     return Path(draft)

@@ -94,8 +94,9 @@ def collate(group: list[Stored], target: Target) -> Batch:
 def frequent_tokens(store: StateStore, size: int, vocab_size: int) -> Tensor:
     """The ``size`` most frequent tokens of the answers, ascending ids ``[size]`` (paper: whole vocabulary)."""
     counts = torch.zeros(vocab_size, dtype=torch.long)
-    for sample in samples(store.shards(), validation=False):
-        counts += torch.bincount(sample.tokens[sample.answer_from + 1 :], minlength=vocab_size)
+    for shard in store.shards():  # one at a time: their states need not fit into memory together
+        for sample in samples([shard], validation=False):
+            counts += torch.bincount(sample.tokens[sample.answer_from + 1 :], minlength=vocab_size)
     if not counts.any():
         raise BeagleError(f"{store.folder} holds no training sample; give more prompts")
     return counts.topk(min(size, vocab_size)).indices.sort().values

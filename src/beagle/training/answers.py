@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from beagle.targets.cache import KVCache
 from beagle.targets.chat import Message, encode
 from beagle.targets.target import Target
 from beagle.training.prompts import Prompt
@@ -118,14 +119,11 @@ class AnswerGenerator:
         free: list[int],
         queue: deque[_Job],
         busy: dict[int, _Job],
-        cache: object,
+        cache: KVCache,
         states: Tensor,
         pending: Tensor,
     ) -> None:
         """Prefill waiting prompts of similar length together and give each a row."""
-        from beagle.targets.cache import KVCache
-
-        assert isinstance(cache, KVCache)
         target = self.target
         while free and queue:
             jobs = sorted((queue.popleft() for _ in range(min(len(free), len(queue)))), key=lambda j: len(j.ids))

@@ -14,10 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from beagle.drafters.base import Draft
 from beagle.drafters.beagle import BeagleDrafter
 from beagle.drafters.head import BeagleHead, HeadConfig
+from beagle.targets.loading import cache_dir
 from beagle.targets.target import Target
 
 hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("seeded")
+
+REAL_CACHE = cache_dir()  # before tests redirect it: keeps the real target between runs
 
 SMALL = {
     "hidden_size": 32,

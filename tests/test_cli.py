@@ -1,0 +1,241 @@
+"""The command: what it prints where, and which exit code an error has."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from beagle import model as model_module
+from beagle.cli import main
+from beagle.drafters.checkpoint import save_head
+from beagle.errors import BeagleError
+from conftest import tiny_head, tiny_model, tiny_target, tiny_tokenizer
+
+PROMPT = "w3 w4 w5"
+
+
+@dataclass(frozen=True)
+class Folders:
+    """A saved tiny target, and a draft head for it."""
+
+    target: Path
+    head: Path
+
+    @property
+    def options(self) -> list[str]:
+        return ["--target", str(self.target), "--draft", str(self.head), "--dtype", "float32", "--device", "cpu"]
+
+    @property
+    def plain(self) -> list[str]:
+        return ["--target", str(self.target), "--draft", "none", "--dtype", "float32", "--device", "cpu"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    def refusal(self, *names: object, code: int = 2) -> str:
+        """The one line of an error that names its input."""
+        assert self.code == code, self
+        assert "Traceback" not in self.err
+        lines = self.err.strip().splitlines()
+        assert [line for line in lines if line.startswith("error: ")] == lines[-1:], self.err
+        for name in names:
+            assert str(name) in lines[-1]
+        return lines[-1]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> Folders:
+    root = tmp_path_factory.mktemp("saved")
+    tiny_model().save_pretrained(root / "target")
+    tiny_tokenizer().save_pretrained(root / "target")
+    save_head(tiny_head(tiny_target()), root / "head", target="tiny", dtype=torch.float32, meta={})
+    return Folders(root / "target", root / "head")
+
+
+@pytest.fixture
+def beagle(monkeypatch, capsys):
+    """Runs the command in this process, as its entry point would."""
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("TERM", "dumb")
+    for name in ("FORCE_COLOR", "TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(*arguments: object, stdin: str = "") -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["beagle", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main.run()
+        return Outcome(ended.value.code or 0, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def answer(folders, beagle) -> str:
+    """What plain decoding prints."""
+    return beagle("generate", PROMPT, *folders.plain, "-n", 24, "-q").out
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [],
+        ["--exact"],
+        ["--tree", "chain", "--depth", "3"],
+        ["--tree", "static"],
+        ["--tree", "dynamic", "--nodes", "6", "--beam", "2"],
+    ],
+)
+def test_answers_are_those_of_plain_decoding(folders, beagle, answer, extra):
+    ended = beagle("generate", PROMPT, *folders.options, "-n", 24, *extra)
+    assert ended.code == 0
+    assert ended.out == answer
+    assert len(answer.split()) > 3
+    assert "24 tokens" in ended.err
+    assert "step-α" in ended.err
+
+
+def test_sampled_answers_depend_on_the_seed(folders, beagle):
+    def text(seed, options):
+        sampling = ["--temperature", 1.5, "--top-k", 20, "--top-p", 0.9, "--seed", seed]
+        return beagle("generate", PROMPT, *options, "-n", 12, *sampling).out
+
+    assert text(1, folders.options) == text(1, folders.plain) != text(2, folders.options)
+
+
+def test_quiet_prints_the_answer_alone(folders, beagle, answer):
+    ended = beagle("generate", PROMPT, *folders.options, "-n", 24, "-q")
+    assert (ended.code, ended.out) == (0, answer)
+    assert "token/s" not in ended.err
+
+
+def test_pieces_are_printed_while_the_answer_grows(folders, beagle, answer, monkeypatch):
+    events = []
+    decode = model_module.decode
+
+    def watched(*arguments, **options):
+        for step in decode(*arguments, **options):
+            events.append("step")
+            yield step
+
+    class Recorder(io.StringIO):
+        def write(self, text):
+            events.append(text)
+            return super().write(text)
+
+        def flush(self):
+            events.append("flush")
+
+    monkeypatch.setattr(model_module, "decode", watched)
+    monkeypatch.setattr(sys, "stdout", recorder := Recorder())
+    assert beagle("generate", PROMPT, *folders.options, "-n", 24, "-q").code == 0
+    assert recorder.getvalue() == answer
+    first = events.index(answer.split()[0])
+    assert "step" in events[first:]
+    assert "flush" in events[first : first + events[first:].index("step")]
+
+
+def test_stop_ends_the_answer_before_it(folders, beagle, answer):
+    last = answer.split()[-1]
+    ended = beagle("generate", PROMPT, *folders.options, "-n", 24, "--stop", "nowhere", "--stop", last)
+    assert (ended.code, ended.out) == (0, answer.split(last)[0] + "\n")
+
+
+def test_standard_input(folders, beagle, answer):
+    assert beagle("generate", "-", *folders.options, "-n", 24, stdin=PROMPT + "\n").out == answer
+
+
+def test_raw_prompts_have_no_template(folders, beagle, monkeypatch):
+    seen = []
+    decode = model_module.decode
+    monkeypatch.setattr(
+        model_module, "decode", lambda target, ids, **rest: seen.append(ids) or decode(target, ids, **rest)
+    )
+    beagle("generate", PROMPT, *folders.options, "-n", 2, "--raw")
+    beagle("generate", PROMPT, *folders.options, "-n", 2)
+    assert seen == [[3, 4, 5], [1, 3, 4, 5, 1]]
+
+
+def test_bad_requests(folders, beagle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("prompt.txt").write_text(PROMPT)
+    beagle("generate", "prompt.txt", *folders.options).refusal("prompt.txt", "beagle generate - <")
+    beagle("generate", "", *folders.options).refusal("prompt is empty")
+    beagle("generate", "-", *folders.options, stdin=" \n").refusal("prompt is empty")
+    beagle("generate", PROMPT, *folders.options, "--stop", "").refusal("stop")
+    beagle("generate", PROMPT, *folders.options, "--top-p", 0).refusal("top_p")
+    beagle("generate", PROMPT, *folders.options, "--tree", "bush").refusal("bush", "static")
+    beagle("generate", "w3 " * 600, *folders.options).refusal("512", "shorten")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["generate"], ["generate", "w3", "-n", "0"], ["generate", "w3", "--depth", "0"], ["generate", "w3", "--what"],
+     ["sing"], ["train"], ["bench"], ["generate", "w3", "--temperature", "-1"]],
+)  # fmt: skip
+def test_usage_errors(beagle, arguments):
+    ended = beagle(*arguments)
+    assert ended.code == 2
+    assert "Traceback" not in ended.err
+    assert ended.out == ""
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "demo", "bench", "train"])
+def test_every_command_has_help(beagle, command):
+    ended = beagle(command, "--help")
+    assert ended.code == 0
+    assert "--target" in ended.out
+
+
+def test_failures_of_ours_have_code_1(folders, beagle, monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("some [b]reason\nsecond line")
+
+    monkeypatch.setattr(model_module, "decode", broken)
+    ended = beagle("generate", PROMPT, *folders.options)
+    assert ended.code == 1
+    line = ended.err.strip().splitlines()[-1]
+    assert line == "failure of ours: RuntimeError: some [b]reason; run with --debug for the traceback"
+    monkeypatch.setattr(sys, "argv", ["beagle", "--debug", "generate", PROMPT, *folders.options])
+    with pytest.raises(RuntimeError, match="reason"):
+        main.run()
+
+
+def test_debug_raises(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["beagle", "generate", PROMPT, "--target", "nowhere", "--debug"])
+    with pytest.raises(BeagleError, match="nowhere"):
+        main.run()
+
+
+def test_interrupting_an_answer(folders, beagle, monkeypatch):
+    decode = model_module.decode
+
+    def interrupted(*arguments, **options):
+        steps = decode(*arguments, **options)
+        yield next(steps)
+        yield next(steps)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model_module, "decode", interrupted)
+    ended = beagle("generate", PROMPT, *folders.options)
+    assert ended.code == 130
+    assert ended.out.startswith("w")  # what had come by then
+    assert "Traceback" not in ended.err
+
+
+def test_as_a_process(folders, tmp_path):
+    command = [sys.executable, "-m", "beagle.cli.main", "generate", "-", *folders.options, "-n", "4"]
+    ended = subprocess.run(command, input=PROMPT, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.strip()

@@ -1,0 +1,86 @@
+"""The real target and the shipped head: lossless, and worth its while."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import beagle
+from beagle.decoding.loop import EXACT_ROWS, Step, decode
+from beagle.decoding.sampling import Sampler
+from beagle.decoding.stats import Stats
+from beagle.drafters.base import TreePlan
+from beagle.evaluation.bench import Options, transformers_answer
+from beagle.targets.chat import encode
+from conftest import REAL_CACHE
+
+QUESTIONS = (
+    "A shop sells 7 red and 5 blue pens a day. How many pens does it sell in 6 days? Think step by step.",
+    "Write a Python function that reverses a string.",
+)
+
+
+def real_model(dtype: str) -> beagle.Model:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BEAGLE_CACHE", str(REAL_CACHE))  # the download is kept between runs
+        return beagle.load("smollm2-135m", dtype=dtype, device="cpu", plan=TreePlan("dynamic", 5, 6, 8))
+
+
+@pytest.fixture(scope="module")
+def model() -> beagle.Model:
+    return real_model("float32")
+
+
+@pytest.fixture(scope="module")
+def half() -> beagle.Model:
+    return real_model("bfloat16")
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_fp32_answers_are_the_targets_own(model, question):
+    options = {"max_new_tokens": 40}
+    plain = model.generate(question, draft=False, **options)
+    fast = model.generate(question, **options)
+    library, _ = transformers_answer(model, question, Options(max_new_tokens=40))
+    assert fast.token_ids == plain.token_ids == library
+    assert fast.text == plain.text
+
+
+def test_the_shipped_head_is_trained(model):
+    stats = Stats()
+    for question in QUESTIONS:
+        stats.add(model.generate(question, max_new_tokens=40).stats)
+    assert stats.tau > 1.5  # a random head stays below 1.05
+
+
+def test_sampling_is_the_same_with_and_without_drafts(model):
+    options = {"max_new_tokens": 24, "temperature": 0.8, "top_p": 0.9, "seed": 3}
+    plain = model.generate(QUESTIONS[0], draft=False, **options)
+    assert model.generate(QUESTIONS[0], **options).token_ids == plain.token_ids
+
+
+@pytest.mark.parametrize("kind", ["chain", "dynamic"])
+def test_bf16_exact_mode_is_equal_to_the_bit(half, kind):
+    target, ids = half.target, encode(half.target, QUESTIONS[1])
+
+    def run(drafter):
+        steps: list[Step] = []
+        emitted = decode(
+            target,
+            ids,
+            max_new_tokens=24,
+            sampler=Sampler(),
+            stats=Stats(),
+            drafter=drafter,
+            plan=TreePlan(kind, 5, 6, EXACT_ROWS - 1),
+            exact=True,
+            watch=steps.append,
+        )
+        tokens = [token for step in emitted for token in step.tokens]
+        return tokens, torch.cat([step.states[step.path] for step in steps])
+
+    plain_tokens, plain_states = run(None)
+    tokens, states = run(half.drafter)
+    assert tokens == plain_tokens
+    n = min(len(states), len(plain_states))
+    assert torch.equal(states[:n], plain_states[:n])

@@ -223,7 +223,9 @@ def test_other_settings_are_refused(train, tmp_path):
 @pytest.mark.parametrize(
     ("text", "word"),
     [("a: [1", "recipe.yaml"), ("- 1", "mapping"), ("trian: {}", "trian"), ("answers: {row: 1}", "row"),
-     ("train: {noise: much}", "much"), ("train: 3", "recipe.yaml"), ("head: [a]", "recipe.yaml")],
+     ("train: {noise: much}", "much"), ("train: 3", "recipe.yaml"), ("head: [a]", "recipe.yaml"),
+     ("train: {window: 2, steps: 3}", "window"), ("answers: {rows: 0}", "rows"), ("answers: {states: dsik}", "states"),
+     ("head: {newest_state: foo}", "newest_state"), ("head: {draft_vocab_size: 9}", "draft_vocab_size")],
 )  # fmt: skip
 def test_bad_recipes(tmp_path, text, word):
     path = tmp_path / "recipe.yaml"

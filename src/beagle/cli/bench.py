@@ -48,8 +48,12 @@ def bench(
     """
     if json is not None:
         o.check_writable(json)
+    if len({path.stem for path in questions}) < len(questions):
+        raise BeagleError("two question files have the same name; rename one, names tell the sets apart")
     sets = {path.stem: read_prompts(path, limit=limit, skip_bad_lines=skip_bad_lines) for path in questions}
     chosen = [mode.strip() for mode in modes.split(",") if mode.strip()]
+    if not chosen:
+        raise BeagleError(f"--modes is empty; use some of {', '.join(b.MODES)}")
     if unknown := [mode for mode in chosen if mode not in b.MODES]:
         raise BeagleError(f"mode '{unknown[0]}' is unknown; use {', '.join(b.MODES)}")
     plan = o.tree_plan(tree, depth, beam, nodes)

@@ -11,6 +11,7 @@ from rich.text import Text
 from beagle.cli import options as o
 from beagle.cli.generate import show_stats
 from beagle.decoding.stats import Stats
+from beagle.errors import BeagleError
 from beagle.model import Model, Piece
 
 
@@ -61,6 +62,9 @@ def chat(
                 console.print(coloured(model, piece), end="", soft_wrap=True, highlight=False)
         except KeyboardInterrupt:
             console.print(" [yellow](stopped)[/yellow]", end="")
+        except BeagleError as error:  # too long, say: the conversation goes on without this message
+            console.print(f"[red]error:[/red] {error}", highlight=False)
+            continue
         console.print()
         show_stats(stats, console)
         messages = [*asked, {"role": "assistant", "content": text}]

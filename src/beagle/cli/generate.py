@@ -40,7 +40,10 @@ def generate(
     Example: [bold]beagle generate "Why is the sky blue?" -n 128[/bold]
     """
     if prompt == "-":
-        prompt = sys.stdin.read()
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise BeagleError(f"standard input is no UTF-8 text ({error}); convert it first") from error
     elif len(prompt) < 200 and prompt.endswith(".txt") and Path(prompt).is_file():
         raise BeagleError(f"'{prompt}' is a file; pipe it in: beagle generate - < {prompt}")
     model = o.load_model(target, draft, dtype, device, o.tree_plan(tree, depth, beam, nodes), trust_remote_code)

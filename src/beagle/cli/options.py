@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
 from beagle.drafters.base import TreePlan
 from beagle.errors import BeagleError
@@ -25,7 +26,7 @@ Exact = Annotated[
     bool, typer.Option("--exact", help="Shape-stable passes: bit-equal to plain decoding in half precision too.")
 ]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
-Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of sampling.")]
 Tree = Annotated[str, typer.Option(help="dynamic, static or chain.")]
 Depth = Annotated[int, typer.Option(min=1, max=16, help="Drafted levels.")]
 TopK = Annotated[int, typer.Option("--beam", min=1, max=64, help="Candidates expanded per level of a dynamic tree.")]
@@ -45,6 +46,7 @@ def load_model(
     target: str, draft: str, dtype: str, device: str, plan: TreePlan | None = None, trust: bool = False
 ) -> Model:
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    disable_progress_bar()
     with console.status(f"loading {target}"):
         model = load(
             target,

@@ -32,7 +32,7 @@ class Sampler:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """``[vocabulary]`` logits to the fp64 distribution that is sampled from."""
-        scores = logits.double() / self.temperature
+        scores = (logits.double() - logits.max()) / self.temperature
         if self.top_k:
             limit = scores.topk(min(self.top_k, len(scores))).values[-1]
             scores = scores.masked_fill(scores < limit, -torch.inf)

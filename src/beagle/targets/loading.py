@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 
 from beagle.errors import BeagleError
 from beagle.targets.target import Target
@@ -39,10 +41,9 @@ def pick_device(device: str) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise BeagleError(f"device '{device}': PyTorch sees no CUDA GPU here; use --device cpu")
-    try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise BeagleError(f"device '{device}' is unknown to PyTorch; use auto, cpu or cuda") from error
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise BeagleError(f"device '{device}' is unknown; use auto, cpu or cuda")
+    return torch.device(device)
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -85,13 +86,20 @@ def load_target(
         config = AutoConfig.from_pretrained(source, **options)
         if getattr(config, "is_encoder_decoder", False):
             raise BeagleError(f"{name}: encoder-decoder models can't be served; choose a causal (decoder-only) LM")
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=kind, use_safetensors=True, **options)
+        auto: Any = AutoModelForCausalLM
+        model, report = auto.from_pretrained(
+            source, config=config, dtype=kind, use_safetensors=True, output_loading_info=True, **options
+        )
+        if missing := sorted(report["missing_keys"]):
+            raise BeagleError(f"target '{name}': its weights lack {missing[0]}; copy or download it again")
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except BeagleError:
         raise
-    except (OSError, ValueError, KeyError) as error:
-        raise BeagleError(f"target '{name}' can't be loaded: {first_line(error)}") from error
-    model.to(device=where)  # type: ignore[call-arg]
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise BeagleError(
+            f"target '{name}' can't be loaded: {first_line(error)}; check or download it again"
+        ) from error
+    model.to(where)
     return Target(model, tokenizer, name)
 
 
@@ -103,6 +111,8 @@ def resolve(name: str) -> str:
     """The folder or hub id that holds ``name``, converting GGUF files once."""
     if name == EMBEDDED:
         return _embedded()
+    if not name:
+        raise BeagleError(f"the target's name is empty; use '{EMBEDDED}', a hub id, a folder or a .gguf file")
     path = Path(name)
     if name.endswith(".gguf"):
         if not path.is_file():

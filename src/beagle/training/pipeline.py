@@ -6,13 +6,14 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
+from pydantic import Field, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from beagle.drafters.head import HeadConfig
+from beagle.drafters.head import HeadConfig, Newest
 from beagle.errors import BeagleError
 from beagle.evaluation.meta import describe
 from beagle.targets.target import Target
@@ -20,6 +21,8 @@ from beagle.training.answers import AnswerGenerator, Sample
 from beagle.training.prompts import Prompt
 from beagle.training.states import Fingerprint, StateStore, write_json
 from beagle.training.trainer import TrainConfig, Trainer
+
+Positive = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,14 @@ class AnswerConfig:
         max_tokens: stop after this many tokens, prompts included (None: all prompts).
     """
 
-    rows: int = 96
-    max_prompt_tokens: int = 288
-    max_new_tokens: int = 160
-    max_turns: int = 2
-    sampled_share: float = 0.25
-    temperature: float = 0.7
-    max_tokens: int | None = None
-    states: str = "disk"
+    rows: Positive = 96
+    max_prompt_tokens: Positive = 288
+    max_new_tokens: Annotated[int, Field(ge=2)] = 160
+    max_turns: Positive = 2
+    sampled_share: Annotated[float, Field(ge=0, le=1)] = 0.25
+    temperature: Annotated[float, Field(gt=0)] = 0.7
+    max_tokens: Positive | None = None
+    states: Literal["disk", "live"] = "disk"
     seed: int = 0
 
 
@@ -55,32 +58,41 @@ class Recipe:
 def read_recipe(path: Path) -> Recipe:
     """
     Raises:
-        BeagleError: unreadable, or a key that is unknown (named).
+        BeagleError: unreadable, or a key or value that can't be (named).
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise BeagleError(f"recipe '{path}' can't be read: {str(error).splitlines()[0]}; see configs/") from error
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or set(content) - {"answers", "train", "head"}:
         raise BeagleError(f"recipe '{path}' is no mapping of answers, train and head; see configs/")
-    if unknown := set(content) - {"answers", "train", "head"}:
-        raise BeagleError(f"recipe '{path}': unknown section {sorted(unknown)}; use answers, train, head")
-    try:
-        return Recipe(
-            typed(AnswerConfig, content.get("answers") or {}, path),
-            typed(TrainConfig, content.get("train") or {}, path),
-            dict(content.get("head") or {}),
+    head = content.get("head") or {}
+    open_choices = {f.name for f in fields(HeadConfig)} - {"hidden_size", "target_vocab_size", "draft_vocab_size"}
+    if not isinstance(head, dict) or set(head) - open_choices:
+        raise BeagleError(
+            f"recipe '{path}': head takes {', '.join(sorted(open_choices))} (the vocabulary is train's draft_vocab_size)"
         )
-    except (TypeError, ValueError) as error:
-        raise BeagleError(f"recipe '{path}': {error}; see configs/") from error
+    if head.get("newest_state", "none") not in get_args(Newest):
+        raise BeagleError(f"recipe '{path}': head.newest_state is one of {', '.join(get_args(Newest))}")
+    return Recipe(
+        checked(AnswerConfig, content.get("answers") or {}, path, "answers"),
+        checked(TrainConfig, content.get("train") or {}, path, "train"),
+        head,
+    )
 
 
-def typed(kind: Any, values: dict[str, Any], path: Path) -> Any:
-    known = {f.name for f in fields(kind)}
-    if unknown := set(values) - known:
-        raise BeagleError(f"recipe '{path}': unknown key {sorted(unknown)}; known are {', '.join(sorted(known))}")
-    values = {k: float(v) if isinstance(v, str) and k != "states" and k != "schedule" else v for k, v in values.items()}
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+def checked(kind: Any, values: Any, path: Path, section: str) -> Any:
+    if isinstance(values, dict) and (unknown := set(values) - {f.name for f in fields(kind)}):
+        known = ", ".join(f.name for f in fields(kind))
+        raise BeagleError(f"recipe '{path}': unknown key {sorted(unknown)} in {section}; known are {known}")
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join([section, *map(str, first["loc"])])
+        raise BeagleError(
+            f"recipe '{path}': {where}: {first['msg']}, not {first['input']!r}; correct the value"
+        ) from error
 
 
 def make_answers(
@@ -149,7 +161,8 @@ def train_head(
     Returns:
         The draft checkpoint's folder.
     """
-    HeadConfig.for_target(target, **recipe.head)  # a wrong key shows now, not after the answers
+    if (recipe.train.draft_vocab_size or 0) > target.vocab_size:
+        raise BeagleError(f"train.draft_vocab_size is larger than the vocabulary of {target.name}, {target.vocab_size}")
     folder = data or out / "data"
     if prompts is not None:
         store = make_answers(target, prompts, folder, recipe.answers, console)
@@ -157,6 +170,11 @@ def train_head(
         fingerprint = Fingerprint.of(target, recipe.answers.max_prompt_tokens, recipe.answers.max_new_tokens)
         store = StateStore(folder, fingerprint, with_states=recipe.answers.states == "disk")
     if not store.shards():
+        if prompts is not None:
+            limit = recipe.answers.max_prompt_tokens
+            raise BeagleError(
+                f"no prompt could be answered: all are longer than {limit} tokens; raise max_prompt_tokens"
+            )
         raise BeagleError(f"'{folder}' holds no answers; pass --prompts FILE")
     trainer = Trainer(target, store, out, recipe.train, recipe.head)
     alphas = trainer.train(seconds=seconds, report=lambda line: console.print(line, highlight=False))

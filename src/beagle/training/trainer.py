@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -29,6 +31,8 @@ from beagle.training.losses import regression, soft_cross_entropy
 from beagle.training.states import StateStore, write_json
 from beagle.training.windows import Batch, early, late
 
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0)]
 LMHead = tuple[Tensor, Tensor | None]  # weight [draft_vocab, hidden], bias [draft_vocab]
 
 
@@ -43,25 +47,29 @@ class TrainConfig:
         beta_decay: late-stage weights are β_i = k - i + 1, normalised; off: all equal.
     """
 
-    early_epochs: float = 10
-    late_epochs: float = 10
-    window: int = 5
-    steps: int = 4
-    batch_tokens: int = 16 * 2048
-    learning_rate: float = 3e-5
-    warmup_steps: int = 2000
+    early_epochs: NotNegative = 10
+    late_epochs: NotNegative = 10
+    window: Positive = 5
+    steps: Positive = 4
+    batch_tokens: Positive = 16 * 2048
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-5
+    warmup_steps: Annotated[int, Field(ge=0)] = 2000
     schedule: Literal["constant", "cosine"] = "constant"
     betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    max_grad_norm: float = 0.5
-    noise: float = 0.2
-    regression: float = 10.0
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 0.5
+    noise: NotNegative = 0.2
+    regression: NotNegative = 10.0
     beta_decay: bool = True
     autocast: bool = False
-    draft_vocab_size: int | None = None
-    validate_every: int = 500
-    checkpoint_every: int = 200
+    draft_vocab_size: Positive | None = None
+    validate_every: Positive = 500
+    checkpoint_every: Positive = 200
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps > self.window:
+            raise ValueError("steps must not be larger than window (a simulated step is a slot of its window)")
 
 
 def stage_loss(
@@ -147,6 +155,8 @@ class Trainer:
         held = sorted(samples(store.shards()[:24], validation=True), key=lambda s: len(s.tokens))
         self.validation = [held[i : i + 16] for i in range(0, min(len(held), 192), 16)]
         self.per_epoch = sum(1 for _ in batches(store, tokens=config.batch_tokens, seed=config.seed, epoch=0))
+        if not self.per_epoch:
+            raise BeagleError(f"'{store.folder}' holds no answer long enough to train on; give more prompts")
         self.early_steps = round(config.early_epochs * self.per_epoch)
         self.total = self.early_steps + round(config.late_epochs * self.per_epoch)
         out.mkdir(parents=True, exist_ok=True)
@@ -173,7 +183,7 @@ class Trainer:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        with Progress(*columns) as progress:
+        with Progress(*columns, console=Console(stderr=True)) as progress:
             task = progress.add_task("training", total=self.total, completed=self.step, note="")
             try:
                 while self.step < self.total:
@@ -184,7 +194,6 @@ class Trainer:
                         if self.step >= self.total:
                             break
                         loss = self._one(group)
-                        self.at += 1
                         last = self.step == self.total
                         if self.step % self.config.validate_every == 0 or last:
                             self.head.eval()
@@ -206,6 +215,8 @@ class Trainer:
             except KeyboardInterrupt:
                 self.save()
                 raise
+        if not alphas:  # resumed at its end
+            alphas = step_alpha(self.head.eval(), self.target, self.validation, 5)
         return alphas
 
     def _one(self, group: list[Stored]) -> float:
@@ -228,7 +239,7 @@ class Trainer:
                 f"the loss diverged at step {self.step}; lower the learning rate and run the command again"
             )
         self.optimizer.step()
-        self.step += 1
+        self.step, self.at = self.step + 1, self.at + 1
         self.tokens += sum(len(s.tokens) for s in group)
         self.seconds += time.perf_counter() - began
         return float(shown)

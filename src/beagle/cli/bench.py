@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -80,7 +81,7 @@ def bench(
     finished = len(merged[chosen[0]].stats)
     result["meta"] = {
         **describe(model.target),
-        "command": shlex.join(["beagle", *sys.argv[1:]]),
+        "command": shlex.join(["beagle", *(portable(word) for word in sys.argv[1:])]),
         "arguments": {
             "questions": [path.name for path in questions], "limit": limit, "max_new_tokens": max_new_tokens,
             "temperature": temperature, "exact": exact, "seed": seed, "draft": draft, "tree": tree,
@@ -95,6 +96,14 @@ def bench(
         except OSError as error:
             raise BeagleError(f"cannot write '{json}': {error.strerror}; free space or choose another file") from error
     show(result)
+
+
+def portable(word: str) -> str:
+    """A word of the command line without the folders of this machine."""
+    data = os.environ.get("BEAGLE_DATA")
+    if data and word.startswith(data):
+        return "$BEAGLE_DATA" + word.removeprefix(data.rstrip("/"))
+    return Path(word).name if word.startswith("/") else word
 
 
 def show(result: dict[str, Any]) -> None:

@@ -70,6 +70,15 @@ def demo(
     console.print()
     console.print(table)
     console.print("[dim]green: drafted and accepted; τ: tokens per pass of the target, 1 without drafts[/dim]")
+    if exact:
+        usual = Stats()
+        for question in QUESTIONS:
+            usual.add(model.generate(question, max_new_tokens=max_new_tokens, draft=False).stats)
+        console.print(
+            f"Exact mode pays for its fixed shapes: plain decoding without them makes {usual.tokens_per_second:.1f} token/s "
+            "here (see beagle demo --fast).",
+            highlight=False,
+        )
     if same < len(QUESTIONS) and not fast:
         raise BeagleInternalError("the two texts differ, which must not happen; please report this")
 

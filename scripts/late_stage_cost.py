@@ -16,11 +16,18 @@ import time
 from pathlib import Path
 from statistics import median
 
-WINDOW = 4
-SETTINGS = {"early": ("early", 1), "late s=1": ("late", 1), "late s=2": ("late", 2), "late s=4": ("late", 4)}
+# name: stage, steps, window. With a window of 4, one step supervises a quarter of the slots that four
+# do; with k = s every setting supervises every slot once.
+SETTINGS = {
+    "early, k=4": ("early", 4, 4),
+    "late, s=1, k=4": ("late", 1, 4),
+    "late, s=4, k=4": ("late", 4, 4),
+    "late, s=1, k=1": ("late", 1, 1),
+    "late, s=2, k=2": ("late", 2, 2),
+}
 
 
-def one(stage: str, steps: int) -> dict[str, float]:
+def one(stage: str, steps: int, window: int) -> dict[str, float]:
     """Seconds a step and peak resident memory of one setting, forward and backward."""
     import torch
 
@@ -37,14 +44,14 @@ def one(stage: str, steps: int) -> dict[str, float]:
     shape = (rows, n, 576)
     last = torch.full((rows,), n - 2)
     batch = Batch(torch.randn(shape), torch.randn(shape), torch.full((rows,), prompt), last)
-    settings = TrainConfig(window=WINDOW, steps=steps, regression=0.1, draft_vocab_size=8192)
+    settings = TrainConfig(window=window, steps=steps, regression=0.1, draft_vocab_size=8192)
     times = []
     for i in range(7):
         if i == 2:
             reset_peak_memory()
         began = time.perf_counter()
         loss, _ = stage_loss(
-            head, batch, (lm_head, None), settings, stage=stage, offset=i % WINDOW, noise=torch.randn(shape)
+            head, batch, (lm_head, None), settings, stage=stage, offset=i % window, noise=torch.randn(shape)
         )
         loss.backward()
         head.zero_grad(set_to_none=True)
@@ -56,28 +63,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--one", nargs=2)
+    parser.add_argument("--one", nargs=3)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(one(arguments.one[0], int(arguments.one[1]))))
+        print(json.dumps(one(arguments.one[0], int(arguments.one[1]), int(arguments.one[2]))))
         return
     from beagle.evaluation.meta import describe
 
     found: dict[str, list[dict[str, float]]] = {name: [] for name in SETTINGS}
     for _ in range(arguments.rounds):
-        for name, (stage, steps) in SETTINGS.items():
-            command = [sys.executable, __file__, "--json", "-", "--one", stage, str(steps)]
+        for name, (stage, steps, window) in SETTINGS.items():
+            command = [sys.executable, __file__, "--json", "-", "--one", stage, str(steps), str(window)]
             out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             found[name].append(json.loads(out))
     table = {
         name: {key: round(median(run[key] for run in runs), 3) for key in ("seconds", "peak_mb")}
         for name, runs in found.items()
     }
+
+    def over(a: str, b: str, what: str) -> float:
+        return round(table[a][what] / table[b][what], 3)
+
     result = {
-        "window": WINDOW,
         "settings": table,
-        "memory, late s=4 over s=1": round(table["late s=4"]["peak_mb"] / table["late s=1"]["peak_mb"], 3),
-        "time, late s=4 over early": round(table["late s=4"]["seconds"] / table["early"]["seconds"], 3),
+        "memory, s=4 over s=1, all slots": over("late, s=4, k=4", "late, s=1, k=1", "peak_mb"),
+        "memory, s=4 over s=1, k=4": over("late, s=4, k=4", "late, s=1, k=4", "peak_mb"),
+        "time, late s=4 over early": over("late, s=4, k=4", "early, k=4", "seconds"),
         "meta": describe(),
     }
     arguments.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -12,7 +12,7 @@ from beagle.errors import BeagleError
 from beagle.evaluation import bench as b
 from beagle.model import Model
 from beagle.training.prompts import Prompt
-from conftest import tiny_drafter, tiny_target
+from conftest import tiny_drafter, tiny_model, tiny_target
 
 folders, beagle = test_cli.folders, test_cli.beagle
 MODES = ["plain", "beagle", "transformers"]
@@ -112,10 +112,10 @@ def interrupt(monkeypatch, at):
     """Ctrl-C in the second mode of question ``at``."""
     answer = b.answer
 
-    def interrupted(model, mode, prompt, options):
+    def interrupted(model, mode, prompt, options, stock=None):
         if prompt.id == at and mode == "beagle":
             raise KeyboardInterrupt
-        return answer(model, mode, prompt, options)
+        return answer(model, mode, prompt, options, stock)
 
     monkeypatch.setattr(b, "answer", interrupted)
 
@@ -201,21 +201,21 @@ def model():
 def test_modes_take_turns(model, monkeypatch):
     order = []
     answer = b.answer
-    monkeypatch.setattr(b, "answer", lambda m, mode, p, o: order.append((p.id, mode)) or answer(m, mode, p, o))
+    monkeypatch.setattr(b, "answer", lambda m, mode, p, *o: order.append((p.id, mode)) or answer(m, mode, p, *o))
     prompts = [Prompt(name, ("w3 w4",)) for name in "abc"]
     notes = []
-    b.run(model, {"set": prompts}, MODES, b.Options(2), notes.append)
+    b.run(model, {"set": prompts}, MODES, b.Options(2), notes.append, tiny_model())
     assert notes == ["set"] * 3
     assert [mode for name, mode in order if name in "abc"] == [MODES[(i + j) % 3] for i in range(3) for j in range(3)]
 
 
-def test_attention_is_put_back_after_the_library(model, monkeypatch):
+def test_the_librarys_mode_runs_the_stock_model(model, monkeypatch):
     prompt = Prompt("a", ("w3 w4",))
-    before = model.generate("w3 w4", max_new_tokens=8).token_ids
-    monkeypatch.setattr(model.target.model, "generate", lambda *a, **o: 1 / 0)
+    monkeypatch.setattr(type(model.target), "_forward", lambda *a: 1 / 0)
+    ids, stats = b.answer(model, "transformers", prompt, b.Options(8), tiny_model())
+    assert len(ids) == stats.tokens
     with pytest.raises(ZeroDivisionError):
-        b.answer(model, "transformers", prompt, b.Options(8))
-    assert model.generate("w3 w4", max_new_tokens=8).token_ids == before
+        b.answer(model, "plain", prompt, b.Options(8))
 
 
 def test_first_difference_is_found_with_its_gap(model):

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from beagle.drafters.base import STATIC_PATHS, TreePlan
-from conftest import tiny_drafter, tiny_target
+from beagle.drafters.beagle import BeagleDrafter
+from conftest import tiny_drafter, tiny_head, tiny_target
 
 CONTEXT = [5, 9, 33, 12, 60, 41, 7]
 ROOT = 20
@@ -24,10 +25,10 @@ PLANS = [
 @pytest.fixture(params=[{}, {"concat": False}, {"draft_vocab_size": 20}], ids=str)
 def drafting(request):
     target = tiny_target()
-    drafter = tiny_drafter(target, scale=15.0, **request.param)
+    head = tiny_head(target, scale=15.0, **request.param)
     if request.param.get("draft_vocab_size"):
-        drafter.head.draft_vocab.copy_(torch.arange(20) * 3 + 1)
-        drafter.lm_head = target.head.weight[drafter.head.draft_vocab]
+        head.draft_vocab.copy_(torch.arange(20) * 3 + 1)
+    drafter = BeagleDrafter(target, head)
     states = target.prefill(torch.tensor([CONTEXT]), target.new_cache(1, 16))[0]
     drafter.begin(CONTEXT, states)
     return target, drafter, states
@@ -41,9 +42,11 @@ def score(target, drafter, states, path: list[int]) -> float:
     known, slots = states, torch.arange(len(states))
     for i, (token, following) in enumerate(zip([ROOT, *path], path, strict=False)):
         slot = torch.tensor([len(states) - 1 + i])
-        k, v = head.keys_values(known, slots)
+        k, v = head.keys_values(known, head.rotation(slots, known.dtype))
         embedding = target.embed(torch.tensor([token]))
-        attended = head.attend(head.queries(embedding, slot)[None], k[None], v[None], None)[0]
+        attended = head.attend(head.queries(embedding, head.rotation(slot, known.dtype))[None], k[None], v[None], None)[
+            0
+        ]
         newest = head.finish(attended, embedding, newest)
         if concat:
             known, slots = torch.cat([known, newest]), torch.cat([slots, slot + 1])

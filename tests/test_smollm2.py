@@ -12,6 +12,7 @@ from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.evaluation.bench import Options, transformers_answer
 from beagle.targets.chat import encode
+from beagle.targets.loading import load_model
 from conftest import REAL_CACHE
 
 QUESTIONS = (
@@ -32,16 +33,23 @@ def model() -> beagle.Model:
 
 
 @pytest.fixture(scope="module")
+def stock():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BEAGLE_CACHE", str(REAL_CACHE))
+        return load_model("smollm2-135m", dtype="float32", device="cpu")[0]
+
+
+@pytest.fixture(scope="module")
 def half() -> beagle.Model:
     return real_model("bfloat16")
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_fp32_answers_are_the_targets_own(model, question):
+def test_fp32_answers_are_the_targets_own(model, stock, question):
     options = {"max_new_tokens": 40}
     plain = model.generate(question, draft=False, **options)
     fast = model.generate(question, **options)
-    library, _ = transformers_answer(model, question, Options(max_new_tokens=40))
+    library, _ = transformers_answer(model.target, stock, question, Options(max_new_tokens=40))
     assert fast.token_ids == plain.token_ids == library
     assert fast.text == plain.text
 

@@ -31,6 +31,10 @@ def make_head(**overrides) -> BeagleHead:
     return head
 
 
+def rope(head: BeagleHead, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return head.rotation(positions, torch.float64)
+
+
 def make_batch(seed: int = 0) -> Batch:
     random = torch.Generator().manual_seed(seed)
     embeddings, states = (torch.randn(2, 14, 16, generator=random, dtype=torch.float64) for _ in range(2))
@@ -54,9 +58,9 @@ def unsliced(head, batch, keys_from, window, offset, steps):
         bases = [b for b in range(first, last + 1) if (b - first + offset) % window == 0]
         slots = torch.arange(bases[0], n - 1) if bases else torch.arange(0)
         base_of = [max(b for b in bases if b <= int(s)) for s in slots]
-        true_k, true_v = head.keys_values(keys_from[row], torch.arange(n))
+        true_k, true_v = head.keys_values(keys_from[row], rope(head, torch.arange(n)))
         embeddings = batch.embeddings[row, slots + 1]
-        q = head.queries(embeddings, slots)
+        q = head.queries(embeddings, rope(head, slots))
         # the buffer: entry i belongs to slot i; steps write what they predicted for the next slot
         buffer = {}
         newest = torch.stack([keys_from[row, b] for b in base_of])
@@ -80,7 +84,7 @@ def unsliced(head, batch, keys_from, window, offset, steps):
             for i, slot in enumerate(slots.tolist()):
                 if slot == base_of[i] + step - 1:  # this state stands in for h_{slot + 1}
                     if head.config.concat:
-                        buffer[slot + 1] = head.keys_values(outputs[i][None], torch.tensor([slot + 1]))
+                        buffer[slot + 1] = head.keys_values(outputs[i][None], rope(head, torch.tensor([slot + 1])))
                     if i + 1 < len(slots):
                         fresh[i + 1] = outputs[i]
             newest = fresh
@@ -121,9 +125,13 @@ def test_early_is_each_slot_alone(overrides, window, offset):
         slot, first = int(slots[row, i]), int(batch.first[row])
         seen.add((row, slot))
         base = max(0, slot - (slot - first + offset) % window)
-        k, v = head.keys_values(batch.states[row, : base + 1], torch.arange(base + 1))
+        k, v = head.keys_values(
+            batch.states[row, : base + 1], head.rotation(torch.arange(base + 1), batch.states.dtype)
+        )
         embedding = batch.embeddings[row, slot + 1][None]
-        attended = head.attend(head.queries(embedding, torch.tensor([slot]))[None], k[None], v[None], None)[0]
+        attended = head.attend(
+            head.queries(embedding, head.rotation(torch.tensor([slot]), embedding.dtype))[None], k[None], v[None], None
+        )[0]
         alone = head.finish(attended, embedding, batch.states[row, base][None])[0]
         torch.testing.assert_close(states[row, i], alone, atol=1e-7, rtol=1e-5)
     assert seen == {(r, s) for r in range(2) for s in range(int(batch.first[r]), int(batch.last[r]) + 1)}

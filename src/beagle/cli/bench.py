@@ -17,6 +17,7 @@ from beagle.cli import options as o
 from beagle.errors import BeagleError
 from beagle.evaluation import bench as b
 from beagle.evaluation.meta import describe
+from beagle.targets.loading import load_model
 from beagle.training.prompts import read_prompts
 from beagle.training.states import write_json
 
@@ -59,6 +60,9 @@ def bench(
         raise BeagleError(f"mode '{unknown[0]}' is unknown; use {', '.join(b.MODES)}")
     plan = o.tree_plan(tree, depth, beam, nodes)
     model = o.load_model(target, draft, dtype, device, plan, trust_remote_code)
+    stock = None
+    if "transformers" in chosen:
+        stock, _ = load_model(target, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     settings = b.Options(max_new_tokens, temperature, exact, seed)
     total = sum(map(len, sets.values()))
     with Progress(console=o.console) as progress:
@@ -67,7 +71,7 @@ def bench(
         def advance(name: str) -> None:
             progress.update(task, advance=1, description=name)
 
-        runs = b.run(model, sets, chosen, settings, advance)
+        runs = b.run(model, sets, chosen, settings, advance, stock)
     merged = b.merge(runs)
     result: dict[str, Any] = b.summary(merged)
     result["sets"] = {name: b.summary(by_mode) for name, by_mode in runs.items() if by_mode[chosen[0]].stats}

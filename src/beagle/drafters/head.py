@@ -100,17 +100,23 @@ class BeagleHead(nn.Module):
         size = config.draft_vocab_size or config.target_vocab_size
         self.register_buffer("draft_vocab", torch.arange(size))  # draft id -> target id
 
-    def queries(self, embeddings: Tensor, positions: Tensor) -> Tensor:
-        """``[..., n, hidden]``, positions ``[..., n]`` -> ``[..., heads, n, head_dim]``."""
-        q = self.q_proj(self.embedding_norm(embeddings))
-        return self._rotate(q.unflatten(-1, (self.config.num_heads, -1)).transpose(-3, -2), positions)
+    def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """RoPE of ``positions [..., n]``: cosines and sines, ``[..., 1, n, head_dim]``."""
+        angle = positions[..., None, :, None].float() * self.frequencies
+        angle = torch.cat([angle, angle], dim=-1)
+        return angle.cos().to(dtype), angle.sin().to(dtype)
 
-    def keys_values(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """``[..., n, hidden]``, positions ``[..., n]`` -> two of ``[..., kv_heads, n, head_dim]``."""
+    def queries(self, embeddings: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """``[..., n, hidden]`` -> ``[..., heads, n, head_dim]``."""
+        q = self.q_proj(self.embedding_norm(embeddings))
+        return rotate(q.unflatten(-1, (self.config.num_heads, -1)).transpose(-3, -2), rotation)
+
+    def keys_values(self, states: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """``[..., n, hidden]`` -> two of ``[..., kv_heads, n, head_dim]``."""
         normed = self.state_norm(states)
         k = self.k_proj(normed).unflatten(-1, (self.config.num_kv_heads, -1)).transpose(-3, -2)
         v = self.v_proj(normed).unflatten(-1, (self.config.num_kv_heads, -1)).transpose(-3, -2)
-        return self._rotate(k, positions), v
+        return rotate(k, rotation), v
 
     def finish(self, attended: Tensor, embeddings: Tensor, newest: Tensor) -> Tensor:
         """Residual, newest state and MLP: ``[..., heads, n, head_dim]`` -> predicted states ``[..., n, hidden]``."""
@@ -127,9 +133,9 @@ class BeagleHead(nn.Module):
         shared = self.config.num_heads != self.config.num_kv_heads
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shared)
 
-    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """RoPE at ``positions [..., n]`` on ``[..., heads, n, head_dim]``."""
-        angle = positions[..., None, :, None].float() * self.frequencies
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Apply RoPE to ``[..., heads, n, head_dim]``."""
+    cos, sin = rotation
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin

@@ -15,8 +15,8 @@ from beagle.decoding.stats import Stats
 from beagle.errors import BeagleError
 from beagle.evaluation.meta import peak_memory_mb, reset_peak_memory
 from beagle.model import Model
-from beagle.targets.attention import NAME
 from beagle.targets.chat import encode
+from beagle.targets.target import Target
 from beagle.training.prompts import Prompt
 
 MODES = ("plain", "beagle", "transformers")
@@ -58,10 +58,10 @@ class _FirstToken(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def answer(model: Model, mode: str, prompt: Prompt, options: Options) -> tuple[list[int], Stats]:
+def answer(model: Model, mode: str, prompt: Prompt, options: Options, stock: Any = None) -> tuple[list[int], Stats]:
     """Token ids and figures of one mode's answer to the first turn of a prompt."""
     if mode == "transformers":
-        return transformers_answer(model, prompt.turns[0], options)
+        return transformers_answer(model.target, stock, prompt.turns[0], options)
     result = model.generate(
         prompt.turns[0],
         max_new_tokens=options.max_new_tokens,
@@ -73,29 +73,23 @@ def answer(model: Model, mode: str, prompt: Prompt, options: Options) -> tuple[l
     return result.token_ids, result.stats
 
 
-def transformers_answer(model: Model, text: str, options: Options) -> tuple[list[int], Stats]:
-    """The library's own generate, with its own attention (SDPA) and cache."""
-    target = model.target
+def transformers_answer(target: Target, stock: Any, text: str, options: Options) -> tuple[list[int], Stats]:
+    """The library's own generate on a model of its own: no layer, attention or cache of ours."""
     ids = torch.tensor([encode(target, text)], device=target.device)
-    hf: Any = target.model
     first = _FirstToken()
     sampling: dict[str, Any] = {"do_sample": False}
     if options.temperature:
         torch.manual_seed(options.seed)
         sampling = {"do_sample": True, "temperature": options.temperature, "top_k": 0, "top_p": 1.0}
-    hf.set_attn_implementation("sdpa")
-    try:
-        began = time.perf_counter()
-        out = hf.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=options.max_new_tokens,
-            stopping_criteria=StoppingCriteriaList([first]),
-            **sampling,
-        )[0, ids.shape[1] :].tolist()
-        ended = time.perf_counter()
-    finally:
-        hf.set_attn_implementation(NAME)
+    began = time.perf_counter()
+    out = stock.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=options.max_new_tokens,
+        stopping_criteria=StoppingCriteriaList([first]),
+        **sampling,
+    )[0, ids.shape[1] :].tolist()
+    ended = time.perf_counter()
     stats = Stats(tokens=len(out), passes=len(out) - 1, passed_tokens=len(out) - 1)
     stats.prefill_seconds = first.at - began
     stats.decode_seconds = ended - first.at
@@ -108,9 +102,11 @@ def run(
     modes: list[str],
     options: Options,
     progress: Callable[[str], None] = lambda note: None,
+    stock: Any = None,
 ) -> dict[str, dict[str, ModeRun]]:
     """Every mode on every question, in an order that rotates with the question.
 
+    ``stock``: the transformers model that the mode ``transformers`` runs.
     Ctrl-C ends the run early; the questions finished by then are kept.
     """
     for mode in modes:
@@ -123,7 +119,7 @@ def run(
     runs = {name: {mode: ModeRun() for mode in modes} for name in sets}
     warm_up = Prompt("warm-up", ("Say hello.",))
     for mode in modes:
-        answer(model, mode, warm_up, Options(8, exact=options.exact))
+        answer(model, mode, warm_up, Options(8, exact=options.exact), stock)
     try:
         for name, prompts in sets.items():
             for i, prompt in enumerate(prompts):
@@ -131,7 +127,7 @@ def run(
                 for j in range(len(modes)):
                     mode = modes[(i + j) % len(modes)]
                     reset_peak_memory()
-                    ids, stats = answer(model, mode, prompt, options)
+                    ids, stats = answer(model, mode, prompt, options, stock)
                     done[mode] = (ids, stats, peak_memory_mb())
                 for mode, (ids, stats, memory) in done.items():  # whole questions only
                     mode_run = runs[name][mode]

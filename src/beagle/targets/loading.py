@@ -68,7 +68,14 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def load_target(
     name: str = EMBEDDED, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> Target:
-    """Load a target.
+    """Load a target; arguments and errors as of ``load_model``."""
+    return Target(*load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code), name)
+
+
+def load_model(
+    name: str = EMBEDDED, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """Load a transformers model and its tokenizer, as they are.
 
     Args:
         name: ``smollm2-135m``, a hub id, a folder with ``config.json``, or a ``.gguf`` file.
@@ -99,8 +106,7 @@ def load_target(
         raise BeagleError(
             f"target '{name}' can't be loaded: {first_line(error)}; check or download it again"
         ) from error
-    model.to(where)
-    return Target(model, tokenizer, name)
+    return model.to(where).eval(), tokenizer
 
 
 def first_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from beagle.errors import BeagleError
 from beagle.targets.attention import NAME, ExactPass, Pass, ShapeProbe, current_pass
 from beagle.targets.cache import KVCache
+from beagle.targets.packing import pack_linears, packed
 
 EXACT_BLOCK = 32  # exact mode: the keys of a query's own block and the one before are gathered per row
 
@@ -75,6 +76,9 @@ class Target:
         model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
+        pack_linears(self.base)
+        linear = isinstance(self.head, nn.Linear)
+        self._apply_head = packed(self.head.weight.detach(), self.head.bias) if linear else self.head
         self._layers = self._probe()
         self.layer_count = len(self._layers)
 
@@ -133,7 +137,7 @@ class Target:
     @torch.no_grad()
     def logits(self, states: Tensor) -> Tensor:
         """``[..., hidden]`` to ``[..., vocabulary]``, in the model's dtype."""
-        out: Tensor = self.head(states)
+        out: Tensor = self._apply_head(states)
         if self._logit_scale != 1.0:
             out = out * self._logit_scale
         if self._logit_softcap is not None:

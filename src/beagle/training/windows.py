@@ -59,9 +59,9 @@ def early(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset
     real = slots <= batch.last[:, None]
     base = (batch.first[:, None] + (steps + offset) // window * window - offset).clamp(min=0)
     everywhere = torch.arange(n, device=slots.device)
-    k, v = head.keys_values(keys_from, everywhere[None])
+    k, v = head.keys_values(keys_from, head.rotation(everywhere[None], keys_from.dtype))
     embeddings = batch.pick(batch.embeddings, slots + 1)
-    q = head.queries(embeddings, slots)
+    q = head.queries(embeddings, head.rotation(slots, embeddings.dtype))
     mask = additive(everywhere <= base[..., None], q.dtype)[:, None]
     attended = head.attend(q, k, v, mask)
     return head.finish(attended, embeddings, batch.pick(keys_from, base)), slots, real
@@ -83,7 +83,7 @@ def late(
     count = max(1, -(-int((batch.last - start).max() + 1) // window))
     base = start[:, None] + torch.arange(count, device=start.device) * window  # [batch, windows]
     everywhere = torch.arange(n, device=start.device)
-    k, v = head.keys_values(keys_from, everywhere[None])
+    k, v = head.keys_values(keys_from, head.rotation(everywhere[None], keys_from.dtype))
     mask = additive(everywhere <= base[..., None], k.dtype)[:, None]  # [batch, 1, windows, n]
     newest = batch.pick(keys_from, base)
     own_k: list[Tensor] = []  # of each earlier step, [batch, kv_heads, windows, head_dim]
@@ -93,9 +93,10 @@ def late(
         slots = base + step - 1
         real = slots <= batch.last[:, None]
         embeddings = batch.pick(batch.embeddings, slots + 1)
-        q = head.queries(embeddings, slots)
+        rotation = head.rotation(slots, embeddings.dtype)
+        q = head.queries(embeddings, rotation)
         if step > 1 and head.config.concat:
-            key, value = head.keys_values(newest, slots)  # the state predicted for this slot
+            key, value = head.keys_values(newest, rotation)  # the state predicted for this slot
             own_k.append(key)
             own_v.append(value)
         attended = attend_with_own(q, k, v, mask, own_k, own_v) if own_k else head.attend(q, k, v, mask)

@@ -72,6 +72,7 @@ class BeagleHead(nn.Module):
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
         self.config = config
+        self.dropout = 0.0  # while training: of attention's output, the newest state and the MLP's middle
         d, wide = config.hidden_size, config.num_heads * config.head_dim
         narrow = config.num_kv_heads * config.head_dim
         self.embedding_norm = nn.RMSNorm(d, config.norm_eps)
@@ -120,13 +121,16 @@ class BeagleHead(nn.Module):
 
     def finish(self, attended: Tensor, embeddings: Tensor, newest: Tensor) -> Tensor:
         """Residual, newest state and MLP: ``[..., heads, n, head_dim]`` -> predicted states ``[..., n, hidden]``."""
-        y = self.o_proj(attended.transpose(-3, -2).flatten(-2)) + embeddings
-        if self.config.newest_state == "scale":
-            y = y + F.rms_norm(newest, newest.shape[-1:], eps=self.config.norm_eps) * self.newest
-        elif self.config.newest_state == "linear":
-            y = y + self.newest_proj(F.rms_norm(newest, newest.shape[-1:], eps=self.config.norm_eps))
+        y = self.o_proj(self._drop(attended.transpose(-3, -2).flatten(-2))) + embeddings
+        if self.config.newest_state != "none":
+            normed = F.rms_norm(newest, newest.shape[-1:], eps=self.config.norm_eps)
+            linear = self.config.newest_state == "linear"
+            y = y + self._drop(self.newest_proj(normed) if linear else normed * self.newest)
         x = self.mlp_norm(y)
-        return y + self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return y + self.down_proj(self._drop(self.activation(self.gate_proj(x)) * self.up_proj(x)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout) if self.dropout and self.training else x
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Softmax attention; mask additive, broadcast to ``[..., heads, queries, keys]``."""

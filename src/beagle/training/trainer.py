@@ -44,6 +44,7 @@ class TrainConfig:
         batch_tokens: padded tokens a step (the paper: 16 sequences).
         window: k. steps: s. noise: scale added to true states given as keys.
         regression: coefficient of the smooth-L1 term.
+        dropout: ours, against overfitting where answers are few.
         beta_decay: late-stage weights are β_i = k - i + 1, normalised; off: all equal.
     """
 
@@ -61,6 +62,7 @@ class TrainConfig:
     noise: NotNegative = 0.2
     regression: NotNegative = 10.0
     beta_decay: bool = True
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     autocast: bool = False
     draft_vocab_size: Positive | None = None
     validate_every: Positive = 500
@@ -137,6 +139,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         shape = HeadConfig.for_target(target, draft_vocab_size=config.draft_vocab_size, **(head or {}))
         self.head = BeagleHead(shape).to(target.device)
+        self.head.dropout = config.dropout
         self.head_options = head or {}
         if shape.draft_vocab_size:
             self.head.draft_vocab.copy_(frequent_tokens(store, shape.draft_vocab_size, target.vocab_size))
@@ -174,6 +177,7 @@ class Trainer:
     def train(self, *, seconds: float | None = None, report: Callable[[str], None] | None = None) -> list[float]:
         """Train to the end (or for about ``seconds`` of wall time); returns the last step-α."""
         started = time.perf_counter()
+        self.head.train()
         alphas: list[float] = []
         columns = (
             TextColumn("{task.description}"),
@@ -215,8 +219,9 @@ class Trainer:
             except KeyboardInterrupt:
                 self.save()
                 raise
+        self.head.eval()
         if not alphas:  # resumed at its end
-            alphas = step_alpha(self.head.eval(), self.target, self.validation, 5)
+            alphas = step_alpha(self.head, self.target, self.validation, 5)
         return alphas
 
     def _one(self, group: list[Stored]) -> float:
@@ -229,6 +234,7 @@ class Trainer:
         for part in self.optimizer.param_groups:
             part["lr"] = self.learning_rate(self.step)
         stage = "early" if self.step < self.early_steps else "late"
+        torch.manual_seed(c.seed * 1_000_003 + self.step)  # dropout of a resumed run is that of a whole one
         with torch.autocast(self.target.device.type, torch.bfloat16, enabled=c.autocast):
             loss, shown = stage_loss(self.head, batch, self.lm_head, c, stage=stage, offset=offset, noise=noise)
         self.optimizer.zero_grad(set_to_none=True)

@@ -41,7 +41,9 @@ def test_more_candidates_than_measured_rows():
 
 
 def test_another_level_must_earn_its_time():
-    assert Costs([0.0, 2.0], draft=2.5, depth=5).min_gain == pytest.approx(0.25)
+    assert Costs([0.0, 2.0], draft=2.5, depth=5).min_gain == pytest.approx(0.5)
+    rows = [1.9 + 0.1 * n for n in range(65)]  # each row more costs 0.1
+    assert Costs(rows, draft=2.5, depth=5).min_gain == pytest.approx(0.6)
 
 
 @given(st.dictionaries(st.integers(1, 64), st.floats(0, 10), min_size=1))

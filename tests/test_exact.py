@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from beagle.decoding.loop import EXACT_ROWS, decode
+from beagle.decoding.loop import decode
 from beagle.decoding.sampling import Sampler
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
@@ -19,10 +19,13 @@ PARENTS = [-1, 0, 0, 1, 1, 2, 3, 6, 5, 0]
 TOKENS = [10, 11, 12, 13, 14, 15, 16, 17, 18, 11]
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[*FAMILIES, "llama-padded"])
 def bf16(request):
-    target = tiny_target(request.param, dtype=torch.bfloat16)
+    family, _, padded = request.param.partition("-")
+    target = tiny_target(family, dtype=torch.bfloat16)
     target.eos_ids = frozenset()
+    if padded:
+        target.rows_independent = False  # as where kernels differ by number of rows
     return target
 
 
@@ -69,10 +72,10 @@ def test_sampled_answers_are_equal_too(bf16):
 
 
 def test_one_tree_is_bitwise_its_paths_alone(bf16):
-    rows, keys = EXACT_ROWS, EXACT_BLOCK
+    keys = EXACT_BLOCK
     cache = bf16.new_cache(1, keys)
     bf16.prefill(torch.tensor([CONTEXT]), cache)
-    tree = bf16.verify_exact(cache, torch.tensor(TOKENS), TreeShape(PARENTS), rows, keys)
+    tree = bf16.verify_exact(cache, torch.tensor(TOKENS), TreeShape(PARENTS), keys)
     for leaf in (4, 7, 8, 9):
         path = [leaf]
         while PARENTS[path[0]] >= 0:
@@ -80,7 +83,7 @@ def test_one_tree_is_bitwise_its_paths_alone(bf16):
         alone = bf16.new_cache(1, keys)
         bf16.prefill(torch.tensor([CONTEXT]), alone)
         for node in path:
-            state = bf16.verify_exact(alone, torch.tensor([TOKENS[node]]), TreeShape([-1]), rows, keys)
+            state = bf16.verify_exact(alone, torch.tensor([TOKENS[node]]), TreeShape([-1]), keys)
             alone.compact([0])
             assert torch.equal(state[0], tree[node])
 
@@ -90,3 +93,12 @@ def test_generate_exact_with_and_without_drafter(bf16):
     plain = Model(bf16).generate(prompt, max_new_tokens=30, exact=True)
     model = Model(bf16, tiny_drafter(bf16), TreePlan("dynamic", depth=4, top_k=6))
     assert model.generate(prompt, max_new_tokens=30, exact=True).token_ids == plain.token_ids
+
+
+def test_kernels_that_differ_by_number_of_rows_are_found_out(monkeypatch):
+    target = tiny_target(dtype=torch.bfloat16)
+    ordinary = target._forward
+    monkeypatch.setattr(
+        target, "_forward", lambda ids, *rest: ordinary(ids, *rest) * (1.02 if ids.shape[1] == 7 else 1)
+    )
+    assert not target.rows_independent

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 import beagle
-from beagle.decoding.loop import EXACT_ROWS, Step, decode
+from beagle.decoding.loop import Step, decode
 from beagle.decoding.sampling import Sampler
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.evaluation.bench import Options, transformers_answer
 from beagle.targets.chat import encode
 from beagle.targets.loading import load_model
+from beagle.targets.target import EXACT_ROWS
 from conftest import REAL_CACHE
 
 QUESTIONS = (

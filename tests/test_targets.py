@@ -61,7 +61,7 @@ def test_exact_form_agrees_with_the_ordinary_one(family):
     target.prefill(torch.tensor([CONTEXT]), cache)
     tokens, shape = torch.tensor(TOKENS), TreeShape(PARENTS)
     plain = target.verify(cache, tokens, shape)
-    exact = target.verify_exact(cache, tokens, shape, 16, 64)
+    exact = target.verify_exact(cache, tokens, shape, 64)
     torch.testing.assert_close(exact, plain, atol=1e-4, rtol=1e-4)
 
 

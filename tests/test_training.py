@@ -34,7 +34,7 @@ CONFIG = TrainConfig(
     schedule="cosine",
     noise=0.05,
     regression=0.1,
-    dropout=0.1,
+    dropout=0.02,
     validate_every=5,
     checkpoint_every=4,
 )

@@ -49,14 +49,14 @@ class Model:
         self.target = target
         self.drafter = drafter
         self.plan = plan or TreePlan()
-        self._costs: Costs | None = None
+        self._costs: dict[bool, Costs] = {}
 
-    def costs(self) -> Costs:
+    def costs(self, exact: bool = False) -> Costs:
         """Measured costs of this machine; the first call takes some seconds, later ones are cached."""
         assert self.drafter is not None
-        if self._costs is None:
-            self._costs = cached_costs(self.target, self.drafter, self.plan)
-        return self._costs
+        if exact not in self._costs:
+            self._costs[exact] = cached_costs(self.target, self.drafter, self.plan, exact)
+        return self._costs[exact]
 
     def generate(self, prompt: str | Sequence[Message], **options: Any) -> Answer:
         """Answer a question or a dialogue; options as for ``stream``.
@@ -101,7 +101,7 @@ class Model:
             raise BeagleError("max_new_tokens must be at least 1")
         ids = encode(self.target, prompt, raw=raw)
         drafter = self.drafter if draft else None
-        open_size = self.plan.nodes is None and self.plan.kind == "dynamic" and not exact
+        open_size = self.plan.nodes is None and self.plan.kind == "dynamic"
         sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, length=max_new_tokens)
         stats = stats if stats is not None else Stats()
         steps = decode(
@@ -112,7 +112,7 @@ class Model:
             stats=stats,
             drafter=drafter,
             plan=self.plan,
-            costs=self.costs() if drafter is not None and open_size else None,
+            costs=self.costs(exact) if drafter is not None and open_size else None,
             exact=exact,
         )
         yield from self._texts(steps, stops, stats)

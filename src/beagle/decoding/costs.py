@@ -18,7 +18,7 @@ import torch
 
 from beagle.drafters.base import Drafter, TreePlan
 from beagle.targets.loading import cache_dir
-from beagle.targets.target import Target, TreeShape
+from beagle.targets.target import EXACT_BLOCK, EXACT_ROWS, Target, TreeShape
 from beagle.training.states import write_json
 
 SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -26,7 +26,7 @@ SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds: ``verify[n]`` for a pass of n rows (n up to 64), ``draft`` for a whole draft of ``depth`` levels."""
+    """Seconds: ``verify[n]`` for a pass of n rows (n up to 64, in exact mode 16), ``draft`` for a whole draft of ``depth`` levels."""
 
     verify: list[float]
     draft: float
@@ -45,8 +45,14 @@ class Costs:
 
     @property
     def min_gain(self) -> float:
-        """Expected tokens another level must bring: its time at the speed of plain decoding."""
-        return self.draft / self.depth / self.verify[1]
+        """Chance that some node of the beam is right, below which another level isn't worth its time.
+
+        A level costs its own time and that of a row to verify; at the speed of plain decoding that is
+        so many tokens. Where the beam is right, the level is about half the time.
+        """
+        few = min(8, len(self.verify) - 1)
+        row = (self.verify[few] - self.verify[1]) / max(1, few - 1)
+        return 2 * (self.draft / self.depth + row) / self.verify[1]
 
 
 def interpolate(points: dict[int, float]) -> list[float]:
@@ -61,12 +67,15 @@ def interpolate(points: dict[int, float]) -> list[float]:
     return out
 
 
-def measure(target: Target, drafter: Drafter, plan: TreePlan, context: int = 256, repeats: int = 7) -> Costs:
+def measure(
+    target: Target, drafter: Drafter, plan: TreePlan, exact: bool = False, context: int = 256, repeats: int = 7
+) -> Costs:
     """Time verification by size and drafting by level, interleaved, medians."""
     context = max(1, min(context, target.context_limit - SIZES[-1] - 1))
-    sizes = [n for n in SIZES if context + n <= target.context_limit]
+    sizes = [n for n in SIZES if context + n <= target.context_limit and (not exact or n <= EXACT_ROWS)]
+    keys = -(-(context + sizes[-1]) // EXACT_BLOCK) * EXACT_BLOCK
     ids = [1 + i % (target.vocab_size - 1) for i in range(context)]
-    cache = target.new_cache(1, context + sizes[-1])
+    cache = target.new_cache(1, keys)
     states = target.prefill(torch.tensor([ids], device=target.device), cache)[0]
     drafter.begin(ids, states)
     times: dict[int, list[float]] = {n: [] for n in sizes}
@@ -76,7 +85,10 @@ def measure(target: Target, drafter: Drafter, plan: TreePlan, context: int = 256
             tokens = torch.ones(n, dtype=torch.long, device=target.device)
             shape = TreeShape([-1, *([0] * (n - 1))])
             began = time.perf_counter()
-            target.logits(target.verify(cache, tokens, shape)).argmax(-1).tolist()
+            if exact:
+                target.exact_logits(target.verify_exact(cache, tokens, shape, keys)).argmax(-1).tolist()
+            else:
+                target.logits(target.verify(cache, tokens, shape)).argmax(-1).tolist()
             times[n].append(time.perf_counter() - began)
         began = time.perf_counter()
         drafter.draft(ids[0], plan)
@@ -84,7 +96,7 @@ def measure(target: Target, drafter: Drafter, plan: TreePlan, context: int = 256
     return Costs(interpolate({n: median(t) for n, t in times.items()}), median(drafts), plan.depth)
 
 
-def cached_costs(target: Target, drafter: Drafter, plan: TreePlan) -> Costs:
+def cached_costs(target: Target, drafter: Drafter, plan: TreePlan, exact: bool = False) -> Costs:
     """Costs of this machine, target, dtype, thread count and plan, from the user's cache if known."""
     key = {
         "machine": platform.node() + platform.machine() + platform.processor(),
@@ -95,13 +107,14 @@ def cached_costs(target: Target, drafter: Drafter, plan: TreePlan) -> Costs:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "plan": [plan.kind, plan.depth, plan.top_k],
+        "exact": exact,
     }
     path = cache_dir() / "costs.json"
     known = _read(path)
     for entry in known:
         if entry.get("key") == key and set(entry.get("costs", ())) == {"verify", "draft", "depth"}:
             return Costs(**entry["costs"])
-    costs = measure(target, drafter, plan)
+    costs = measure(target, drafter, plan, exact)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, [*known, {"key": key, "costs": costs.__dict__}])

@@ -18,9 +18,7 @@ from beagle.decoding.sampling import Sampler
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import Draft, Drafter, TreePlan
 from beagle.errors import BeagleError
-from beagle.targets.target import EXACT_BLOCK, Target, TreeShape
-
-EXACT_ROWS = 16  # rows of every pass of the shape-stable mode
+from beagle.targets.target import EXACT_BLOCK, EXACT_ROWS, Target, TreeShape
 
 
 @dataclass(frozen=True)
@@ -98,17 +96,14 @@ def decode(
             reach = replace(plan, depth=min(plan.depth, left - 1))  # never past the limit or the context
             draft = drafter.draft(root, reach, costs.min_gain if costs else 0.0)
             size = min(len(draft.tokens), most)
-            if plan.nodes is None and plan.kind == "dynamic" and costs is not None and not exact:
+            if plan.nodes is None and plan.kind == "dynamic" and costs is not None:
                 size = costs.best_size(draft.scores[:size])
             draft = Draft(draft.tokens[:size], draft.parents[:size], draft.scores[:size])
         drafted_at = clock()
 
         shape = TreeShape([-1, *(parent + 1 for parent in draft.parents)])
         tokens = torch.tensor([root, *draft.tokens], device=target.device)
-        if exact:
-            states = target.verify_exact(cache, tokens, shape, EXACT_ROWS, keys)
-        else:
-            states = target.verify(cache, tokens, shape)
+        states = target.verify_exact(cache, tokens, shape, keys) if exact else target.verify(cache, tokens, shape)
         path, chosen = accept(target, states, draft, sampler, made, left, exact)
         verified_at = clock()
 
@@ -150,10 +145,7 @@ def accept(
     children: dict[tuple[int, int], int] = {}
     for node, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True), 1):
         children.setdefault((parent + 1, token), node)
-    padded = states
-    if exact and len(states) < EXACT_ROWS:  # the LM head, too, always runs in one shape
-        padded = torch.cat([states, states.new_zeros(EXACT_ROWS - len(states), states.shape[1])])
-    logits = target.logits(padded)
+    logits = target.exact_logits(states) if exact else target.logits(states)
     greedy = logits.argmax(-1).tolist() if not sampler.temperature else None
     path: list[int] = [0]
     chosen: list[int] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from beagle.targets.attention import NAME, ExactPass, Pass, ShapeProbe, current_
 from beagle.targets.cache import KVCache
 from beagle.targets.packing import pack_linears, packed
 
+EXACT_ROWS = 16  # most rows of a pass of exact mode; all of them, where kernels differ by number of rows
 EXACT_BLOCK = 32  # exact mode: the keys of a query's own block and the one before are gathered per row
 
 
@@ -229,16 +231,48 @@ class Target:
         return self._forward(tokens[None], positions, plan)[0]
 
     @torch.no_grad()
-    def verify_exact(self, cache: KVCache, tokens: Tensor, shape: TreeShape, rows: int, keys: int) -> Tensor:
+    def verify_exact(self, cache: KVCache, tokens: Tensor, shape: TreeShape, keys: int) -> Tensor:
         """``verify`` in the shape-stable form: states bit-equal to those of one node at a time.
 
         Args:
-            tokens: ``[nodes]``, at most ``rows`` of them.
-            rows: rows of every pass of this generation; missing nodes are padded.
+            tokens: ``[nodes]``, at most ``EXACT_ROWS`` of them.
             keys: padded number of keys of every pass of this generation.
         Returns:
             True states ``[nodes, hidden]``.
         """
+        n = len(shape.parents)
+        return self._verify_exact(cache, tokens, shape, n if self.rows_independent else EXACT_ROWS, keys)
+
+    @torch.no_grad()
+    def exact_logits(self, states: Tensor) -> Tensor:
+        """``logits`` of ``[nodes, hidden]`` in the shape-stable form."""
+        missing = 0 if self.rows_independent else EXACT_ROWS - len(states)
+        if missing <= 0:
+            return self.logits(states)
+        return self.logits(torch.cat([states, states.new_zeros(missing, states.shape[1])]))[: len(states)]
+
+    @cached_property
+    def rows_independent(self) -> bool:
+        """Whether a row's bits are the same however many rows share an exact pass, on this machine.
+
+        Packed CPU kernels work so, GPU libraries usually don't. Tried out on a chain, for every number of rows.
+        """
+        random = torch.Generator().manual_seed(0)
+        ids = torch.randint(self.vocab_size, (EXACT_ROWS + 8,), generator=random).to(self.device)
+        keys = 2 * EXACT_BLOCK
+        cache = self.new_cache(1, keys)
+        self.prefill(ids[None, :8], cache)
+        chain = list(range(-1, EXACT_ROWS - 1))
+        whole = self._verify_exact(cache, ids[8:], TreeShape(chain), EXACT_ROWS, keys)
+        logits = self.logits(whole)
+        for n in range(1, EXACT_ROWS):
+            part = self._verify_exact(cache, ids[8 : 8 + n], TreeShape(chain[:n]), n, keys)
+            if not torch.equal(part, whole[:n]) or not torch.equal(self.logits(part), logits[:n]):
+                return False
+        return True
+
+    def _verify_exact(self, cache: KVCache, tokens: Tensor, shape: TreeShape, rows: int, keys: int) -> Tensor:
+        """An exact pass of ``rows`` rows; missing nodes are padded."""
         start, n = cache.length, len(shape.parents)
         depths = torch.tensor(shape.depths())
         positions = torch.zeros(rows, dtype=torch.long)  # padding rows stand at position 0 and see slot 0

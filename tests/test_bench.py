@@ -9,6 +9,7 @@ import pytest
 import test_cli
 from beagle.cli.bench import portable
 from beagle.decoding.stats import Stats
+from beagle.drafters.base import Draft, TreePlan
 from beagle.errors import BeagleError
 from beagle.evaluation import bench as b
 from beagle.evaluation.stock import Stock
@@ -156,6 +157,31 @@ def test_our_rivals_share_one_target(model):
     assert rivals.stock is None
     assert rivals.models["lookup"].target is model.target
     assert rivals.models["lookup"].plan is model.plan
+
+
+@pytest.mark.parametrize("mode", b.OUR_MODES)
+def test_each_mode_drafts_with_its_own_drafter(mode):
+    """Mode ``beagle`` is the model itself; the others bring a model each."""
+    target, plan = tiny_target(), TreePlan("chain")
+    used = []
+
+    class Named:
+        def __init__(self, name):
+            self.name = name
+
+        def begin(self, tokens, states):
+            used.append(self.name)
+
+        def extend(self, tokens, states):
+            pass
+
+        def draft(self, root, plan, min_gain=0.0):
+            return Draft([5], [-1], [-1.0])
+
+    rivals = b.Rivals({name: Model(target, Named(name), plan) for name in ("lookup", "small")})
+    _, stats = b.answer(Model(target, Named("beagle"), plan), mode, Prompt("a", ("w3 w4",)), b.Options(8), rivals)
+    assert used == ([] if mode == "plain" else [mode])
+    assert (stats.drafted > 0) == (mode != "plain")
 
 
 def test_passes_of_the_librarys_drafting_are_counted(model):

@@ -141,6 +141,16 @@ def test_the_cache_holds_the_true_context_whatever_is_accepted(target, family, s
     assert drafter.pending == []
 
 
+def test_nodes_of_an_earlier_draft_are_not_taken_for_new_ones(target):
+    """The same tokens once more, with no draft in between."""
+    drafter = SmallModelDrafter(target, small_model())
+    drafter.begin(CONTEXT, STATES)
+    accepted = drafter.draft(ROOT, TreePlan("chain", depth=3)).tokens[:2]
+    for times in (1, 2):
+        drafter.extend([ROOT, *accepted], STATES)
+        check_cache(drafter, CONTEXT + [ROOT, *accepted] * times)
+
+
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("nodes", [None, 14])
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,6 +10,7 @@ import test_cli
 from beagle.decoding.stats import Stats
 from beagle.errors import BeagleError
 from beagle.evaluation import bench as b
+from beagle.evaluation.stock import Stock
 from beagle.model import Model
 from beagle.training.prompts import Prompt
 from conftest import tiny_drafter, tiny_model, tiny_target
@@ -112,10 +113,10 @@ def interrupt(monkeypatch, at):
     """Ctrl-C in the second mode of question ``at``."""
     answer = b.answer
 
-    def interrupted(model, mode, prompt, options, stock=None):
+    def interrupted(model, mode, prompt, options, rivals=None):
         if prompt.id == at and mode == "beagle":
             raise KeyboardInterrupt
-        return answer(model, mode, prompt, options, stock)
+        return answer(model, mode, prompt, options, rivals)
 
     monkeypatch.setattr(b, "answer", interrupted)
 
@@ -204,7 +205,7 @@ def test_modes_take_turns(model, monkeypatch):
     monkeypatch.setattr(b, "answer", lambda m, mode, p, *o: order.append((p.id, mode)) or answer(m, mode, p, *o))
     prompts = [Prompt(name, ("w3 w4",)) for name in "abc"]
     notes = []
-    b.run(model, {"set": prompts}, MODES, b.Options(2), notes.append, tiny_model())
+    b.run(model, {"set": prompts}, MODES, b.Options(2), notes.append, b.Rivals(stock=Stock(tiny_model())))
     assert notes == ["set"] * 3
     assert [mode for name, mode in order if name in "abc"] == [MODES[(i + j) % 3] for i in range(3) for j in range(3)]
 
@@ -212,7 +213,7 @@ def test_modes_take_turns(model, monkeypatch):
 def test_the_librarys_mode_runs_the_stock_model(model, monkeypatch):
     prompt = Prompt("a", ("w3 w4",))
     monkeypatch.setattr(type(model.target), "_forward", lambda *a: 1 / 0)
-    ids, stats = b.answer(model, "transformers", prompt, b.Options(8), tiny_model())
+    ids, stats = b.answer(model, "transformers", prompt, b.Options(8), b.Rivals(stock=Stock(tiny_model())))
     assert len(ids) == stats.tokens
     with pytest.raises(ZeroDivisionError):
         b.answer(model, "plain", prompt, b.Options(8))

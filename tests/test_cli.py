@@ -106,6 +106,33 @@ def test_answers_are_those_of_plain_decoding(folders, beagle, answer, extra):
     assert "step-α" in ended.err
 
 
+@pytest.mark.parametrize("extra", [[], ["--exact"], ["--tree", "chain"]])
+@pytest.mark.parametrize("draft", ["lookup", "model:"])
+def test_other_drafters_answer_the_same(folders, beagle, answer, draft, extra):
+    if draft == "model:":
+        draft += str(folders.target)  # the target itself, loaded once more
+    ended = beagle("generate", PROMPT, *folders.plain, "--draft", draft, "-n", 24, *extra)
+    assert (ended.code, ended.out) == (0, answer)
+    assert "24 tokens" in ended.err
+
+
+def test_drafters_that_do_not_fit_are_refused(folders, beagle, tmp_path):
+    foreign = tiny_tokenizer()
+    foreign.add_tokens(["w64"])
+    tiny_model(vocab_size=65).save_pretrained(tmp_path / "foreign")
+    foreign.save_pretrained(tmp_path / "foreign")
+    ended = beagle("generate", PROMPT, *folders.plain, "--draft", f"model:{tmp_path / 'foreign'}")
+    ended.refusal(tmp_path / "foreign", folders.target, "vocabulary", "tokenizer")
+    beagle("generate", PROMPT, *folders.plain, "--draft", "model:").refusal("draft model ''", "empty")
+    beagle("generate", PROMPT, *folders.plain, "--draft", "model:nowhere").refusal("draft model 'nowhere'", "spelling")
+
+
+def test_help_names_the_drafters(beagle):
+    text = " ".join(beagle("generate", "--help").out.replace("│", " ").split())
+    for word in ("auto", "none", "lookup", "model:NAME", "model:Qwen/Qwen2.5-0.5B-Instruct"):
+        assert word in text
+
+
 def test_sampled_answers_depend_on_the_seed(folders, beagle):
     def text(seed, options):
         sampling = ["--temperature", 1.5, "--top-k", 20, "--top-p", 0.9, "--seed", seed]

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from beagle.decoding.costs import Costs, cached_costs, interpolate
 from beagle.drafters.base import TreePlan
+from beagle.drafters.lookup import LookupDrafter
+from beagle.drafters.small import SmallModelDrafter
 from beagle.targets.loading import cache_dir
-from conftest import tiny_drafter
+from conftest import tiny_drafter, tiny_target
 
 SCORES = [math.log(p) for p in (0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.01)]
 
@@ -65,6 +67,16 @@ def test_costs_are_measured_once(target, monkeypatch):
     assert min(first.verify) > 0
     monkeypatch.setattr("beagle.decoding.costs.measure", lambda *_: pytest.fail("measured again"))
     assert cached_costs(target, drafter, plan) == first
+
+
+def test_each_drafter_has_its_own_costs(target):
+    plan, small = TreePlan(), tiny_target(seed=1)
+    for drafter in (tiny_drafter(target), LookupDrafter(), SmallModelDrafter(target, small)):
+        costs = cached_costs(target, drafter, plan)
+        assert costs.draft > 0
+        assert cached_costs(target, drafter, plan) == costs
+    known = json.loads((cache_dir() / "costs.json").read_text())
+    assert [entry["key"]["drafter"] for entry in known] == ["BeagleDrafter", "lookup", "model:tiny-llama"]
 
 
 def test_unreadable_cache_is_measured_over(target):

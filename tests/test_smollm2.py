@@ -10,7 +10,7 @@ from beagle.decoding.loop import Step, decode
 from beagle.decoding.sampling import Sampler
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
-from beagle.evaluation.bench import Options, transformers_answer
+from beagle.evaluation.stock import Stock
 from beagle.targets.chat import encode
 from beagle.targets.loading import load_model
 from beagle.targets.target import EXACT_ROWS
@@ -50,7 +50,8 @@ def test_fp32_answers_are_the_targets_own(model, stock, question):
     options = {"max_new_tokens": 40}
     plain = model.generate(question, draft=False, **options)
     fast = model.generate(question, **options)
-    library, _ = transformers_answer(model.target, stock, question, Options(max_new_tokens=40))
+    ids = encode(model.target, question)
+    library, _ = Stock(stock).answer("transformers", ids, max_new_tokens=40, temperature=0.0, seed=0)
     assert fast.token_ids == plain.token_ids == library
     assert fast.text == plain.text
 

@@ -13,6 +13,8 @@ from beagle.decoding.stats import Stats
 from beagle.drafters.base import Drafter, TreePlan
 from beagle.drafters.beagle import BeagleDrafter
 from beagle.drafters.checkpoint import find_head, load_head
+from beagle.drafters.lookup import LookupDrafter
+from beagle.drafters.small import PREFIX, load_small
 from beagle.errors import BeagleError
 from beagle.targets.chat import Message, encode
 from beagle.targets.loading import EMBEDDED, load_target
@@ -169,20 +171,30 @@ def load(
     plan: TreePlan | None = None,
     trust_remote_code: bool = False,
 ) -> Model:
-    """Load a target and its draft head.
+    """Load a target and its drafter.
 
     Args:
         target: ``smollm2-135m``, a hub id, a folder, or a ``.gguf`` file.
         draft: ``auto`` (the head shipped for this target, else plain decoding), a folder that
-            ``beagle train`` wrote, or None for plain decoding.
+            ``beagle train`` wrote, ``lookup`` (what followed the same words before),
+            ``model:NAME`` (a smaller model with the same tokenizer, named as a target is), or None
+            for plain decoding.
         dtype, device: see ``targets.loading.load_target``.
         plan: shape of the draft tree; by default its size follows from this machine's costs.
     Raises:
         BeagleError: see the message; nothing is left half loaded.
     """
+    draft = "none" if draft is None else draft
     folder = None
-    if draft is not None and draft != "none":
+    if draft not in ("none", "lookup") and not draft.startswith(PREFIX):
         folder = find_head(draft, target)
-    loaded = load_target(target, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    drafter = BeagleDrafter(loaded, load_head(folder, loaded)) if folder is not None else None
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    loaded = load_target(target, **options)
+    drafter: Drafter | None = None
+    if folder is not None:
+        drafter = BeagleDrafter(loaded, load_head(folder, loaded))
+    elif draft == "lookup":
+        drafter = LookupDrafter()
+    elif draft.startswith(PREFIX):
+        drafter = load_small(draft.removeprefix(PREFIX), loaded, **options)
     return Model(loaded, drafter, plan)

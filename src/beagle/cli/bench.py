@@ -14,10 +14,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from beagle.cli import options as o
+from beagle.drafters.small import PREFIX
 from beagle.errors import BeagleError
 from beagle.evaluation import bench as b
 from beagle.evaluation.meta import describe
-from beagle.targets.loading import load_model
 from beagle.training.prompts import read_prompts
 from beagle.training.states import write_json
 
@@ -28,8 +28,18 @@ def bench(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N questions of each file.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 128,
     modes: Annotated[
-        str, typer.Option(help="Comma-separated: plain, beagle, transformers.")
+        str,
+        typer.Option(
+            help="Comma-separated. Our engine: plain, beagle (what --draft names), lookup (prompt lookup), small "
+            "(--small-model drafts). transformers' generate: transformers, prompt-lookup, assisted (by --small-model)."
+        ),
     ] = "plain,beagle,transformers",
+    small_model: Annotated[
+        str | None,
+        typer.Option(
+            help="A smaller model with the target's tokenizer, for 'small' and 'assisted'; named like --target."
+        ),
+    ] = None,
     target: o.TargetName = "smollm2-135m",
     draft: o.DraftName = "auto",
     temperature: o.Temperature = 0.0,
@@ -44,9 +54,12 @@ def bench(
     skip_bad_lines: Annotated[bool, typer.Option("--skip-bad-lines")] = False,
     trust_remote_code: o.Trust = False,
 ) -> None:
-    """Plain decoding, Beagle and transformers' generate on the same prompts, interleaved.
+    """Plain decoding, Beagle, its rivals and transformers' generate on the same prompts, interleaved.
 
-    Example: [bold]beagle bench --questions mt_bench.jsonl --limit 20 --json results/mt_bench.json[/bold]
+    Examples: [bold]beagle bench --questions mt_bench.jsonl --limit 20 --json results/mt_bench.json[/bold]
+
+    [bold]beagle bench --questions mt_bench.jsonl --target Qwen/Qwen2.5-1.5B-Instruct
+    --small-model Qwen/Qwen2.5-0.5B-Instruct --modes plain,lookup,small,prompt-lookup,assisted[/bold]
     """
     if json is not None:
         o.check_writable(json)
@@ -56,13 +69,12 @@ def bench(
     chosen = [mode.strip() for mode in modes.split(",") if mode.strip()]
     if not chosen:
         raise BeagleError(f"--modes is empty; use some of {', '.join(b.MODES)}")
-    if unknown := [mode for mode in chosen if mode not in b.MODES]:
-        raise BeagleError(f"mode '{unknown[0]}' is unknown; use {', '.join(b.MODES)}")
+    b.check_modes(chosen, small_model)
     plan = o.tree_plan(tree, depth, beam, nodes)
     model = o.load_model(target, draft, dtype, device, plan, trust_remote_code)
-    stock = None
-    if "transformers" in chosen:
-        stock, _ = load_model(target, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    rivals = b.load_rivals(
+        model, chosen, target, small_model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    )
     settings = b.Options(max_new_tokens, temperature, exact, seed)
     total = sum(map(len, sets.values()))
     with Progress(console=o.console) as progress:
@@ -71,7 +83,7 @@ def bench(
         def advance(name: str) -> None:
             progress.update(task, advance=1, description=name)
 
-        runs = b.run(model, sets, chosen, settings, advance, stock)
+        runs = b.run(model, sets, chosen, settings, advance, rivals)
     merged = b.merge(runs)
     result: dict[str, Any] = b.summary(merged)
     result["sets"] = {name: b.summary(by_mode) for name, by_mode in runs.items() if by_mode[chosen[0]].stats}
@@ -88,7 +100,8 @@ def bench(
         "command": shlex.join(["beagle", *(portable(word) for word in sys.argv[1:])]),
         "arguments": {
             "questions": [path.name for path in questions], "limit": limit, "max_new_tokens": max_new_tokens,
-            "temperature": temperature, "exact": exact, "seed": seed, "draft": draft, "tree": tree,
+            "temperature": temperature, "exact": exact, "seed": seed, "draft": draft,
+            "small_model": portable(small_model) if small_model else None, "tree": tree,
             "depth": depth, "beam": beam, "nodes": nodes or "by cost",
         },
         "finished_questions": finished,
@@ -104,6 +117,8 @@ def bench(
 
 def portable(word: str) -> str:
     """A word of the command line without the folders of this machine."""
+    if word.startswith(PREFIX):
+        return PREFIX + portable(word.removeprefix(PREFIX))
     data = os.environ.get("BEAGLE_DATA")
     if data and word.startswith(data):
         return "$BEAGLE_DATA" + word.removeprefix(data.rstrip("/"))

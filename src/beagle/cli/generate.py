@@ -37,7 +37,9 @@ def generate(
 ) -> None:
     """Answer one prompt, streaming; the figures follow on standard error.
 
-    Example: [bold]beagle generate "Why is the sky blue?" -n 128[/bold]
+    Examples: [bold]beagle generate "Why is the sky blue?" -n 128[/bold]
+
+    [bold]beagle generate - --draft lookup < article.txt[/bold]  (drafts repeat what the text itself says)
     """
     if prompt == "-":
         try:

@@ -18,7 +18,14 @@ console = Console(stderr=True)
 
 TargetName = Annotated[str, typer.Option("--target", "-t", help="smollm2-135m, a hub id, a folder, or a .gguf file.")]
 DraftName = Annotated[
-    str, typer.Option("--draft", "-d", help="auto (the shipped head), none, or a folder that `beagle train` wrote.")
+    str,
+    typer.Option(
+        "--draft",
+        "-d",
+        help="auto (the shipped head), none, a folder that `beagle train` wrote, lookup (repeats what followed the "
+        "same words before), or model:NAME (a smaller model with the same tokenizer, "
+        "such as model:Qwen/Qwen2.5-0.5B-Instruct).",
+    ),
 ]
 DType = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda.")]

@@ -97,11 +97,12 @@ def measure(
 
 
 def cached_costs(target: Target, drafter: Drafter, plan: TreePlan, exact: bool = False) -> Costs:
-    """Costs of this machine, target, dtype, thread count and plan, from the user's cache if known."""
+    """Costs of this machine, target, drafter, dtype, threads and plan, from the user's cache if known."""
     key = {
         "machine": platform.node() + platform.machine() + platform.processor(),
         "device": torch.cuda.get_device_name() if target.device.type == "cuda" else "cpu",
         "target": target.name,
+        "drafter": getattr(drafter, "name", type(drafter).__name__),  # a draft costs what its drafter costs
         "layers": target.layer_count,
         "dtype": str(target.dtype),
         "threads": torch.get_num_threads(),

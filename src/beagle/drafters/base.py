@@ -55,6 +55,13 @@ class Draft:
     scores: list[float]
 
 
+def best_first(tokens: list[int], parents: list[int], scores: list[float], most: int) -> Draft:
+    """The ``most`` best candidates of a tree; a stable sort keeps parents before children of equal score."""
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])[:most]
+    place = {-1: -1} | {old: new for new, old in enumerate(order)}
+    return Draft([tokens[i] for i in order], [place[parents[i]] for i in order], [scores[i] for i in order])
+
+
 class Drafter(Protocol):
     """Proposes continuations of a context that the target has run."""
 

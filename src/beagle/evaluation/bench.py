@@ -1,25 +1,28 @@
-"""Plain decoding, Beagle and transformers' own ``generate`` on the same prompts, interleaved."""
+"""Plain decoding, Beagle and its rivals, transformers' own ``generate`` among them, on the same prompts, interleaved."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import median, quantiles
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from beagle.decoding.stats import Stats
+from beagle.drafters.lookup import LookupDrafter
+from beagle.drafters.small import load_small, refuse_other_vocabulary
 from beagle.errors import BeagleError
 from beagle.evaluation.meta import peak_memory_mb, reset_peak_memory
+from beagle.evaluation.stock import STOCK_MODES, Stock
 from beagle.model import Model
 from beagle.targets.chat import encode
-from beagle.targets.target import Target
+from beagle.targets.loading import load_model
 from beagle.training.prompts import Prompt
 
-MODES = ("plain", "beagle", "transformers")
+OUR_MODES = ("plain", "beagle", "lookup", "small")  # no drafts, --draft, prompt lookup, a small model
+MODES = (*OUR_MODES, *STOCK_MODES)
+NEED_SMALL = ("small", "assisted")
 
 
 @dataclass(frozen=True)
@@ -47,53 +50,78 @@ class ModeRun:
         return total
 
 
-class _FirstToken(StoppingCriteria):
-    """Notes when prefill has ended, which ``generate`` does not tell."""
+@dataclass(frozen=True)
+class Rivals:
+    """What the modes besides ``plain`` and ``beagle`` run on.
 
-    def __init__(self) -> None:
-        self.at = 0.0
+    Attributes:
+        models: ``lookup`` and ``small``: drafters of their own on the one target that all of ours share.
+        stock: what transformers' own modes run on, where there are any.
+    """
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
-        self.at = self.at or time.perf_counter()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    models: Mapping[str, Model] = field(default_factory=dict)
+    stock: Stock | None = None
 
 
-def answer(model: Model, mode: str, prompt: Prompt, options: Options, stock: Any = None) -> tuple[list[int], Stats]:
+def check_modes(modes: list[str], small_model: str | None) -> None:
+    """
+    Raises:
+        BeagleError: a mode is unknown, or needs a small model and there is none.
+    """
+    for mode in modes:
+        if mode not in MODES:
+            raise BeagleError(f"mode '{mode}' is unknown; use {', '.join(MODES)}")
+        if mode in NEED_SMALL and small_model is None:
+            raise BeagleError(f"mode '{mode}' drafts with a small model; name it with --small-model")
+
+
+def load_rivals(model: Model, modes: list[str], target: str, small_model: str | None, **options: Any) -> Rivals:
+    """Load what ``modes`` need besides ``model``; names and options as of ``targets.loading.load_model``.
+
+    Raises:
+        BeagleError: something can't be loaded, or the small model has another vocabulary.
+    """
+    check_modes(modes, small_model)
+    models: dict[str, Model] = {}
+    if "lookup" in modes:
+        models["lookup"] = Model(model.target, LookupDrafter(), model.plan)
+    if "small" in modes:
+        models["small"] = Model(model.target, load_small(str(small_model), model.target, **options), model.plan)
+    if not any(mode in STOCK_MODES for mode in modes):
+        return Rivals(models)
+    assistant = None
+    if "assisted" in modes:
+        assistant, tokenizer = load_model(str(small_model), **options)
+        refuse_other_vocabulary(model.target, tokenizer, str(small_model))
+    return Rivals(models, Stock(load_model(target, **options)[0], assistant))
+
+
+def answer(
+    model: Model, mode: str, prompt: Prompt, options: Options, rivals: Rivals | None = None
+) -> tuple[list[int], Stats]:
     """Token ids and figures of one mode's answer to the first turn of a prompt."""
-    if mode == "transformers":
-        return transformers_answer(model.target, stock, prompt.turns[0], options)
+    if mode in STOCK_MODES:
+        assert rivals is not None
+        assert rivals.stock is not None
+        return rivals.stock.answer(
+            mode,
+            encode(model.target, prompt.turns[0]),
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            seed=options.seed,
+        )
+    if mode not in ("plain", "beagle"):
+        assert rivals is not None
+        model = rivals.models[mode]
     result = model.generate(
         prompt.turns[0],
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         seed=options.seed,
         exact=options.exact,
-        draft=mode == "beagle",
+        draft=mode != "plain",
     )
     return result.token_ids, result.stats
-
-
-def transformers_answer(target: Target, stock: Any, text: str, options: Options) -> tuple[list[int], Stats]:
-    """The library's own generate on a model of its own: no layer, attention or cache of ours."""
-    ids = torch.tensor([encode(target, text)], device=target.device)
-    first = _FirstToken()
-    sampling: dict[str, Any] = {"do_sample": False}
-    if options.temperature:
-        torch.manual_seed(options.seed)
-        sampling = {"do_sample": True, "temperature": options.temperature, "top_k": 0, "top_p": 1.0}
-    began = time.perf_counter()
-    out = stock.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=options.max_new_tokens,
-        stopping_criteria=StoppingCriteriaList([first]),
-        **sampling,
-    )[0, ids.shape[1] :].tolist()
-    ended = time.perf_counter()
-    stats = Stats(tokens=len(out), passes=len(out) - 1, passed_tokens=len(out) - 1)
-    stats.prefill_seconds = first.at - began
-    stats.decode_seconds = ended - first.at
-    return out, stats
 
 
 def run(
@@ -102,16 +130,14 @@ def run(
     modes: list[str],
     options: Options,
     progress: Callable[[str], None] = lambda note: None,
-    stock: Any = None,
+    rivals: Rivals | None = None,
 ) -> dict[str, dict[str, ModeRun]]:
     """Every mode on every question, in an order that rotates with the question.
 
-    ``stock``: the transformers model that the mode ``transformers`` runs.
+    ``rivals``: what ``load_rivals`` loaded for these modes.
     Ctrl-C ends the run early; the questions finished by then are kept.
     """
-    for mode in modes:
-        if mode not in MODES:
-            raise BeagleError(f"mode '{mode}' is unknown; use {', '.join(MODES)}")
+    check_modes(modes, small_model="")
     if "beagle" in modes and model.drafter is None:
         raise BeagleError(
             f"no draft head for {model.target.name}; pass --draft FOLDER or leave 'beagle' out of --modes"
@@ -119,7 +145,7 @@ def run(
     runs = {name: {mode: ModeRun() for mode in modes} for name in sets}
     warm_up = Prompt("warm-up", ("Say hello.",))
     for mode in modes:
-        answer(model, mode, warm_up, Options(8, exact=options.exact), stock)
+        answer(model, mode, warm_up, Options(8, exact=options.exact), rivals)
     try:
         for name, prompts in sets.items():
             for i, prompt in enumerate(prompts):
@@ -127,7 +153,7 @@ def run(
                 for j in range(len(modes)):
                     mode = modes[(i + j) % len(modes)]
                     reset_peak_memory()
-                    ids, stats = answer(model, mode, prompt, options, stock)
+                    ids, stats = answer(model, mode, prompt, options, rivals)
                     done[mode] = (ids, stats, peak_memory_mb())
                 for mode, (ids, stats, memory) in done.items():  # whole questions only
                     mode_run = runs[name][mode]
@@ -179,7 +205,9 @@ def summary(runs: dict[str, ModeRun]) -> dict[str, Any]:
             "peak_memory_mb": round(one.peak_memory_mb, 1),
         }
     ratios = {}
-    for over, under in (("beagle", "plain"), ("plain", "transformers"), ("beagle", "transformers")):
+    pairs = [("beagle", "plain"), ("plain", "transformers"), ("beagle", "transformers")]
+    pairs += [(mode, "plain") for mode in ("lookup", "small", "prompt-lookup", "assisted")]
+    for over, under in pairs:
         if over in runs and under in runs:
             ratios[f"{over}/{under}"] = ratio(runs[over], runs[under])
     return {"modes": modes, "ratios": ratios}

@@ -205,30 +205,31 @@ class Target:
         return states[:, 0]
 
     @torch.no_grad()
-    def verify(self, cache: KVCache, tokens: Tensor, shape: TreeShape) -> Tensor:
+    def verify(self, cache: KVCache, tokens: Tensor, shape: TreeShape, done: int = 0) -> Tensor:
         """Run a tree of tokens in one pass (nothing is committed: see ``KVCache.compact``).
 
         Each node sees the committed context, its ancestors and itself.
 
         Args:
-            tokens: ``[nodes]``, the root first.
+            tokens: ``[nodes - done]``, the root first.
+            done: first nodes of the shape that an earlier call has run and nothing has overwritten
+                since, so that a tree can grow level by level.
         Returns:
-            True states ``[nodes, hidden]``.
+            True states ``[nodes - done, hidden]``.
         """
         start, n = cache.length, len(shape.parents)
-        depths = torch.tensor(shape.depths(), device=self.device)
-        positions = (start + depths)[None]
-        visible = torch.ones(1, n, start + n, dtype=torch.bool, device=self.device)
-        visible[0, :, start:] = shape.ancestors().to(self.device)
+        positions = (start + torch.tensor(shape.depths(), device=self.device))[None]
+        visible = torch.ones(1, n - done, start + n, dtype=torch.bool, device=self.device)
+        visible[0, :, start:] = shape.ancestors()[done:].to(self.device)
         context = torch.arange(start, device=self.device)
         plan = Pass(
             cache,
-            slots=slice(start, start + n),
+            slots=slice(start + done, start + n),
             key_positions=torch.cat([context, positions[0]])[None],
-            query_positions=positions,
+            query_positions=positions[:, done:],
             visible=visible,
         )
-        return self._forward(tokens[None], positions, plan)[0]
+        return self._forward(tokens[None], positions[:, done:], plan)[0]
 
     @torch.no_grad()
     def verify_exact(self, cache: KVCache, tokens: Tensor, shape: TreeShape, keys: int) -> Tensor:

@@ -1,0 +1,110 @@
+"""Prompt lookup: what followed the same words before is likely to follow them again.
+
+No training and no tensors. The idea is Saxena's prompt lookup decoding; the incremental index, the
+tree of several matches and their scores are ours.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from beagle.drafters.base import Draft, TreePlan, best_first
+
+
+class LookupDrafter:
+    """Implements ``Drafter``: proposes what followed earlier occurrences of the newest n-gram."""
+
+    name = "lookup"
+
+    def __init__(self, max_ngram: int = 4) -> None:
+        """
+        Args:
+            max_ngram: longest suffix that is looked up; shorter ones where it never occurred.
+        """
+        if max_ngram < 1:
+            raise ValueError("max_ngram is at least 1")
+        self.max_ngram = max_ngram
+        self._tokens: list[int] = []
+        self._starts: dict[tuple[int, ...], list[int]] = {}  # n-gram -> where its continuations start
+        self._tries = [0] * (max_ngram + 1)
+        self._hits = [0] * (max_ngram + 1)
+
+    def begin(self, tokens: list[int], states: Tensor) -> None:
+        self._tokens = []
+        self._starts = {}
+        self._tries = [0] * (self.max_ngram + 1)
+        self._hits = [0] * (self.max_ngram + 1)
+        self.extend(tokens, states)
+
+    def extend(self, tokens: list[int], states: Tensor) -> None:
+        for token in tokens:
+            self._judge(token)
+            self._tokens.append(token)
+            for n in range(1, min(self.max_ngram, len(self._tokens)) + 1):
+                self._starts.setdefault(tuple(self._tokens[-n:]), []).append(len(self._tokens))
+
+    def _judge(self, token: int) -> None:
+        """Note whether the newest match of the tokens so far would have proposed ``token``."""
+        for n in range(min(self.max_ngram, len(self._tokens)), 0, -1):
+            starts = self._starts[tuple(self._tokens[-n:])]
+            if len(starts) > 1:  # the last one is where ``token`` itself goes
+                self._tries[n] += 1
+                self._hits[n] += self._tokens[starts[-2]] == token
+                return
+
+    def chance(self, n: int) -> float:
+        """How often a match of n tokens was right in this context; n / (n + 2) before anything is known."""
+        n = min(n, self.max_ngram)
+        return (self._hits[n] + n) / (self._tries[n] + n + 2)
+
+    def matches(self, root: int) -> tuple[int, list[int]]:
+        """The longest n whose n-gram ending in ``root`` occurred before, and where its continuations start."""
+        newest = [*self._tokens[max(0, len(self._tokens) - self.max_ngram + 1) :], root]
+        for n in range(len(newest), 0, -1):
+            if starts := self._starts.get(tuple(newest[-n:])):
+                return n, starts
+        return 0, []
+
+    def _continuation(self, start: int, root: int, depth: int) -> list[int]:
+        """``depth`` tokens from ``start`` on; where the context ends, the proposal goes on by itself."""
+        period = len(self._tokens) + 1 - start
+        run = [*self._tokens[start : start + depth], root][:depth]
+        while len(run) < depth:  # a loop of ``period`` tokens, seen once so far
+            run.append(run[-period])
+        return run
+
+    def draft(self, root: int, plan: TreePlan, min_gain: float = 0.0) -> Draft:
+        """A chain: the newest match. A tree: the newest ``top_k`` matches, merged where they agree.
+
+        ``min_gain`` is not needed: another level costs no time here.
+        """
+        n, starts = self.matches(root)
+        if not starts:
+            return Draft([], [], [])
+        count = 1 if plan.kind == "chain" else plan.top_k
+        newest = starts[: -count - 1 : -1]
+        children: dict[tuple[int, int], int] = {}
+        tokens: list[int] = []
+        parents: list[int] = []
+        depths: list[int] = []
+        weights: list[float] = []
+        for age, start in enumerate(newest):
+            node = -1
+            for depth, token in enumerate(self._continuation(start, root, plan.depth), 1):
+                child = children.setdefault((node, token), len(tokens))
+                if child == len(tokens):
+                    tokens.append(token)
+                    parents.append(node)
+                    depths.append(depth)
+                    weights.append(0.0)
+                weights[child] += 0.5**age  # the newer, the likelier
+                node = child
+        # each level right as often as a match of its length was so far, shared among those who differ
+        total = sum(0.5**age for age in range(len(newest)))
+        right = [0.0]
+        for depth in range(plan.depth):
+            right.append(right[-1] + math.log(self.chance(n + depth)))
+        scores = [right[depth] + math.log(weight / total) for depth, weight in zip(depths, weights, strict=True)]
+        return best_first(tokens, parents, scores, plan.nodes or 64)

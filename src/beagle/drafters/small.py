@@ -1,0 +1,152 @@
+"""A smaller causal LM of the same vocabulary as the drafter (Leviathan et al. 2023, arXiv 2211.17192)."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from beagle.drafters.base import STATIC_PATHS, Draft, TreePlan, best_first
+from beagle.errors import BeagleError
+from beagle.targets.loading import load_target
+from beagle.targets.target import Target, TreeShape
+
+PREFIX = "model:"  # of a ``draft`` that names a model
+
+
+class SmallModelDrafter:
+    """Implements ``Drafter`` with a model and a KV cache of its own.
+
+    Between drafts the cache holds true tokens only; those that it has not run yet (the target's
+    bonus token, the deepest accepted candidate) wait in ``pending`` and share the next draft's first pass.
+    """
+
+    def __init__(self, target: Target, small: Target) -> None:
+        """
+        Raises:
+            BeagleError: the small model's vocabulary is not the target's.
+        """
+        refuse_other_vocabulary(target, small.tokenizer, small.name)
+        self.small = small
+        self.name = f"{PREFIX}{small.name}"
+        # embedding tables of one family differ in padding rows: propose no token that the target lacks
+        self.vocab_size = min(small.vocab_size, target.vocab_size)
+        self.cache = small.new_cache(1, 512)
+        self.pending: list[int] = []
+        self._nodes: dict[tuple[int, int], int] = {}  # (parent, token) -> node of the last draft that was run
+
+    def begin(self, tokens: list[int], states: Tensor) -> None:
+        self.cache.lengths = [0]
+        self.pending = list(tokens)
+        self._nodes = {}
+        if self._can_run(tokens):
+            self._reserve(len(tokens))
+            self.small.prefill(torch.tensor([tokens], device=self.small.device), self.cache)
+            self.pending = []
+
+    def extend(self, tokens: list[int], states: Tensor) -> None:
+        path: list[int] = []
+        for token in tokens:
+            node = self._nodes.get((path[-1] if path else -1, token))
+            if node is None:
+                break
+            path.append(node)
+        self.cache.compact(path)
+        self.pending += tokens[len(path) :]
+        self._nodes = {}  # the other nodes' slots are free again
+
+    def _can_run(self, tokens: list[int]) -> bool:
+        """Whether they fit into this model's own context and embedding table."""
+        return self.cache.length + len(tokens) <= self.small.context_limit and max(tokens) < self.small.vocab_size
+
+    def _reserve(self, slots: int) -> None:
+        if slots > self.cache.capacity:
+            grown = self.small.new_cache(1, 2 * slots)
+            grown.copy_row(0, self.cache, 0)
+            self.cache = grown
+
+    def _run_root(self, root: int) -> Tensor:
+        """Run and commit what is pending, run the root after it: its state ``[1, hidden]``."""
+        waiting = len(self.pending)
+        tokens = torch.tensor([*self.pending, root], device=self.small.device)
+        states = self.small.verify(self.cache, tokens, TreeShape(list(range(-1, waiting))))
+        self.cache.compact(list(range(waiting)))
+        self.pending = []
+        self._nodes = {(-1, root): 0}
+        return states[-1:]
+
+    def draft(self, root: int, plan: TreePlan, min_gain: float = 0.0) -> Draft:
+        if not self._can_run([*self.pending, root]):
+            return Draft([], [], [])
+        length = self.cache.length + len(self.pending)
+        depth = min(plan.depth, self.small.context_limit - length)
+        width = 1 if plan.kind == "chain" else plan.top_k
+        static = plan.kind == "static"
+        self._reserve(length + 1 + depth * max(width, len(STATIC_PATHS)))
+        # candidates of all levels, flat
+        tokens: list[int] = []
+        parents: list[int] = []
+        scores: list[float] = []
+        paths: list[tuple[int, ...]] = []  # ranks, from the root on
+        states = self._run_root(root)
+        shape = [-1]  # parents of the nodes that were run, the root first
+        node_of = {-1: 0}  # candidate -> node
+        beam = [-1]
+        for level in range(1, depth + 1):
+            log_q = F.log_softmax(self.small.logits(states)[:, : self.vocab_size].float(), dim=-1)
+            best, index = log_q.topk(min(width, self.vocab_size), dim=-1)  # [beam, width]
+            first = len(tokens)
+            for parent, gains, choices in zip(beam, best.tolist(), index.tolist(), strict=True):
+                path, score = (paths[parent], scores[parent]) if parent >= 0 else ((), 0.0)
+                for rank, (gain, token) in enumerate(zip(gains, choices, strict=True)):
+                    if static and (*path, rank) not in STATIC_PATHS:
+                        continue
+                    tokens.append(token)
+                    parents.append(parent)
+                    scores.append(score + gain)
+                    paths.append((*path, rank))
+            fresh = range(first, len(tokens))
+            beam = list(fresh) if static else heapq.nlargest(width, fresh, key=scores.__getitem__)
+            if level == depth or not beam or sum(math.exp(scores[i]) for i in beam) < min_gain:
+                break
+            done = len(shape)
+            for candidate in beam:
+                parent = node_of[parents[candidate]]
+                node_of[candidate] = self._nodes[parent, tokens[candidate]] = len(shape)
+                shape.append(parent)
+            level_tokens = torch.tensor([tokens[i] for i in beam], device=self.small.device)
+            states = self.small.verify(self.cache, level_tokens, TreeShape(shape), done)
+        if static:
+            return Draft(tokens, parents, scores)
+        return best_first(tokens, parents, scores, plan.nodes or 64)
+
+
+def load_small(name: str, target: Target, **options: Any) -> SmallModelDrafter:
+    """Load a small model as the drafter of ``target``; options as of ``targets.loading.load_target``.
+
+    Raises:
+        BeagleError: it can't be loaded, or its vocabulary is not the target's.
+    """
+    try:
+        small = load_target(name, **options)
+    except BeagleError as error:
+        raise BeagleError(f"draft model '{name}': {error}") from error
+    return SmallModelDrafter(target, small)
+
+
+def refuse_other_vocabulary(target: Target, tokenizer: Any, name: str) -> None:
+    """
+    Raises:
+        BeagleError: some token of one tokenizer is missing in the other or has another id there.
+    """
+    ours, theirs = target.tokenizer.get_vocab(), tokenizer.get_vocab()
+    if ours != theirs:
+        differ = sum(ours.get(token) != theirs.get(token) for token in ours.keys() | theirs.keys())
+        raise BeagleError(
+            f"draft model '{name}' has another vocabulary than {target.name} ({differ} tokens differ); "
+            "choose a model with the target's own tokenizer"
+        )

@@ -1,0 +1,74 @@
+"""transformers' own ``generate``, plain and drafting, on models of its own."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from beagle.decoding.stats import Stats
+
+STOCK_MODES = ("transformers", "prompt-lookup", "assisted")
+PROMPT_LOOKUP_TOKENS = 10  # candidates a pass: what transformers' own lookup generator defaults to
+
+
+@dataclass(frozen=True)
+class Stock:
+    """transformers models as they are, with no layer, attention or cache of ours."""
+
+    model: Any
+    assistant: Any = None
+
+    def answer(
+        self, mode: str, ids: list[int], *, max_new_tokens: int, temperature: float, seed: int
+    ) -> tuple[list[int], Stats]:
+        """Token ids and figures of ``generate`` in one of ``STOCK_MODES``.
+
+        Its drafting modes verify their first candidates in the pass that runs the prompt, so that
+        pass and its tokens count as prefill. How many candidates it verified it doesn't tell: 0 here.
+        """
+        prompt = torch.tensor([ids], device=self.model.device)
+        options: dict[str, Any] = {"do_sample": False}
+        if temperature:
+            torch.manual_seed(seed)
+            options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if mode == "prompt-lookup":
+            options["prompt_lookup_num_tokens"] = PROMPT_LOOKUP_TOKENS
+        elif mode == "assisted":
+            options["assistant_model"] = self.assistant
+        passes = _Passes()
+        began = time.perf_counter()
+        out = self.model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=max_new_tokens,
+            stopping_criteria=StoppingCriteriaList([passes]),
+            **options,
+        )[0, len(ids) :].tolist()
+        ended = time.perf_counter()
+        # on a GPU its check for the end lags behind, and surplus steps are taken back
+        lengths = [n for n in passes.lengths if n <= len(ids) + len(out)]
+        made = [after - before for before, after in pairwise(lengths)]
+        stats = Stats(tokens=len(out), passes=len(made), passed_tokens=sum(made))
+        stats.accepted_at = dict(Counter(n - 1 for n in made))
+        stats.prefill_seconds = passes.first_ended - began
+        stats.decode_seconds = ended - passes.first_ended
+        return out, stats
+
+
+class _Passes(StoppingCriteria):
+    """Notes when prefill has ended and how long the sequence is after each pass: ``generate`` tells neither."""
+
+    def __init__(self) -> None:
+        self.first_ended = 0.0
+        self.lengths: list[int] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
+        self.first_ended = self.first_ended or time.perf_counter()
+        self.lengths.append(input_ids.shape[1])
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

@@ -1,0 +1,123 @@
+"""Beagle's rivals in the side-by-side run: who drafts, how passes are counted, what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+import test_bench
+from beagle.cli.bench import portable
+from beagle.drafters.base import Draft, TreePlan
+from beagle.evaluation import bench as b
+from beagle.evaluation.stock import Stock
+from beagle.model import Model
+from beagle.training.prompts import Prompt
+from conftest import tiny_model, tiny_target, tiny_tokenizer
+
+folders, beagle, questions = test_bench.folders, test_bench.beagle, test_bench.questions
+bench, model = test_bench.bench, test_bench.model
+RIVALS = ["plain", "beagle", "lookup", "small", "transformers", "prompt-lookup", "assisted"]
+
+
+def test_all_rivals_in_one_run(bench, folders):
+    ended, result = bench("--modes", ",".join(RIVALS), "--small-model", folders.target, "-n", 16)
+    assert ended.code == 0
+    assert list(result["modes"]) == RIVALS
+    tokens = result["modes"]["plain"]["tokens"]
+    for figures in result["modes"].values():
+        assert (figures["questions"], figures["tokens"], figures["identical"]) == (4, tokens, 1.0)
+        assert all(figures[name] > 0 for name in ("seconds", "prefill_seconds", "tokens_per_second"))
+        assert figures["tau"] >= 1
+    assert list(result["ratios"]) == [
+        "beagle/plain", "plain/transformers", "beagle/transformers", "lookup/plain", "small/plain",
+        "prompt-lookup/plain", "assisted/plain",
+    ]  # fmt: skip
+    assert result["meta"]["arguments"]["small_model"] == folders.target.name
+    assert result["modes"]["assisted"]["tau"] > 1  # the target itself assists
+    assert "lookup/plain" in ended.out
+
+
+@pytest.mark.parametrize("mode", ["lookup", "small", "prompt-lookup", "assisted"])
+def test_each_rival_alone_and_sampling(bench, folders, mode):
+    small = ["--small-model", folders.target] if mode in b.NEED_SMALL else []
+    options = ["--temperature", 1.2, "--limit", 2, "--tree", "chain"]
+    ended, result = bench("--modes", f"plain,{mode}", *small, *options)
+    assert ended.code == 0
+    assert list(result["ratios"]) == [f"{mode}/plain"]
+    assert result["modes"][mode]["questions"] == 2
+    if mode in b.OUR_MODES:
+        assert result["modes"][mode]["identical"] == 1.0
+
+
+def test_the_draft_named_may_be_any(bench, folders):
+    _, result = bench("--modes", "plain,beagle", "--draft", "lookup", "--tree", "chain", "-n", 40)
+    assert result["modes"]["beagle"]["identical"] == 1.0
+    assert result["meta"]["arguments"]["draft"] == "lookup"
+
+
+def test_small_models_that_are_missing_or_foreign(bench, folders, tmp_path):
+    for mode in b.NEED_SMALL:
+        ended, result = bench("--modes", f"plain,{mode}")
+        ended.refusal(f"mode '{mode}'", "--small-model")
+        assert "loading" not in ended.err  # found out before the work
+        assert result is None
+    foreign = tiny_tokenizer()
+    foreign.add_tokens(["w64"])
+    tiny_model(vocab_size=65).save_pretrained(tmp_path / "foreign")
+    foreign.save_pretrained(tmp_path / "foreign")
+    for mode in b.NEED_SMALL:
+        ended, _ = bench("--modes", f"plain,{mode}", "--small-model", tmp_path / "foreign")
+        ended.refusal(tmp_path / "foreign", folders.target, "vocabulary")
+
+
+def test_commands_are_kept_without_the_folders_of_this_machine(monkeypatch):
+    monkeypatch.setenv("BEAGLE_DATA", "/some/data")
+    words = ["/some/data/a.jsonl", "/home/me/target", "model:/home/me/small", "model:owner/name", "lookup", "-n"]
+    kept = ["$BEAGLE_DATA/a.jsonl", "target", "model:small", "model:owner/name", "lookup", "-n"]
+    assert [portable(word) for word in words] == kept
+
+
+def test_our_rivals_share_one_target(model):
+    rivals = b.load_rivals(model, ["plain", "lookup"], "unused", None)
+    assert rivals.stock is None
+    assert rivals.models["lookup"].target is model.target
+    assert rivals.models["lookup"].plan is model.plan
+
+
+@pytest.mark.parametrize("mode", b.OUR_MODES)
+def test_each_mode_drafts_with_its_own_drafter(mode):
+    """Mode ``beagle`` is the model itself; the others bring a model each."""
+    target, plan = tiny_target(), TreePlan("chain")
+    used = []
+
+    class Named:
+        def __init__(self, name):
+            self.name = name
+
+        def begin(self, tokens, states):
+            used.append(self.name)
+
+        def extend(self, tokens, states):
+            pass
+
+        def draft(self, root, plan, min_gain=0.0):
+            return Draft([5], [-1], [-1.0])
+
+    rivals = b.Rivals({name: Model(target, Named(name), plan) for name in ("lookup", "small")})
+    _, stats = b.answer(Model(target, Named("beagle"), plan), mode, Prompt("a", ("w3 w4",)), b.Options(8), rivals)
+    assert used == ([] if mode == "plain" else [mode])
+    assert (stats.drafted > 0) == (mode != "plain")
+
+
+def test_passes_of_the_librarys_drafting_are_counted(model):
+    """Prefill's pass apart: its tokens, the others' and their passes add up; a perfect assistant needs few."""
+    stock = Stock(tiny_model(), tiny_model())
+    prompt, options = Prompt("a", ("w3 w4",)), b.Options(24)
+    calls = []
+    stock.model.register_forward_hook(lambda *a: calls.append(1))
+    for mode in ("transformers", "prompt-lookup", "assisted"):
+        calls.clear()
+        ids, stats = b.answer(model, mode, prompt, options, b.Rivals(stock=stock))
+        assert stats.passes == len(calls) - 1
+        assert sum((n + 1) * times for n, times in stats.accepted_at.items()) == stats.passed_tokens < len(ids)
+        assert stats.tokens == len(ids)
+        assert (stats.tau == 1) == (mode == "transformers")

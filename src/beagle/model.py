@@ -13,10 +13,14 @@ from beagle.decoding.stats import Stats
 from beagle.drafters.base import Drafter, TreePlan
 from beagle.drafters.beagle import BeagleDrafter
 from beagle.drafters.checkpoint import find_head, load_head
+from beagle.drafters.eagle import EagleDrafter
+from beagle.drafters.tree import TreeDrafter
 from beagle.errors import BeagleError
 from beagle.targets.chat import Message, encode
 from beagle.targets.loading import EMBEDDED, load_target
 from beagle.targets.target import Target
+
+DRAFTERS: dict[str, type[TreeDrafter]] = {"beagle": BeagleDrafter, "eagle": EagleDrafter}
 
 
 @dataclass(frozen=True)
@@ -184,5 +188,7 @@ def load(
     if draft is not None and draft != "none":
         folder = find_head(draft, target)
     loaded = load_target(target, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    drafter = BeagleDrafter(loaded, load_head(folder, loaded)) if folder is not None else None
-    return Model(loaded, drafter, plan)
+    if folder is None:
+        return Model(loaded, None, plan)
+    head = load_head(folder, loaded)
+    return Model(loaded, DRAFTERS[head.architecture](loaded, head), plan)

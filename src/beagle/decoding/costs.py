@@ -85,11 +85,12 @@ def measure(target: Target, drafter: Drafter, plan: TreePlan, context: int = 256
 
 
 def cached_costs(target: Target, drafter: Drafter, plan: TreePlan) -> Costs:
-    """Costs of this machine, target, dtype, thread count and plan, from the user's cache if known."""
+    """Costs of this machine, target, drafter, dtype, thread count and plan, from the user's cache if known."""
     key = {
         "machine": platform.node() + platform.machine() + platform.processor(),
         "device": torch.cuda.get_device_name() if target.device.type == "cuda" else "cpu",
         "target": target.name,
+        "drafter": type(drafter).__name__,
         "layers": target.layer_count,
         "dtype": str(target.dtype),
         "threads": torch.get_num_threads(),

@@ -18,11 +18,12 @@ from beagle.model import DRAFTERS, Model
 from beagle.training import stages
 from beagle.training import trainer as trainer_module
 from beagle.training.answers import AnswerGenerator, Sample
+from beagle.training.config import TrainConfig
 from beagle.training.data import Stored, batches, collate, samples
 from beagle.training.prompts import Prompt
-from beagle.training.stages import ARCHITECTURES
+from beagle.training.stages import ARCHITECTURES, stage_loss, step_alpha
 from beagle.training.states import Fingerprint, StateStore
-from beagle.training.trainer import TrainConfig, Trainer, stage_loss, step_alpha
+from beagle.training.trainer import Trainer
 from conftest import tiny_head, tiny_target
 
 PROMPTS = [Prompt(str(i), (" ".join(f"w{3 + (5 * i + j * j) % 60}" for j in range(1 + i % 5)),)) for i in range(12)]

@@ -164,3 +164,15 @@ def test_gradients_flow_through_predicted_states():
     last.sum().backward()
     touched = true.grad.abs().sum(-1).nonzero().tolist()
     assert touched == [[1, i] for i in range(6)]
+
+
+def test_autocast_keeps_the_residual_precise():
+    head = make_head().float()
+    batch = make_batch()
+    batch = Batch(batch.embeddings.float(), batch.states.float(), batch.first, batch.last)
+    plain = unrolled(head, batch, batch.states, 1, 0, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = unrolled(head, batch, batch.states, 1, 0, 3)
+    for (a, _, real), (b, _, _) in zip(plain, rounded, strict=True):
+        assert b.dtype == torch.float32
+        assert (a - b)[real].abs().max() < 0.1 * a[real].abs().max()

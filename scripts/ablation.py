@@ -17,9 +17,10 @@ from typing import Any
 
 from beagle.evaluation.meta import describe
 from beagle.targets.loading import load_target
+from beagle.training.config import TrainConfig
 from beagle.training.pipeline import read_recipe
 from beagle.training.states import Fingerprint, StateStore
-from beagle.training.trainer import TrainConfig, Trainer
+from beagle.training.trainer import Trainer
 
 SHORT: dict[str, Any] = {
     "early_epochs": 0.6, "late_epochs": 0.4, "batch_tokens": 4096, "learning_rate": 1.5e-3,

@@ -33,7 +33,8 @@ def one(stage: str, steps: int, window: int) -> dict[str, float]:
 
     from beagle.drafters.head import BeagleHead, HeadConfig
     from beagle.evaluation.meta import peak_memory_mb, reset_peak_memory
-    from beagle.training.trainer import TrainConfig, stage_loss
+    from beagle.training.config import TrainConfig
+    from beagle.training.stages import stage_loss
     from beagle.training.windows import Batch
 
     torch.manual_seed(0)

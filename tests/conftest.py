@@ -12,8 +12,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from beagle.drafters.base import Draft
-from beagle.drafters.beagle import BeagleDrafter
-from beagle.drafters.head import BeagleHead, HeadConfig
+from beagle.drafters.block import Block
+from beagle.drafters.checkpoint import HEADS
+from beagle.drafters.tree import TreeDrafter
+from beagle.model import DRAFTERS
 from beagle.targets.loading import cache_dir
 from beagle.targets.target import Target
 
@@ -52,6 +54,8 @@ FAMILIES = {
     "olmo2": {},
     "granite": {"logits_scaling": 2.0},
 }
+# Weights of fresh heads times this: they hardly attend else; EAGLE's feedback, unnormed, explodes beyond.
+LIVELY = {"beagle": 15.0, "eagle": 8.0}
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -83,16 +87,17 @@ def tiny_target(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = to
     return Target(model, tiny_tokenizer(), f"tiny-{family}")
 
 
-def tiny_head(target: Target, *, seed: int = 0, scale: float = 1.0, **overrides) -> BeagleHead:
+def tiny_head(target: Target, *, architecture: str = "beagle", seed: int = 0, scale: float = 1.0, **overrides) -> Block:
     torch.manual_seed(seed)
-    head = BeagleHead(HeadConfig.for_target(target, **overrides))
+    kind = HEADS[architecture]
+    head = kind(kind.config_class.for_target(target, **overrides))
     for parameter in head.parameters():
-        parameter.data.mul_(scale if parameter.ndim == 2 else 1.0)  # fresh heads hardly attend
+        parameter.data.mul_(scale if parameter.ndim == 2 else 1.0)
     return head.to(target.device, target.dtype).eval().requires_grad_(False)
 
 
-def tiny_drafter(target: Target, **overrides) -> BeagleDrafter:
-    return BeagleDrafter(target, tiny_head(target, **overrides))
+def tiny_drafter(target: Target, *, architecture: str = "beagle", **overrides) -> TreeDrafter:
+    return DRAFTERS[architecture](target, tiny_head(target, architecture=architecture, **overrides))
 
 
 class Oracle:

@@ -8,14 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from beagle.drafters.checkpoint import find_head, load_head, save_head
+from beagle.drafters.checkpoint import HEADS, find_head, load_head, save_head
 from beagle.errors import BeagleError
 from conftest import tiny_head, tiny_target
 
 
-@pytest.fixture
-def folder(target, tmp_path):
-    save_head(tiny_head(target), tmp_path / "head", target=target.name, dtype=torch.float32, meta={"note": 1})
+@pytest.fixture(params=HEADS)
+def folder(request, target, tmp_path):
+    head = tiny_head(target, architecture=request.param)
+    save_head(head, tmp_path / "head", target=target.name, dtype=torch.float32, meta={"note": 1})
     return tmp_path / "head"
 
 
@@ -40,11 +41,21 @@ def refused(folder, target) -> str:
     return message
 
 
-@pytest.mark.parametrize("overrides", [{}, {"newest_state": "linear", "num_kv_heads": 2, "concat": False}])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"newest_state": "linear", "num_kv_heads": 2, "concat": False},
+        {"architecture": "eagle"},
+        {"architecture": "eagle", "num_kv_heads": 2},
+    ],
+    ids=str,
+)
 def test_roundtrip(target, tmp_path, overrides):
     head = tiny_head(target, seed=4, **overrides)
     save_head(head, tmp_path, target=target.name, dtype=torch.float32, meta={"note": 1})
     loaded = load_head(tmp_path, target)
+    assert type(loaded) is type(head)
     assert loaded.config == head.config
     assert loaded.state_dict().keys() == head.state_dict().keys()
     for name, tensor in head.state_dict().items():
@@ -54,8 +65,9 @@ def test_roundtrip(target, tmp_path, overrides):
     assert json.loads((tmp_path / "config.json").read_text())["meta"] == {"note": 1}
 
 
-def test_roundtrip_with_a_trimmed_vocabulary(target, tmp_path):
-    head = tiny_head(target, draft_vocab_size=10)
+@pytest.mark.parametrize("architecture", HEADS)
+def test_roundtrip_with_a_trimmed_vocabulary(target, tmp_path, architecture):
+    head = tiny_head(target, architecture=architecture, draft_vocab_size=10)
     head.draft_vocab.copy_(torch.arange(10) * 6)
     save_head(head, tmp_path, target=target.name, dtype=torch.bfloat16, meta={})
     assert load_head(tmp_path, target).draft_vocab.tolist() == [i * 6 for i in range(10)]
@@ -81,6 +93,22 @@ def test_config_is_missing_broken_or_foreign(folder, target):
     assert "unreadable" in refused(folder, target)
     (folder / "config.json").unlink()
     assert "no config.json" in refused(folder, target)
+
+
+def test_another_architectures_name(folder, target):
+    config = json.loads((folder / "config.json").read_text())
+    other = next(name for name in HEADS if name != config["model_type"])
+    config["head"] = {key: value for key, value in config["head"].items() if key not in ("newest_state", "concat")}
+    edit_config(folder, model_type=other, head=config["head"])
+    assert "model.safetensors is corrupt or incomplete" in refused(folder, target)
+
+
+@pytest.mark.parametrize("kind", [None, ["beagle"], {"eagle": 1}], ids=str)
+def test_model_types_that_are_no_names(folder, target, kind):
+    edit_config(folder, model_type=kind)
+    message = refused(folder, target)
+    assert "no Beagle head" in message
+    assert all(name in message for name in HEADS)
 
 
 @pytest.mark.parametrize("head", [{}, None, 3, {"hidden_size": "32"}], ids=str)

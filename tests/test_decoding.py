@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.errors import BeagleError
-from beagle.model import Model
+from beagle.model import DRAFTERS, Model
 from beagle.targets.target import Target
 from conftest import FAMILIES, Oracle, tiny_drafter, tiny_model, tiny_target, tiny_tokenizer
 
@@ -41,12 +41,17 @@ def family_answers():
     return get
 
 
+# heads don't know families, so one family stands for all with the second architecture
+PAIRS = [(family, "beagle") for family in FAMILIES] + [("gemma3_text", "eagle")]
+
+
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_answers_are_those_of_plain_decoding(family_answers, family, kind, exact):
+@pytest.mark.parametrize(("family", "architecture"), PAIRS)
+def test_greedy_answers_are_those_of_plain_decoding(family_answers, family, architecture, kind, exact):
     target, plain = family_answers(family)
-    answer = Model(target, tiny_drafter(target), plan(kind)).generate(PROMPT, max_new_tokens=24, exact=exact)
+    drafter = tiny_drafter(target, architecture=architecture)
+    answer = Model(target, drafter, plan(kind)).generate(PROMPT, max_new_tokens=24, exact=exact)
     assert answer.token_ids == plain
     assert answer.stats.drafted > 0
 
@@ -96,13 +101,14 @@ def test_special_tokens_are_not_in_the_text():
     assert plain.text == target.tokenizer.decode(plain.token_ids, skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("architecture", DRAFTERS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "sampling", [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 20}, {"temperature": 1.3, "top_p": 0.8}]
 )
-def test_a_seed_gives_the_same_answer_with_and_without_drafts(kind, sampling):
+def test_a_seed_gives_the_same_answer_with_and_without_drafts(kind, sampling, architecture):
     target = endless("qwen3")
-    drafted, plain = Model(target, tiny_drafter(target), plan(kind)), Model(target)
+    drafted, plain = Model(target, tiny_drafter(target, architecture=architecture), plan(kind)), Model(target)
     answers = set()
     for seed in range(3):
         options = {"max_new_tokens": 16, "seed": seed, **sampling}
@@ -147,9 +153,11 @@ def test_step_alpha_and_pooling():
 
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
-def test_context_limit_is_respected(kind):
+@pytest.mark.parametrize("architecture", DRAFTERS)
+def test_context_limit_is_respected(kind, architecture):
     target = endless(max_position_embeddings=24)
-    model = Model(target, tiny_drafter(target) if kind else None, plan(kind or "chain"))
+    drafter = tiny_drafter(target, architecture=architecture) if kind else None
+    model = Model(target, drafter, plan(kind or "chain"))
     prompt = " ".join(f"w{i}" for i in range(3, 17))
     answer = model.generate(prompt, max_new_tokens=100, raw=True)
     assert len(answer.token_ids) == 24 - 14

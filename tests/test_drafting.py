@@ -1,4 +1,4 @@
-"""What the Beagle drafter proposes: well-formed trees, honest scores, no traces left behind."""
+"""What the drafters of trained heads propose: well-formed trees, honest scores, no traces left behind."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from beagle.drafters.base import STATIC_PATHS, TreePlan
-from beagle.drafters.beagle import BeagleDrafter
-from conftest import tiny_drafter, tiny_head, tiny_target
+from beagle.model import DRAFTERS
+from conftest import LIVELY, tiny_drafter, tiny_head, tiny_target
 
 CONTEXT = [5, 9, 33, 12, 60, 41, 7]
 ROOT = 20
@@ -22,36 +22,65 @@ PLANS = [
 ]
 
 
-@pytest.fixture(params=[{}, {"concat": False}, {"draft_vocab_size": 20}], ids=str)
+HEADS = [
+    {},
+    {"concat": False},
+    {"draft_vocab_size": 20},
+    {"architecture": "eagle"},
+    {"architecture": "eagle", "num_kv_heads": 2, "draft_vocab_size": 20},
+]
+
+
+@pytest.fixture(params=HEADS, ids=str)
 def drafting(request):
     target = tiny_target()
-    head = tiny_head(target, scale=15.0, **request.param)
+    head = tiny_head(target, scale=LIVELY[request.param.get("architecture", "beagle")], **request.param)
     if request.param.get("draft_vocab_size"):
         head.draft_vocab.copy_(torch.arange(20) * 3 + 1)
-    drafter = BeagleDrafter(target, head)
+    drafter = DRAFTERS[head.architecture](target, head)
     states = target.prefill(torch.tensor([CONTEXT]), target.new_cache(1, 16))[0]
     drafter.begin(CONTEXT, states)
     return target, drafter, states
 
 
-@torch.no_grad()
-def score(target, drafter, states, path: list[int]) -> float:
-    """Cumulative log-probability of drafting ``path`` after the root, path by path, no cache."""
-    head, concat = drafter.head, drafter.head.config.concat
-    total, newest = 0.0, states[-1:]
-    known, slots = states, torch.arange(len(states))
-    for i, (token, following) in enumerate(zip([ROOT, *path], path, strict=False)):
+def beagle_states(target, head, states, tokens: list[int]):
+    """Predicted states after each of ``tokens``, the root first: all keys anew every time, no cache."""
+    newest, known, slots = states[-1:], states, torch.arange(len(states))
+    for i, token in enumerate(tokens):
         slot = torch.tensor([len(states) - 1 + i])
         k, v = head.keys_values(known, head.rotation(slots, known.dtype))
         embedding = target.embed(torch.tensor([token]))
-        attended = head.attend(head.queries(embedding, head.rotation(slot, known.dtype))[None], k[None], v[None], None)[
-            0
-        ]
-        newest = head.finish(attended, embedding, newest)
-        if concat:
+        q = head.queries(embedding, head.rotation(slot, known.dtype))
+        newest = head.finish(head.attend(q[None], k[None], v[None], None)[0], embedding, newest)
+        if head.config.concat:
             known, slots = torch.cat([known, newest]), torch.cat([slots, slot + 1])
-        log_q = F.log_softmax(newest[0] @ drafter.lm_head.T, dim=-1)
-        total += float(log_q[drafter.head.draft_vocab.tolist().index(following)])
+        yield newest[0]
+
+
+def eagle_states(target, head, states, tokens: list[int]):
+    """The same for EAGLE: all features anew every time."""
+    for i in range(len(tokens)):
+        embeddings = target.embed(torch.tensor([*CONTEXT[1:], *tokens[: i + 1]]))
+        x = head.features(embeddings, states)
+        rotation = head.rotation(torch.arange(len(x)), x.dtype)
+        k, v = head.keys_values(x, rotation)
+        last = head.rotation(torch.tensor([len(x) - 1]), x.dtype)
+        attended = head.attend(head.queries(x[-1:], last)[None], k[None], v[None], None)[0]
+        states = torch.cat([states, head.finish(attended, x[-1:])])
+        yield states[-1]
+
+
+PREDICTED = {"beagle": beagle_states, "eagle": eagle_states}
+
+
+@torch.no_grad()
+def score(target, drafter, states, path: list[int]) -> float:
+    """Cumulative log-probability of drafting ``path`` after the root."""
+    head, total = drafter.head, 0.0
+    predicted = PREDICTED[head.architecture](target, head, states, [ROOT, *path[:-1]])
+    for state, following in zip(predicted, path, strict=True):
+        log_q = F.log_softmax(state @ drafter.lm_head.T, dim=-1)
+        total += float(log_q[head.draft_vocab.tolist().index(following)])
     return total
 
 
@@ -92,8 +121,9 @@ def test_drafting_leaves_nothing_behind(drafting, plan):
     assert extended.scores == pytest.approx(fresh.scores, abs=1e-4)
 
 
-def test_long_contexts_grow_the_cache(target):
-    drafter = tiny_drafter(target, scale=15.0)
+@pytest.mark.parametrize("architecture", DRAFTERS)
+def test_long_contexts_grow_the_cache(target, architecture):
+    drafter = tiny_drafter(target, architecture=architecture, scale=LIVELY[architecture])
     tokens = [3 + i % 50 for i in range(505)]
     states = target.prefill(torch.tensor([tokens]), target.new_cache(1, 505))[0]
     drafter.begin(tokens, states)
@@ -112,6 +142,45 @@ def test_levels_that_gain_too_little_are_not_drafted(drafting):
     drafter = drafting[1]
     draft = drafter.draft(ROOT, TreePlan("dynamic", depth=5, top_k=4), min_gain=2.0)
     assert draft.parents == [-1] * 4
+
+
+@pytest.mark.parametrize("architecture", DRAFTERS)
+def test_contexts_may_come_a_token_at_a_time(target, architecture):
+    """The newest slot's key, where it needs the next token, is that of the accepted one, not the drafted."""
+    drafter = tiny_drafter(target, architecture=architecture, scale=LIVELY[architecture])
+    states = target.prefill(torch.tensor([CONTEXT]), target.new_cache(1, 16))[0]
+    drafter.begin(CONTEXT, states)
+    at_once = drafter.draft(ROOT, PLANS[0])
+    drafter.begin(CONTEXT[:1], states[:1])
+    for i in range(1, len(CONTEXT)):
+        drafter.draft(ROOT, PLANS[3])
+        drafter.extend(CONTEXT[i : i + 1], states[i : i + 1])
+    again = drafter.draft(ROOT, PLANS[0])
+    assert again.tokens == at_once.tokens
+    assert again.scores == pytest.approx(at_once.scores, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("head", "levels"),
+    [({}, [2, 3, 4, 5]), ({"concat": False}, []), ({"architecture": "eagle"}, [1, 2, 3, 4, 5])],
+    ids=str,
+)
+def test_only_keys_that_a_later_query_sees_are_made(target, monkeypatch, head, levels):
+    drafter = tiny_drafter(target, **head)
+    states = target.prefill(torch.tensor([CONTEXT]), target.new_cache(1, 16))[0]
+    drafter.begin(CONTEXT, states)
+    made, level = [], drafter._level
+    keys_values = drafter.head.keys_values
+
+    def watched(x, rotation):
+        made.append(len(seen))
+        return keys_values(x, rotation)
+
+    seen = []
+    monkeypatch.setattr(drafter.head, "keys_values", watched)
+    monkeypatch.setattr(drafter, "_level", lambda *args: (seen.append(args), level(*args))[1])
+    drafter.draft(ROOT, TreePlan("dynamic", depth=5, top_k=4))
+    assert made == levels
 
 
 @pytest.mark.parametrize("options", [{"depth": 0}, {"top_k": 0}, {"nodes": -1}], ids=str)

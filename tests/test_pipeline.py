@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from types import SimpleNamespace
@@ -25,8 +26,8 @@ RECIPE = {
         "early_epochs": 3, "late_epochs": 3, "window": 3, "steps": 3, "batch_tokens": 120, "learning_rate": "1e-2",
         "warmup_steps": 4, "schedule": "cosine", "noise": 0.05, "validate_every": 5, "checkpoint_every": 4,
     },
-    "head": {"newest_state": "scale"},
 }  # fmt: skip
+HEADS = [{"newest_state": "scale"}, {"architecture": "eagle"}]
 COUNT = 12
 
 
@@ -44,7 +45,7 @@ def train(folders, beagle, prompts, tmp_path):
 
     def call(out, *extra, **sections):
         recipe = tmp_path / "recipe.yaml"
-        recipe.write_text(yaml.safe_dump({k: {**v, **sections.get(k, {})} for k, v in RECIPE.items()}))
+        recipe.write_text(yaml.safe_dump({k: {**RECIPE.get(k, {}), **sections.get(k, {})} for k in (*RECIPE, "head")}))
         options = ["--config", recipe, "--target", folders.target, "--device", "cpu", "--prompts", prompts]
         return beagle("train", "--out", out, *options, *extra)
 
@@ -83,9 +84,10 @@ def stored(out):
     return found
 
 
-def test_whole_run_leaves_a_usable_head(train, folders, beagle, losses, tmp_path):
+@pytest.mark.parametrize("head", HEADS, ids=str)
+def test_whole_run_leaves_a_usable_head(train, folders, beagle, losses, tmp_path, head):
     out = tmp_path / "deep" / "run"
-    ended = train(out)
+    ended = train(out, head=head)
     assert ended.code == 0, ended.err
     assert "draft head written" in ended.err
     assert len(stored(out)) == COUNT
@@ -96,6 +98,8 @@ def test_whole_run_leaves_a_usable_head(train, folders, beagle, losses, tmp_path
     assert about["recipe"]["train"]["learning_rate"] == 0.01
     assert {"date", "machine", "versions", "revision", "target"} <= set(about)
     assert losses[-1] < losses[0]
+    config = json.loads((out / "head" / "config.json").read_text())
+    assert config["model_type"] == head.get("architecture", "beagle")
     options = ["--target", folders.target, "--dtype", "float32", "-n", 16, "-q"]
     drafted = beagle("generate", "w3 w4", *options, "--draft", out / "head")
     assert drafted.code == 0
@@ -143,8 +147,9 @@ def interrupt_after(monkeypatch, steps):
     monkeypatch.setattr(Trainer, "_one", interrupted)
 
 
-@pytest.mark.parametrize("steps", [0, 6, 17])
-def test_interrupted_training_goes_on(train, tmp_path, monkeypatch, steps):
+@pytest.mark.parametrize(("steps", "head"), [(0, HEADS[0]), (6, HEADS[0]), (17, HEADS[0]), (17, HEADS[1])])
+def test_interrupted_training_goes_on(train, tmp_path, monkeypatch, steps, head):
+    train = functools.partial(train, head=head)
     assert train(tmp_path / "whole").code == 0
     with monkeypatch.context() as patched:
         interrupt_after(patched, steps)
@@ -225,7 +230,10 @@ def test_other_settings_are_refused(train, tmp_path):
     [("a: [1", "recipe.yaml"), ("- 1", "mapping"), ("trian: {}", "trian"), ("answers: {row: 1}", "row"),
      ("train: {noise: much}", "much"), ("train: 3", "recipe.yaml"), ("head: [a]", "recipe.yaml"),
      ("train: {window: 2, steps: 3}", "window"), ("answers: {rows: 0}", "rows"), ("answers: {states: dsik}", "states"),
-     ("head: {newest_state: foo}", "newest_state"), ("head: {draft_vocab_size: 9}", "draft_vocab_size")],
+     ("head: {newest_state: foo}", "newest_state"), ("head: {num_kv_heads: few}", "num_kv_heads"),
+     ("head: {num_kv_heads: {a: 1}}", "num_kv_heads"), ("head: {architecture: hawk}", "beagle, eagle"),
+     ("head: {architecture: [eagle]}", "beagle, eagle"), ("head: {architecture: eagle, concat: no}", "for eagle"),
+     ("head: {draft_vocab_size: 9}", "draft_vocab_size")],
 )  # fmt: skip
 def test_bad_recipes(tmp_path, text, word):
     path = tmp_path / "recipe.yaml"
@@ -240,3 +248,11 @@ def test_empty_recipe_and_shipped_recipes(tmp_path, request):
     found = list((request.config.rootpath / "configs").glob("*.yaml"))
     assert found
     assert all(isinstance(read_recipe(path).train.learning_rate, float) for path in found)
+
+
+def test_the_rivals_recipe_differs_in_its_head_alone(request):
+    ours, rival = (
+        read_recipe(request.config.rootpath / "configs" / f"smollm2-135m{kind}.yaml") for kind in ("", "-eagle")
+    )
+    assert (rival.answers, rival.train) == (ours.answers, ours.train)
+    assert rival.head == {"architecture": "eagle"}

@@ -153,9 +153,9 @@ def test_distribution_over_many_draws(small, truth, kind):
     assert fits(draws, truth) > 1e-3
 
 
-@pytest.mark.parametrize("kind", PLANS)
-def test_distribution_of_the_whole_loop(small, truth, kind):
-    drafter, stats = tiny_drafter(small), Stats()
+@pytest.mark.parametrize(("kind", "architecture"), [*((kind, "beagle") for kind in PLANS), ("dynamic", "eagle")])
+def test_distribution_of_the_whole_loop(small, truth, kind, architecture):
+    drafter, stats = tiny_drafter(small, architecture=architecture), Stats()
     draws = [draw(small, drafter, PLANS[kind], seed, stats) for seed in range(50_000, 50_400)]
     assert fits(draws, truth) > 1e-3
     plain = [draw(small, None, None, seed, Stats()) for seed in range(50_000, 50_050)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 
@@ -9,17 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
-from beagle.drafters.beagle import BeagleDrafter
 from beagle.drafters.checkpoint import load_head
 from beagle.errors import BeagleError
-from beagle.model import Model
+from beagle.model import DRAFTERS, Model
+from beagle.training import stages
 from beagle.training import trainer as trainer_module
 from beagle.training.answers import AnswerGenerator, Sample
-from beagle.training.data import batches, collate, samples
+from beagle.training.config import TrainConfig
+from beagle.training.data import Stored, batches, collate, samples
 from beagle.training.prompts import Prompt
+from beagle.training.stages import ARCHITECTURES, stage_loss, step_alpha
 from beagle.training.states import Fingerprint, StateStore
-from beagle.training.trainer import TrainConfig, Trainer, stage_loss, step_alpha
+from beagle.training.trainer import Trainer
 from conftest import tiny_head, tiny_target
 
 PROMPTS = [Prompt(str(i), (" ".join(f"w{3 + (5 * i + j * j) % 60}" for j in range(1 + i % 5)),)) for i in range(12)]
@@ -54,10 +58,10 @@ def store(target, tmp_path_factory):
     return store
 
 
-@pytest.fixture(scope="module")
-def whole(target, store, tmp_path_factory):
-    """One uninterrupted run."""
-    trainer = Trainer(target, store, tmp_path_factory.mktemp("whole"), CONFIG)
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def whole(request, target, store, tmp_path_factory):
+    """One uninterrupted run of each architecture."""
+    trainer = Trainer(target, store, tmp_path_factory.mktemp("whole"), CONFIG, {"architecture": request.param})
     trainer.train()
     return trainer
 
@@ -66,14 +70,14 @@ def whole(target, store, tmp_path_factory):
 def test_both_losses_fall(target, store, whole, stage, monkeypatch):
     group = samples(store.shards(), validation=False)
     batch = collate(group, target)
-    noise, untrained = torch.zeros_like(batch.states), tiny_head(target)
+    noise, untrained = torch.zeros_like(batch.states), tiny_head(target, **whole.head_options)
 
     def loss(head):
         return float(stage_loss(head, batch, whole.lm_head, CONFIG, stage=stage, offset=1, noise=noise)[1])
 
     before, after = loss(untrained), loss(whole.head)
-    ordinary = trainer_module.soft_cross_entropy
-    monkeypatch.setattr(trainer_module, "soft_cross_entropy", lambda p, t, head, w, bias: ordinary(t, t, head, w, bias))
+    ordinary = stages.soft_cross_entropy
+    monkeypatch.setattr(stages, "soft_cross_entropy", lambda p, t, head, w, bias: ordinary(t, t, head, w, bias))
     entropy = loss(untrained)  # of the target's own distributions: no head gets below
     assert entropy < after
     assert after - entropy < 0.6 * (before - entropy)
@@ -87,11 +91,43 @@ def test_run_leaves_a_log_and_a_usable_head(target, whole, tmp_path):
     assert int(rows[-1]["step"]) == whole.total
     assert {r["stage"] for r in rows} == {"early", "late"}
     whole.export(tmp_path, {"steps": whole.step})
-    drafter = BeagleDrafter(target, load_head(tmp_path, target))
-    plain = Model(target).generate("w3", max_new_tokens=24)
-    answer = Model(target, drafter, TreePlan("chain", depth=3)).generate("w3", max_new_tokens=24)
-    assert answer.token_ids == plain.token_ids
-    assert answer.stats.tau > 1.3
+    drafter = DRAFTERS[whole.head.architecture](target, load_head(tmp_path, target))
+    plain, drafted = Model(target), Model(target, drafter, TreePlan("chain", depth=3))
+    stats = Stats()
+    for prompt in PROMPTS:
+        answer = drafted.generate(prompt.turns[0], max_new_tokens=24)
+        assert answer.token_ids == plain.generate(prompt.turns[0], max_new_tokens=24).token_ids
+        stats.add(answer.stats)
+    assert stats.tau > 1.7
+
+
+def test_architectures_are_no_settings_of_one_run(target, store, whole):
+    other = next(name for name in ARCHITECTURES if name != whole.head.architecture)
+    with pytest.raises(BeagleError, match="other settings"):
+        Trainer(target, store, whole.out, CONFIG, {"architecture": other})
+
+
+def test_step_alpha_is_that_of_chain_drafts(target, whole):
+    """Counted the long way: a draft from every slot of a greedy answer, as far as it holds."""
+    ids = [5, 9, 33]
+    tokens = ids + Model(target).generate("w5 w9 w33", raw=True, max_new_tokens=20).token_ids
+    states = target.prefill(torch.tensor([tokens]), target.new_cache(1, 32))[0]
+    truth = [0, *target.logits(states).argmax(-1).tolist()]  # truth[i]: the token after i - 1 others
+    assert truth[3:-1] == tokens[3:]
+    whole.head.eval()
+    found = step_alpha(whole.head, target, [[Stored("0", torch.tensor(tokens), states, 2)]], 4)
+    drafter = DRAFTERS[whole.head.architecture](target, copy.deepcopy(whole.head))
+    tried, right = [0] * 4, [0] * 4
+    for base in range(2, len(tokens) - 1):
+        drafter.begin(tokens[: base + 1], states[: base + 1])
+        draft = drafter.draft(tokens[base + 1], TreePlan("chain", depth=4))
+        for j, token in enumerate(draft.tokens[: len(tokens) - 1 - base]):
+            tried[j] += 1
+            if token != truth[base + j + 2]:
+                break
+            right[j] += 1
+    assert right[0] > 0
+    assert found == pytest.approx([r / max(1, t) for r, t in zip(right, tried, strict=True)])
 
 
 def same_weights(a: Trainer, b: Trainer) -> bool:
@@ -102,8 +138,8 @@ def same_weights(a: Trainer, b: Trainer) -> bool:
 @pytest.mark.parametrize("stops", [[0.0], [0.0] * 7])
 def test_resumed_run_ends_bitwise_like_a_whole_one(target, store, whole, tmp_path, stops):
     for seconds in stops:
-        Trainer(target, store, tmp_path, CONFIG).train(seconds=seconds)
-    resumed = Trainer(target, store, tmp_path, CONFIG)
+        Trainer(target, store, tmp_path, CONFIG, whole.head_options).train(seconds=seconds)
+    resumed = Trainer(target, store, tmp_path, CONFIG, whole.head_options)
     assert resumed.step == len(stops)
     resumed.train()
     assert resumed.step == whole.total
@@ -111,7 +147,7 @@ def test_resumed_run_ends_bitwise_like_a_whole_one(target, store, whole, tmp_pat
 
 
 def test_killed_run_resumes_from_its_last_checkpoint(target, store, whole, tmp_path, monkeypatch):
-    killed = Trainer(target, store, tmp_path, CONFIG)
+    killed = Trainer(target, store, tmp_path, CONFIG, whole.head_options)
     one = killed._one
 
     def dies(group):
@@ -122,37 +158,37 @@ def test_killed_run_resumes_from_its_last_checkpoint(target, store, whole, tmp_p
     monkeypatch.setattr(killed, "_one", dies)
     with pytest.raises(SystemError):
         killed.train()
-    resumed = Trainer(target, store, tmp_path, CONFIG)
+    resumed = Trainer(target, store, tmp_path, CONFIG, whole.head_options)
     assert resumed.step == 8
     resumed.train()
     assert same_weights(resumed, whole)
 
 
 def test_interrupted_run_saves(target, store, whole, tmp_path, monkeypatch):
-    trainer = Trainer(target, store, tmp_path, CONFIG)
+    trainer = Trainer(target, store, tmp_path, CONFIG, whole.head_options)
     one = trainer._one
     monkeypatch.setattr(
         trainer, "_one", lambda g: one(g) if trainer.step < 6 else (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert Trainer(target, store, tmp_path, CONFIG).step == 6
+    assert Trainer(target, store, tmp_path, CONFIG, whole.head_options).step == 6
 
 
 def test_finished_run_stays_as_it_is(target, store, whole):
-    again = Trainer(target, store, whole.out, CONFIG)
+    again = Trainer(target, store, whole.out, CONFIG, whole.head_options)
     assert again.step == again.total
     again.train()
     assert same_weights(again, whole)
 
 
 @pytest.mark.parametrize(
-    ("config", "head"), [({"learning_rate": 1.0}, {}), ({"seed": 1}, {}), ({}, {"newest_state": "none"})], ids=str
+    ("config", "head"), [({"learning_rate": 1.0}, {}), ({"seed": 1}, {}), ({}, {"num_kv_heads": 2})], ids=str
 )
 def test_other_settings_are_refused(target, store, whole, config, head):
     settings = TrainConfig(**{**CONFIG.__dict__, **config})
     with pytest.raises(BeagleError, match="other settings") as caught:
-        Trainer(target, store, whole.out, settings, head)
+        Trainer(target, store, whole.out, settings, {**whole.head_options, **head})
     assert str(whole.out) in str(caught.value)
 
 
@@ -161,7 +197,7 @@ def test_corrupt_checkpoint_is_refused(target, store, whole, tmp_path, keep):
     content = (whole.out / "checkpoint.safetensors").read_bytes()
     (tmp_path / "checkpoint.safetensors").write_bytes(content[:keep])
     with pytest.raises(BeagleError, match="corrupt") as caught:
-        Trainer(target, store, tmp_path, CONFIG)
+        Trainer(target, store, tmp_path, CONFIG, whole.head_options)
     assert "delete it to start over" in str(caught.value)
 
 

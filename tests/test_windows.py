@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 from beagle.drafters.base import TreePlan
 from beagle.drafters.head import BeagleHead, HeadConfig
+from beagle.training.stages import ARCHITECTURES
 from beagle.training.windows import Batch, additive, early, late
-from conftest import tiny_drafter, tiny_target
+from conftest import LIVELY, tiny_drafter, tiny_target
 
 HEADS = [
     {},
@@ -164,10 +165,22 @@ def test_a_window_sees_its_base_and_nothing_later(stage, newest):
             assert same == (changed > base), (slot, changed)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"concat": False}, {"num_kv_heads": 2}, {"newest_state": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"concat": False},
+        {"num_kv_heads": 2},
+        {"newest_state": "none"},
+        {"architecture": "eagle"},
+        {"architecture": "eagle", "num_kv_heads": 2},
+    ],
+    ids=str,
+)
 def test_training_and_inference_agree(overrides):
     target = tiny_target()
-    drafter = tiny_drafter(target, scale=15.0, **overrides)
+    drafter = tiny_drafter(target, scale=LIVELY[overrides.get("architecture", "beagle")], **overrides)
+    chains = ARCHITECTURES[drafter.head.architecture].chains
     head, depth = drafter.head, 4
     context = [5, 9, 33, 12, 60, 41, 7]
     states = target.prefill(torch.tensor([context]), target.new_cache(1, 16))[0]
@@ -182,7 +195,7 @@ def test_training_and_inference_agree(overrides):
     padded[0, : len(context)] = states
     batch = Batch(target.embed(tokens), padded, torch.tensor([base]), torch.tensor([n - 2]))
     score = 0.0
-    for i, (predicted, slots, real) in enumerate(late(head, batch, padded, depth, 0, depth)):
+    for i, (predicted, slots, real) in enumerate(chains(head, batch, padded, depth, 0, depth)):
         assert bool(real[0, 0])
         assert int(slots[0, 0]) == base + i
         log_q = F.log_softmax(target.head(predicted[0, 0]), dim=-1)

@@ -13,12 +13,16 @@ from beagle.decoding.stats import Stats
 from beagle.drafters.base import Drafter, TreePlan
 from beagle.drafters.beagle import BeagleDrafter
 from beagle.drafters.checkpoint import find_head, load_head
+from beagle.drafters.eagle import EagleDrafter
 from beagle.drafters.lookup import LookupDrafter
 from beagle.drafters.small import PREFIX, load_small
+from beagle.drafters.tree import TreeDrafter
 from beagle.errors import BeagleError
 from beagle.targets.chat import Message, encode
 from beagle.targets.loading import EMBEDDED, load_target
 from beagle.targets.target import Target
+
+DRAFTERS: dict[str, type[TreeDrafter]] = {"beagle": BeagleDrafter, "eagle": EagleDrafter}
 
 
 @dataclass(frozen=True)
@@ -192,7 +196,8 @@ def load(
     loaded = load_target(target, **options)
     drafter: Drafter | None = None
     if folder is not None:
-        drafter = BeagleDrafter(loaded, load_head(folder, loaded))
+        head = load_head(folder, loaded)
+        drafter = DRAFTERS[head.architecture](loaded, head)
     elif draft == "lookup":
         drafter = LookupDrafter()
     elif draft.startswith(PREFIX):

@@ -31,7 +31,7 @@ def train(
     skip_bad_lines: Annotated[bool, typer.Option("--skip-bad-lines")] = False,
     trust_remote_code: o.Trust = False,
 ) -> None:
-    """Train a Beagle head: answers and states, early stage, late stage. Run again, it goes on.
+    """Train a draft head: answers and states, early stage, late stage. Run again, it goes on.
 
     Example: [bold]beagle train --prompts prompts.jsonl --config configs/smollm2-135m.yaml --out runs/mine[/bold]
     """

@@ -12,21 +12,25 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from beagle.drafters.head import BeagleHead, HeadConfig
+from beagle.drafters.block import Block
+from beagle.drafters.eagle_head import EagleHead
+from beagle.drafters.head import BeagleHead
 from beagle.errors import BeagleError
 
+HEADS: dict[str, type[Block]] = {"beagle": BeagleHead, "eagle": EagleHead}  # by the config's model_type
 SHIPPED = Path(__file__).parent.parent / "heads"
 SAME_TARGET = {"HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2-135m"}  # names of one target
 
 
-def save_head(head: BeagleHead, folder: str | Path, *, target: str, dtype: torch.dtype, meta: dict[str, Any]) -> None:
+def save_head(head: Block, folder: str | Path, *, target: str, dtype: torch.dtype, meta: dict[str, Any]) -> None:
     """Write a head atomically: the weights first, then the config that makes the folder a checkpoint."""
     folder = Path(folder)
     tensors = {
         name: tensor.detach().to(dtype if tensor.is_floating_point() else torch.int32).contiguous()
         for name, tensor in head.state_dict().items()
     }
-    content: dict[str, Any] = {"model_type": "beagle", "architectures": ["BeagleForCausalLM"], "target": target}
+    kind = head.architecture
+    content: dict[str, Any] = {"model_type": kind, "architectures": [f"{kind.title()}ForCausalLM"], "target": target}
     content |= {"head": asdict(head.config), "meta": meta}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +56,7 @@ def find_head(draft: str, target_name: str) -> Path | None:
     return Path(draft)
 
 
-def load_head(folder: str | Path, target: Any) -> BeagleHead:
+def load_head(folder: str | Path, target: Any) -> Block:
     """Load a head for ``target``, onto its device in its dtype.
 
     Raises:
@@ -65,17 +69,19 @@ def load_head(folder: str | Path, target: Any) -> BeagleHead:
         raise BeagleError(f"draft '{folder}': no config.json there; give a folder that `beagle train` wrote") from error
     except (OSError, ValueError) as error:
         raise BeagleError(f"draft '{folder}': config.json is unreadable ({error}); train or copy it again") from error
-    if not isinstance(content, dict) or content.get("model_type") != "beagle":
+    kind = HEADS.get(str(content.get("model_type"))) if isinstance(content, dict) else None
+    if kind is None:
         raise BeagleError(
-            f"draft '{folder}' is no Beagle head (model_type is not 'beagle'); give a folder that `beagle train` wrote"
+            f"draft '{folder}' is no Beagle head (model_type is none of {', '.join(HEADS)}); "
+            "give a folder that `beagle train` wrote"
         )
-    known = {field.name for field in fields(HeadConfig)}
+    known = {field.name for field in fields(kind.config_class)}
     try:
         settings = content["head"]
         if unknown := set(settings) - known:
             raise BeagleError(f"draft '{folder}': unknown setting {sorted(unknown)}; it needs a newer beagle")
-        config = HeadConfig(**settings)
-        head = BeagleHead(config)
+        config = kind.config_class(**settings)
+        head = kind(config)
     except (KeyError, TypeError) as error:
         raise BeagleError(f"draft '{folder}': config.json is incomplete ({error}); train or copy it again") from error
     for what, ours, theirs in (

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from beagle.drafters.head import HeadConfig, Newest
 from beagle.errors import BeagleError
 from beagle.evaluation.meta import describe
 from beagle.targets.target import Target
 from beagle.training.answers import AnswerGenerator, Sample
+from beagle.training.config import Positive, TrainConfig
 from beagle.training.prompts import Prompt
+from beagle.training.stages import ARCHITECTURES
 from beagle.training.states import Fingerprint, StateStore, write_json
-from beagle.training.trainer import TrainConfig, Trainer
-
-Positive = Annotated[int, Field(ge=1)]
+from beagle.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,10 @@ class AnswerConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run: ``answers``, ``train`` and ``head`` sections of a YAML file."""
+    """A whole run: ``answers``, ``train`` and ``head`` sections of a YAML file.
+
+    ``head`` holds ``architecture`` (default: beagle) and settings of that head's config.
+    """
 
     answers: AnswerConfig = field(default_factory=AnswerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -66,23 +68,30 @@ def read_recipe(path: Path) -> Recipe:
         raise BeagleError(f"recipe '{path}' can't be read: {str(error).splitlines()[0]}; see configs/") from error
     if not isinstance(content, dict) or set(content) - {"answers", "train", "head"}:
         raise BeagleError(f"recipe '{path}' is no mapping of answers, train and head; see configs/")
-    head = content.get("head") or {}
-    open_choices = {f.name for f in fields(HeadConfig)} - {"hidden_size", "target_vocab_size", "draft_vocab_size"}
-    if not isinstance(head, dict) or set(head) - open_choices:
-        raise BeagleError(
-            f"recipe '{path}': head takes {', '.join(sorted(open_choices))} (the vocabulary is train's draft_vocab_size)"
-        )
-    if head.get("newest_state", "none") not in get_args(Newest):
-        raise BeagleError(f"recipe '{path}': head.newest_state is one of {', '.join(get_args(Newest))}")
     return Recipe(
         checked(AnswerConfig, content.get("answers") or {}, path, "answers"),
         checked(TrainConfig, content.get("train") or {}, path, "train"),
-        head,
+        checked_head(content.get("head") or {}, path),
     )
 
 
+def checked_head(settings: Any, path: Path) -> dict[str, Any]:
+    """The head section, against the config of its architecture; what the target fixes can't be set."""
+    name = settings.get("architecture", "beagle") if isinstance(settings, dict) else "beagle"
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise BeagleError(f"recipe '{path}': head.architecture is one of {', '.join(ARCHITECTURES)}, not {name!r}")
+    kinds = get_type_hints(ARCHITECTURES[name].head.config_class)
+    choices = sorted(set(kinds) - {"hidden_size", "target_vocab_size", "draft_vocab_size"})
+    if not isinstance(settings, dict) or set(settings) - {"architecture", *choices}:
+        raise BeagleError(
+            f"recipe '{path}': head takes architecture and, for {name}, {', '.join(choices)} "
+            "(the vocabulary is train's draft_vocab_size)"
+        )
+    return {k: v if k == "architecture" else checked(kinds[k], v, path, f"head.{k}") for k, v in settings.items()}
+
+
 def checked(kind: Any, values: Any, path: Path, section: str) -> Any:
-    if isinstance(values, dict) and (unknown := set(values) - {f.name for f in fields(kind)}):
+    if is_dataclass(kind) and isinstance(values, dict) and (unknown := set(values) - {f.name for f in fields(kind)}):
         known = ", ".join(f.name for f in fields(kind))
         raise BeagleError(f"recipe '{path}': unknown key {sorted(unknown)} in {section}; known are {known}")
     try:

@@ -9,13 +9,11 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import SafetensorError
@@ -23,110 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from beagle.drafters.checkpoint import save_head
-from beagle.drafters.head import BeagleHead, HeadConfig
 from beagle.errors import BeagleError
 from beagle.targets.target import Target
+from beagle.training.config import TrainConfig
 from beagle.training.data import Stored, batches, collate, frequent_tokens, samples
-from beagle.training.losses import regression, soft_cross_entropy
+from beagle.training.stages import ARCHITECTURES, lm_head_rows, stage_loss, step_alpha
 from beagle.training.states import StateStore, write_json
-from beagle.training.windows import Batch, early, late
-
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[float, Field(ge=0)]
-LMHead = tuple[Tensor, Tensor | None]  # weight [draft_vocab, hidden], bias [draft_vocab]
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """The paper's values as defaults; our recipes stand in ``configs/``.
-
-    Attributes:
-        batch_tokens: padded tokens a step (the paper: 16 sequences).
-        window: k. steps: s. noise: scale added to true states given as keys.
-        regression: coefficient of the smooth-L1 term.
-        dropout: ours, against overfitting where answers are few.
-        beta_decay: late-stage weights are β_i = k - i + 1, normalised; off: all equal.
-    """
-
-    early_epochs: NotNegative = 10
-    late_epochs: NotNegative = 10
-    window: Positive = 5
-    steps: Positive = 4
-    batch_tokens: Positive = 16 * 2048
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-5
-    warmup_steps: Annotated[int, Field(ge=0)] = 2000
-    schedule: Literal["constant", "cosine"] = "constant"
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: NotNegative = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0)] = 0.5
-    noise: NotNegative = 0.2
-    regression: NotNegative = 10.0
-    beta_decay: bool = True
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    autocast: bool = False
-    draft_vocab_size: Positive | None = None
-    validate_every: Positive = 500
-    checkpoint_every: Positive = 200
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.steps > self.window:
-            raise ValueError("steps must not be larger than window (a simulated step is a slot of its window)")
-
-
-def stage_loss(
-    head: BeagleHead, batch: Batch, lm_head: LMHead, config: TrainConfig, *, stage: str, offset: int, noise: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Loss of one batch (cross-entropy plus regression) and its cross-entropy alone."""
-    keys_from = batch.states + config.noise * noise
-    if stage == "early":
-        parts = [early(head, batch, keys_from, config.window, offset)]
-        shares = [1.0]
-    else:
-        parts = late(head, batch, keys_from, config.window, offset, config.steps)
-        betas = [config.window - i + 1 if config.beta_decay else 1 for i in range(1, config.steps + 1)]
-        shares = [b / sum(betas) for b in betas]
-    predicted, true, weights = [], [], []
-    for share, (states, slots, real) in zip(shares, parts, strict=True):
-        predicted.append(states[real])
-        true.append(batch.pick(batch.states, slots + 1)[real])
-        weights.append(torch.full((int(real.sum()),), share, device=states.device) / max(1, int(real.sum())))
-    p, t, w = torch.cat(predicted), torch.cat(true), torch.cat(weights)
-    cross_entropy = soft_cross_entropy(p, t, lm_head[0], w, lm_head[1])
-    if not config.regression:
-        return cross_entropy, cross_entropy.detach()
-    return cross_entropy + config.regression * regression(p, t, w), cross_entropy.detach()
-
-
-@torch.no_grad()
-def step_alpha(head: BeagleHead, target: Target, groups: list[list[Stored]], steps: int) -> list[float]:
-    """α_1 … α_steps of chain drafts from every slot of the validation samples, teacher-forced.
-
-    α_j: share of j-th drafts that equal the target's greedy choice, given that the earlier ones did.
-    """
-    tried = torch.zeros(steps)
-    right = torch.zeros(steps)
-    whole, small = lm_head_rows(target), lm_head_rows(target, head.draft_vocab)
-    for group in groups:
-        batch = collate(group, target)
-        for offset in range(steps):
-            alive: Tensor | None = None
-            for j, (states, slots, real) in enumerate(late(head, batch, batch.states, steps, offset, steps)):
-                if alive is not None:
-                    real = real & alive
-                draft = head.draft_vocab[F.linear(states[real], *small).argmax(-1)]
-                truth = F.linear(batch.pick(batch.states, slots + 1)[real], *whole).argmax(-1)
-                alive = torch.zeros_like(real)
-                alive[real] = draft == truth
-                tried[j] += int(real.sum())
-                right[j] += int(alive.sum())
-    return (right / tried.clamp(min=1)).tolist()
-
-
-def lm_head_rows(target: Target, index: Tensor | None = None) -> LMHead:
-    """Weight and bias of the target's LM head for some tokens, in fp32."""
-    weight, bias = target.head_rows(index)
-    return weight.float(), None if bias is None else bias.float()
 
 
 class Trainer:
@@ -135,12 +35,18 @@ class Trainer:
     def __init__(
         self, target: Target, store: StateStore, out: Path, config: TrainConfig, head: dict[str, Any] | None = None
     ) -> None:
+        """
+        Args:
+            head: ``architecture`` (default: beagle) and settings of that head's config.
+        """
         self.target, self.store, self.out, self.config = target, store, out, config
         torch.manual_seed(config.seed)
-        shape = HeadConfig.for_target(target, draft_vocab_size=config.draft_vocab_size, **(head or {}))
-        self.head = BeagleHead(shape).to(target.device)
-        self.head.dropout = config.dropout
         self.head_options = head or {}
+        settings = dict(self.head_options)
+        kind = ARCHITECTURES[settings.pop("architecture", "beagle")].head
+        shape = kind.config_class.for_target(target, draft_vocab_size=config.draft_vocab_size, **settings)
+        self.head = kind(shape).to(target.device)
+        self.head.dropout = config.dropout
         if shape.draft_vocab_size:
             self.head.draft_vocab.copy_(frequent_tokens(store, shape.draft_vocab_size, target.vocab_size))
         self.lm_head = lm_head_rows(target, self.head.draft_vocab)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from beagle.drafters.head import BeagleHead
 
+Part = tuple[Tensor, Tensor, Tensor]  # predicted states [batch, m, hidden], their slots [batch, m], which are real
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -42,7 +44,14 @@ def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
 
 
-def early(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset: int) -> tuple[Tensor, Tensor, Tensor]:
+def bases(batch: Batch, window: int, offset: int) -> Tensor:
+    """The first slots of all whole windows, ``[batch, windows]``; those beyond ``last`` are padding."""
+    start = batch.first + (-offset) % window
+    count = max(1, -(-int((batch.last - start).max() + 1) // window))
+    return start[:, None] + torch.arange(count, device=start.device) * window
+
+
+def early(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset: int) -> Part:
     """Inverse block attention: every slot of a window sees the true keys up to its base only.
 
     Args:
@@ -67,9 +76,7 @@ def early(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset
     return head.finish(attended, embeddings, batch.pick(keys_from, base)), slots, real
 
 
-def late(
-    head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset: int, steps: int
-) -> list[tuple[Tensor, Tensor, Tensor]]:
+def late(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset: int, steps: int) -> list[Part]:
     """Simulated inference, sliced: step i computes slot b+i-1 of each window only.
 
     It sees the true keys up to b and the i-1 states that earlier steps of its own window predicted;
@@ -79,16 +86,14 @@ def late(
         Per step: predicted states ``[batch, windows, hidden]``, slots, and which are real.
     """
     n = batch.states.shape[1]
-    start = batch.first + (-offset) % window
-    count = max(1, -(-int((batch.last - start).max() + 1) // window))
-    base = start[:, None] + torch.arange(count, device=start.device) * window  # [batch, windows]
-    everywhere = torch.arange(n, device=start.device)
+    base = bases(batch, window, offset)
+    everywhere = torch.arange(n, device=base.device)
     k, v = head.keys_values(keys_from, head.rotation(everywhere[None], keys_from.dtype))
     mask = additive(everywhere <= base[..., None], k.dtype)[:, None]  # [batch, 1, windows, n]
     newest = batch.pick(keys_from, base)
     own_k: list[Tensor] = []  # of each earlier step, [batch, kv_heads, windows, head_dim]
     own_v: list[Tensor] = []
-    out: list[tuple[Tensor, Tensor, Tensor]] = []
+    out: list[Part] = []
     for step in range(1, steps + 1):
         slots = base + step - 1
         real = slots <= batch.last[:, None]

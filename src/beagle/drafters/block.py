@@ -1,0 +1,142 @@
+"""What every draft head is made of: one attention block of the target's conventions.
+
+A head is a subclass: it says what its block reads and adds to the residual. Slot i is the place that
+predicts token t_{i+2} from the state h_i and the token t_{i+1}; query and key of a slot share RoPE
+index i. Embeddings and LM head are the target's own, frozen, and no part of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """The shape of a block; derived from any target's config by ``for_target``."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    target_vocab_size: int
+    hidden_act: str = "silu"
+    norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    draft_vocab_size: int | None = None  # None: the target's whole vocabulary
+
+    @classmethod
+    def for_target(cls, target: Any, **overrides: Any) -> Self:
+        """The target's own conventions, with as many KV heads as query heads (see the ablation)."""
+        config = target.config
+        heads = config.num_attention_heads
+        rope = getattr(config, "rope_parameters", None) or {}
+        if "full_attention" in rope:
+            rope = rope["full_attention"]
+        act = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None) or "silu"
+        settings: dict[str, Any] = {
+            "hidden_size": target.hidden_size,
+            "num_heads": heads,
+            "num_kv_heads": heads,
+            "head_dim": getattr(config, "head_dim", None) or target.hidden_size // heads,
+            "intermediate_size": getattr(config, "intermediate_size", None) or 4 * target.hidden_size,
+            "target_vocab_size": target.vocab_size,
+            "hidden_act": act,
+            "norm_eps": float(getattr(config, "rms_norm_eps", 1e-6)),
+            "rope_theta": float(rope.get("rope_theta", 10_000.0)),
+        }
+        return cls(**{**settings, **overrides})
+
+
+class Block(nn.Module):
+    """Projections, RoPE, attention, MLP, and the draft vocabulary.
+
+    Attributes:
+        architecture: the name that recipes and checkpoints use. config_class: its config.
+        draft_vocab: ``[draft_vocab]`` draft id -> target id.
+        dropout: while training, of attention's output and the MLP's middle.
+    """
+
+    architecture: ClassVar[str]
+    config_class: ClassVar[type[BlockConfig]]
+    config: BlockConfig
+    draft_vocab: Tensor
+    frequencies: Tensor
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.dropout = 0.0
+        frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        size = config.draft_vocab_size or config.target_vocab_size
+        self.register_buffer("draft_vocab", torch.arange(size))
+
+    def _add_attention(self) -> None:
+        c = self.config
+        self.q_proj = nn.Linear(c.hidden_size, c.num_heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=False)
+
+    def _add_mlp(self) -> None:
+        c = self.config
+        self.mlp_norm = nn.RMSNorm(c.hidden_size, c.norm_eps)
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.activation = ACT2FN[c.hidden_act]
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """RoPE of ``positions [..., n]``: cosines and sines, ``[..., 1, n, head_dim]``."""
+        angle = positions[..., None, :, None].float() * self.frequencies
+        angle = torch.cat([angle, angle], dim=-1)
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+    def queries(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """``[..., n, hidden]`` -> ``[..., heads, n, head_dim]``."""
+        q = self.q_proj(x)
+        return rotate(q.unflatten(-1, (self.config.num_heads, -1)).transpose(-3, -2), rotation)
+
+    def keys_values(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """``[..., n, hidden]`` -> two of ``[..., kv_heads, n, head_dim]``."""
+        k = self.k_proj(x).unflatten(-1, (self.config.num_kv_heads, -1)).transpose(-3, -2)
+        v = self.v_proj(x).unflatten(-1, (self.config.num_kv_heads, -1)).transpose(-3, -2)
+        return rotate(k, rotation), v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Softmax attention; mask additive, broadcast to ``[..., heads, queries, keys]``."""
+        shared = self.config.num_heads != self.config.num_kv_heads
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shared)
+
+    def _output(self, attended: Tensor) -> Tensor:
+        """``[..., heads, n, head_dim]`` -> ``[..., n, hidden]``."""
+        return self.o_proj(self._drop(attended.transpose(-3, -2).flatten(-2)))
+
+    def _feed_forward(self, y: Tensor) -> Tensor:
+        """MLP(y) + y, ``[..., n, hidden]``."""
+        x = self.mlp_norm(y)
+        return y + self.down_proj(self._drop(self.activation(self.gate_proj(x)) * self.up_proj(x)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout) if self.dropout and self.training else x
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Apply RoPE to ``[..., heads, n, head_dim]``."""
+    cos, sin = rotation
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin

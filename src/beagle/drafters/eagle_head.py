@@ -1,0 +1,55 @@
+"""The EAGLE draft head (EAGLE, arXiv 2401.15077; EAGLE-2, arXiv 2406.16858, has the same): one
+self-attention decoder layer over fused features, the rival that the paper compares with.
+
+Slot i holds the feature x_i of the target's state h_i and the token t_{i+1}; its output stands in for
+h_{i+1} and so predicts t_{i+2}:
+
+    x_i = FC([e(t_{i+1}); h_i])            FC of size 2d x d, with bias
+    y = SelfAttn(x_i; x_0 … x_i) + x_i
+    ĥ_{i+1} = MLP(y) + y
+
+As published, the layer has no norm before its attention, as first layers have in EAGLE (FC's output
+goes in as it is), and none behind it: the target's LM head applies to ĥ directly. The MLP has the
+target's pre-norm. While drafting, ĥ is fed back through FC with the drafted token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from beagle.drafters.block import Block, BlockConfig
+
+
+@dataclass(frozen=True)
+class EagleConfig(BlockConfig):
+    """Everything that fixes an EAGLE head's shape: a block's settings, and no more."""
+
+
+class EagleHead(Block):
+    """FC and the decoder layer; embeddings and LM head are the target's, frozen and shared.
+
+    ``queries`` and ``keys_values`` take features.
+    """
+
+    architecture = "eagle"
+    config_class = EagleConfig
+    config: EagleConfig
+
+    def __init__(self, config: EagleConfig) -> None:
+        super().__init__(config)
+        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size)
+        self._add_attention()
+        self._add_mlp()
+        self._initialise()
+
+    def features(self, embeddings: Tensor, states: Tensor) -> Tensor:
+        """x: embeddings of the tokens t_{i+1} and states h_i, both ``[..., n, hidden]``, to ``[..., n, hidden]``."""
+        x: Tensor = self.fc(torch.cat([embeddings, states], dim=-1))
+        return x.to(states.dtype)  # under autocast, too, the residual has the states' precision
+
+    def finish(self, attended: Tensor, features: Tensor) -> Tensor:
+        """Residual and MLP: ``[..., heads, n, head_dim]`` -> predicted states ``[..., n, hidden]``."""
+        return self._feed_forward(self._output(attended) + features)

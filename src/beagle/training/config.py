@@ -1,0 +1,51 @@
+"""The numbers of a training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The paper's values as defaults; our recipes stand in ``configs/``.
+
+    Attributes:
+        batch_tokens: padded tokens a step (the paper: 16 sequences).
+        early_epochs: of the architecture's parallel stage. late_epochs: of its simulated one, ``steps``
+            drafted levels deep (see ``stages.ARCHITECTURES``).
+        window: k. steps: s. noise: scale added to the true states that the head is given.
+        regression: coefficient of the smooth-L1 term.
+        dropout: ours, against overfitting where answers are few.
+        beta_decay: late-stage weights are β_i = k - i + 1, normalised; off: all equal.
+    """
+
+    early_epochs: NotNegative = 10
+    late_epochs: NotNegative = 10
+    window: Positive = 5
+    steps: Positive = 4
+    batch_tokens: Positive = 16 * 2048
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-5
+    warmup_steps: Annotated[int, Field(ge=0)] = 2000
+    schedule: Literal["constant", "cosine"] = "constant"
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 0.5
+    noise: NotNegative = 0.2
+    regression: NotNegative = 10.0
+    beta_decay: bool = True
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    autocast: bool = False
+    draft_vocab_size: Positive | None = None
+    validate_every: Positive = 500
+    checkpoint_every: Positive = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps > self.window:
+            raise ValueError("steps must not be larger than window (a simulated step is a slot of its window)")

@@ -1,0 +1,104 @@
+"""The two stages of each architecture, their loss, and the acceptance they are judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from beagle.drafters.block import Block
+from beagle.drafters.eagle_head import EagleHead
+from beagle.drafters.head import BeagleHead
+from beagle.targets.target import Target
+from beagle.training import unrolled, windows
+from beagle.training.config import TrainConfig
+from beagle.training.data import Stored, collate
+from beagle.training.losses import regression, soft_cross_entropy
+from beagle.training.windows import Batch, Part
+
+LMHead = tuple[Tensor, Tensor | None]  # weight [draft_vocab, hidden], bias [draft_vocab]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How one kind of head is trained.
+
+    Attributes:
+        head: its module.
+        early: one parallel pass, ``(head, batch, states, window, offset)`` -> part.
+        late: simulated inference, ``(head, batch, states, window, offset, steps)`` -> a part a step.
+        chains: like ``late``, exactly one chain of drafts from the base of each window, so that
+            ``window`` offsets together start one from every slot.
+    """
+
+    head: type[Block]
+    early: Callable[[Any, Batch, Tensor, int, int], Part]
+    late: Callable[[Any, Batch, Tensor, int, int, int], list[Part]]
+    chains: Callable[[Any, Batch, Tensor, int, int, int], list[Part]]
+
+
+ARCHITECTURES = {
+    "beagle": Architecture(BeagleHead, windows.early, windows.late, windows.late),
+    "eagle": Architecture(EagleHead, unrolled.single, unrolled.unrolled, unrolled.chains),
+}
+
+
+def stage_loss(
+    head: Block, batch: Batch, lm_head: LMHead, config: TrainConfig, *, stage: str, offset: int, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Loss of one batch (cross-entropy plus regression) and its cross-entropy alone."""
+    keys_from = batch.states + config.noise * noise
+    architecture = ARCHITECTURES[head.architecture]
+    if stage == "early":
+        parts = [architecture.early(head, batch, keys_from, config.window, offset)]
+        shares = [1.0]
+    else:
+        parts = architecture.late(head, batch, keys_from, config.window, offset, config.steps)
+        betas = [config.window - i + 1 if config.beta_decay else 1 for i in range(1, config.steps + 1)]
+        shares = [b / sum(betas) for b in betas]
+    predicted, true, weights = [], [], []
+    for share, (states, slots, real) in zip(shares, parts, strict=True):
+        predicted.append(states[real])
+        true.append(batch.pick(batch.states, slots + 1)[real])
+        weights.append(torch.full((int(real.sum()),), share, device=states.device) / max(1, int(real.sum())))
+    p, t, w = torch.cat(predicted), torch.cat(true), torch.cat(weights)
+    cross_entropy = soft_cross_entropy(p, t, lm_head[0], w, lm_head[1])
+    if not config.regression:
+        return cross_entropy, cross_entropy.detach()
+    return cross_entropy + config.regression * regression(p, t, w), cross_entropy.detach()
+
+
+@torch.no_grad()
+def step_alpha(head: Block, target: Target, groups: list[list[Stored]], steps: int) -> list[float]:
+    """α_1 … α_steps of chain drafts from every slot of the validation samples, teacher-forced.
+
+    α_j: share of j-th drafts that equal the target's greedy choice, given that the earlier ones did.
+    """
+    tried = torch.zeros(steps)
+    right = torch.zeros(steps)
+    chains = ARCHITECTURES[head.architecture].chains
+    whole, small = lm_head_rows(target), lm_head_rows(target, head.draft_vocab)
+    for group in groups:
+        batch = collate(group, target)
+        for offset in range(steps):
+            alive: Tensor | None = None
+            for j, (states, slots, real) in enumerate(chains(head, batch, batch.states, steps, offset, steps)):
+                if alive is not None:
+                    real = real & alive
+                draft = head.draft_vocab[F.linear(states[real], *small).argmax(-1)]
+                truth = F.linear(batch.pick(batch.states, slots + 1)[real], *whole).argmax(-1)
+                alive = torch.zeros_like(real)
+                alive[real] = draft == truth
+                tried[j] += int(real.sum())
+                right[j] += int(alive.sum())
+    return (right / tried.clamp(min=1)).tolist()
+
+
+def lm_head_rows(target: Target, index: Tensor | None = None) -> LMHead:
+    """Weight and bias of the target's LM head for some tokens, in fp32."""
+    weight, bias = target.head_rows(index)
+    return weight.float(), None if bias is None else bias.float()

@@ -12,7 +12,8 @@ from beagle.decoding.sampling import Sampler
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import Drafter, TreePlan
 from beagle.drafters.beagle import BeagleDrafter
-from beagle.drafters.checkpoint import find_head, load_head
+from beagle.drafters.checkpoint import find_head, load_head, shipped_head
+from beagle.drafters.combined import CombinedDrafter
 from beagle.drafters.eagle import EagleDrafter
 from beagle.drafters.lookup import LookupDrafter
 from beagle.drafters.small import PREFIX, load_small
@@ -179,27 +180,33 @@ def load(
 
     Args:
         target: ``smollm2-135m``, a hub id, a folder, or a ``.gguf`` file.
-        draft: ``auto`` (the head shipped for this target, else plain decoding), a folder that
-            ``beagle train`` wrote, ``lookup`` (what followed the same words before),
-            ``model:NAME`` (a smaller model with the same tokenizer, named as a target is), or None
-            for plain decoding.
+        draft: ``head`` (the one shipped for this target) or a folder that ``beagle train`` wrote;
+            ``lookup`` (what followed the same words before); ``head+lookup`` or ``FOLDER+lookup``
+            (both in one tree); ``model:NAME`` (a smaller model with the same tokenizer, named as a
+            target is); ``auto`` (``head+lookup`` where a head is shipped, else plain decoding);
+            None for plain decoding.
         dtype, device: see ``targets.loading.load_target``.
         plan: shape of the draft tree; by default its size follows from this machine's costs.
     Raises:
         BeagleError: see the message; nothing is left half loaded.
     """
-    draft = "none" if draft is None else draft
+    if draft == "auto":
+        draft = "head+lookup" if shipped_head(target) else "none"
+    draft = draft or "none"
+    base = draft.removesuffix("+lookup")
     folder = None
-    if draft not in ("none", "lookup") and not draft.startswith(PREFIX):
-        folder = find_head(draft, target)
+    if base not in ("none", "lookup") and not base.startswith(PREFIX):
+        folder = find_head(base, target)
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     loaded = load_target(target, **options)
     drafter: Drafter | None = None
     if folder is not None:
         head = load_head(folder, loaded)
         drafter = DRAFTERS[head.architecture](loaded, head)
-    elif draft == "lookup":
+    elif base == "lookup":
         drafter = LookupDrafter()
-    elif draft.startswith(PREFIX):
-        drafter = load_small(draft.removeprefix(PREFIX), loaded, **options)
+    elif base.startswith(PREFIX):
+        drafter = load_small(base.removeprefix(PREFIX), loaded, **options)
+    if drafter is not None and base != draft:
+        drafter = CombinedDrafter(drafter, LookupDrafter())
     return Model(loaded, drafter, plan)

@@ -56,7 +56,11 @@ class Draft:
 
 
 class Drafter(Protocol):
-    """Proposes continuations of a context that the target has run."""
+    """Proposes continuations of a context that the target has run.
+
+    ``copy.copy`` of a drafter shares its weights and serves another context at the same time:
+    whatever belongs to the context is made anew in ``begin``, never written in place.
+    """
 
     def begin(self, tokens: list[int], states: Tensor) -> None:
         """A new context: its tokens and their true states ``[n, hidden]``."""

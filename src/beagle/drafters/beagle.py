@@ -40,6 +40,7 @@ class BeagleDrafter:
 
     def begin(self, tokens: list[int], states: Tensor) -> None:
         self.length = 0
+        self._reserve(max(512, 2 * len(tokens)))  # fresh: copies of a drafter must not share it
         self.extend(tokens, states)
 
     @torch.no_grad()

@@ -23,6 +23,11 @@ def encode(target: Target, prompt: str | Sequence[Message] | Sequence[int], *, r
         BeagleError: nothing to answer, or nothing that the tokenizer or its template takes.
     """
     tokenizer: Any = target.tokenizer
+    texts = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt if isinstance(m, dict)]
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise BeagleError("the prompt holds half a surrogate pair, which is no character; leave it out") from error
     if isinstance(prompt, str):
         if not prompt.strip():
             raise BeagleError("the prompt is empty; give some text to answer")

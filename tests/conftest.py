@@ -19,7 +19,7 @@ from beagle.targets.loading import cache_dir
 from beagle.targets.target import Target
 
 if any(find_spec(name) is None for name in ("fastapi", "uvicorn", "prometheus_client", "openai", "httpx")):
-    collect_ignore_glob = ["test_serve*.py"]  # the extras serve and dev are not installed
+    collect_ignore_glob = ["test_serve*.py", "test_page.py"]  # the extras serve and dev are not installed
 
 hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("seeded")

@@ -115,7 +115,10 @@ class Load:
         if choose.random() < 0.05:
             headers = {"content-type": "application/json"}
             status = http.post(path, content=choose.choice(BAD), headers=headers).status_code
-            self.count("refused" if status in (400, 413) else "wrong refusal", str(status))
+            if status in (400, 413):
+                self.count("refused")
+            else:
+                self.count("wrong refusal", str(status))
             return
         question, tokens = choose.choice(QUESTIONS), choose.choice(LENGTHS)
         body = {
@@ -131,8 +134,8 @@ class Load:
                 self.refused(answer)
         elif kind == "leave at once":
             try:
-                http.post(path, json=body, timeout=choose.uniform(0.05, 1.0))
-                self.count("answered before leaving")
+                status = http.post(path, json=body, timeout=choose.uniform(0.05, 1.0)).status_code
+                self.count({200: "answered before leaving", 429: "429"}.get(status, f"status {status}"))
             except httpx.TimeoutException:
                 self.count("left")
         else:

@@ -130,7 +130,8 @@ def test_oversize_bodies_are_refused():
                 yield b"x" * 100
 
         streamed = http.post("/v1/chat/completions", content=chunked())
-        for answer in (declared, streamed):
+        huge = [http.post("/v1/completions", content=b"x" * 3_000_000) for _ in range(5)]  # too long for any buffer
+        for answer in (declared, streamed, *huge):
             assert answer.status_code == 413
             assert "2000" in answer.json()["error"]["message"]
         assert running.post().status_code == 200

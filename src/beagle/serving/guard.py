@@ -14,6 +14,7 @@ from beagle.serving.work import Failed
 
 OPEN = ("/", "/health")  # no key: the page holds no data, and a health check no secret
 BODY_SECONDS = 30.0  # a body that trickles in slower than this is refused
+DRAINED = 2**26  # bytes of too large a body that are read and dropped, so that its sender gets to read the refusal
 
 
 class Guard:
@@ -38,17 +39,14 @@ class Guard:
             await send(message)
 
         try:
+            body = await self._body(receive)  # read in any case: its sender reads no answer before
             if not self._allowed(scope):
-                failure = Failed(
-                    401, "the API key is missing or wrong; send 'Authorization: Bearer KEY'", "invalid_api_key"
-                )
-                await refuse(counted, failure)
-            else:
-                body = await self._body(scope, receive)
-                if isinstance(body, Failed):
-                    await refuse(counted, body)
-                elif body is not None:
-                    await self.app(scope, replay(body, receive), counted)
+                message = "the API key is missing or wrong; send 'Authorization: Bearer KEY'"
+                await refuse(counted, Failed(401, message, "invalid_api_key"))
+            elif isinstance(body, Failed):
+                await refuse(counted, body)
+            elif body is not None:
+                await self.app(scope, replay(body, receive), counted)
         except Exception:
             status = 500  # the answer is made further out
             raise
@@ -61,24 +59,22 @@ class Guard:
         given = dict(scope["headers"]).get(b"authorization", b"")
         return hmac.compare_digest(given, self._expected)
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes | Failed | None:
+    async def _body(self, receive: Receive) -> bytes | Failed | None:
         """The whole body, never more of it in memory than the limit; None if the client went away."""
         too_large = Failed(413, f"the request's body is over {self.body_limit} bytes; send less", "request_too_large")
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self.body_limit:
-            return too_large
-        body = b""
+        body, size = bytearray(), 0
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
-                    body += message.get("body", b"")
-                    if len(body) > self.body_limit:
-                        return too_large
-                    if not message.get("more_body", False):
-                        return body
+                    part = message.get("body", b"")
+                    size += len(part)
+                    if size <= self.body_limit:
+                        body += part
+                    if size > DRAINED or not message.get("more_body", False):
+                        return bytes(body) if size <= self.body_limit else too_large
         except TimeoutError:
             return Failed(408, "the request's body came too slowly", "request_timeout")
 
@@ -104,6 +100,6 @@ async def refuse(send: Send, failure: Failed) -> None:
     if failure.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     if failure.status in (408, 413):
-        headers.append((b"connection", b"close"))  # the rest of the body is not read
+        headers.append((b"connection", b"close"))  # of the body there may be a rest
     await send({"type": "http.response.start", "status": failure.status, "headers": headers})
     await send({"type": "http.response.body", "body": content})

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from beagle.model import Model
+from beagle.serving import engine as engine_module
 from beagle.serving.engine import Limits
 from serving import MESSAGES, PROMPTS, serving, text, wait_for
 
@@ -219,6 +220,20 @@ def test_answers_are_not_crossed(endless):
     with ThreadPoolExecutor(20) as pool:
         assert list(pool.map(one, range(20))) == alone
     endless.idle()
+
+
+def test_requests_that_arrive_while_others_are_read(endless, monkeypatch):
+    encode = engine_module.encode
+
+    def slowly(*arguments, **options):
+        time.sleep(0.03)
+        return encode(*arguments, **options)
+
+    expected = endless.ask().choices[0].message.content
+    monkeypatch.setattr(engine_module, "encode", slowly)
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda _: endless.ask().choices[0].message.content, range(24)))
+    assert answers == [expected] * 24
 
 
 def test_turns_are_fair():

@@ -133,7 +133,8 @@ class Engine:
             while not self._waiting and not self._live and not self._closing:
                 self._lock.wait()
         self._sort_out()
-        while self._waiting and len(self._live) < self.limits.live:
+        # one that came in since then is still to be encoded: its turn comes with the next one
+        while self._waiting and self._waiting[0].ids is not None and len(self._live) < self.limits.live:
             with self._lock:
                 job = self._waiting.popleft()
                 self._live.append(job)

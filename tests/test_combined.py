@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from beagle.drafters.base import Draft, TreePlan
 from beagle.drafters.combined import CombinedDrafter, merge
 from beagle.drafters.lookup import LookupDrafter
+from beagle.drafters.small import SmallModelDrafter
 from beagle.model import Model
 from conftest import tiny_drafter, tiny_target
 
@@ -86,3 +88,18 @@ def test_both_kinds_of_candidates_are_there_and_a_sure_repetition_needs_no_head(
     drafter.begin(loop, states)
     monkeypatch.setattr(head, "draft", lambda *_: pytest.fail("drafted"))
     assert drafter.draft(5, plan).tokens[:3] == [6, 5, 6]
+
+
+def test_forks_take_turns():
+    target = tiny_target()
+    target.eos_ids = frozenset()
+    for drafter in (CombinedDrafter(tiny_drafter(target), LookupDrafter()), SmallModelDrafter(target, tiny_target())):
+        model = Model(target, drafter, TreePlan("dynamic", 4, 5, 12))
+        prompts = [LOOP, "w9 w8 w9 w8 w9", "w30 w31"]
+        alone = [model.generate(prompt, max_new_tokens=30) for prompt in prompts]
+        streams = [model.fork().stream(prompt, max_new_tokens=30) for prompt in prompts]
+        ids: list[list[int]] = [[] for _ in prompts]
+        for pieces in itertools.zip_longest(*streams):
+            for own, piece in zip(ids, pieces, strict=True):
+                own += piece.token_ids if piece else []
+        assert ids == [answer.token_ids for answer in alone]

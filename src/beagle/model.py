@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from beagle.decoding.costs import Costs, cached_costs
-from beagle.decoding.loop import Emitted, decode
+from beagle.decoding.loop import Emitted, Step, decode
 from beagle.decoding.sampling import Sampler
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import Drafter, TreePlan
@@ -37,7 +38,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of a streamed answer.
+    """A piece of a streamed answer, empty where a pass has shown nothing yet.
 
     Attributes:
         text: what this step adds to the text.
@@ -65,7 +66,13 @@ class Model:
             self._costs[exact] = cached_costs(self.target, self.drafter, self.plan, exact)
         return self._costs[exact]
 
-    def generate(self, prompt: str | Sequence[Message], **options: Any) -> Answer:
+    def fork(self) -> Model:
+        """The same weights with a drafter of its own, so that answers of several forks can take turns."""
+        twin = copy.copy(self)
+        twin.drafter = self.drafter.fork() if self.drafter is not None else None
+        return twin
+
+    def generate(self, prompt: str | Sequence[Message] | Sequence[int], **options: Any) -> Answer:
         """Answer a question or a dialogue; options as for ``stream``.
 
         Returns:
@@ -79,7 +86,7 @@ class Model:
 
     def stream(
         self,
-        prompt: str | Sequence[Message],
+        prompt: str | Sequence[Message] | Sequence[int],
         *,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
@@ -91,15 +98,17 @@ class Model:
         exact: bool = False,
         draft: bool = True,
         stats: Stats | None = None,
+        watch: Callable[[Step], None] | None = None,
     ) -> Iterator[Piece]:
-        """Answer piece by piece, as passes of the target end.
+        """Answer piece by piece, one for each pass of the target.
 
         Args:
-            prompt: a question, or messages ``{"role", "content"}``.
+            prompt: a question, messages ``{"role", "content"}``, or token ids.
             max_new_tokens: never overshot. temperature: 0 is greedy.
             stop: the answer ends before the first of these.
             raw: no chat template. exact: shape-stable passes (see ``decoding.loop``).
             draft: False decodes plainly. stats: filled while the answer grows.
+            watch: see ``decoding.loop.decode``.
         """
         stops = [stop] if isinstance(stop, str) else list(stop)
         if any(not s for s in stops):
@@ -121,6 +130,7 @@ class Model:
             plan=self.plan,
             costs=self.costs(exact) if drafter is not None and open_size else None,
             exact=exact,
+            watch=watch,
         )
         yield from self._texts(steps, stops, stats)
 
@@ -148,6 +158,8 @@ class Model:
             if safe > shown:
                 yield Piece(text[shown:safe], waiting, drafted)
                 shown, waiting, drafted = safe, [], 0
+            else:
+                yield Piece("")  # so that callers can pause or stop between any two passes
         text = self._decode(tokens)
         if waiting or len(text) > shown:
             yield Piece(text[shown:], waiting, drafted)

@@ -23,6 +23,9 @@ class CombinedDrafter:
         self.lookup = lookup
         self.name = f"{getattr(head, 'name', type(head).__name__)}+{lookup.name}"
 
+    def fork(self) -> CombinedDrafter:
+        return CombinedDrafter(self.head.fork(), self.lookup.fork())
+
     def begin(self, tokens: list[int], states: Tensor) -> None:
         self.head.begin(tokens, states)
         self.lookup.begin(tokens, states)

@@ -267,6 +267,11 @@ def test_variants_are_what_their_names_say():
     train, head = parse("beagle-early-k1-random-noreg-noconcat").settings(recipe, 0)
     assert (train.window, train.steps, train.early_mask, train.regression) == (1, 1, "random", 0)
     assert head["concat"] is False
+    assert parse("beagle-kv3-linear").settings(recipe, 0)[1] == {
+        "architecture": "beagle",
+        "newest_state": "linear",
+        "num_kv_heads": 3,
+    }
     assert [v.name for v in parse_list("beagle, eagle-u1..u3")] == ["beagle", "eagle-u1", "eagle-u2", "eagle-u3"]
 
 

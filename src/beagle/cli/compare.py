@@ -115,7 +115,7 @@ def compare_training(
         f"{machine['gpu'] or machine['cpu'].split(',')[0]}, {machine['threads']} of {machine['cores']} cores"
     )
     title = chosen.title if chosen else "Training compared"
-    plots = draw(found, f"{title}. {about}", out, chosen)
+    plots = draw(found, f"{title}\n{about}", out, chosen)
     (out / "compare.md").write_text(report.page(title, about, found, findings, command, plots), encoding="utf-8")
     for f in findings:
         verdict = "agrees" if f.agrees else "[yellow]differs[/yellow]"
@@ -132,7 +132,9 @@ def draw(found: dict, about: str, out: Path, chosen: Suite | None) -> list[str]:
             "[yellow]no plots: pip install 'beagle-decoding\\[plots]', then run the same command again[/yellow]"
         )
         return []
-    return plots.draw(found, about, out, ordered=chosen is not None and chosen.ordered)
+    if chosen is None:
+        return plots.draw(found, about, out)
+    return plots.draw(found, about, out, ordered=chosen.ordered, costs_only=chosen.short)
 
 
 def read_seeds(text: str) -> list[int]:

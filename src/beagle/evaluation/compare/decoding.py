@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from beagle.drafters.base import TreePlan
 from beagle.drafters.checkpoint import load_head
 from beagle.evaluation import bench
+from beagle.evaluation.compare.one import quiet
 from beagle.model import DRAFTERS, Model
 from beagle.targets.loading import load_target
 from beagle.training.prompts import Prompt
@@ -51,7 +51,7 @@ def decode(work: Work) -> dict[str, Any]:
 
     Modes take turns question by question, so that a change of the machine's pace meets all of them.
     """
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    quiet()
     target = load_target(**work.target)
     drafters = {}
     for name, folder in work.heads.items():

@@ -7,9 +7,12 @@ import json
 import logging
 import math
 import time
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from transformers.utils.logging import disable_progress_bar
 
 from beagle.errors import BeagleError
 from beagle.evaluation.meta import MemoryMeter, describe
@@ -127,13 +130,21 @@ class Measured(Trainer):
         write_json(self.out / "costs.json", {name: asdict(cost) for name, cost in self.costs.stages.items()})
 
 
+def quiet() -> None:
+    """No bars or notes of transformers: a report follows a report."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that downloads keep their bars, as our command wants
+        disable_progress_bar()
+
+
 def train_variant(spec: Spec) -> dict[str, Any]:
     """Train one variant to the end of its budget; its record is also left in ``spec.out/result.json``.
 
     Raises:
         BeagleError: the data is another target's, or training fails.
     """
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    quiet()
     target = load_target(**spec.target)
     fingerprint = StateStore.existing(spec.data).fingerprint
     store = StateStore(

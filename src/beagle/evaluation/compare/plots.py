@@ -12,15 +12,16 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from beagle.evaluation.compare.one import ALPHAS
 from beagle.evaluation.compare.results import Entry
 
-# Okabe and Ito's palette without its yellow: told apart with every common colour blindness
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
-OURS, THEIRS = PALETTE[:2]
-RAMPS = {"beagle": ("#9ecae1", "#08306b"), "eagle": ("#fdae6b", "#7f2704")}  # light to dark
-INK, FAINT = "#222222", "#d9d9d9"
+# Okabe and Ito's palette without its yellow, told apart with every common colour blindness: blue, green
+# and grey for ours, reds for the rival's
+PALETTES = {"beagle": ("#0072B2", "#56B4E9", "#009E73", "#444444"), "eagle": ("#D55E00", "#E69F00", "#CC79A7")}
+RAMPS = {"beagle": ("#74b3d8", "#08306b"), "eagle": ("#f4a261", "#7f2704")}  # light to dark
+INK = "#222222"
 STYLE: Any = {
     "font.size": 11,
     "font.family": "DejaVu Sans",
@@ -39,15 +40,16 @@ STYLE: Any = {
 
 
 def colours(entries: dict[str, Entry], ordered: bool) -> dict[str, str]:
-    """One for each variant: a ramp for values of one parameter or where there are many."""
-    if not ordered and len(entries) <= len(PALETTE):
-        return dict(zip(entries, PALETTE, strict=False))
+    """One for each variant, by kind of head: a ramp for values of one parameter or where there are many."""
     out: dict[str, str] = {}
-    for kind, (light, dark) in RAMPS.items():
-        ramp = matplotlib.colors.LinearSegmentedColormap.from_list(kind, [light, dark])
+    for kind, palette in PALETTES.items():
         names = [name for name in entries if name.split("-")[0] == kind]
-        for i, name in enumerate(names):
-            out[name] = matplotlib.colors.to_hex(ramp(i / max(1, len(names) - 1)))
+        if ordered or len(names) > len(palette):
+            ramp = matplotlib.colors.LinearSegmentedColormap.from_list(kind, RAMPS[kind])
+            steps = [i / max(1, len(names) - 1) for i in range(len(names))]
+            out |= {name: matplotlib.colors.to_hex(ramp(x)) for name, x in zip(names, steps, strict=True)}
+        else:
+            out |= dict(zip(sorted(names, key=len), palette, strict=False))  # the plainest name, the strongest colour
     return out
 
 
@@ -80,15 +82,15 @@ def label_ends(
         axes.annotate(
             text(name), (x, y), (right + 0.03 * (right - axes.get_xlim()[0]), place), color=colour[name], va="center",
             fontsize=size, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour[name], "lw": 0.6, "alpha": 0.5, "shrinkA": 1, "shrinkB": 3},
+            arrowprops={"arrowstyle": "-", "color": colour[name], "lw": 0.6, "alpha": 0.5, "shrinkA": 2, "shrinkB": 3, "relpos": (0, 0.5)},
         )  # fmt: skip
 
 
 def heading(figure: Figure, title: str, about: str) -> None:
-    """Title and what was run, left-aligned, at fixed distances from the top whatever the figure's height."""
+    """Title and what was run (lines), left-aligned, at fixed distances from the top whatever the figure's height."""
     height = figure.get_size_inches()[1]
     figure.text(0.02, 1 - 0.14 / height, title, fontsize=14, fontweight="bold", va="top")
-    figure.text(0.02, 1 - 0.46 / height, about, fontsize=9.5, color="#666666", va="top")
+    figure.text(0.02, 1 - 0.45 / height, about, fontsize=9.5, color="#666666", va="top", linespacing=1.4)
 
 
 def save(figure: Figure, folder: Path, name: str) -> str:
@@ -109,8 +111,8 @@ def memory(entries: dict[str, Entry], about: str, folder: Path) -> str | None:
     if not lines:
         return None
     figure = Figure(figsize=(8, 5))
-    axes = figure.add_axes((0.1, 0.12, 0.66, 0.68))
-    colour = {"beagle": OURS, "eagle": THEIRS}
+    axes = figure.add_axes((0.1, 0.12, 0.66, 0.635))
+    colour = {kind: palette[0] for kind, palette in PALETTES.items()}
     for name, points in lines.items():
         axes.plot(*zip(*points, strict=True), color=colour[name], lw=2.2, marker="o", ms=6)
     axes.set_ylim(0, 1.12 * max(y for points in lines.values() for _, y in points))
@@ -131,7 +133,7 @@ def memory(entries: dict[str, Entry], about: str, folder: Path) -> str | None:
 def step_alpha(entries: dict[str, Entry], about: str, folder: Path, ordered: bool = False) -> str:
     """α by position of the draft; bars are the range over seeds."""
     figure = Figure(figsize=(8, 5))
-    axes = figure.add_axes((0.09, 0.12, 0.66, 0.68))
+    axes = figure.add_axes((0.09, 0.12, 0.66, 0.635))
     colour = colours(entries, ordered)
     for name, entry in entries.items():
         columns = list(zip(*(r["step_alpha"] for r in entry.records), strict=True))
@@ -155,16 +157,17 @@ def step_alpha(entries: dict[str, Entry], about: str, folder: Path, ordered: boo
 
 def curves(entries: dict[str, Entry], about: str, folder: Path, ordered: bool = False) -> str:
     """α_1 and the expected acceptance length against tokens and seconds; thin lines are single seeds."""
-    figure = Figure(figsize=(12, 8))
+    figure = Figure(figsize=(12, 8.6))
     colour = colours(entries, ordered)
     panels: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
         ("step-α of the first drafted token, α₁", lambda p: p["step_alpha"][0]),
         ("expected acceptance length, 1 + Σ Π α", lambda p: p["expected_length"]),
     ]
+    changes = False
     axis_names = [("tokens", 1e6, "million tokens seen"), ("seconds", 60, "minutes of training")]
     for row, (title, value) in enumerate(panels):
         for column, (axis, unit, label) in enumerate(axis_names):
-            axes = figure.add_axes((0.06 + 0.4 * column, 0.52 - 0.445 * row, 0.355, 0.345))
+            axes = figure.add_axes((0.06 + 0.4 * column, 0.515 - 0.455 * row, 0.355, 0.325))
             ends = {}
             for name, entry in entries.items():
                 runs = [([p[axis] / unit for p in r["curve"]], [value(p) for p in r["curve"]]) for r in entry.records]
@@ -174,33 +177,36 @@ def curves(entries: dict[str, Entry], about: str, folder: Path, ordered: bool = 
                 count = min(len(xs) for xs, _ in runs)
                 mean = [[fmean(r[part][i] for r in runs) for i in range(count)] for part in (0, 1)]
                 axes.plot(*mean, color=colour[name], lw=2, marker="o", ms=4)
-                if entry.records[0]["curve"]:
-                    mark_change(axes, entry, mean, colour[name])
+                changes |= mark_change(axes, entry, mean, colour[name])
                 ends[name] = (mean[0][-1], mean[1][-1])
             axes.set_xlim(0, None)
+            axes.xaxis.set_major_locator(MaxNLocator(6))
             axes.set_title(title, loc="left", fontsize=10.5, color="#555555")
             axes.set_xlabel(label)
             if column == 1:
                 label_ends(axes, ends, colour)
-    figure.text(0.06, 0.012, "◇ first validation of the late stage", fontsize=9.5, color="#666666")
-    heading(figure, "Acceptance against tokens seen and time spent", about)
+    notes = ["thin: single seeds"] * any(len(e.records) > 1 for e in entries.values())
+    notes += ["diamond: first validation of the late stage"] * changes
+    heading(figure, "Acceptance against tokens seen and time spent", "\n".join([about, "; ".join(notes)]))
     return save(figure, folder, "curves")
 
 
-def mark_change(axes: Axes, entry: Entry, mean: list[list[float]], colour: str) -> None:
-    """A diamond on the first point of the late stage, where an early one went before."""
+def mark_change(axes: Axes, entry: Entry, mean: list[list[float]], colour: str) -> bool:
+    """A diamond on the first point of the late stage, where an early one went before; whether there is one."""
     stages = [p["stage"] for p in entry.records[0]["curve"]][: len(mean[0])]
-    if "early" in stages and "late" in stages:
-        i = stages.index("late")
-        axes.plot(mean[0][i], mean[1][i], marker="D", ms=8, mfc="white", mec=colour, mew=1.8, ls="none", zorder=5)
+    if "early" not in stages or "late" not in stages:
+        return False
+    i = stages.index("late")
+    axes.plot(mean[0][i], mean[1][i], marker="D", ms=8, mfc="white", mec=colour, mew=1.8, ls="none", zorder=5)
+    return True
 
 
-def draw(entries: dict[str, Entry], about: str, folder: Path, ordered: bool = False) -> list[str]:
+def draw(
+    entries: dict[str, Entry], about: str, folder: Path, *, ordered: bool = False, costs_only: bool = False
+) -> list[str]:
     """All plots that this comparison has data for; the names of the PNG files."""
     with matplotlib.rc_context(STYLE):
-        names = [
-            memory(entries, about, folder),
-            step_alpha(entries, about, folder, ordered),
-            curves(entries, about, folder, ordered),
-        ]
+        names = [memory(entries, about, folder)]
+        if not costs_only:
+            names += [step_alpha(entries, about, folder, ordered), curves(entries, about, folder, ordered)]
     return [name for name in names if name]

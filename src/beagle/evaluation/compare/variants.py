@@ -6,6 +6,7 @@ beagle-s8                 8 simulated steps (and a window of 8 where the recipe'
 beagle-late-k8-s8         the late stage alone
 eagle, eagle-unrolled     single step; single step, then unrolled with the recipe's steps
 eagle-u8, eagle-late-u8   unrolled over 8 steps
+beagle-kv3, beagle-linear with 3 KV heads; with the newest state through a matrix
 """
 
 from __future__ import annotations
@@ -25,10 +26,14 @@ TRAIN: dict[str, dict[str, Any]] = {
     "window": {"late_loss": "window"},
     "noreg": {"regression": 0.0},
 }
-HEAD: dict[str, dict[str, Any]] = {"noconcat": {"concat": False}, "nonewest": {"newest_state": "none"}}
+HEAD: dict[str, dict[str, Any]] = {
+    "noconcat": {"concat": False},
+    "nonewest": {"newest_state": "none"},
+    "linear": {"newest_state": "linear"},
+}
 WORDS = {
-    "beagle": "early, late, kN, sN, random, window, noreg, noconcat, nonewest",
-    "eagle": "unrolled, late, uN, noreg",
+    "beagle": "early, late, kN, sN, kvN, random, window, noreg, noconcat, nonewest, linear",
+    "eagle": "unrolled, late, uN, kvN, noreg",
 }
 
 
@@ -80,14 +85,16 @@ def parse(name: str) -> Variant:
     train: dict[str, Any] = {}
     head: dict[str, Any] = {}
     for word in words:
-        number = re.fullmatch(r"([ksu])([1-9]\d?)", word)
-        letters = ("k", "s") if architecture == "beagle" else ("u",)
+        number = re.fullmatch(r"(k|s|u|kv)([1-9]\d?)", word)
+        letters = ("k", "s", "kv") if architecture == "beagle" else ("u", "kv")
         if number and number[1] in letters and number[1] not in numbers:
             numbers[number[1]] = int(number[2])
-        elif word not in WORDS[architecture].split(", ") or words.count(word) > 1 or re.fullmatch("[ksu]N", word):
+        elif word not in WORDS[architecture].split(", ") or words.count(word) > 1 or word.endswith("N"):
             raise BeagleError(f"variant '{name}': '{word}' is unknown; {architecture} takes {WORDS[architecture]}")
         train |= TRAIN.get(word, {})
         head |= HEAD.get(word, {})
+    if "kv" in numbers:
+        head["num_kv_heads"] = numbers["kv"]
     window, steps = numbers.get("k"), numbers.get("s", numbers.get("u"))
     if window and steps and steps > window:
         raise BeagleError(f"variant '{name}' simulates {steps} steps in a window of {window}; make k at least as large")

@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import typer
 from rich.console import Console
 
-from beagle.cli import bench, chat, demo, generate, serve, train
+from beagle.cli import bench, chat, compare, demo, generate, serve, train
 from beagle.errors import BeagleError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 for module in (generate, chat, serve, demo, bench, train):
     app.command()(getattr(module, module.__name__.rsplit(".", 1)[-1]))
+app.command("compare-training")(compare.compare_training)
 
 
 @app.callback()

@@ -189,17 +189,32 @@ def load(
         BeagleError: see the message; nothing is left half loaded.
     """
     draft = "none" if draft is None else draft
-    folder = None
-    if draft not in ("none", "lookup") and not draft.startswith(PREFIX):
-        folder = find_head(draft, target)
+    if names_head(draft):
+        find_head(draft, target)  # a wrong folder is found out before the target is loaded
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     loaded = load_target(target, **options)
-    drafter: Drafter | None = None
-    if folder is not None:
-        head = load_head(folder, loaded)
-        drafter = DRAFTERS[head.architecture](loaded, head)
-    elif draft == "lookup":
-        drafter = LookupDrafter()
-    elif draft.startswith(PREFIX):
-        drafter = load_small(draft.removeprefix(PREFIX), loaded, **options)
-    return Model(loaded, drafter, plan)
+    return Model(loaded, load_drafter(draft, loaded, **options), plan)
+
+
+def names_head(draft: str) -> bool:
+    """Whether a ``draft`` is ``auto`` or a folder."""
+    return draft not in ("none", "lookup") and not draft.startswith(PREFIX)
+
+
+def load_drafter(draft: str, target: Target, **options: Any) -> Drafter | None:
+    """The drafter that ``draft`` names (see ``load``, ``none`` is plain decoding) on a loaded target.
+
+    Args:
+        options: how a small model is loaded, as of ``targets.loading.load_target``.
+    Raises:
+        BeagleError: it can't be loaded or doesn't fit the target.
+    """
+    if draft == "lookup":
+        return LookupDrafter()
+    if draft.startswith(PREFIX):
+        return load_small(draft.removeprefix(PREFIX), target, **options)
+    folder = find_head(draft, target.name) if names_head(draft) else None
+    if folder is None:
+        return None
+    head = load_head(folder, target)
+    return DRAFTERS[head.architecture](target, head)

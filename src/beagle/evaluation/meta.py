@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from beagle.drafters.small import PREFIX
 from beagle.targets.target import Target
 
 
@@ -40,6 +44,21 @@ def describe(target: Target | None = None) -> dict[str, Any]:
     return about
 
 
+def command_line() -> str:
+    """The command that runs, as anyone can repeat it."""
+    return shlex.join(["beagle", *(portable(word) for word in sys.argv[1:])])
+
+
+def portable(word: str) -> str:
+    """A word of the command line without the folders of this machine."""
+    if word.startswith(PREFIX):
+        return PREFIX + portable(word.removeprefix(PREFIX))
+    data = os.environ.get("BEAGLE_DATA")
+    if data and word.startswith(data):
+        return "$BEAGLE_DATA" + word.removeprefix(data.rstrip("/"))
+    return Path(word).name if word.startswith("/") else word
+
+
 def _cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -63,12 +82,15 @@ def revision() -> str | None:
         return None
 
 
-def reset_peak_memory() -> None:
-    """Start a new measurement of peak memory, where the system can."""
+def reset_peak_memory() -> float:
+    """Start a new measurement of peak memory, where the system can; the megabytes that are in use now."""
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed memory, and the next peak would hide in it
+        ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):  # else the peak is that of the process so far
         Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory_mb()
 
 
 def peak_memory_mb() -> float:

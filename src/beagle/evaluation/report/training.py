@@ -148,6 +148,8 @@ def convergence(logs: Sequence[Log]) -> Any:
             annotation_clip=False, arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.6},
         )  # fmt: skip
     axis.set_xlim(0, widest * 1.4)
+    bottom, top = min(low, *heights.values()), max(high, *heights.values())  # names may stand apart from their ends
+    axis.set_ylim(bottom - 0.05 * (top - bottom), top + 0.05 * (top - bottom))
     axis.grid(axis="y", color=FAINT, alpha=0.25)
     axis.set_xlabel("tokens seen, millions")
     axis.set_ylabel("τ of a chain with the held-out step-α")
@@ -166,7 +168,7 @@ def memory(settings: Mapping[str, Mapping[str, float]], run: str, unit: str = "s
         axis.barh(range(len(values)), values, 0.6, color=colour)
         for y, value in enumerate(values):
             axis.annotate(
-                f"{value:.0f}" if key == "peak_mb" else f"{value:.2f}", (value, y), (5, 0), textcoords="offset points",
+                f"{value:.0f}" if value >= 100 else f"{value:.2f}", (value, y), (5, 0), textcoords="offset points",
                 va="center", fontsize=9, color=INK,
             )  # fmt: skip
         axis.set_yticks(range(len(values)), list(settings))

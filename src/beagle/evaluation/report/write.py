@@ -74,10 +74,10 @@ def _section(path: Path, out: Path, name: str, answers: int) -> Section:
         logs, needs = training.read_comparison(content, path)
         section = Section(f"Trainings compared: {path.stem}", command=content.get("meta", {}).get("command", ""))
         run = f"{len(needs)} trainings on the same answers; memory is what training adds"
-        for plot, figure in (
-            ("convergence", training.convergence(logs)),
-            ("memory", training.memory(needs, run, "seconds per million tokens")),
-        ):
+        figures = {"memory": training.memory(needs, run, "seconds per million tokens")}
+        if any(len(log.steps) > 1 for log in logs):  # a single point is no course
+            figures["convergence"] = training.convergence(logs)
+        for plot, figure in figures.items():
             section.plots[f"{name}_{plot}"] = save(figure, out, f"{name}_{plot}")
         return section
     settings = content.get("settings")

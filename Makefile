@@ -5,13 +5,18 @@ BIN := $(VENV)/bin
 # one torch build everywhere; elsewhere than on a GPU machine a CPU build is enough
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-browser lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/beagle demo
 
 test: $(VENV)/.ready-dev lint
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+
+# needs a Chromium on the machine (apt-get install chromium)
+test-browser: $(VENV)/.ready-dev
+	$(BIN)/python -m pip install --quiet "playwright>=1.50,<2"
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m browser tests/test_page.py
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -18,6 +19,9 @@ from beagle.drafters.tree import TreeDrafter
 from beagle.model import DRAFTERS
 from beagle.targets.loading import cache_dir
 from beagle.targets.target import Target
+
+if any(find_spec(name) is None for name in ("fastapi", "uvicorn", "prometheus_client", "openai", "httpx")):
+    collect_ignore_glob = ["test_serve*.py", "test_page.py"]  # the extras serve and dev are not installed
 
 hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("seeded")
@@ -105,6 +109,9 @@ class Oracle:
 
     def __init__(self, answer: list[int]) -> None:
         self.answer = answer
+
+    def fork(self):
+        return Oracle(self.answer)
 
     def begin(self, tokens, states):
         self.prompt = len(tokens)

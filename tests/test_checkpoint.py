@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from beagle.drafters.checkpoint import HEADS, find_head, load_head, save_head
+from beagle.drafters.checkpoint import HEADS, find_head, load_head, save_head, shipped_head
 from beagle.errors import BeagleError
 from conftest import tiny_head, tiny_target
 
@@ -156,6 +156,9 @@ def test_vocabulary_beyond_the_targets(folder, target):
 
 def test_finding_heads(folder):
     assert find_head(str(folder), "any") == folder
-    assert find_head("auto", "a-target-nobody-ships-a-head-for") is None
+    assert find_head("head", "smollm2-135m") == shipped_head("HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert shipped_head("a-target-nobody-ships-a-head-for") is None
+    with pytest.raises(BeagleError, match="beagle train"):
+        find_head("head", "a-target-nobody-ships-a-head-for")
     with pytest.raises(BeagleError, match="no such folder"):
         find_head(str(folder / "none"), "any")

@@ -218,7 +218,7 @@ def test_usage_errors(beagle, arguments):
     assert ended.out == ""
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "demo", "bench", "train"])
+@pytest.mark.parametrize("command", ["generate", "chat", "serve", "demo", "bench", "train"])
 def test_every_command_has_help(beagle, command):
     ended = beagle(command, "--help")
     assert ended.code == 0

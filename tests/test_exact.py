@@ -10,7 +10,7 @@ from beagle.decoding.sampling import Sampler
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.model import Model
-from beagle.targets.target import EXACT_BLOCK, TreeShape
+from beagle.targets.target import EXACT_BLOCK, EXACT_ROWS, TreeShape
 from conftest import Oracle, tiny_drafter, tiny_target
 
 FAMILIES = ["llama", "qwen3", "gemma3_text"]
@@ -25,7 +25,7 @@ def bf16(request):
     target = tiny_target(family, dtype=torch.bfloat16)
     target.eos_ids = frozenset()
     if padded:
-        target.rows_independent = False  # as where kernels differ by number of rows
+        target.exact_least = EXACT_ROWS  # as where kernels differ by number of rows
     return target
 
 
@@ -101,4 +101,4 @@ def test_kernels_that_differ_by_number_of_rows_are_found_out(monkeypatch):
     monkeypatch.setattr(
         target, "_forward", lambda ids, *rest: ordinary(ids, *rest) * (1.02 if ids.shape[1] == 7 else 1)
     )
-    assert not target.rows_independent
+    assert target.exact_least == 8

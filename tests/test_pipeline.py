@@ -126,10 +126,12 @@ def test_answers_serve_another_run(train, folders, beagle, tmp_path):
 
 
 def test_live_states_train_like_stored_ones(train, losses, tmp_path):
-    assert train(tmp_path / "disk").code == 0
+    ended = train(tmp_path / "disk")
+    assert "states: 0.06 GB per million tokens at width 32 (answers.states: live stores none)" in ended.err
     disk = losses.copy()
     losses.clear()
-    assert train(tmp_path / "live", answers={"states": "live"}).code == 0
+    ended = train(tmp_path / "live", answers={"states": "live"})
+    assert "states: computed live" in ended.err
     assert stored(tmp_path / "live") == stored(tmp_path / "disk")
     shards = [next((tmp_path / kind / "data").glob("shard-*")) for kind in ("disk", "live")]
     assert ["states" in states.read_shard(path) for path in shards] == [True, False]
@@ -223,6 +225,12 @@ def test_other_settings_are_refused(train, tmp_path):
     assert train(tmp_path / "run", "--seconds", 0).code == 0
     train(tmp_path / "run", train={"noise": 0.1}).refusal(tmp_path / "run", "other settings")
     train(tmp_path / "run", answers={"max_new_tokens": 25}).refusal("max_new_tokens 24", "25")
+    manifest = tmp_path / "run" / "data" / "manifest.json"
+    for key, value in (("target", "another"), ("template", "0123456789abcdef")):
+        kept = manifest.read_text()
+        manifest.write_text(json.dumps({**json.loads(kept), key: value}))
+        train(tmp_path / "run").refusal(tmp_path / "run" / "data", f"{key} '{value}'", "another folder")
+        manifest.write_text(kept)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +241,8 @@ def test_other_settings_are_refused(train, tmp_path):
      ("head: {newest_state: foo}", "newest_state"), ("head: {num_kv_heads: few}", "num_kv_heads"),
      ("head: {num_kv_heads: {a: 1}}", "num_kv_heads"), ("head: {architecture: hawk}", "beagle, eagle"),
      ("head: {architecture: [eagle]}", "beagle, eagle"), ("head: {architecture: eagle, concat: no}", "for eagle"),
-     ("head: {draft_vocab_size: 9}", "draft_vocab_size")],
+     ("head: {draft_vocab_size: 9}", "draft_vocab_size"), ("train: {late_loss: all}", "late_loss"),
+     ("{train: {early_mask: random}, head: {architecture: eagle}}", "early_mask of eagle is blocks")],
 )  # fmt: skip
 def test_bad_recipes(tmp_path, text, word):
     path = tmp_path / "recipe.yaml"

@@ -105,10 +105,10 @@ def test_each_mode_drafts_with_its_own_drafter(mode, monkeypatch):
             return Draft([5], [-1], [-1.0])
 
     monkeypatch.setattr(m, "load_drafter", lambda draft, *a, **o: None if draft == "none" else Named(draft))
-    drafts = m.Drafts("mine", "rival", "tiny")
+    drafts = m.Drafts("mine+lookup", "rival", "tiny")
     contender = {c.mode: c for c in m.load_contenders(target, m.OUR_MODES, drafts, TreePlan("chain"))}[mode]
     _, stats = contender.answer("w3 w4", m.Options(8), 0)
-    names = {"beagle": "mine", "eagle": "rival", "lookup": "lookup", "small": "model:tiny"}
+    names = {"beagle": "mine+lookup", "head": "mine", "eagle": "rival", "lookup": "lookup", "small": "model:tiny"}
     assert used == ([names[mode]] if mode in names else [])
     assert (stats.drafted > 0) == (mode != "plain")
 
@@ -125,6 +125,20 @@ def test_passes_of_the_librarys_drafting_are_counted(model):
         assert sum((n + 1) * times for n, times in stats.accepted_at.items()) == stats.passed_tokens < len(ids)
         assert stats.tokens == len(ids)
         assert (stats.tau == 1) == (mode == "transformers")
+
+
+def test_the_head_alone_is_a_mode_where_it_is_not_the_only_drafter(bench, folders):
+    _, result = bench("--draft", f"{folders.head}+lookup", "--modes", "plain,beagle,head", "--limit", 2)
+    assert list(result["ratios"]) == ["beagle/plain", "head/plain"]
+    assert all(figures["identical"] == 1.0 for figures in result["modes"].values())
+    assert [m.Drafts(draft).of("head") for draft in ("auto", "lookup", "none", "mine", "mine+lookup")] == [
+        *["head"] * 3,
+        *["mine"] * 2,
+    ]
+    assert m.available(m.Drafts(), "head+lookup")[:4] == ["plain", "beagle", "head", "lookup"]
+    for draft in ("mine", "model:tiny+lookup"):
+        assert m.available(m.Drafts(), draft)[:3] == ["plain", "beagle", "lookup"]
+    assert m.available(m.Drafts(), "none")[:2] == ["plain", "lookup"]
 
 
 def test_eagle_heads_and_others_are_told_apart(bench, folders, tmp_path):

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from beagle.decoding.loop import Emitted
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
+from beagle.errors import BeagleError
 from beagle.model import Model
 from conftest import Oracle, tiny_drafter, tiny_target, tiny_tokenizer
 
@@ -137,6 +138,32 @@ def test_stop_ends_text_and_tokens_alike_with_drafts(endless, depth):
             WORDS, plain.token_ids, [stop] if isinstance(stop, str) else stop
         )
         assert len(answer.token_ids) < 24
+
+
+def test_answers_of_forks_take_turns(endless):
+    model = Model(endless, tiny_drafter(endless), TreePlan("dynamic", depth=3, top_k=4, nodes=8))
+    prompts = [PROMPT, "w7", "w40 w41 w42 w9"]
+    alone = [model.generate(prompt, max_new_tokens=20).text for prompt in prompts]
+    streams = [model.fork().stream(prompt, max_new_tokens=20) for prompt in prompts]
+    texts = [""] * len(prompts)
+    running = list(range(len(prompts)))
+    while running:
+        for i in list(running):
+            piece = next(streams[i], None)
+            if piece is None:
+                running.remove(i)
+            else:
+                texts[i] += piece.text
+    assert texts == alone
+
+
+def test_prompts_of_token_ids_and_what_is_no_prompt(endless):
+    model = Model(endless)
+    ids = endless.tokenizer(PROMPT)["input_ids"]
+    assert model.generate(ids, max_new_tokens=8).text == model.generate(PROMPT, raw=True, max_new_tokens=8).text
+    for bad in ([3, 64], [-1], "\ud800", [{"role": "user", "content": "\ud800"}], []):
+        with pytest.raises(BeagleError):
+            model.generate(bad)
 
 
 def test_drafted_counts_follow_the_statistics(endless):

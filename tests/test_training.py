@@ -255,3 +255,15 @@ def test_epochs_of_unequal_length_come_to_an_end(target, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer_module, "batches", counted)
     trainer.train()
     assert trainer.step == trainer.total
+
+
+def test_a_run_from_before_an_option_existed_goes_on(target, store, tmp_path):
+    first = Trainer(target, store, tmp_path, CONFIG)
+    identity = first.identity()
+    del identity["train"]["late_loss"]
+    first.identity = lambda: identity
+    first.train(seconds=0)
+    assert Trainer(target, store, tmp_path, CONFIG).step == 1
+    other = TrainConfig(**{**CONFIG.__dict__, "late_loss": "window"})
+    with pytest.raises(BeagleError, match="other settings"):
+        Trainer(target, store, tmp_path, other)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from beagle.decoding.costs import Costs, cached_costs
-from beagle.decoding.loop import Emitted, decode
+from beagle.decoding.loop import Emitted, Step, decode
 from beagle.decoding.sampling import Sampler
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import Drafter, TreePlan
 from beagle.drafters.beagle import BeagleDrafter
-from beagle.drafters.checkpoint import find_head, load_head
+from beagle.drafters.checkpoint import find_head, load_head, shipped_head
+from beagle.drafters.combined import CombinedDrafter
 from beagle.drafters.eagle import EagleDrafter
 from beagle.drafters.lookup import LookupDrafter
 from beagle.drafters.small import PREFIX, load_small
@@ -36,7 +38,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of a streamed answer.
+    """A piece of a streamed answer, empty where a pass has shown nothing yet.
 
     Attributes:
         text: what this step adds to the text.
@@ -64,7 +66,13 @@ class Model:
             self._costs[exact] = cached_costs(self.target, self.drafter, self.plan, exact)
         return self._costs[exact]
 
-    def generate(self, prompt: str | Sequence[Message], **options: Any) -> Answer:
+    def fork(self) -> Model:
+        """The same weights with a drafter of its own, so that answers of several forks can take turns."""
+        twin = copy.copy(self)
+        twin.drafter = self.drafter.fork() if self.drafter is not None else None
+        return twin
+
+    def generate(self, prompt: str | Sequence[Message] | Sequence[int], **options: Any) -> Answer:
         """Answer a question or a dialogue; options as for ``stream``.
 
         Returns:
@@ -78,7 +86,7 @@ class Model:
 
     def stream(
         self,
-        prompt: str | Sequence[Message],
+        prompt: str | Sequence[Message] | Sequence[int],
         *,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
@@ -90,15 +98,17 @@ class Model:
         exact: bool = False,
         draft: bool = True,
         stats: Stats | None = None,
+        watch: Callable[[Step], None] | None = None,
     ) -> Iterator[Piece]:
-        """Answer piece by piece, as passes of the target end.
+        """Answer piece by piece, one for each pass of the target.
 
         Args:
-            prompt: a question, or messages ``{"role", "content"}``.
+            prompt: a question, messages ``{"role", "content"}``, or token ids.
             max_new_tokens: never overshot. temperature: 0 is greedy.
             stop: the answer ends before the first of these.
             raw: no chat template. exact: shape-stable passes (see ``decoding.loop``).
             draft: False decodes plainly. stats: filled while the answer grows.
+            watch: see ``decoding.loop.decode``.
         """
         stops = [stop] if isinstance(stop, str) else list(stop)
         if any(not s for s in stops):
@@ -120,6 +130,7 @@ class Model:
             plan=self.plan,
             costs=self.costs(exact) if drafter is not None and open_size else None,
             exact=exact,
+            watch=watch,
         )
         yield from self._texts(steps, stops, stats)
 
@@ -147,6 +158,8 @@ class Model:
             if safe > shown:
                 yield Piece(text[shown:safe], waiting, drafted)
                 shown, waiting, drafted = safe, [], 0
+            else:
+                yield Piece("")  # so that callers can pause or stop between any two passes
         text = self._decode(tokens)
         if waiting or len(text) > shown:
             yield Piece(text[shown:], waiting, drafted)
@@ -179,42 +192,60 @@ def load(
 
     Args:
         target: ``smollm2-135m``, a hub id, a folder, or a ``.gguf`` file.
-        draft: ``auto`` (the head shipped for this target, else plain decoding), a folder that
-            ``beagle train`` wrote, ``lookup`` (what followed the same words before),
-            ``model:NAME`` (a smaller model with the same tokenizer, named as a target is), or None
-            for plain decoding.
+        draft: ``head`` (the one shipped for this target) or a folder that ``beagle train`` wrote;
+            ``lookup`` (what followed the same words before); ``head+lookup`` or ``FOLDER+lookup``
+            (both in one tree); ``model:NAME`` (a smaller model with the same tokenizer, named as a
+            target is); ``auto`` (``head+lookup`` where a head is shipped, else plain decoding);
+            None for plain decoding.
         dtype, device: see ``targets.loading.load_target``.
         plan: shape of the draft tree; by default its size follows from this machine's costs.
     Raises:
         BeagleError: see the message; nothing is left half loaded.
     """
-    draft = "none" if draft is None else draft
-    if names_head(draft):
-        find_head(draft, target)  # a wrong folder is found out before the target is loaded
+    draft = resolve_draft(draft, target)
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     loaded = load_target(target, **options)
     return Model(loaded, load_drafter(draft, loaded, **options), plan)
 
 
+def resolve_draft(draft: str | None, target_name: str) -> str:
+    """A ``draft`` (see ``load``) with ``auto`` and None replaced by what they stand for.
+
+    Raises:
+        BeagleError: it names a head that isn't there: found out before a target is loaded.
+    """
+    if draft == "auto":
+        draft = "head+lookup" if shipped_head(target_name) else "none"
+    draft = draft or "none"
+    if names_head(draft):
+        find_head(draft.removesuffix("+lookup"), target_name)
+    return draft
+
+
 def names_head(draft: str) -> bool:
-    """Whether a ``draft`` is ``auto`` or a folder."""
-    return draft not in ("none", "lookup") and not draft.startswith(PREFIX)
+    """Whether a ``draft`` other than ``auto`` has a head in it."""
+    base = draft.removesuffix("+lookup")
+    return base not in ("none", "lookup") and not base.startswith(PREFIX)
 
 
 def load_drafter(draft: str, target: Target, **options: Any) -> Drafter | None:
-    """The drafter that ``draft`` names (see ``load``, ``none`` is plain decoding) on a loaded target.
+    """The drafter that ``draft`` names (see ``load``; ``none`` is plain decoding) on a loaded target.
 
     Args:
         options: how a small model is loaded, as of ``targets.loading.load_target``.
     Raises:
         BeagleError: it can't be loaded or doesn't fit the target.
     """
-    if draft == "lookup":
-        return LookupDrafter()
-    if draft.startswith(PREFIX):
-        return load_small(draft.removeprefix(PREFIX), target, **options)
-    folder = find_head(draft, target.name) if names_head(draft) else None
-    if folder is None:
-        return None
-    head = load_head(folder, target)
-    return DRAFTERS[head.architecture](target, head)
+    draft = resolve_draft(draft, target.name)
+    base = draft.removesuffix("+lookup")
+    drafter: Drafter | None = None
+    if names_head(draft):
+        head = load_head(find_head(base, target.name), target)
+        drafter = DRAFTERS[head.architecture](target, head)
+    elif base == "lookup":
+        drafter = LookupDrafter()
+    elif base.startswith(PREFIX):
+        drafter = load_small(base.removeprefix(PREFIX), target, **options)
+    if drafter is not None and base != draft:
+        drafter = CombinedDrafter(drafter, LookupDrafter())
+    return drafter

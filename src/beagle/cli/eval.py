@@ -10,7 +10,6 @@ import typer
 from beagle.cli import options as o
 from beagle.cli.tables import follow, show
 from beagle.decoding.costs import Costs
-from beagle.drafters.checkpoint import find_head
 from beagle.errors import BeagleError
 from beagle.evaluation import suites
 from beagle.evaluation.figures import figures
@@ -18,7 +17,7 @@ from beagle.evaluation.meta import command_line, describe, portable
 from beagle.evaluation.modes import Contender, Drafts, Options, available, check_modes, load_contenders
 from beagle.evaluation.records import SHOWN, Record, read_records, read_result, write_result
 from beagle.evaluation.run import run
-from beagle.model import names_head
+from beagle.model import resolve_draft
 from beagle.training.prompts import Prompt
 
 Sets = dict[str, list[Prompt]]
@@ -73,8 +72,7 @@ def eval(
         raise BeagleError("--resume needs --json, the file to go on with")
     sets = suites.load_suite(suite, limit) if suite else suites.load_questions(questions or [], limit, skip_bad_lines)
     drafts = Drafts(draft, eagle, small_model)
-    has_head = not names_head(draft) or find_head(draft, target) is not None
-    chosen = o.split_modes(modes) or available(drafts, has_head and draft != "none", quick=suite == "quick")
+    chosen = o.split_modes(modes) or available(drafts, resolve_draft(draft, target), quick=suite == "quick")
     check_modes(chosen, drafts)
     length = max_new_tokens or (64 if suite == "quick" else 128)
     plan = o.tree_plan(tree, depth, beam, nodes)

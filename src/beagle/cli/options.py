@@ -24,9 +24,9 @@ DraftName = Annotated[
     typer.Option(
         "--draft",
         "-d",
-        help="auto (the shipped head), none, a folder that `beagle train` wrote, lookup (repeats what followed the "
-        "same words before), or model:NAME (a smaller model with the same tokenizer, "
-        "such as model:Qwen/Qwen2.5-0.5B-Instruct).",
+        help="head (the shipped one) or a folder that `beagle train` wrote, lookup (what followed the same words "
+        "before), head+lookup or FOLDER+lookup (both in one tree), model:NAME (a smaller model with the same "
+        "tokenizer, such as model:Qwen/Qwen2.5-0.5B-Instruct), none; auto is head+lookup where a head is shipped.",
     ),
 ]
 DType = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
@@ -47,8 +47,8 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that 
 Modes = Annotated[
     str,
     typer.Option(
-        help="Comma-separated. Our engine: plain, beagle (what --draft names), eagle (--eagle), lookup (prompt "
-        "lookup), small (--small-model drafts). transformers' generate: transformers, prompt-lookup, assisted (by "
+        help="Comma-separated. Our engine: plain, beagle (what --draft names), head (its head, without lookup), "
+        "eagle (--eagle), lookup (prompt lookup), small (--small-model drafts). transformers' generate: transformers, prompt-lookup, assisted (by "
         "--small-model)."
     ),
 ]

@@ -33,6 +33,9 @@ def train(
 ) -> None:
     """Train a draft head: answers and states, early stage, late stage. Run again, it goes on.
 
+    True states are stored (answers.states: disk in the recipe; 2 bytes x hidden size a token) or computed again in
+    every epoch (live). Store them where the disk has room: it is the faster way from the second epoch on.
+
     Example: [bold]beagle train --prompts prompts.jsonl --config configs/smollm2-135m.yaml --out runs/mine[/bold]
     """
     recipe = read_recipe(config) if config else Recipe()

@@ -32,7 +32,11 @@ class Emitted:
 
 @dataclass(frozen=True)
 class Step:
-    """What one iteration verified, for tests and for whoever wants to look inside."""
+    """What one iteration verified, for tests and for whoever wants to look inside.
+
+    ``states[path]`` are the true states that the iteration's tokens were chosen from. Prefill is an
+    iteration too: its tree is the prompt's last token alone.
+    """
 
     tokens: list[int]
     shape: TreeShape
@@ -59,6 +63,7 @@ def decode(
         drafter: None is plain decoding. plan: shape of the tree.
         costs: measured times that choose the tree's size where the plan leaves it open.
         exact: shape-stable passes, bit-equal to plain decoding in this mode.
+        watch: called with each iteration before its tokens are yielded.
     Raises:
         BeagleError: the prompt and the answer don't fit into the target's context.
     """
@@ -82,6 +87,8 @@ def decode(
     stats.tokens += 1
     if drafter is not None:
         drafter.begin(ids, states)
+    if watch is not None:
+        watch(Step([ids[-1]], TreeShape([-1]), states[-1:], [0]))
     stats.prefill_seconds += clock() - began
     yield Emitted([root], 0)
     if root in target.eos_ids:

@@ -65,6 +65,9 @@ def best_first(tokens: list[int], parents: list[int], scores: list[float], most:
 class Drafter(Protocol):
     """Proposes continuations of a context that the target has run."""
 
+    def fork(self) -> Drafter:
+        """A drafter of the same weights for another context at the same time; ``begin`` comes first."""
+
     def begin(self, tokens: list[int], states: Tensor) -> None:
         """A new context: its tokens and their true states ``[n, hidden]``."""
 

@@ -46,13 +46,28 @@ def save_head(head: Block, folder: str | Path, *, target: str, dtype: torch.dtyp
         ) from error
 
 
-def find_head(draft: str, target_name: str) -> Path | None:
-    """The folder a ``--draft`` names: ``auto`` is the shipped head of this target, if there is one."""
-    if draft == "auto":
-        known = {folder.name: folder for folder in SHIPPED.glob("*") if (folder / "config.json").is_file()}
-        return known.get(SAME_TARGET.get(target_name, target_name))
+def shipped_head(target_name: str) -> Path | None:
+    """The folder of the head that ships with this package for a target, if there is one."""
+    known = {folder.name: folder for folder in SHIPPED.glob("*") if (folder / "config.json").is_file()}
+    return known.get(SAME_TARGET.get(target_name, target_name))
+
+
+def find_head(draft: str, target_name: str) -> Path:
+    """The folder a ``--draft`` names: ``head`` is the one shipped for this target.
+
+    Raises:
+        BeagleError: there is none.
+    """
+    if draft == "head":
+        shipped = shipped_head(target_name)
+        if shipped is None:
+            raise BeagleError(f"no head is shipped for {target_name}; train one with `beagle train`, or --draft lookup")
+        return shipped
     if not Path(draft).is_dir():
-        raise BeagleError(f"draft '{draft}': no such folder; give a folder that `beagle train` wrote, auto or none")
+        raise BeagleError(
+            f"draft '{draft}': no such folder; give a folder that `beagle train` wrote, "
+            "auto, head, lookup, head+lookup, model:NAME or none"
+        )
     return Path(draft)
 
 

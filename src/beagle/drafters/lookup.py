@@ -31,6 +31,9 @@ class LookupDrafter:
         self._tries = [0] * (max_ngram + 1)
         self._hits = [0] * (max_ngram + 1)
 
+    def fork(self) -> LookupDrafter:
+        return LookupDrafter(self.max_ngram)
+
     def begin(self, tokens: list[int], states: Tensor) -> None:
         self._tokens = []
         self._starts = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import heapq
 import math
 from typing import Any
@@ -38,6 +39,12 @@ class SmallModelDrafter:
         self.cache = small.new_cache(1, 512)
         self.pending: list[int] = []
         self._nodes: dict[tuple[int, int], int] = {}  # (parent, token) -> node of the last draft that was run
+
+    def fork(self) -> SmallModelDrafter:
+        twin = copy.copy(self)
+        twin.cache = self.small.new_cache(1, 512)
+        twin.pending, twin._nodes = [], {}
+        return twin
 
     def begin(self, tokens: list[int], states: Tensor) -> None:
         self.cache.lengths = [0]

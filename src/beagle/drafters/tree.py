@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 
 import torch
@@ -56,8 +57,12 @@ class TreeDrafter(ABC):
             Predicted states ``[beam, hidden]``, and the mask with what this level appended.
         """
 
+    def fork(self) -> TreeDrafter:
+        return copy.copy(self)
+
     def begin(self, tokens: list[int], states: Tensor) -> None:
         self.length = self.keys = 0
+        self._reserve(max(512, 2 * len(tokens)))  # fresh: forks must not share it
         self.newest = states[:0]
         self.extend(tokens, states)
 

@@ -14,13 +14,13 @@ from beagle.drafters.small import PREFIX, refuse_other_vocabulary
 from beagle.errors import BeagleError
 from beagle.evaluation.meta import reset_peak_memory
 from beagle.evaluation.stock import STOCK_MODES, Stock
-from beagle.model import Model, load_drafter
+from beagle.model import Model, load_drafter, names_head
 from beagle.targets.chat import Message, encode
 from beagle.targets.loading import load_model
 from beagle.targets.target import Target
 
 T = TypeVar("T")
-OUR_MODES = ("plain", "beagle", "eagle", "lookup", "small")
+OUR_MODES = ("plain", "beagle", "head", "eagle", "lookup", "small")
 MODES = (*OUR_MODES, *STOCK_MODES)
 NEEDS = {"eagle": "an EAGLE head; name its folder with --eagle"} | dict.fromkeys(
     ("small", "assisted"), "a small model; name it with --small-model"
@@ -42,7 +42,8 @@ class Drafts:
     """What the modes draft with, as ``beagle.model.load_drafter`` takes it.
 
     Attributes:
-        beagle: of mode ``beagle``, whatever kind of draft it is. eagle: folder of an EAGLE head.
+        beagle: of mode ``beagle``, whatever kind of draft it is; mode ``head`` takes the head alone
+            from it, or the shipped one where it has none. eagle: folder of an EAGLE head.
         small: name of a small model.
     """
 
@@ -51,8 +52,10 @@ class Drafts:
     small: str | None = None
 
     def of(self, mode: str) -> str:
+        has_head = self.beagle != "auto" and names_head(self.beagle)
         return {
             "beagle": self.beagle,
+            "head": self.beagle.removesuffix("+lookup") if has_head else "head",
             "eagle": self.eagle or "none",
             "lookup": "lookup",
             "small": f"{PREFIX}{self.small}",
@@ -98,9 +101,15 @@ class Contender:
         return None if self.model.drafter is None else self.model.costs(exact)
 
 
-def available(drafts: Drafts, has_head: bool, *, quick: bool = False) -> list[str]:
-    """Every mode that can run with what was named; ``quick`` does without a second prompt lookup."""
-    missing = {"beagle": not has_head, "eagle": not drafts.eagle, "small": not drafts.small}
+def available(drafts: Drafts, draft: str, *, quick: bool = False) -> list[str]:
+    """Every mode that can run with what was named, and says something of its own.
+
+    Args:
+        draft: what ``drafts.beagle`` stands for, see ``beagle.model.resolve_draft``.
+        quick: do without a second prompt lookup.
+    """
+    missing = {"beagle": draft == "none", "eagle": not drafts.eagle, "small": not drafts.small}
+    missing["head"] = not (names_head(draft) and draft.endswith("+lookup"))
     missing["prompt-lookup"] = quick
     return [mode for mode in MODES if not missing.get("small" if mode == "assisted" else mode)]
 

@@ -5,22 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2 import TemplateError
+
 from beagle.errors import BeagleError
 from beagle.targets.target import Target
 
 Message = dict[str, str]
 
 
-def encode(target: Target, prompt: str | Sequence[Message], *, raw: bool = False) -> list[int]:
+def encode(target: Target, prompt: str | Sequence[Message] | Sequence[int], *, raw: bool = False) -> list[int]:
     """Token ids of a prompt, ready for the model to answer.
 
     Args:
-        prompt: a question, or a dialogue of ``{"role", "content"}`` messages.
+        prompt: a question, a dialogue of ``{"role", "content"}`` messages, or token ids (kept as they are).
         raw: take the text as it is, without the chat template.
     Raises:
-        BeagleError: nothing to answer.
+        BeagleError: nothing to answer, or nothing that the tokenizer or its template takes.
     """
     tokenizer: Any = target.tokenizer
+    texts = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt if isinstance(m, dict)]
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise BeagleError("the prompt holds half a surrogate pair, which is no character; leave it out") from error
     if isinstance(prompt, str):
         if not prompt.strip():
             raise BeagleError("the prompt is empty; give some text to answer")
@@ -29,6 +36,15 @@ def encode(target: Target, prompt: str | Sequence[Message], *, raw: bool = False
         prompt = [{"role": "user", "content": prompt}]
     if not prompt:
         raise BeagleError("the dialogue is empty; give at least one message")
+    if isinstance(prompt[0], int):
+        ids = [token for token in prompt if isinstance(token, int) and 0 <= token < target.vocab_size]
+        if len(ids) < len(prompt):
+            raise BeagleError(f"the prompt holds token ids outside 0 … {target.vocab_size - 1}; encode it again")
+        return ids
     if not getattr(tokenizer, "chat_template", None):
         raise BeagleError(f"{target.name}: the tokenizer has no chat template; pass the prompt as plain text")
-    return list(tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True)["input_ids"])
+    try:
+        encoded = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True)
+    except TemplateError as error:  # roles in an order that the model doesn't know, say
+        raise BeagleError(f"{target.name}: its chat template refuses this dialogue ({error})") from error
+    return list(encoded["input_ids"])

@@ -242,21 +242,22 @@ class Target:
             True states ``[nodes, hidden]``.
         """
         n = len(shape.parents)
-        return self._verify_exact(cache, tokens, shape, n if self.rows_independent else EXACT_ROWS, keys)
+        return self._verify_exact(cache, tokens, shape, max(n, self.exact_least), keys)
 
     @torch.no_grad()
     def exact_logits(self, states: Tensor) -> Tensor:
         """``logits`` of ``[nodes, hidden]`` in the shape-stable form."""
-        missing = 0 if self.rows_independent else EXACT_ROWS - len(states)
+        missing = self.exact_least - len(states)
         if missing <= 0:
             return self.logits(states)
         return self.logits(torch.cat([states, states.new_zeros(missing, states.shape[1])]))[: len(states)]
 
     @cached_property
-    def rows_independent(self) -> bool:
-        """Whether a row's bits are the same however many rows share an exact pass, on this machine.
+    def exact_least(self) -> int:
+        """Rows from which on a row's bits are the same however many share an exact pass, on this machine.
 
-        Packed CPU kernels work so, GPU libraries usually don't. Tried out on a chain, for every number of rows.
+        Packed CPU kernels differ for a single row at most, GPU libraries for every number (then it is
+        ``EXACT_ROWS``: all passes have as many). Tried out on a chain, for every number of rows.
         """
         random = torch.Generator().manual_seed(0)
         ids = torch.randint(self.vocab_size, (EXACT_ROWS + 8,), generator=random).to(self.device)
@@ -266,11 +267,11 @@ class Target:
         chain = list(range(-1, EXACT_ROWS - 1))
         whole = self._verify_exact(cache, ids[8:], TreeShape(chain), EXACT_ROWS, keys)
         logits = self.logits(whole)
-        for n in range(1, EXACT_ROWS):
+        for n in range(EXACT_ROWS - 1, 0, -1):
             part = self._verify_exact(cache, ids[8 : 8 + n], TreeShape(chain[:n]), n, keys)
             if not torch.equal(part, whole[:n]) or not torch.equal(self.logits(part), logits[:n]):
-                return False
-        return True
+                return n + 1
+        return 1
 
     def _verify_exact(self, cache: KVCache, tokens: Tensor, shape: TreeShape, rows: int, keys: int) -> Tensor:
         """An exact pass of ``rows`` rows; missing nodes are padded."""

@@ -22,6 +22,9 @@ class TrainConfig:
         window: k. steps: s. noise: scale added to the true states that the head is given.
         regression: coefficient of the smooth-L1 term.
         dropout: ours, against overfitting where answers are few.
+        early_mask: ``blocks`` is inverse block attention; ``random`` the paper's ablation of it.
+        late_loss: step i bears a loss on its immediate ``next`` token (l = i), or on all from there to
+            the end of the ``window`` (l = k, the paper's ablation).
         beta_decay: late-stage weights are β_i = k - i + 1, normalised; off: all equal.
     """
 
@@ -38,6 +41,8 @@ class TrainConfig:
     max_grad_norm: Annotated[float, Field(gt=0)] = 0.5
     noise: NotNegative = 0.2
     regression: NotNegative = 10.0
+    early_mask: Literal["blocks", "random"] = "blocks"
+    late_loss: Literal["next", "window"] = "next"
     beta_decay: bool = True
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     autocast: bool = False

@@ -68,11 +68,14 @@ def read_recipe(path: Path) -> Recipe:
         raise BeagleError(f"recipe '{path}' can't be read: {str(error).splitlines()[0]}; see configs/") from error
     if not isinstance(content, dict) or set(content) - {"answers", "train", "head"}:
         raise BeagleError(f"recipe '{path}' is no mapping of answers, train and head; see configs/")
-    return Recipe(
-        checked(AnswerConfig, content.get("answers") or {}, path, "answers"),
-        checked(TrainConfig, content.get("train") or {}, path, "train"),
-        checked_head(content.get("head") or {}, path),
-    )
+    train = checked(TrainConfig, content.get("train") or {}, path, "train")
+    head = checked_head(content.get("head") or {}, path)
+    name = head.get("architecture", "beagle")
+    architecture = ARCHITECTURES[name]
+    for key, known in (("early_mask", architecture.early), ("late_loss", architecture.late)):
+        if getattr(train, key) not in known:
+            raise BeagleError(f"recipe '{path}': train.{key} of {name} is {' or '.join(known)}; correct the value")
+    return Recipe(checked(AnswerConfig, content.get("answers") or {}, path, "answers"), train, head)
 
 
 def checked_head(settings: Any, path: Path) -> dict[str, Any]:
@@ -104,6 +107,17 @@ def checked(kind: Any, values: Any, path: Path, section: str) -> Any:
         ) from error
 
 
+def describe_states(hidden_size: int, states: str) -> str:
+    """What ``answers.states`` costs at this width, and what the other choice would."""
+    gigabytes = 2 * hidden_size * 1e6 / 1e9  # bfloat16
+    if states == "disk":
+        return f"{gigabytes:.2f} GB per million tokens at width {hidden_size} (answers.states: live stores none)"
+    return (
+        "computed live, none stored; every epoch runs the target again "
+        f"(answers.states: disk stores {gigabytes:.2f} GB per million tokens)"
+    )
+
+
 def make_answers(
     target: Target, prompts: list[Prompt], folder: Path, config: AnswerConfig, console: Console
 ) -> StateStore:
@@ -120,6 +134,7 @@ def make_answers(
     if not todo or (config.max_tokens and have >= config.max_tokens):
         return store
     longest = (config.max_prompt_tokens + config.max_new_tokens) * len(todo) * config.max_turns
+    console.print(f"states: {describe_states(target.hidden_size, config.states)}", highlight=False)
     store.refuse_if_full(min(longest, (config.max_tokens or longest) - have))
     generator = AnswerGenerator(
         target,

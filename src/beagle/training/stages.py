@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,21 +29,28 @@ class Architecture:
 
     Attributes:
         head: its module.
-        early: one parallel pass, ``(head, batch, states, window, offset)`` -> part.
-        late: simulated inference, ``(head, batch, states, window, offset, steps)`` -> a part a step.
-        chains: like ``late``, exactly one chain of drafts from the base of each window, so that
+        early: by ``TrainConfig.early_mask``: one parallel pass, ``(head, batch, states, window, offset)`` -> part.
+        late: by ``TrainConfig.late_loss``: simulated inference, ``(head, batch, states, window, offset, steps)``
+            -> a part a step.
+        chains: like ``late["next"]``, exactly one chain of drafts from the base of each window, so that
             ``window`` offsets together start one from every slot.
     """
 
     head: type[Block]
-    early: Callable[[Any, Batch, Tensor, int, int], Part]
-    late: Callable[[Any, Batch, Tensor, int, int, int], list[Part]]
+    early: Mapping[str, Callable[[Any, Batch, Tensor, int, int], Part]]
+    late: Mapping[str, Callable[[Any, Batch, Tensor, int, int, int], list[Part]]]
     chains: Callable[[Any, Batch, Tensor, int, int, int], list[Part]]
 
 
 ARCHITECTURES = {
-    "beagle": Architecture(BeagleHead, windows.early, windows.late, windows.late),
-    "eagle": Architecture(EagleHead, unrolled.single, unrolled.unrolled, unrolled.chains),
+    "beagle": Architecture(
+        BeagleHead,
+        {"blocks": windows.early, "random": windows.early_random},
+        {"next": windows.late, "window": windows.late_window},
+        windows.late,
+    ),
+    # a single step has no windows to mask; an unrolled one already computes every slot at every step
+    "eagle": Architecture(EagleHead, {"blocks": unrolled.single}, {"next": unrolled.unrolled}, unrolled.chains),
 }
 
 
@@ -54,10 +61,10 @@ def stage_loss(
     keys_from = batch.states + config.noise * noise
     architecture = ARCHITECTURES[head.architecture]
     if stage == "early":
-        parts = [architecture.early(head, batch, keys_from, config.window, offset)]
+        parts = [architecture.early[config.early_mask](head, batch, keys_from, config.window, offset)]
         shares = [1.0]
     else:
-        parts = architecture.late(head, batch, keys_from, config.window, offset, config.steps)
+        parts = architecture.late[config.late_loss](head, batch, keys_from, config.window, offset, config.steps)
         betas = [config.window - i + 1 if config.beta_decay else 1 for i in range(1, config.steps + 1)]
         shares = [b / sum(betas) for b in betas]
     predicted, true, weights = [], [], []

@@ -86,6 +86,24 @@ class StateStore:
         except OSError as error:
             raise BeagleError(f"cannot write '{self.folder}': {error.strerror}; choose another --out") from error
 
+    @classmethod
+    def existing(cls, folder: Path) -> StateStore:
+        """What a run has left in ``folder``, whatever target it is of.
+
+        Raises:
+            BeagleError: there are no answers.
+        """
+        manifest = folder / "manifest.json"
+        if not manifest.is_file() or not any(folder.glob("shard-*.safetensors")):
+            raise BeagleError(
+                f"'{folder}' holds no answers; make some with `beagle train --prompts FILE --data {folder}`"
+            )
+        try:
+            fingerprint = Fingerprint(**_read_manifest(manifest))
+        except TypeError as error:
+            raise BeagleError(f"{manifest} is damaged ({error}); delete its folder and make it again") from error
+        return cls(folder, fingerprint)
+
     def shards(self) -> list[Path]:
         return sorted(self.folder.glob("shard-*.safetensors"))
 

@@ -77,8 +77,11 @@ class Trainer:
             return c.learning_rate * (step + 1) / c.warmup_steps
         if c.schedule == "constant":
             return c.learning_rate
-        done = (step - c.warmup_steps) / max(1, self.total - c.warmup_steps)
-        return c.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+        return c.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.done(step))))
+
+    def done(self, step: int) -> float:
+        """Share of the run after its warm-up that lies before ``step``."""
+        return (step - self.config.warmup_steps) / max(1, self.total - self.config.warmup_steps)
 
     def train(self, *, seconds: float | None = None, report: Callable[[str], None] | None = None) -> list[float]:
         """Train to the end (or for about ``seconds`` of wall time); returns the last step-α."""
@@ -208,7 +211,10 @@ class Trainer:
             tensors = load_file(path)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise BeagleError(f"checkpoint '{path}' is corrupt ({error}); delete it to start over") from error
-        if progress["identity"] != self.identity():
+        saved = progress["identity"]
+        defaults = json.loads(json.dumps(asdict(TrainConfig())))
+        saved["train"] = {**defaults, **saved["train"]}  # an option younger than the run stood at its default
+        if saved != self.identity():
             raise BeagleError(f"'{self.out}' holds a run with other settings; choose another --out or delete it")
         self.head.load_state_dict({k[5:]: v for k, v in tensors.items() if k.startswith("head.")})
         self.lm_head = lm_head_rows(self.target, self.head.draft_vocab)

@@ -61,12 +61,31 @@ def early(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset
         Predicted states ``[batch, m, hidden]``, their slots ``[batch, m]``, and which of them are
         real, bool ``[batch, m]``.
     """
-    n = batch.states.shape[1]
-    m = int((batch.last - batch.first).max()) + 1
-    steps = torch.arange(m, device=batch.states.device)
-    slots = batch.first[:, None] + steps
+    steps = torch.arange(span(batch), device=batch.states.device)
+    return seeing(head, batch, keys_from, batch.first[:, None] + (steps + offset) // window * window - offset)
+
+
+def early_random(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset: int) -> Part:
+    """The ablation that lost (paper Figure 7): each slot's newest keys are hidden at random, 0 to k-1
+    of them, so that distances to the newest visible key are those of ``early`` without its order.
+
+    How the random masks were drawn the paper leaves open; this is our reading. Args and returns as ``early``.
+    """
+    slots = batch.first[:, None] + torch.arange(span(batch), device=batch.states.device)
+    return seeing(head, batch, keys_from, slots - torch.randint(window, slots.shape, device=slots.device))
+
+
+def span(batch: Batch) -> int:
+    """Most slots of a row that bear a loss."""
+    return int((batch.last - batch.first).max()) + 1
+
+
+def seeing(head: BeagleHead, batch: Batch, keys_from: Tensor, base: Tensor) -> Part:
+    """One pass over all slots from ``first`` on, each seeing true keys up to ``base [batch, m]``."""
+    n, m = batch.states.shape[1], base.shape[1]
+    slots = batch.first[:, None] + torch.arange(m, device=batch.states.device)
     real = slots <= batch.last[:, None]
-    base = (batch.first[:, None] + (steps + offset) // window * window - offset).clamp(min=0)
+    base = base.clamp(min=0)
     everywhere = torch.arange(n, device=slots.device)
     k, v = head.keys_values(keys_from, head.rotation(everywhere[None], keys_from.dtype))
     embeddings = batch.pick(batch.embeddings, slots + 1)
@@ -77,7 +96,7 @@ def early(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset
 
 
 def late(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset: int, steps: int) -> list[Part]:
-    """Simulated inference, sliced: step i computes slot b+i-1 of each window only.
+    """Simulated inference, sliced: step i computes slot b+i-1 of each window only (the paper's l = i).
 
     It sees the true keys up to b and the i-1 states that earlier steps of its own window predicted;
     gradients flow through them. Memory is that of one ordinary pass for any number of steps.
@@ -85,44 +104,78 @@ def late(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset:
     Returns:
         Per step: predicted states ``[batch, windows, hidden]``, slots, and which are real.
     """
+    return simulated(head, batch, keys_from, window, offset, [1] * steps)
+
+
+def late_window(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset: int, steps: int) -> list[Part]:
+    """The ablation l = k (paper Figure 12): step i computes all slots of the window from b+i-1 on.
+
+    Those before it would only repeat what earlier steps computed.
+
+    Returns:
+        Per step: predicted states ``[batch, windows * (k-i+1), hidden]``, slots, and which are real.
+    """
+    return simulated(head, batch, keys_from, window, offset, [window - i for i in range(steps)])
+
+
+def simulated(
+    head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset: int, reach: list[int]
+) -> list[Part]:
+    """The late stage; step i computes ``reach[i-1]`` slots of each window, the first being b+i-1."""
     n = batch.states.shape[1]
     base = bases(batch, window, offset)
     everywhere = torch.arange(n, device=base.device)
     k, v = head.keys_values(keys_from, head.rotation(everywhere[None], keys_from.dtype))
+    k, v = k.contiguous(), v.contiguous()  # a product with anything else copies it, and autograd keeps each copy
+    groups = head.config.num_heads // k.shape[1]
+    k_each, v_each = per_query_head(k, groups), per_query_head(v, groups)
     mask = additive(everywhere <= base[..., None], k.dtype)[:, None]  # [batch, 1, windows, n]
-    newest = batch.pick(keys_from, base)
-    own_k: list[Tensor] = []  # of each earlier step, [batch, kv_heads, windows, head_dim]
+    newest = batch.pick(keys_from, base)  # [batch, windows, hidden]
+    own_k: list[Tensor] = []  # of each earlier step, [batch, heads, windows, head_dim]
     own_v: list[Tensor] = []
     out: list[Part] = []
-    for step in range(1, steps + 1):
-        slots = base + step - 1
+    for step, ahead in enumerate(reach, 1):
+        slots = (base[..., None] + torch.arange(step - 1, step - 1 + ahead, device=base.device)).flatten(1)
         real = slots <= batch.last[:, None]
         embeddings = batch.pick(batch.embeddings, slots + 1)
-        rotation = head.rotation(slots, embeddings.dtype)
-        q = head.queries(embeddings, rotation)
+        q = head.queries(embeddings, head.rotation(slots, embeddings.dtype))
         if step > 1 and head.config.concat:
-            key, value = head.keys_values(newest, rotation)  # the state predicted for this slot
-            own_k.append(key)
-            own_v.append(value)
-        attended = attend_with_own(q, k, v, mask, own_k, own_v) if own_k else head.attend(q, k, v, mask)
-        newest = head.finish(attended, embeddings, newest)
-        out.append((newest, slots, real))
+            key, value = head.keys_values(newest, head.rotation(base + step - 1, newest.dtype))  # predicted for b+i-1
+            own_k.append(per_query_head(key, groups))
+            own_v.append(per_query_head(value, groups))
+        whose = mask if ahead == 1 else mask.repeat_interleave(ahead, 2)
+        if own_k:
+            mine = ([x if ahead == 1 else x.repeat_interleave(ahead, 2) for x in own] for own in (own_k, own_v))
+            attended = attend_with_own(q, k_each, v_each, whose, *mine)
+        else:
+            attended = head.attend(q, k, v, whose)
+        predicted = head.finish(attended, embeddings, newest if ahead == 1 else newest.repeat_interleave(ahead, 1))
+        newest = predicted[:, ::ahead]
+        out.append((predicted, slots, real))
     return out
+
+
+def per_query_head(x: Tensor, groups: int) -> Tensor:
+    """Keys or values ``[batch, kv_heads, n, head_dim]`` as ``[batch, heads, n, head_dim]``: made once, for all steps."""
+    return x if groups == 1 else x.repeat_interleave(groups, 1)
 
 
 def attend_with_own(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, own_k: list[Tensor], own_v: list[Tensor]) -> Tensor:
     """Attention over shared true keys and, per query, the predicted keys of its own window.
 
+    Own keys are taken one by one, never stacked: autograd would keep a stack for every step, and
+    memory would grow with the square of their number.
+
     Args:
-        q: ``[batch, heads, windows, head_dim]``. k, v: ``[batch, kv_heads, n, head_dim]``.
-        own_k, own_v: per earlier step ``[batch, kv_heads, windows, head_dim]``.
+        q: ``[batch, heads, windows, head_dim]``. k, v: ``[batch, heads, n, head_dim]``.
+        own_k, own_v: per earlier step ``[batch, heads, windows, head_dim]``.
     """
-    groups = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-    keys = torch.stack(own_k, 3).repeat_interleave(groups, 1)  # [batch, heads, windows, own, head_dim]
-    values = torch.stack(own_v, 3).repeat_interleave(groups, 1)
     q = q * q.shape[-1] ** -0.5
-    scores = torch.cat([q @ k.transpose(-1, -2) + mask, (q[..., None, :] * keys).sum(-1)], dim=-1)
+    scores = torch.stack([(q * key).sum(-1) for key in own_k], dim=-1)
+    scores = torch.cat([q @ k.transpose(-1, -2) + mask, scores], dim=-1)
     chances = F.softmax(scores.float(), dim=-1).to(v.dtype)
     n = k.shape[2]
-    return chances[..., :n] @ v + (chances[..., n:, None] * values).sum(-2)
+    own = chances[..., n, None] * own_v[0]
+    for i, value in enumerate(own_v[1:], n + 1):
+        own = own + chances[..., i, None] * value
+    return chances[..., :n] @ v + own

@@ -1,0 +1,144 @@
+"""``beagle compare-training``: what heads and their stages cost, and what they bring, on the same answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from beagle.cli import options as o
+from beagle.drafters.base import TreePlan
+from beagle.errors import BeagleError
+from beagle.evaluation.compare import report
+from beagle.evaluation.compare.decoding import Work, decode_once
+from beagle.evaluation.compare.results import entries
+from beagle.evaluation.compare.runs import Budget, in_fresh_process, run_all, specs
+from beagle.evaluation.compare.suites import SUITES, Suite, find_suite
+from beagle.evaluation.compare.variants import parse_list
+from beagle.evaluation.meta import command_line, describe
+from beagle.training.pipeline import read_recipe
+from beagle.training.prompts import read_prompts
+from beagle.training.states import StateStore, write_json
+
+
+def compare_training(
+    data: Annotated[Path, typer.Option(help="Folder of answers and states, as `beagle train` leaves it (OUT/data).")],
+    config: Annotated[Path, typer.Option("--config", "-c", help="Recipe, YAML: what all variants share.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the comparison; finished variants are kept.")],
+    variants: Annotated[
+        str | None, typer.Option(help="Comma-separated, such as beagle,beagle-early,beagle-s1..s4,eagle,eagle-u4.")
+    ] = None,
+    suite: Annotated[str | None, typer.Option(help=f"A comparison with a name: {', '.join(SUITES)}.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Train each variant on this many tokens.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=0.1, help="Or for this long, validation not counted.")] = None,
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0",
+    validate_every: Annotated[int | None, typer.Option(min=1, help="Steps between points; default: recipe.")] = None,
+    questions: Annotated[list[Path] | None, typer.Option(help="Question file to decode with (repeatable).")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N questions of each file.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=2)] = 128,
+    target: o.TargetName = "smollm2-135m",
+    dtype: o.DType = "float32",
+    decode_dtype: Annotated[str, typer.Option(help="The target's dtype while decoding; as --dtype.")] = "auto",
+    device: o.Device = "auto",
+    tree: o.Tree = "dynamic",
+    depth: o.Depth = 5,
+    beam: o.TopK = 8,
+    nodes: Annotated[int, typer.Option(min=1, max=64, help="Candidates of a dynamic tree, for all alike.")] = 16,
+    trust_remote_code: o.Trust = False,
+) -> None:
+    """Train variants on the same batches; compare time, memory, acceptance. Run again, it goes on.
+
+    Examples: [bold]beagle compare-training --data runs/mine/data --config configs/smollm2-135m.yaml
+    --suite rivals --tokens 2000000 --seeds 0,1 --out runs/rivals[/bold]
+
+    [bold]beagle compare-training --data runs/mine/data --config configs/smollm2-135m.yaml
+    --variants beagle,eagle --seconds 600 --out runs/minutes[/bold]
+    """
+    if (tokens is None) == (seconds is None):
+        raise BeagleError("give every variant the same budget: either --tokens N or --seconds N")
+    if variants and suite:
+        raise BeagleError("--suite names its variants itself; leave --variants or --suite out")
+    chosen: Suite | None = None if variants else find_suite(suite or "rivals")
+    listed = parse_list(variants or (chosen.variants if chosen else ""))
+    if chosen and chosen.trees and not questions:
+        raise BeagleError(f"suite '{suite}' is about the time of decoding; give it --questions FILE")
+    numbers = read_seeds(seeds)
+    recipe = read_recipe(config)
+    sets = {path.stem: read_prompts(path, limit=limit) for path in questions or []}
+    if len(sets) < len(questions or []):
+        raise BeagleError("two question files have the same name; rename one, names tell the sets apart")
+    kinds = chosen.trees if chosen and chosen.trees else (tree,)
+    plans: dict[str, TreePlan] = {kind: o.tree_plan(kind, depth, beam, nodes) for kind in kinds}
+    store = StateStore.existing(data)
+    o.check_writable(out / "compare.json")
+    named = {"name": target, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    planned = specs(listed, numbers, store, recipe, Budget(tokens, seconds), named, out, validate_every)
+    try:
+        records = run_all(planned, lambda line: o.console.print(line, highlight=False))
+        decoding = {}
+        if sets:
+            heads = {f"{spec.variant}/seed{spec.seed}": spec.out / "head" for spec in planned}
+            work = Work(heads, {**named, "dtype": decode_dtype}, sets, plans, max_new_tokens)
+            decoding = decode_once(work, out / "decoding.json", in_fresh_process)
+    except KeyboardInterrupt:
+        o.console.print(f"[yellow]stopped; run the same command again to go on in {out}[/yellow]")
+        raise
+    found = entries(records, decoding)
+    findings = chosen.judge(found) if chosen else []
+    command = command_line()
+    meta = {
+        **describe(),
+        "target": records[0]["meta"]["target"],
+        "command": command,
+        "arguments": {
+            "variants": [v.name for v in listed], "suite": suite, "tokens": tokens, "seconds": seconds,
+            "seeds": numbers, "validate_every": validate_every, "questions": [p.name for p in questions or []],
+            "limit": limit, "max_new_tokens": max_new_tokens, "dtype": dtype, "decode_dtype": decode_dtype,
+            "trees": list(plans), "depth": depth, "beam": beam, "nodes": nodes, "config": config.name,
+        },
+        "data": {"tokens": store.tokens(), "shards": len(store.shards())},
+    }  # fmt: skip
+    write_json(
+        out / "compare.json",
+        {"meta": meta, "findings": [f.as_dict() for f in findings], "runs": records, "decoding": decoding},
+    )
+    report.write_csv(out / "compare.csv", report.run_rows(found.values()))
+    report.write_csv(out / "curves.csv", report.curve_rows(found.values()))
+    machine = meta["machine"]
+    budget = f"{records[0]['tokens']:,} tokens" if tokens else f"{seconds:g} s of training"
+    about = (
+        f"{Path(target).name}, {budget} each, {len(numbers)} seed{'s' * (len(numbers) > 1)}; "
+        f"{machine['gpu'] or machine['cpu'].split(',')[0]}, {machine['threads']} of {machine['cores']} cores"
+    )
+    title = chosen.title if chosen else "Training compared"
+    plots = draw(found, f"{title}\n{about}", out, chosen)
+    (out / "compare.md").write_text(report.page(title, about, found, findings, command, plots), encoding="utf-8")
+    for f in findings:
+        verdict = "agrees" if f.agrees else "[yellow]differs[/yellow]"
+        o.console.print(f"{f.claim}: {f.found} (paper: {f.paper}): {verdict}", highlight=False)
+    o.console.print(f"written to {out}: compare.md, compare.json, compare.csv, curves.csv, {', '.join(plots)}")
+
+
+def draw(found: dict, about: str, out: Path, chosen: Suite | None) -> list[str]:
+    """The plots, or a word on how to get them: the figures are on disk already."""
+    try:
+        from beagle.evaluation.compare import plots
+    except ImportError:  # an extra: training does not need it
+        o.console.print(
+            "[yellow]no plots: pip install 'beagle-decoding\\[plots]', then run the same command again[/yellow]"
+        )
+        return []
+    if chosen is None:
+        return plots.draw(found, about, out)
+    return plots.draw(found, about, out, ordered=chosen.ordered, costs_only=chosen.short)
+
+
+def read_seeds(text: str) -> list[int]:
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError as error:
+        raise BeagleError(f"--seeds '{text}' is no list of numbers; give some such as 0,1") from error
+    if len(set(numbers)) < len(numbers) or min(numbers) < 0:
+        raise BeagleError(f"--seeds '{text}': seeds are different and not negative; give some such as 0,1")
+    return numbers

@@ -1,0 +1,75 @@
+"""``beagle serve``: an OpenAI-compatible server, with a page to watch it."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from beagle.cli import options as o
+from beagle.errors import BeagleError
+
+
+def serve(
+    target: o.TargetName = "smollm2-135m",
+    draft: o.DraftName = "auto",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str, typer.Option(envvar="BEAGLE_API_KEY", help="Ask clients for this key.", show_default=False)
+    ] = "",
+    name: Annotated[str, typer.Option("--name", help="The model's name for clients; by default the target's.")] = "",
+    live: Annotated[int, typer.Option(min=1, help="Requests that take turns.")] = 8,
+    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are told 429.")] = 32,
+    seconds: Annotated[float, typer.Option(min=0.1, help="A request's time; then its answer is cut.")] = 300.0,
+    context: Annotated[int, typer.Option(min=0, help="Tokens of prompt and answer; 0 is the target's limit.")] = 0,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="Of a chat answer whose request gives no number.")
+    ] = 1024,
+    grace: Annotated[float, typer.Option(min=0.0, help="Seconds to finish answers in at shutdown.")] = 10.0,
+    exact: o.Exact = False,
+    dtype: o.DType = "auto",
+    device: o.Device = "auto",
+    tree: o.Tree = "dynamic",
+    depth: o.Depth = 5,
+    beam: o.TopK = 8,
+    nodes: o.Nodes = 0,
+    trust_remote_code: o.Trust = False,
+) -> None:
+    """Serve the model to any OpenAI client; open the address in a browser to watch it draft.
+
+    Example: [bold]beagle serve --port 8000[/bold]
+    """
+    try:
+        from beagle.serving.app import create_app
+        from beagle.serving.engine import Engine, Limits
+        from beagle.serving.server import bind, run
+    except ImportError as error:
+        if (error.name or "").startswith("beagle"):
+            raise
+        raise BeagleError(
+            f"`beagle serve` needs the package '{error.name}': pip install 'beagle-decoding[serve]'"
+        ) from error
+    if not api_key.isascii():
+        raise BeagleError("the API key must be ASCII, as HTTP headers are; choose another --api-key")
+    listener = bind(host, port)
+    with listener:
+        model = o.load_model(target, draft, dtype, device, o.tree_plan(tree, depth, beam, nodes), trust_remote_code)
+        with o.console.status("warming up"):
+            model.generate("Hello", max_new_tokens=8, exact=exact)  # and measures this machine's costs, once
+        limits = Limits(live, queue, seconds, context or None, max_new_tokens, grace=grace)
+        engine = Engine(model, limits, exact=exact)
+        served = name or (Path(target).resolve().name if Path(target).exists() else target)
+        app = create_app(engine, name=served, api_key=api_key or None)
+        address = listener.getsockname()
+        where = f"[{address[0]}]" if ":" in address[0] else address[0]
+        o.console.print(
+            f"serving {served} on http://{where}:{address[1]} (OpenAI's API under /v1)", highlight=False, markup=False
+        )
+        if not api_key and not ipaddress.ip_address(address[0]).is_loopback:
+            o.console.print("[yellow]anyone who reaches this address can use it: no --api-key is set[/yellow]")
+        engine.start()
+        run(app, engine, listener)
+        o.console.print("stopped", highlight=False)

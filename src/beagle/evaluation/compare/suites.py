@@ -1,0 +1,197 @@
+"""Comparisons with a name: the rivals, the memory of simulated steps, and the paper's ablations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+from beagle.errors import BeagleError
+from beagle.evaluation.compare.results import Entry, reached
+
+Entries = dict[str, Entry]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim, what the paper says of it, what was found, and whether the two agree."""
+
+    claim: str
+    paper: str
+    found: str
+    agrees: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """
+    Attributes:
+        variants: as of ``--variants``. ordered: they are values of one parameter.
+        trees: kinds of tree to decode with; empty: what the command line says.
+        short: meant to be run so shortly that acceptance says nothing; only what training costs is drawn.
+    """
+
+    title: str
+    variants: str
+    judge: Callable[[Entries], list[Finding]]
+    ordered: bool = False
+    trees: tuple[str, ...] = ()
+    short: bool = False
+
+
+def listed(entries: Entries, value: Callable[[Entry], float], digits: int = 2) -> str:
+    return ", ".join(f"{name} {value(entry):.{digits}f}" for name, entry in entries.items())
+
+
+def kind(entries: Entries) -> str:
+    """What ``Entry.acceptance`` is here."""
+    return "τ" if next(iter(entries.values())).decoding else "expected acceptance length"
+
+
+def tail(entry: Entry) -> float:
+    """Mean of α_2 … α_5."""
+    return fmean(entry.step_alpha[1:])
+
+
+def rivals(e: Entries) -> list[Finding]:
+    ours, theirs, early = e["beagle"], e["eagle"], e["beagle-early"]
+    ratio = ours.acceptance / theirs.acceptance
+    later = [a - b for a, b in zip(ours.step_alpha[1:], theirs.step_alpha[1:], strict=True)]
+    pace = [x.stage("early", "tokens_per_second") or 0.0 for x in (early, theirs)]
+    when = reached(ours, theirs.length, "seconds")
+    spent = fmean(r["seconds"] for r in theirs.records)
+    share = None if when is None else when / spent
+    return [
+        Finding("Beagle accepts as much as EAGLE (at least 0.97 times)", "on a par: τ 4.1 to 4.0 on MT-Bench, 7B",
+                f"{kind(e)} {ours.acceptance:.2f} to {theirs.acceptance:.2f}: {ratio:.2f} times", ratio >= 0.97),
+        Finding("Beagle's α_2 … α_5 are above EAGLE's single step's", "Figure 3: above at every step but the first",
+                "difference by step " + " ".join(f"{d:+.2f}" for d in later), min(later) > 0),
+        Finding("Beagle's early stage trains at least as fast", "higher training efficiency",
+                f"{pace[0]:.0f} to {pace[1]:.0f} tokens/s", pace[0] >= pace[1]),
+        Finding("Beagle reaches EAGLE's final expected length in less time", "higher training efficiency",
+                "not reached" if share is None else f"in {share:.2f} of EAGLE's training time", share is not None and share < 1),
+        Finding("Beagle has fewer parameters", "no fusing layer",
+                f"{ours.parameters:,} to {theirs.parameters:,}", ours.parameters < theirs.parameters),
+    ]  # fmt: skip
+
+
+def memory(e: Entries) -> list[Finding]:
+    flat, grows = ([x.memory_mb() for name, x in e.items() if name.startswith(kind)] for kind in ("beagle", "eagle"))
+    return [
+        Finding("memory of Beagle's late stage does not grow with s (s = 8 over s = 1 at most 1.1)", "constant in s",
+                f"{flat[-1] / flat[0]:.2f} times", flat[-1] / flat[0] <= 1.1),
+        Finding("memory of the unrolled EAGLE grows (8 steps over 1 more than 1.5)", "linear in the steps",
+                f"{grows[-1] / grows[0]:.2f} times", grows[-1] / grows[0] > 1.5),
+    ]  # fmt: skip
+
+
+def fig4(e: Entries) -> list[Finding]:
+    best = max(e, key=lambda name: e[name].decoded("tokens_per_second") or e[name].acceptance)
+    what = "speed" if kind(e) == "τ" else "expected acceptance length (no questions were decoded)"
+    wide = [tail(x) for name, x in e.items() if not name.endswith("k1")]
+    return [
+        Finding("windows of k > 1 raise the later steps", "Figure 4: k > 1 bends the decline of step-α",
+                "mean of α_2 … α_5: " + listed(e, tail), min(wide) > tail(e["beagle-early-k1"])),
+        Finding("k = 3 is best", "Figure 4: best speed at k = 3", f"best {what}: {best.split('-')[-1]}", best.endswith("k3")),
+    ]  # fmt: skip
+
+
+def fig5(e: Entries) -> list[Finding]:
+    gain = [b - a for a, b in zip(e["beagle-early"].step_alpha, e["beagle"].step_alpha, strict=True)]
+    return [
+        Finding("in the second half the late loss improves all steps, the early loss stalls",
+                "Figure 5: better at all steps", "late minus early, α_1 … α_5: " + " ".join(f"{g:+.3f}" for g in gain),
+                min(gain) > 0),
+    ]  # fmt: skip
+
+
+def fig7(e: Entries) -> list[Finding]:
+    blocks, mixed, bare = (e[f"beagle-early{word}"] for word in ("", "-random", "-noreg"))
+    return [
+        Finding("inverse blocks beat random masks", "Figure 7: random masks lose",
+                f"{kind(e)} {blocks.acceptance:.3f} to {mixed.acceptance:.3f}", blocks.acceptance > mixed.acceptance),
+        Finding("the regression loss helps", "Figures 6, 7: without it training degrades at the end",
+                f"with {blocks.acceptance:.3f}, without {bare.acceptance:.3f}", blocks.acceptance > bare.acceptance),
+    ]  # fmt: skip
+
+
+def fig10(e: Entries) -> list[Finding]:
+    single, early, late = e["beagle-early-k1"], e["beagle-early-k5"], e["beagle-k5-s4"]
+    steps = [e[f"beagle-k5-s{s}"].acceptance for s in range(1, 5)]
+    return [
+        Finding("each stage adds to acceptance", "each about +0.3 τ: single token, early, late",
+                f"{kind(e)} {single.acceptance:.2f}, {early.acceptance:.2f}, {late.acceptance:.2f}",
+                single.acceptance < early.acceptance < late.acceptance),
+        Finding("more simulated steps are better", "Figure 10: s = 1 … 4", " ".join(f"{x:.3f}" for x in steps),
+                steps[-1] > steps[0]),
+    ]  # fmt: skip
+
+
+def fig11(e: Entries) -> list[Finding]:
+    on, off = e["beagle"], e["beagle-noconcat"]
+    if not on.decoding:
+        raise BeagleError("suite 'fig11' is about the time of decoding; give it --questions FILE")
+    found = []
+    for tree in on.decoding:
+        ratio = (off.decoded("tokens_per_second", tree) or 0) / (on.decoded("tokens_per_second", tree) or 1)
+        found.append(
+            Finding(
+                f"no concatenation costs little speed, {tree} tree", "at most 3%", f"{ratio - 1:+.1%}", ratio >= 0.97
+            )
+        )
+    return found
+
+
+def fig12(e: Entries) -> list[Finding]:
+    base = e["beagle"].acceptance
+    what = {
+        "beagle-window": "the next token alone (l = i) beats all of the window (l = k)",
+        "beagle-noreg": "the regression loss helps",
+    }
+    paper = {
+        "beagle-window": "Figure 12: l = i is better",
+        "beagle-noreg": "kept: without it training degrades at the end",
+    }
+    return [
+        Finding(what[name], paper[name], f"{kind(e)} {base:.3f} to {e[name].acceptance:.3f}", base > e[name].acceptance)
+        for name in what
+    ]  # fmt: skip
+
+
+def block(e: Entries) -> list[Finding]:
+    base = e["beagle"].acceptance
+    return [
+        Finding("the newest state in the residual helps (ours; the paper's block has none)", "not tried",
+                f"{kind(e)} {base:.3f} to {e['beagle-nonewest'].acceptance:.3f}", base > e["beagle-nonewest"].acceptance),
+    ]  # fmt: skip
+
+
+LATE_ONLY = ",".join([f"beagle-late-k{s}-s{s}" for s in range(1, 9)] + ["eagle-late-u1..u8"])
+SUITES = {
+    "rivals": Suite("Beagle and EAGLE-v2", "beagle-early,beagle,eagle,eagle-unrolled", rivals),
+    "memory": Suite("Memory of simulated steps", LATE_ONLY, memory, short=True),
+    "fig4": Suite("Window of the early stage (Figure 4)", "beagle-early-k1..k5", fig4, ordered=True),
+    "fig5": Suite("Late or early loss in the second half (Figure 5)", "beagle-early,beagle", fig5),
+    "fig7": Suite("Masks and regression of the early stage (Figures 6, 7)",
+                  "beagle-early,beagle-early-random,beagle-early-noreg", fig7),
+    "fig10": Suite("Simulated steps of the late stage (Figure 10)",
+                   "beagle-early-k1,beagle-early-k5,beagle-k5-s1..s4", fig10, ordered=True),
+    "fig11": Suite("Concatenation and trees (Figure 11)", "beagle,beagle-noconcat", fig11, trees=("static", "dynamic")),
+    "fig12": Suite("Loss of the late stage (Figure 12)",
+                   "beagle,beagle-window,beagle-noreg,beagle-window-noreg", fig12),
+    "block": Suite("The newest state in the block", "beagle,beagle-nonewest,beagle-linear", block),
+}  # fmt: skip
+
+
+def find_suite(name: str) -> Suite:
+    """
+    Raises:
+        BeagleError: there is none of this name.
+    """
+    if name not in SUITES:
+        raise BeagleError(f"suite '{name}' is unknown; use one of {', '.join(SUITES)}")
+    return SUITES[name]

@@ -1,0 +1,122 @@
+"""What can be compared, by name: an architecture, its stages, and what it changes of the recipe.
+
+beagle                    early stage, then late stage, as the recipe says
+beagle-early-k1           the early stage alone, for the whole budget, window 1
+beagle-s8                 8 simulated steps (and a window of 8 where the recipe's is smaller)
+beagle-late-k8-s8         the late stage alone
+eagle, eagle-unrolled     single step; single step, then unrolled with the recipe's steps
+eagle-u8, eagle-late-u8   unrolled over 8 steps
+beagle-kv3, beagle-linear with 3 KV heads; with the newest state through a matrix
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from beagle.errors import BeagleError
+from beagle.training.config import TrainConfig
+from beagle.training.pipeline import Recipe
+from beagle.training.stages import ARCHITECTURES
+
+# what a word of a name changes of the recipe: the training section, and the head's
+TRAIN: dict[str, dict[str, Any]] = {
+    "random": {"early_mask": "random"},
+    "window": {"late_loss": "window"},
+    "noreg": {"regression": 0.0},
+}
+HEAD: dict[str, dict[str, Any]] = {
+    "noconcat": {"concat": False},
+    "nonewest": {"newest_state": "none"},
+    "linear": {"newest_state": "linear"},
+}
+WORDS = {
+    "beagle": "early, late, kN, sN, kvN, random, window, noreg, noconcat, nonewest, linear",
+    "eagle": "unrolled, late, uN, kvN, noreg",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train a head.
+
+    Attributes:
+        early, late: which stages it has; the recipe's epochs say how the budget is shared.
+        window: k, steps: s; None: the recipe's.
+    """
+
+    name: str
+    architecture: str
+    early: bool
+    late: bool
+    window: int | None = None
+    steps: int | None = None
+    train: dict[str, Any] = field(default_factory=dict)
+    head: dict[str, Any] = field(default_factory=dict)
+
+    def settings(self, recipe: Recipe, seed: int) -> tuple[TrainConfig, dict[str, Any]]:
+        """The recipe's training section and head options as this variant has them.
+
+        ``early_epochs`` and ``late_epochs`` become shares of the budget, adding up to 1.
+        """
+        base = recipe.train
+        window = self.window or max(base.window, self.steps or 1)
+        steps = min(self.steps or base.steps, window)
+        both = base.early_epochs + base.late_epochs
+        early = base.early_epochs / both if self.early and self.late and both else float(self.early)
+        train = replace(
+            base, seed=seed, window=window, steps=steps, early_epochs=early, late_epochs=1 - early, **self.train
+        )
+        known = {f.name for f in fields(ARCHITECTURES[self.architecture].head.config_class)}
+        head = {k: v for k, v in recipe.head.items() if k in known}  # what both kinds of head have is shared
+        return train, {**head, **self.head, "architecture": self.architecture}
+
+
+def parse(name: str) -> Variant:
+    """
+    Raises:
+        BeagleError: no such architecture, or a word it doesn't know.
+    """
+    architecture, *words = name.split("-")
+    if architecture not in WORDS:
+        raise BeagleError(f"variant '{name}' is unknown; begin with {' or '.join(WORDS)}, then -{{{WORDS['beagle']}}}")
+    numbers: dict[str, int] = {}
+    train: dict[str, Any] = {}
+    head: dict[str, Any] = {}
+    for word in words:
+        number = re.fullmatch(r"(k|s|u|kv)([1-9]\d?)", word)
+        letters = ("k", "s", "kv") if architecture == "beagle" else ("u", "kv")
+        if number and number[1] in letters and number[1] not in numbers:
+            numbers[number[1]] = int(number[2])
+        elif word not in WORDS[architecture].split(", ") or words.count(word) > 1 or word.endswith("N"):
+            raise BeagleError(f"variant '{name}': '{word}' is unknown; {architecture} takes {WORDS[architecture]}")
+        train |= TRAIN.get(word, {})
+        head |= HEAD.get(word, {})
+    if "kv" in numbers:
+        head["num_kv_heads"] = numbers["kv"]
+    window, steps = numbers.get("k"), numbers.get("s", numbers.get("u"))
+    if window and steps and steps > window:
+        raise BeagleError(f"variant '{name}' simulates {steps} steps in a window of {window}; make k at least as large")
+    only_early = "early" in words or (architecture == "eagle" and not {"unrolled", "late"} & set(words) and not steps)
+    if "late" in words and "early" in words:
+        raise BeagleError(f"variant '{name}' is both early and late alone; leave both words out for both stages")
+    return Variant(name, architecture, "late" not in words, not only_early, window, steps, train, head)
+
+
+def parse_list(text: str) -> list[Variant]:
+    """``a,b-s1..s4``: names and ranges, each once.
+
+    Raises:
+        BeagleError: a name is unknown, given twice, or there is none.
+    """
+    names: list[str] = []
+    for word in (part.strip() for part in text.split(",")):
+        span = re.fullmatch(r"(.*-)([ksu])([1-9])\.\.\2([1-9])", word)
+        names += [f"{span[1]}{span[2]}{i}" for i in range(int(span[3]), int(span[4]) + 1)] if span else [word]
+    names = [name for name in names if name]
+    if not names:
+        raise BeagleError("--variants is empty; try --variants beagle,eagle")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise BeagleError(f"variant '{twice[0]}' is given twice; name each once")
+    return [parse(name) for name in names]

@@ -1,0 +1,317 @@
+"""``beagle compare-training``: equal budgets, kept runs, its files, and what stops it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+
+import test_cli
+from beagle.cli import compare as command
+from beagle.errors import BeagleError
+from beagle.evaluation.compare import one, runs
+from beagle.evaluation.compare.plots import apart
+from beagle.evaluation.compare.results import Entry, entries, reached
+from beagle.evaluation.compare.suites import SUITES
+from beagle.evaluation.compare.variants import parse, parse_list
+from beagle.evaluation.meta import MemoryMeter
+from beagle.training.answers import AnswerGenerator
+from beagle.training.config import TrainConfig
+from beagle.training.data import batches
+from beagle.training.pipeline import Recipe, read_recipe
+from beagle.training.prompts import Prompt
+from beagle.training.states import Fingerprint, StateStore
+from conftest import tiny_model, tiny_target, tiny_tokenizer
+
+beagle = test_cli.beagle
+TRAIN = {
+    "early_epochs": 2, "late_epochs": 1, "window": 3, "steps": 2, "batch_tokens": 120, "learning_rate": 1e-2,
+    "warmup_steps": 2, "schedule": "cosine", "noise": 0.05, "validate_every": 3, "checkpoint_every": 4,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A saved tiny target, its answers on disk, a recipe, and questions."""
+    root = tmp_path_factory.mktemp("made")
+    tiny_model().save_pretrained(root / "target")
+    tiny_tokenizer().save_pretrained(root / "target")
+    target = tiny_target()
+    target.eos_ids, target.name = frozenset(), str(root / "target")
+    store = StateStore(root / "data", Fingerprint.of(target, 20, 24))
+    prompts = [Prompt(str(i), (" ".join(f"w{3 + (5 * i + j * j) % 60}" for j in range(1 + i % 5)),)) for i in range(12)]
+    store.write(AnswerGenerator(target, rows=4, max_prompt_tokens=20, max_new_tokens=24, sampled_share=0).run(prompts))
+    (root / "recipe.yaml").write_text(yaml.safe_dump({"train": TRAIN, "head": {"newest_state": "scale"}}))
+    (root / "few.jsonl").write_text('{"prompt": "w3 w4"}\n{"prompt": "w9"}\n')
+    return root
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Variants train in this process; what was trained is listed."""
+    trained = []
+
+    def run(work, *arguments):
+        if work is one.train_variant:
+            trained.append((arguments[0].variant, arguments[0].seed))
+        return work(*arguments)
+
+    monkeypatch.setattr(runs, "in_fresh_process", run)
+    monkeypatch.setattr(command, "in_fresh_process", run)
+    return trained
+
+
+@pytest.fixture
+def compare(beagle, made, tmp_path):
+    def call(*extra, out="out", budget=("--tokens", 500), data=made / "data"):
+        options = ["--config", made / "recipe.yaml", "--target", made / "target", "--device", "cpu"]
+        return beagle("compare-training", "--data", data, "--out", tmp_path / out, *options, *budget, *extra)
+
+    return call
+
+
+def figures(folder):
+    return json.loads((folder / "compare.json").read_text())
+
+
+def test_equal_tokens_and_all_files(compare, here, made, tmp_path):
+    names = ["beagle-early", "beagle", "beagle-window", "eagle", "eagle-u3"]
+    options = [
+        "--variants",
+        ",".join(names),
+        "--seeds",
+        "0,1",
+        "--questions",
+        made / "few.jsonl",
+        "-n",
+        6,
+        "--nodes",
+        4,
+    ]
+    ended = compare(*options)
+    assert ended.code == 0, ended.err
+    assert here == [(name, seed) for seed in (0, 1) for name in names]
+    result = figures(tmp_path / "out")
+    for seed in (0, 1):
+        alike = [r for r in result["runs"] if r["seed"] == seed]
+        assert len({(r["tokens"], r["trained_steps"]) for r in alike}) == 1
+        assert alike[0]["tokens"] >= 500 > alike[0]["tokens"] - 120  # the first step that reaches the budget
+    assert {r["variant"]: list(r["stages"]) for r in result["runs"]} == {
+        name: ["early"] if name in ("beagle-early", "eagle") else ["early", "late"] for name in names
+    }
+    for record in result["runs"]:
+        assert record["parameters"] == pytest.approx((record["bytes"] - 2000) / 2, rel=0.2)  # bf16
+        assert sum(s["tokens"] for s in record["stages"].values()) == record["tokens"]
+        assert all(s["seconds_per_million_tokens"] > 0 for s in record["stages"].values())
+        last = record["curve"][-1]
+        assert (last["step"], last["tokens"]) == (record["trained_steps"], record["tokens"])
+        assert last["step_alpha"] == pytest.approx(record["step_alpha"], abs=1e-4)
+    assert set(result["decoding"]["dynamic"]) == {f"{name}/seed{seed}" for name in names for seed in (0, 1)}
+    assert result["decoding"]["plain"]["plain"]["tau"] == 1
+    meta = result["meta"]
+    assert {"date", "machine", "versions", "revision", "command", "arguments", "target", "data"} <= set(meta)
+    rows = list(csv.DictReader((tmp_path / "out" / "compare.csv").open()))
+    assert [(r["variant"], int(r["seed"])) for r in rows] == [(name, seed) for name in names for seed in (0, 1)]
+    points = list(csv.DictReader((tmp_path / "out" / "curves.csv").open()))
+    assert len(points) == sum(len(r["curve"]) for r in result["runs"])
+    page = (tmp_path / "out" / "compare.md").read_text()
+    assert all(f"| {name} |" in page for name in names)
+    for plot in ("step_alpha", "curves"):
+        assert f"({plot}.png)" in page
+        for kind, start in (("png", b"\x89PNG"), ("svg", b"<?xml")):
+            assert (tmp_path / "out" / f"{plot}.{kind}").read_bytes().startswith(start)
+
+    ended = compare(*options[:-6], "--seeds", "0,1,2")  # finished runs are kept, another seed is added
+    assert ended.code == 0, ended.err
+    assert here[10:] == [(name, 2) for name in names]
+    assert ended.err.count(": kept") == 10
+
+
+def test_interrupted_comparison_goes_on_where_it_stopped(compare, here, tmp_path, monkeypatch):
+    options = ["--variants", "beagle,eagle"]
+    assert compare(*options, out="whole").code == 0
+    first = here.copy()
+    ordinary = one.Measured._one
+
+    def interrupted(self, group):
+        if self.head.architecture == "eagle" and self.step == 5:
+            raise KeyboardInterrupt
+        return ordinary(self, group)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(one.Measured, "_one", interrupted)
+        ended = compare(*options)
+        assert ended.code == 130
+        assert "run the same command again" in ended.err
+    seen = []
+    with monkeypatch.context() as patched:
+        patched.setattr(one.Measured, "_one", lambda self, g: seen.append(self.step) or ordinary(self, g))
+        assert compare(*options).code == 0
+    assert here == [*first, *first, ("eagle", 0)]
+    assert seen[0] == 5
+    whole, resumed = (figures(tmp_path / out)["runs"] for out in ("whole", "out"))
+    for a, b in zip(whole, resumed, strict=True):
+        assert (a["step_alpha"], a["tokens"]) == (b["step_alpha"], b["tokens"])
+        assert {n: s["tokens"] for n, s in a["stages"].items()} == {n: s["tokens"] for n, s in b["stages"].items()}
+
+
+def test_equal_seconds(compare, here, tmp_path):
+    ended = compare("--variants", "beagle,eagle", budget=("--seconds", 0.4))
+    assert ended.code == 0, ended.err
+    for record in figures(tmp_path / "out")["runs"]:
+        assert record["seconds"] >= 0.4
+        stages = {name: stage["tokens"] / stage["tokens_per_second"] for name, stage in record["stages"].items()}
+        longest = record["seconds"] / record["trained_steps"] * 8  # a step is not cut short
+        assert sum(stages.values()) < 0.4 + longest
+        if "late" in stages:
+            assert stages["early"] == pytest.approx(0.4 * 2 / 3, abs=longest)  # the recipe's two of three epochs
+    assert compare("--variants", "beagle", budget=("--seconds", 0.4)).code == 0
+    assert here == [("beagle", 0), ("eagle", 0)]
+
+
+def test_a_fresh_process_measures_its_own_memory(compare, tmp_path):
+    ended = compare("--variants", "beagle", budget=("--tokens", 200))
+    assert ended.code == 0, ended.err
+    (record,) = figures(tmp_path / "out")["runs"]
+    assert all(0 < stage["memory_mb"] < 500 for stage in record["stages"].values())
+
+
+def test_data_of_another_kind_or_changed_meanwhile_is_refused(compare, here, made, tmp_path, monkeypatch):
+    shutil.copytree(made / "data", tmp_path / "data")
+    manifest = tmp_path / "data" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**content, "template": "another"}))
+    compare(data=tmp_path / "data").refusal("template 'another'", "another folder")
+    manifest.write_text(json.dumps(content))
+    specs = runs.specs
+
+    def then_changed(*arguments):
+        planned = specs(*arguments)
+        (shard,) = StateStore.existing(tmp_path / "data").shards()
+        shutil.copy(shard, shard.with_name("shard-00001.safetensors"))
+        return planned
+
+    monkeypatch.setattr(command, "specs", then_changed)
+    compare(data=tmp_path / "data").refusal("has changed")
+
+
+def test_memory_meter_counts_what_pieces_held():
+    meter = MemoryMeter(torch.device("cpu"))
+    with meter.piece():
+        held = torch.ones(40 * 2**18)  # 40 MB
+        del held
+    assert 35 < meter.peak < 80
+    outside = torch.ones(80 * 2**18)
+    del outside
+    with meter.piece():
+        pass
+    assert meter.peak < 80
+
+
+def test_bad_input_is_one_line(compare, beagle, here, made, tmp_path):
+    compare("--variants", "beagle,hawk").refusal("hawk", "beagle or eagle")
+    compare("--variants", "beagle-q3").refusal("q3", "kN")
+    compare("--variants", "eagle-s2").refusal("s2", "uN")
+    compare("--variants", "beagle-k2-s3").refusal("3 steps", "k at least")
+    compare("--variants", "beagle,beagle").refusal("twice")
+    compare("--variants", ",").refusal("--variants")
+    compare("--suite", "fig99").refusal("fig99", "fig4")
+    compare("--suite", "fig11").refusal("fig11", "--questions")
+    compare("--suite", "fig4", "--variants", "beagle").refusal("--suite")
+    compare("--seeds", "0,x").refusal("--seeds", "0,1")
+    compare(budget=()).refusal("--tokens N", "--seconds N")
+    compare(data=tmp_path / "nowhere").refusal(tmp_path / "nowhere", "beagle train --prompts")
+    assert here == []
+    assert compare("--variants", "beagle-early", budget=("--tokens", 1)).code == 0
+    compare("--variants", "beagle-early", budget=("--tokens", 400)).refusal("another budget", "another --out")
+
+
+def test_every_suite_judges_what_it_trains(made, tmp_path):
+    """Every variant parses, fits the shipped recipes, and every finding can be made."""
+    recipe = Recipe(train=TrainConfig(window=3, steps=3))
+    for name, suite in SUITES.items():
+        found = {}
+        for i, variant in enumerate(parse_list(suite.variants)):
+            train, head = variant.settings(recipe, 7)
+            assert (train.seed, train.early_epochs + train.late_epochs) == (7, 1)
+            assert train.steps <= train.window
+            cost = {"memory_mb": 100.0 + i, "tokens_per_second": 10.0}
+            stages = {s: cost for s, there in (("early", variant.early), ("late", variant.late)) if there}
+            alphas = [0.5 - 0.01 * i] * 5
+            record = {
+                "stages": stages, "step_alpha": alphas, "expected_length": one.expected_length(alphas), "seed": 7,
+                "parameters": 10, "seconds": 9, "curve": [{"seconds": 5, "expected_length": 3.0}], "variant": variant.name,
+            }  # fmt: skip
+            trees = {tree: [{"tau": 2.0 - 0.1 * i, "tokens_per_second": 30.0 - i}] for tree in suite.trees}
+            found[variant.name] = Entry(variant.name, [record], trees)
+            assert head["architecture"] == variant.architecture
+        assert suite.judge(found), name
+
+
+def test_variants_are_what_their_names_say():
+    recipe = Recipe(
+        train=TrainConfig(window=3, steps=2, regression=0.5), head={"newest_state": "none", "num_kv_heads": 2}
+    )
+    train, head = parse("beagle-s8").settings(recipe, 0)
+    assert (train.window, train.steps, train.early_epochs) == (8, 8, 0.5)
+    assert head == {"architecture": "beagle", "newest_state": "none", "num_kv_heads": 2}
+    train, head = parse("eagle-u8").settings(recipe, 0)
+    assert (train.steps, train.early_epochs, head) == (8, 0.5, {"architecture": "eagle", "num_kv_heads": 2})
+    assert parse("eagle").settings(recipe, 0)[0].early_epochs == 1
+    assert parse("beagle-late-k4-s4").settings(recipe, 0)[0].early_epochs == 0
+    train, head = parse("beagle-early-k1-random-noreg-noconcat").settings(recipe, 0)
+    assert (train.window, train.steps, train.early_mask, train.regression) == (1, 1, "random", 0)
+    assert head["concat"] is False
+    assert parse("beagle-kv3-linear").settings(recipe, 0)[1] == {
+        "architecture": "beagle",
+        "newest_state": "linear",
+        "num_kv_heads": 3,
+    }
+    assert [v.name for v in parse_list("beagle, eagle-u1..u3")] == ["beagle", "eagle-u1", "eagle-u2", "eagle-u3"]
+
+
+def test_budget_in_steps_survives_the_trainers_rounding(made):
+    store = StateStore.existing(made / "data")
+    sizes = [sum(len(s.tokens) for s in g) for e in (0, 1) for g in batches(store, tokens=120, seed=3, epoch=e)]
+    epoch = sum(1 for _ in batches(store, tokens=120, seed=3, epoch=0))
+    steps, per_epoch = runs.steps_for(store, 120, 3, sum(sizes[:epoch]) + 1)
+    assert (steps, per_epoch) == (epoch + 1, epoch)
+    recipe = read_recipe(made / "recipe.yaml")
+    for steps in range(1, 40):
+        train = runs.in_steps(replace(recipe.train, early_epochs=2 / 3, late_epochs=1 / 3), steps, per_epoch)
+        early = round(train.early_epochs * per_epoch)
+        assert early == round(steps * 2 / 3)
+        assert early + round(train.late_epochs * per_epoch) == steps
+
+
+def test_when_a_length_is_reached():
+    curve = [{"seconds": 10, "expected_length": 1.5}, {"seconds": 20, "expected_length": 2.5}]
+    entry = Entry("a", [{"curve": curve}])
+    assert reached(entry, 1.25, "seconds") == 5
+    assert reached(entry, 2.0, "seconds") == 15
+    assert reached(entry, 2.6, "seconds") is None
+    assert one.expected_length([0.5, 0.5]) == 1.75
+
+
+def test_seeds_are_averaged():
+    records = [{"variant": "a", "seed": s, "expected_length": 1.0 + s, "step_alpha": [0.2 * s]} for s in (0, 1)]
+    found = entries(records, {"plain": {}, "dynamic": {"a/seed0": {"tau": 1.0}, "a/seed1": {"tau": 2.0}}})["a"]
+    assert (found.length, found.step_alpha, found.acceptance) == (1.5, [0.1], 1.5)
+
+
+def test_labels_are_moved_apart():
+    places = apart([0.5, 0.1, 0.5, 0.52], 0.1)
+    assert places[1] == pytest.approx(0.1)
+    assert sorted(places)[1:] == pytest.approx([0.4067, 0.5067, 0.6067], abs=1e-3)
+
+
+def test_a_variant_whose_process_is_killed():
+    import os
+
+    with pytest.raises(BeagleError, match="killed"):
+        runs.in_fresh_process(os._exit, 9)

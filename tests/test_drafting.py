@@ -187,3 +187,20 @@ def test_only_keys_that_a_later_query_sees_are_made(target, monkeypatch, head, l
 def test_empty_plans_are_refused(options):
     with pytest.raises(ValueError, match="at least 1"):
         TreePlan(**options)
+
+
+def test_certain_tokens_stay_behind_their_parents():
+    """Chances of almost 1 at logits so large that their logarithm rounds to above 0."""
+    target = tiny_target()
+    drafter = tiny_drafter(target)
+    states = target.prefill(torch.tensor([CONTEXT]), target.new_cache(1, 16))[0]
+    drafter.begin(CONTEXT, states)
+    random = torch.Generator().manual_seed(0)
+    ordinary = drafter.logits
+    for _ in range(20):
+        shift = 40 * torch.rand(1, generator=random) + 1000
+        drafter.logits = lambda x, shift=shift: ordinary(x) * 30 + shift
+        draft = drafter.draft(ROOT, TreePlan("dynamic", depth=5, top_k=4))
+        assert draft.scores == sorted(draft.scores, reverse=True)
+        assert all(score <= 0 for score in draft.scores)
+        assert all(parent < node for node, parent in enumerate(draft.parents))

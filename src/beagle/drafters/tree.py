@@ -98,7 +98,9 @@ class TreeDrafter(ABC):
             states, mask = self._level(level, beam_tokens, newest, mask)
             logits = self.logits(states).float()
             best, index = logits.topk(min(width, logits.shape[-1]), dim=-1)  # [beam, width]
-            level_scores = (best + (beam_scores[:, None] - logits.logsumexp(-1, keepdim=True))).flatten()
+            # rounding may put the log of a chance near 1 above 0, and a child before its parent
+            chances = (best - logits.logsumexp(-1, keepdim=True)).clamp(max=0.0)
+            level_scores = (beam_scores[:, None] + chances).flatten()
             level_tokens = self.head.draft_vocab[index].flatten()
             level_parents = beam_ids.repeat_interleave(best.shape[1])
             keep: Tensor | None = None

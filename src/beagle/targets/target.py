@@ -28,6 +28,10 @@ class TreeShape:
 
     parents: list[int]
 
+    def __post_init__(self) -> None:
+        if any(not -1 <= parent < node for node, parent in enumerate(self.parents)):
+            raise ValueError("parents of a tree stand before their children")
+
     def depths(self) -> list[int]:
         """Depth of each node; the root's is 0."""
         depths = [0]

@@ -9,9 +9,13 @@ import pytest
 import test_cli
 from beagle.decoding.stats import Stats
 from beagle.errors import BeagleError
-from beagle.evaluation import bench as b
+from beagle.evaluation import figures, run
+from beagle.evaluation.modes import Contender, Drafts, Options, load_contenders
+from beagle.evaluation.records import Record, Turn
 from beagle.evaluation.stock import Stock
+from beagle.evaluation.ties import first_difference, is_near_tie
 from beagle.model import Model
+from beagle.targets.chat import encode
 from beagle.training.prompts import Prompt
 from conftest import tiny_drafter, tiny_model, tiny_target
 
@@ -48,16 +52,16 @@ def test_json_of_a_whole_run(bench, folders, questions):
     ended, result = bench("--seed", 5)
     assert ended.code == 0
     assert list(result["modes"]) == MODES
-    for figures in result["modes"].values():
+    for found in result["modes"].values():
         assert {
             "tokens", "seconds", "prefill_seconds", "tokens_per_second", "tau", "step_alpha", "identical",
             "peak_memory_mb",
-        } <= set(figures)  # fmt: skip
-        assert figures["questions"] == 4
-        assert 4 <= figures["tokens"] <= 32
-        assert figures["identical"] == 1.0
-        assert figures["tokens"] == result["modes"]["plain"]["tokens"]
-        assert all(figures[name] > 0 for name in ("seconds", "prefill_seconds", "tokens_per_second", "peak_memory_mb"))
+        } <= set(found)  # fmt: skip
+        assert found["questions"] == 4
+        assert 4 <= found["tokens"] <= 32
+        assert found["identical"] == 1.0
+        assert found["tokens"] == result["modes"]["plain"]["tokens"]
+        assert all(found[name] > 0 for name in ("seconds", "prefill_seconds", "tokens_per_second", "peak_memory_mb"))
     assert result["modes"]["plain"]["tau"] == 1
     assert result["modes"]["transformers"]["tau"] == 1
     assert result["modes"]["beagle"]["tau"] >= 1
@@ -111,14 +115,14 @@ def test_sampling_with_drafts_is_identical(bench):
 
 def interrupt(monkeypatch, at):
     """Ctrl-C in the second mode of question ``at``."""
-    answer = b.answer
+    ask = run.ask
 
-    def interrupted(model, mode, prompt, options, rivals=None):
-        if prompt.id == at and mode == "beagle":
+    def interrupted(contender, name, prompt, *rest):
+        if prompt.id == at and contender.mode == "beagle":
             raise KeyboardInterrupt
-        return answer(model, mode, prompt, options, rivals)
+        return ask(contender, name, prompt, *rest)
 
-    monkeypatch.setattr(b, "answer", interrupted)
+    monkeypatch.setattr(run, "ask", interrupted)
 
 
 def test_interrupted_run_keeps_finished_questions(bench, monkeypatch, tmp_path):
@@ -172,25 +176,38 @@ def test_missing_questions_and_heads(folders, beagle, questions, tmp_path):
     assert ended.code == 0
 
 
-def stats(tokens, seconds):
-    return Stats(tokens=tokens + 1, passes=tokens, passed_tokens=tokens, decode_seconds=seconds)
+def record(mode, identity, ids, seconds=1.0, repeat=0):
+    """An answer of so many tokens after the first, in so many seconds."""
+    stats = Stats(tokens=len(ids), passed_tokens=len(ids) - 1, decode_seconds=seconds)
+    for _ in ids[1:]:
+        stats.note_pass(0)
+    return Record("set", identity, "", mode, repeat, [Turn(ids, stats)])
 
 
 def test_ratios_are_by_question_and_pooled():
-    slow = b.ModeRun([stats(10, 1.0) for _ in range(11)])
-    fast = b.ModeRun([stats(10, 1 / (1 + i)) for i in range(11)])
-    ratio = b.ratio(fast, slow)
-    assert (ratio["low"], ratio["median"], ratio["high"]) == (2, 6, 10)
+    ids = [5] * 11
+    slow = [record("plain", str(i), ids) for i in range(11)]
+    fast = [record("beagle", str(i), ids, 1 / (1 + i)) for i in range(11)]
+    ratio = figures.ratio(fast, slow)
+    assert (ratio["low"], ratio["median"], ratio["high"], ratio["count"]) == (2, 6, 10, 11)
     seconds = sum(1 / (1 + i) for i in range(11))
     assert ratio["pooled"] == pytest.approx(11 / seconds, abs=1e-3)
-    assert b.ratio(b.ModeRun([stats(0, 0.0)]), b.ModeRun([stats(0, 0.0)])) == {}
+    assert figures.ratio([record("beagle", "0", [5], 0.0)], [record("plain", "0", [5], 0.0)]) == {}
+
+
+def test_speed_takes_each_question_at_its_median_over_the_repeats():
+    ids = [5] * 11
+    records = [record("plain", "a", ids, seconds, n) for n, seconds in enumerate((1.0, 2.0, 50.0))]
+    assert figures.speed(records) == pytest.approx(5.0)
+    records += [record("plain", "b", ids, 1.0, n) for n in range(3)]
+    assert figures.speed(records) == pytest.approx(60 / 9)
 
 
 def test_identical_is_by_whole_answers():
-    plain = b.ModeRun([stats(2, 1.0)] * 2, [[3, 4], [5, 6]])
-    other = b.ModeRun([stats(2, 1.0)] * 2, [[3, 4], [5]])
-    assert b.summary({"plain": plain, "beagle": other})["modes"]["beagle"]["identical"] == 0.5
-    assert b.merge({"x": {"plain": plain}, "y": {"plain": other}})["plain"].answers == [[3, 4], [5, 6], [3, 4], [5]]
+    plain = [record("plain", "a", [3, 4]), record("plain", "b", [5, 6])]
+    other = [record("beagle", "a", [3, 4]), record("beagle", "b", [5])]
+    assert figures.summary(plain + other)["modes"]["beagle"]["identical"] == 0.5
+    assert figures.summary(other)["modes"]["beagle"]["identical"] is None
 
 
 @pytest.fixture(scope="module")
@@ -199,41 +216,58 @@ def model():
     return Model(target, tiny_drafter(target))
 
 
-def test_modes_take_turns(model, monkeypatch):
+@pytest.fixture(scope="module")
+def three(model):
+    return [
+        Contender("plain", Model(model.target)),
+        Contender("beagle", model),
+        Contender("transformers", model, Stock(tiny_model())),
+    ]
+
+
+def test_modes_take_turns(three, monkeypatch):
     order = []
-    answer = b.answer
-    monkeypatch.setattr(b, "answer", lambda m, mode, p, *o: order.append((p.id, mode)) or answer(m, mode, p, *o))
+    ask = run.ask
+
+    def noted(contender, name, prompt, options, repeat):
+        order.append((prompt.id, repeat, contender.mode))
+        return ask(contender, name, prompt, options, repeat)
+
+    monkeypatch.setattr(run, "ask", noted)
     prompts = [Prompt(name, ("w3 w4",)) for name in "abc"]
-    notes = []
-    b.run(model, {"set": prompts}, MODES, b.Options(2), notes.append, b.Rivals(stock=Stock(tiny_model())))
-    assert notes == ["set"] * 3
-    assert [mode for name, mode in order if name in "abc"] == [MODES[(i + j) % 3] for i in range(3) for j in range(3)]
+    parts = list(run.run(three, {"set": prompts}, Options(2), repeats=2))
+    assert [[(r.repeat, r.mode) for r in part] for part in parts] == [[(n, m) for n in range(2) for m in MODES]] * 3
+    asked = [mode for name, _, mode in order if name in "abc"]
+    assert asked == [MODES[(i + n + j) % 3] for i in range(3) for n in range(2) for j in range(3)]
 
 
-def test_the_librarys_mode_runs_the_stock_model(model, monkeypatch):
-    prompt = Prompt("a", ("w3 w4",))
+def test_the_librarys_mode_runs_the_stock_model(three, model, monkeypatch):
     monkeypatch.setattr(type(model.target), "_forward", lambda *a: 1 / 0)
-    ids, stats = b.answer(model, "transformers", prompt, b.Options(8), b.Rivals(stock=Stock(tiny_model())))
+    ids, stats = three[2].answer("w3 w4", Options(8), 0)
     assert len(ids) == stats.tokens
     with pytest.raises(ZeroDivisionError):
-        b.answer(model, "plain", prompt, b.Options(8))
+        three[0].answer("w3 w4", Options(8), 0)
 
 
-def test_first_difference_is_found_with_its_gap(model):
-    prompt = Prompt("a", ("w3 w4",))
-    plain, _ = b.answer(model, "plain", prompt, b.Options(8))
+def test_first_difference_is_found_with_its_gap(three, model):
+    plain, _ = three[0].answer("w3 w4", Options(8), 0)
     changed = [*plain[:3], (plain[3] + 1) % 64, *plain[4:]]
-    runs = {"plain": b.ModeRun([], [plain]), "beagle": b.ModeRun([], [changed]), "cut": b.ModeRun([], [plain[:5]])}
-    (found,) = b.first_differences(model, [prompt], runs, "beagle")
-    assert (found["id"], found["position"]) == ("a", 3)
+    context = encode(model.target, "w3 w4")
+    found = first_difference(model.target, context, changed, plain)
+    assert found["position"] == 3
     assert found["gap"] > 0
-    assert b.first_differences(model, [prompt], runs, "plain") == []
-    assert b.first_differences(model, [prompt], runs, "cut") == [{"id": "a", "position": 5, "gap": None}]
+    assert first_difference(model.target, context, plain, plain) is None
+    assert first_difference(model.target, context, plain[:5], plain) == {"position": 5, "gap": None}
+    gaps = {0.0: True, -0.25: True, 0.5: True, 0.51: False, None: False}
+    assert {gap: is_near_tie({"gap": gap}) for gap in gaps} == gaps
+    assert not is_near_tie(None)
 
 
 def test_unknown_mode_and_missing_head():
-    bare = Model(tiny_target())
+    target = tiny_target()
     with pytest.raises(BeagleError, match="mode 'fast'"):
-        b.run(bare, {}, ["fast"], b.Options())
+        load_contenders(target, ["fast"], Drafts())
+    with pytest.raises(BeagleError, match="twice"):
+        load_contenders(target, ["plain", "plain"], Drafts())
     with pytest.raises(BeagleError, match="--modes"):
-        b.run(bare, {}, ["beagle"], b.Options())
+        load_contenders(target, ["beagle"], Drafts())

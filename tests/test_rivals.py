@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import test_bench
-from beagle.cli.bench import portable
 from beagle.drafters.base import Draft, TreePlan
-from beagle.evaluation import bench as b
+from beagle.drafters.checkpoint import save_head
+from beagle.evaluation import modes as m
+from beagle.evaluation.meta import portable
 from beagle.evaluation.stock import Stock
-from beagle.model import Model
-from beagle.training.prompts import Prompt
-from conftest import tiny_model, tiny_target, tiny_tokenizer
+from conftest import tiny_head, tiny_model, tiny_target, tiny_tokenizer
 
 folders, beagle, questions = test_bench.folders, test_bench.beagle, test_bench.questions
 bench, model = test_bench.bench, test_bench.model
@@ -38,13 +38,13 @@ def test_all_rivals_in_one_run(bench, folders):
 
 @pytest.mark.parametrize("mode", ["lookup", "small", "prompt-lookup", "assisted"])
 def test_each_rival_alone_and_sampling(bench, folders, mode):
-    small = ["--small-model", folders.target] if mode in b.NEED_SMALL else []
+    small = ["--small-model", folders.target] if mode in ("small", "assisted") else []
     options = ["--temperature", 1.2, "--limit", 2, "--tree", "chain"]
     ended, result = bench("--modes", f"plain,{mode}", *small, *options)
     assert ended.code == 0
     assert list(result["ratios"]) == [f"{mode}/plain"]
     assert result["modes"][mode]["questions"] == 2
-    if mode in b.OUR_MODES:
+    if mode in m.OUR_MODES:
         assert result["modes"][mode]["identical"] == 1.0
 
 
@@ -55,7 +55,7 @@ def test_the_draft_named_may_be_any(bench, folders):
 
 
 def test_small_models_that_are_missing_or_foreign(bench, folders, tmp_path):
-    for mode in b.NEED_SMALL:
+    for mode in ("small", "assisted"):
         ended, result = bench("--modes", f"plain,{mode}")
         ended.refusal(f"mode '{mode}'", "--small-model")
         assert "loading" not in ended.err  # found out before the work
@@ -64,7 +64,7 @@ def test_small_models_that_are_missing_or_foreign(bench, folders, tmp_path):
     foreign.add_tokens(["w64"])
     tiny_model(vocab_size=65).save_pretrained(tmp_path / "foreign")
     foreign.save_pretrained(tmp_path / "foreign")
-    for mode in b.NEED_SMALL:
+    for mode in ("small", "assisted"):
         ended, _ = bench("--modes", f"plain,{mode}", "--small-model", tmp_path / "foreign")
         ended.refusal(tmp_path / "foreign", folders.target, "vocabulary")
 
@@ -77,19 +77,21 @@ def test_commands_are_kept_without_the_folders_of_this_machine(monkeypatch):
 
 
 def test_our_rivals_share_one_target(model):
-    rivals = b.load_rivals(model, ["plain", "lookup"], "unused", None)
-    assert rivals.stock is None
-    assert rivals.models["lookup"].target is model.target
-    assert rivals.models["lookup"].plan is model.plan
+    plan = TreePlan("chain")
+    plain, lookup = m.load_contenders(model.target, ["plain", "lookup"], m.Drafts(), plan)
+    assert plain.stock is None
+    assert plain.model.drafter is None
+    assert lookup.stock is None
+    assert lookup.model.target is model.target
+    assert lookup.model.plan is plan
 
 
-@pytest.mark.parametrize("mode", b.OUR_MODES)
-def test_each_mode_drafts_with_its_own_drafter(mode):
-    """Mode ``beagle`` is the model itself; the others bring a model each."""
-    target, plan = tiny_target(), TreePlan("chain")
+@pytest.mark.parametrize("mode", m.OUR_MODES)
+def test_each_mode_drafts_with_its_own_drafter(mode, monkeypatch):
+    target = tiny_target()
     used = []
 
-    class Named:
+    class Named(m.EagleDrafter):
         def __init__(self, name):
             self.name = name
 
@@ -102,22 +104,50 @@ def test_each_mode_drafts_with_its_own_drafter(mode):
         def draft(self, root, plan, min_gain=0.0):
             return Draft([5], [-1], [-1.0])
 
-    rivals = b.Rivals({name: Model(target, Named(name), plan) for name in ("lookup", "small")})
-    _, stats = b.answer(Model(target, Named("beagle"), plan), mode, Prompt("a", ("w3 w4",)), b.Options(8), rivals)
-    assert used == ([] if mode == "plain" else [mode])
+    monkeypatch.setattr(m, "load_drafter", lambda draft, *a, **o: None if draft == "none" else Named(draft))
+    drafts = m.Drafts("mine+lookup", "rival", "tiny")
+    contender = {c.mode: c for c in m.load_contenders(target, m.OUR_MODES, drafts, TreePlan("chain"))}[mode]
+    _, stats = contender.answer("w3 w4", m.Options(8), 0)
+    names = {"beagle": "mine+lookup", "head": "mine", "eagle": "rival", "lookup": "lookup", "small": "model:tiny"}
+    assert used == ([names[mode]] if mode in names else [])
     assert (stats.drafted > 0) == (mode != "plain")
 
 
 def test_passes_of_the_librarys_drafting_are_counted(model):
     """Prefill's pass apart: its tokens, the others' and their passes add up; a perfect assistant needs few."""
     stock = Stock(tiny_model(), tiny_model())
-    prompt, options = Prompt("a", ("w3 w4",)), b.Options(24)
     calls = []
     stock.model.register_forward_hook(lambda *a: calls.append(1))
     for mode in ("transformers", "prompt-lookup", "assisted"):
         calls.clear()
-        ids, stats = b.answer(model, mode, prompt, options, b.Rivals(stock=stock))
-        assert stats.passes == len(calls) - 1
+        ids, stats = m.Contender(mode, model, stock).answer("w3 w4", m.Options(24), 0)
+        assert stats.passes == len(calls) - 1 == len(stats.accepted)
         assert sum((n + 1) * times for n, times in stats.accepted_at.items()) == stats.passed_tokens < len(ids)
         assert stats.tokens == len(ids)
         assert (stats.tau == 1) == (mode == "transformers")
+
+
+def test_the_head_alone_is_a_mode_where_it_is_not_the_only_drafter(bench, folders):
+    _, result = bench("--draft", f"{folders.head}+lookup", "--modes", "plain,beagle,head", "--limit", 2)
+    assert list(result["ratios"]) == ["beagle/plain", "head/plain"]
+    assert all(figures["identical"] == 1.0 for figures in result["modes"].values())
+    assert [m.Drafts(draft).of("head") for draft in ("auto", "lookup", "none", "mine", "mine+lookup")] == [
+        *["head"] * 3,
+        *["mine"] * 2,
+    ]
+    assert m.available(m.Drafts(), "head+lookup")[:4] == ["plain", "beagle", "head", "lookup"]
+    for draft in ("mine", "model:tiny+lookup"):
+        assert m.available(m.Drafts(), draft)[:3] == ["plain", "beagle", "lookup"]
+    assert m.available(m.Drafts(), "none")[:2] == ["plain", "lookup"]
+
+
+def test_eagle_heads_and_others_are_told_apart(bench, folders, tmp_path):
+    target = tiny_target()
+    save_head(tiny_head(target, architecture="eagle"), tmp_path / "eagle", target="tiny", dtype=torch.float32, meta={})
+    ended, result = bench("--modes", "plain,beagle,eagle", "--eagle", tmp_path / "eagle", "--limit", 2)
+    assert ended.code == 0
+    assert list(result["ratios"]) == ["beagle/plain", "eagle/plain"]
+    assert result["modes"]["eagle"]["identical"] == 1.0
+    assert result["meta"]["arguments"]["eagle"] == "eagle"
+    bench("--modes", "eagle", "--eagle", folders.head)[0].refusal(folders.head, "--draft")
+    bench("--modes", "eagle")[0].refusal("mode 'eagle'", "--eagle")

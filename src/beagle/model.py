@@ -202,23 +202,50 @@ def load(
     Raises:
         BeagleError: see the message; nothing is left half loaded.
     """
-    if draft == "auto":
-        draft = "head+lookup" if shipped_head(target) else "none"
-    draft = draft or "none"
-    base = draft.removesuffix("+lookup")
-    folder = None
-    if base not in ("none", "lookup") and not base.startswith(PREFIX):
-        folder = find_head(base, target)
+    draft = resolve_draft(draft, target)
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     loaded = load_target(target, **options)
+    return Model(loaded, load_drafter(draft, loaded, **options), plan)
+
+
+def resolve_draft(draft: str | None, target_name: str) -> str:
+    """A ``draft`` (see ``load``) with ``auto`` and None replaced by what they stand for.
+
+    Raises:
+        BeagleError: it names a head that isn't there: found out before a target is loaded.
+    """
+    if draft == "auto":
+        draft = "head+lookup" if shipped_head(target_name) else "none"
+    draft = draft or "none"
+    if names_head(draft):
+        find_head(draft.removesuffix("+lookup"), target_name)
+    return draft
+
+
+def names_head(draft: str) -> bool:
+    """Whether a ``draft`` other than ``auto`` has a head in it."""
+    base = draft.removesuffix("+lookup")
+    return base not in ("none", "lookup") and not base.startswith(PREFIX)
+
+
+def load_drafter(draft: str, target: Target, **options: Any) -> Drafter | None:
+    """The drafter that ``draft`` names (see ``load``; ``none`` is plain decoding) on a loaded target.
+
+    Args:
+        options: how a small model is loaded, as of ``targets.loading.load_target``.
+    Raises:
+        BeagleError: it can't be loaded or doesn't fit the target.
+    """
+    draft = resolve_draft(draft, target.name)
+    base = draft.removesuffix("+lookup")
     drafter: Drafter | None = None
-    if folder is not None:
-        head = load_head(folder, loaded)
-        drafter = DRAFTERS[head.architecture](loaded, head)
+    if names_head(draft):
+        head = load_head(find_head(base, target.name), target)
+        drafter = DRAFTERS[head.architecture](target, head)
     elif base == "lookup":
         drafter = LookupDrafter()
     elif base.startswith(PREFIX):
-        drafter = load_small(base.removeprefix(PREFIX), loaded, **options)
+        drafter = load_small(base.removeprefix(PREFIX), target, **options)
     if drafter is not None and base != draft:
         drafter = CombinedDrafter(drafter, LookupDrafter())
-    return Model(loaded, drafter, plan)
+    return drafter

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from beagle.cli import options as o
-from beagle.cli.bench import portable
 from beagle.drafters.base import TreePlan
 from beagle.errors import BeagleError
 from beagle.evaluation.compare import report
@@ -19,7 +16,7 @@ from beagle.evaluation.compare.results import entries
 from beagle.evaluation.compare.runs import Budget, in_fresh_process, run_all, specs
 from beagle.evaluation.compare.suites import SUITES, Suite, find_suite
 from beagle.evaluation.compare.variants import parse_list
-from beagle.evaluation.meta import describe
+from beagle.evaluation.meta import command_line, describe
 from beagle.training.pipeline import read_recipe
 from beagle.training.prompts import read_prompts
 from beagle.training.states import StateStore, write_json
@@ -89,7 +86,7 @@ def compare_training(
         raise
     found = entries(records, decoding)
     findings = chosen.judge(found) if chosen else []
-    command = shlex.join(["beagle", *(portable(word) for word in sys.argv[1:])])
+    command = command_line()
     meta = {
         **describe(),
         "target": records[0]["meta"]["target"],

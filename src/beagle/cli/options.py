@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,6 +13,8 @@ from transformers.utils.logging import disable_progress_bar
 from beagle.drafters.base import TreePlan
 from beagle.errors import BeagleError
 from beagle.model import Model, load
+from beagle.targets import loading
+from beagle.targets.target import Target
 
 console = Console(stderr=True)
 
@@ -42,6 +44,24 @@ Nodes = Annotated[
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's repository brings.")]
 
+Modes = Annotated[
+    str,
+    typer.Option(
+        help="Comma-separated. Our engine: plain, beagle (what --draft names), head (its head, without lookup), "
+        "eagle (--eagle), lookup (prompt lookup), small (--small-model drafts). transformers' generate: transformers, prompt-lookup, assisted (by "
+        "--small-model)."
+    ),
+]
+SmallModel = Annotated[
+    str | None,
+    typer.Option(help="A smaller model with the target's tokenizer, for 'small' and 'assisted'; named like --target."),
+]
+Eagle = Annotated[str | None, typer.Option(help="Folder of an EAGLE head that `beagle train` wrote, for 'eagle'.")]
+
+
+def split_modes(modes: str) -> list[str]:
+    return [mode.strip() for mode in modes.split(",") if mode.strip()]
+
 
 def tree_plan(tree: str, depth: int, beam: int, nodes: int) -> TreePlan:
     if tree not in ("dynamic", "static", "chain"):
@@ -52,8 +72,7 @@ def tree_plan(tree: str, depth: int, beam: int, nodes: int) -> TreePlan:
 def load_model(
     target: str, draft: str, dtype: str, device: str, plan: TreePlan | None = None, trust: bool = False
 ) -> Model:
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    disable_progress_bar()
+    quiet_transformers()
     with console.status(f"loading {target}"):
         model = load(
             target,
@@ -66,6 +85,18 @@ def load_model(
     if model.drafter is None and draft == "auto":
         console.print(f"[yellow]no head is shipped for {target}: decoding plainly (see `beagle train`)[/yellow]")
     return model
+
+
+def load_target(target: str, **options: Any) -> Target:
+    """A target alone; options as of ``targets.loading.load_target``."""
+    quiet_transformers()
+    with console.status(f"loading {target}"):
+        return loading.load_target(target, **options)
+
+
+def quiet_transformers() -> None:
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    disable_progress_bar()
 
 
 def check_writable(path: Path) -> None:

@@ -111,12 +111,16 @@ def decode(
         shape = TreeShape([-1, *(parent + 1 for parent in draft.parents)])
         tokens = torch.tensor([root, *draft.tokens], device=target.device)
         states = target.verify_exact(cache, tokens, shape, keys) if exact else target.verify(cache, tokens, shape)
-        path, chosen = accept(target, states, draft, sampler, made, left, exact)
+        logits = target.exact_logits(states) if exact else target.logits(states)
+        if target.device.type == "cuda":
+            torch.cuda.synchronize(target.device)  # acceptance waits for the logits anyhow: time them where they belong
         verified_at = clock()
 
+        path, chosen = accept(target, logits, draft, sampler, made, left)
         cache.compact(path)
         if drafter is not None:
             drafter.extend([root, *chosen[:-1]], states[path])
+        accepted_at = clock()
         if watch is not None:
             watch(Step(tokens.tolist(), shape, states, path))
         end = next((i for i, token in enumerate(chosen, 1) if token in target.eos_ids), len(chosen))
@@ -126,11 +130,11 @@ def decode(
         now = clock()
         stats.tokens += len(emitted)
         stats.passed_tokens += len(emitted)
-        stats.passes += 1
         stats.drafted += len(draft.tokens)
-        stats.accepted_at[len(path) - 1] = stats.accepted_at.get(len(path) - 1, 0) + 1
+        stats.note_pass(len(path) - 1)
         stats.draft_seconds += drafted_at - began
         stats.verify_seconds += verified_at - drafted_at
+        stats.accept_seconds += accepted_at - verified_at
         stats.decode_seconds += now - began
         yield Emitted(emitted, min(len(path) - 1, len(emitted)))
         if root in target.eos_ids:
@@ -138,7 +142,7 @@ def decode(
 
 
 def accept(
-    target: Target, states: Tensor, draft: Draft, sampler: Sampler, position: int, left: int, exact: bool = False
+    target: Target, logits: Tensor, draft: Draft, sampler: Sampler, position: int, left: int
 ) -> tuple[list[int], list[int]]:
     """Walk from the root along the target's own choices while the draft has them.
 
@@ -146,13 +150,14 @@ def accept(
     carries that token the walk goes on, else the token is the bonus. Deterministic candidates are
     so verified losslessly, greedy or sampled.
 
+    Args:
+        logits: ``[nodes, vocabulary]``, the root's first.
     Returns:
         The accepted nodes (the root first), and the tokens chosen at each of them.
     """
     children: dict[tuple[int, int], int] = {}
     for node, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True), 1):
         children.setdefault((parent + 1, token), node)
-    logits = target.exact_logits(states) if exact else target.logits(states)
     greedy = logits.argmax(-1).tolist() if not sampler.temperature else None
     path: list[int] = [0]
     chosen: list[int] = []

@@ -15,7 +15,10 @@ class Stats:
         passes: target forward passes after prefill.
         passed_tokens: tokens those passes produced (the first token of an answer is prefill's).
         accepted_at: iterations by number of accepted draft tokens.
+        accepted: the same pass by pass, of a single answer (``add`` leaves it alone: it would grow for ever).
         drafted: candidates verified, roots not counted.
+        verify_seconds: the target's passes and LM head. accept_seconds: the walk through the tree, the
+            cache's compaction, and handing the true states to the drafter.
     """
 
     tokens: int = 0
@@ -26,7 +29,9 @@ class Stats:
     decode_seconds: float = 0.0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
+    accept_seconds: float = 0.0
     accepted_at: dict[int, int] = field(default_factory=dict)
+    accepted: list[int] = field(default_factory=list)
 
     @property
     def tau(self) -> float:
@@ -37,6 +42,17 @@ class Stats:
     def tokens_per_second(self) -> float:
         """Tokens after the first, over the time after prefill."""
         return self.passed_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def other_seconds(self) -> float:
+        """Time after prefill that is neither drafting nor verification nor acceptance."""
+        return self.decode_seconds - self.draft_seconds - self.verify_seconds - self.accept_seconds
+
+    def note_pass(self, accepted: int) -> None:
+        """Count a pass that accepted so many draft tokens."""
+        self.passes += 1
+        self.accepted_at[accepted] = self.accepted_at.get(accepted, 0) + 1
+        self.accepted.append(accepted)
 
     def reached(self, depth: int) -> int:
         """Iterations that accepted at least ``depth`` draft tokens."""
@@ -52,14 +68,13 @@ class Stats:
         """Pool another answer's figures (τ of a run is over all its steps, not a mean of means)."""
         for name in (
             "tokens", "passes", "passed_tokens", "drafted",
-            "prefill_seconds", "decode_seconds", "draft_seconds", "verify_seconds",
+            "prefill_seconds", "decode_seconds", "draft_seconds", "verify_seconds", "accept_seconds",
         ):  # fmt: skip
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for depth, n in other.accepted_at.items():
             self.accepted_at[depth] = self.accepted_at.get(depth, 0) + n
 
     def as_dict(self) -> dict[str, Any]:
-        other = self.decode_seconds - self.draft_seconds - self.verify_seconds
         return {
             "tokens": self.tokens,
             "passes": self.passes,
@@ -72,5 +87,6 @@ class Stats:
             "decode_seconds": round(self.decode_seconds, 4),
             "draft_seconds": round(self.draft_seconds, 4),
             "verify_seconds": round(self.verify_seconds, 4),
-            "other_seconds": round(other, 4),
+            "accept_seconds": round(self.accept_seconds, 4),
+            "other_seconds": round(self.other_seconds, 4),
         }

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Any
 
 import torch
 
+from beagle.drafters.small import PREFIX
 from beagle.targets.target import Target
 
 
@@ -41,6 +45,21 @@ def describe(target: Target | None = None) -> dict[str, Any]:
     return about
 
 
+def command_line() -> str:
+    """The command that runs, as anyone can repeat it."""
+    return shlex.join(["beagle", *(portable(word) for word in sys.argv[1:])])
+
+
+def portable(word: str) -> str:
+    """A word of the command line without the folders of this machine."""
+    if word.startswith(PREFIX):
+        return PREFIX + portable(word.removeprefix(PREFIX))
+    data = os.environ.get("BEAGLE_DATA")
+    if data and word.startswith(data):
+        return "$BEAGLE_DATA" + word.removeprefix(data.rstrip("/"))
+    return Path(word).name if word.startswith("/") else word
+
+
 def _cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -64,8 +83,15 @@ def revision() -> str | None:
         return None
 
 
-def reset_peak_memory() -> None:
-    """Start a new measurement of peak memory, where the system can."""
+def reset_peak_memory() -> float:
+    """Start a new measurement of peak memory, where the system can; the megabytes that are in use now."""
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed memory, and the next peak would hide in it
+        ctypes.CDLL(None).malloc_trim(0)
+    _restart_peak()
+    return peak_memory_mb()
+
+
+def _restart_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):  # else the peak is that of the process so far
@@ -104,7 +130,7 @@ class MemoryMeter:
     @contextlib.contextmanager
     def piece(self) -> Iterator[None]:
         """Measure what runs inside."""
-        reset_peak_memory()
+        _restart_peak()  # freed memory stays: handing it back at each step would slow the next, whose time counts
         held, resident = self._held(), _status().get("VmRSS", 0.0)
         yield
         grown = max(0.0, _status().get("VmHWM", resident) - resident)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -54,8 +53,9 @@ class Stock:
         # on a GPU its check for the end lags behind, and surplus steps are taken back
         lengths = [n for n in passes.lengths if n <= len(ids) + len(out)]
         made = [after - before for before, after in pairwise(lengths)]
-        stats = Stats(tokens=len(out), passes=len(made), passed_tokens=sum(made))
-        stats.accepted_at = dict(Counter(n - 1 for n in made))
+        stats = Stats(tokens=len(out), passed_tokens=sum(made))
+        for n in made:
+            stats.note_pass(n - 1)
         stats.prefill_seconds = passes.first_ended - began
         stats.decode_seconds = ended - passes.first_ended
         return out, stats

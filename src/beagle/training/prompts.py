@@ -28,8 +28,8 @@ class Prompt:
 def read_prompts(path: str | Path, *, limit: int | None = None, skip_bad_lines: bool = False) -> list[Prompt]:
     """Read a ``.jsonl`` or ``.jsonl.gz`` file of prompts.
 
-    A line holds ``turns`` (FastChat, EAGLE, Spec-Bench), ``prompt``, ``messages`` (OpenAI) or
-    ``conversations`` (ShareGPT).
+    A line holds ``turns`` (FastChat, EAGLE, Spec-Bench), ``prompt`` or ``question``, ``messages``
+    (OpenAI) or ``conversations`` (ShareGPT).
 
     Raises:
         BeagleError: no such file, nothing in it, or a bad line (file and number named).
@@ -45,7 +45,7 @@ def read_prompts(path: str | Path, *, limit: int | None = None, skip_bad_lines: 
                 if not line.strip():
                     continue
                 try:
-                    prompts.append(_prompt(json.loads(line), number))
+                    prompts.append(parse_prompt(json.loads(line), number))
                 except ValueError as error:
                     message = f"{path}:{number}: {error}"
                     if not skip_bad_lines:
@@ -61,13 +61,18 @@ def read_prompts(path: str | Path, *, limit: int | None = None, skip_bad_lines: 
     return prompts
 
 
-def _prompt(row: Any, number: int) -> Prompt:
+def parse_prompt(row: Any, number: int) -> Prompt:
+    """
+    Raises:
+        ValueError: the row holds no user turns in any known form.
+    """
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     if "turns" in row:
         turns = row["turns"]
-    elif "prompt" in row:
-        turns = [row["prompt"]]
+    elif "prompt" in row or "question" in row:
+        asked = row.get("prompt", row.get("question"))
+        turns = asked if isinstance(asked, list) else [asked]
     else:
         dialogue = row.get("messages") or row.get("conversations")
         if not isinstance(dialogue, list):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from beagle.drafters.base import TreePlan
 from beagle.drafters.checkpoint import load_head
-from beagle.evaluation import bench
 from beagle.evaluation.compare.one import quiet
+from beagle.evaluation.figures import by, summary
+from beagle.evaluation.modes import Contender, Options
+from beagle.evaluation.records import Record
+from beagle.evaluation.run import run as side_by_side
+from beagle.evaluation.suites import unique
 from beagle.model import DRAFTERS, Model
 from beagle.targets.loading import load_target
 from beagle.training.prompts import Prompt
@@ -47,9 +51,10 @@ class Work:
 
 
 def decode(work: Work) -> dict[str, Any]:
-    """Figures (see ``bench.summary``) by tree, then by run: over all sets, and ``sets`` by name.
+    """Figures (see ``figures.summary``) by tree, then by run: over all sets, and ``sets`` by name.
 
     Modes take turns question by question, so that a change of the machine's pace meets all of them.
+    First turns only: later ones would ask each head about its own answers.
     """
     quiet()
     target = load_target(**work.target)
@@ -57,40 +62,38 @@ def decode(work: Work) -> dict[str, Any]:
     for name, folder in work.heads.items():
         head = load_head(folder, target)
         drafters[name] = DRAFTERS[head.architecture](target, head)
-    plain = Model(target)
-    modes = {
-        (tree, name): Model(target, drafter, plan)
-        for tree, plan in work.plans.items()
-        for name, drafter in drafters.items()
+    places = {f"{tree} {name}": (tree, name) for tree in work.plans for name in drafters}
+    contenders = [
+        Contender(mode, Model(target, drafters[name], work.plans[tree])) for mode, (tree, name) in places.items()
+    ]
+    places[PLAIN] = PLAIN, PLAIN
+    contenders.append(Contender(PLAIN, Model(target)))
+    sets = {
+        name: [replace(prompt, turns=prompt.turns[:1]) for prompt in unique(prompts)]
+        for name, prompts in work.sets.items()
     }
-    modes[PLAIN, PLAIN] = plain
-    runs: dict[str, dict[tuple[str, str], bench.ModeRun]] = {
-        name: {mode: bench.ModeRun() for mode in modes} for name in work.sets
-    }
-    order = list(modes)
-    for mode in order:  # kernels and caches are warm before anything counts
-        bench.answer(
-            modes[mode], PLAIN if mode[0] == PLAIN else "beagle", Prompt("", ("Say hello.",)), bench.Options(4)
-        )
-    for name, prompts in work.sets.items():
-        for i, prompt in enumerate(prompts):
-            for j in range(len(order)):
-                mode = order[(i + j) % len(order)]
-                kind = PLAIN if mode[0] == PLAIN else "beagle"
-                ids, stats = bench.answer(modes[mode], kind, prompt, bench.Options(work.max_new_tokens))
-                runs[name][mode].answers.append(ids)
-                runs[name][mode].stats.append(stats)
+    records: list[Record] = []
+    for name, prompts in sets.items():
+        for part in side_by_side(contenders, {name: prompts}, Options(work.max_new_tokens)):
+            records += part
         print(f"decoded {name}: {len(prompts)} questions", flush=True)
     out: dict[str, Any] = {}
-    for tree, name in order:
-        mine = {f: {PLAIN: by_mode[PLAIN, PLAIN], name: by_mode[tree, name]} for f, by_mode in runs.items()}
-        figures = bench.summary(bench.merge(mine))["modes"][name]
-        figures["sets"] = {f: bench.summary(pair)["modes"][name] for f, pair in mine.items()}
-        del figures["peak_memory_mb"]  # all heads share this process
-        base = bench.merge(mine)[PLAIN].pooled().tokens_per_second
+    whole = _summary(records)
+    parts = {name: _summary(part) for name, part in by(records, "set").items()}
+    base = whole[PLAIN]["tokens_per_second"]
+    for mode, (tree, name) in places.items():
+        figures = whole[mode] | {"sets": {set_name: part[mode] for set_name, part in parts.items()}}
         figures["speedup"] = round(figures["tokens_per_second"] / base, 4) if base else 1.0
         out.setdefault(tree, {})[name] = figures
     return out
+
+
+def _summary(records: list[Record]) -> dict[str, Any]:
+    """Figures by mode; no memory, as all heads share this process."""
+    return {
+        mode: {name: value for name, value in found.items() if name != "peak_memory_mb"}
+        for mode, found in summary(records)["modes"].items()
+    }
 
 
 def decode_once(work: Work, path: Path, run: Any) -> dict[str, Any]:

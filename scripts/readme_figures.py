@@ -1,0 +1,110 @@
+"""Fill the README's tables from the files in results/.
+
+A table stands between two comments, the first of which names its kind and its files:
+
+    <!-- figures: results/bench_*.json -->
+    <!-- end of figures -->
+
+    python scripts/readme_figures.py            # rewrites README.md
+    python scripts/readme_figures.py --check    # exit code 1 if it would change
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from beagle.evaluation.figures import speed_up_text
+from beagle.evaluation.records import read_result
+from beagle.evaluation.report.tables import DTYPES, over_plain, questions
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"(<!-- (figures|sets): (\S+) -->\n).*?(<!-- end of \2 -->)", re.S)
+HEAD = "beagle"  # the mode whose figures the tables show
+
+
+def figures(results: list[dict[str, Any]]) -> list[list[str]]:
+    """A row a file: plain decoding, Beagle, and transformers' own decoding."""
+    rows = [["mode", "plain", "Beagle", "Beagle / plain", "τ", "identical", "plain / transformers' generate"]]
+    names = {result["meta"]["target"]["name"] for result in results}
+    for result in results:
+        modes = result["modes"]
+        label = f"{mode_name(result['meta'])} ({questions(result)} questions)"
+        if len(names) > 1:
+            label = f"{result['meta']['target']['name']}, {label}"
+        speeds = [f"{modes[mode]['tokens_per_second']:.1f}" if mode in modes else "-" for mode in ("plain", HEAD)]
+        rows.append([label, *speeds])
+        stock = result["ratios"].get("plain/transformers", {})
+        rows[-1] += [*received(result), speed_up_text(stock)]
+    return rows
+
+
+def sets(results: list[dict[str, Any]]) -> list[list[str]]:
+    """A row a set of each file."""
+    rows = [["set", "Beagle / plain", "τ", "step-α 1…5", "identical"]]
+    for result in results:
+        for name, part in result["sets"].items():
+            speed_up, tau, same = received(part)
+            alphas = " ".join(f"{alpha:.2f}" for alpha in part["modes"].get(HEAD, {}).get("step_alpha", [])[:5])
+            rows.append([name, speed_up, tau, alphas or "-", same])
+    return rows
+
+
+def received(part: dict[str, Any]) -> list[str]:
+    if HEAD not in part["modes"]:
+        return ["-"] * 3
+    m = part["modes"][HEAD]
+    return [
+        speed_up_text(over_plain(part, HEAD)),
+        f"{m['tau']:.2f}",
+        "-" if m["identical"] is None else f"{m['identical']:.0%}",
+    ]
+
+
+def mode_name(meta: dict[str, Any]) -> str:
+    dtype, arguments = meta["target"]["dtype"], meta["arguments"]
+    words = [DTYPES.get(dtype, dtype)]
+    if dtype != "float32":
+        words.append("`--exact`" if arguments["exact"] else "fast")
+    words.append({"auto": "head + lookup", "head": "head alone"}.get(arguments["draft"], arguments["draft"]))
+    if arguments["tree"] != "dynamic":
+        words.append(arguments["tree"])
+    if arguments["temperature"]:
+        words.append(f"temperature {arguments['temperature']:g}")
+    return ", ".join(words)
+
+
+def filled(text: str) -> str:
+    """The README with its tables made anew."""
+
+    def table(block: re.Match[str]) -> str:
+        opening, kind, pattern, closing = block.groups()
+        paths = sorted(ROOT.glob(pattern))
+        if not paths:
+            raise SystemExit(f"README: '{pattern}' names no file; correct the comment or add the results")
+        header, *rows = {"figures": figures, "sets": sets}[kind]([read_result(path) for path in paths])
+        lines = [header, ["---"] * len(header), *rows]
+        return opening + "".join(f"| {' | '.join(line)} |\n" for line in lines) + closing
+
+    return BLOCK.sub(table, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    readme = ROOT / "README.md"
+    before = readme.read_text(encoding="utf-8")
+    after = filled(before)
+    if arguments.check:
+        sys.exit(
+            "README.md and results/ are out of step; run python scripts/readme_figures.py" if after != before else 0
+        )
+    readme.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""What stands side by side: plain decoding, drafters on our engine, and transformers' own ``generate``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from beagle.decoding.costs import Costs
+from beagle.decoding.stats import Stats
+from beagle.drafters.base import TreePlan
+from beagle.drafters.eagle import EagleDrafter
+from beagle.drafters.small import PREFIX, refuse_other_vocabulary
+from beagle.errors import BeagleError
+from beagle.evaluation.meta import reset_peak_memory
+from beagle.evaluation.stock import STOCK_MODES, Stock
+from beagle.model import Model, load_drafter, names_head
+from beagle.targets.chat import Message, encode
+from beagle.targets.loading import load_model
+from beagle.targets.target import Target
+
+T = TypeVar("T")
+OUR_MODES = ("plain", "beagle", "head", "eagle", "lookup", "small")
+MODES = (*OUR_MODES, *STOCK_MODES)
+NEEDS = {"eagle": "an EAGLE head; name its folder with --eagle"} | dict.fromkeys(
+    ("small", "assisted"), "a small model; name it with --small-model"
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every mode is asked to do."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    exact: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """What the modes draft with, as ``beagle.model.load_drafter`` takes it.
+
+    Attributes:
+        beagle: of mode ``beagle``, whatever kind of draft it is; mode ``head`` takes the head alone
+            from it, or the shipped one where it has none. eagle: folder of an EAGLE head.
+        small: name of a small model.
+    """
+
+    beagle: str = "auto"
+    eagle: str | None = None
+    small: str | None = None
+
+    def of(self, mode: str) -> str:
+        has_head = self.beagle != "auto" and names_head(self.beagle)
+        return {
+            "beagle": self.beagle,
+            "head": self.beagle.removesuffix("+lookup") if has_head else "head",
+            "eagle": self.eagle or "none",
+            "lookup": "lookup",
+            "small": f"{PREFIX}{self.small}",
+        }.get(mode, "none")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One mode, ready to answer.
+
+    Attributes:
+        model: the target, with the mode's drafter where it has one.
+        stock: what transformers' own modes run on.
+        weights_mb: memory that loading the mode took besides the target.
+    """
+
+    mode: str
+    model: Model
+    stock: Stock | None = None
+    weights_mb: float = 0.0
+
+    def answer(self, prompt: str | Sequence[Message], options: Options, seed: int) -> tuple[list[int], Stats]:
+        """Token ids and figures of an answer."""
+        if self.stock is not None:
+            return self.stock.answer(
+                self.mode,
+                encode(self.model.target, prompt),
+                max_new_tokens=options.max_new_tokens,
+                temperature=options.temperature,
+                seed=seed,
+            )
+        result = self.model.generate(
+            prompt,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            seed=seed,
+            exact=options.exact,
+        )
+        return result.token_ids, result.stats
+
+    def costs(self, exact: bool) -> Costs | None:
+        """Measured costs of a pass and of a draft; None where nothing is drafted by us."""
+        return None if self.model.drafter is None else self.model.costs(exact)
+
+
+def available(drafts: Drafts, draft: str, *, quick: bool = False) -> list[str]:
+    """Every mode that can run with what was named, and says something of its own.
+
+    Args:
+        draft: what ``drafts.beagle`` stands for, see ``beagle.model.resolve_draft``.
+        quick: do without a second prompt lookup.
+    """
+    missing = {"beagle": draft == "none", "eagle": not drafts.eagle, "small": not drafts.small}
+    missing["head"] = not (names_head(draft) and draft.endswith("+lookup"))
+    missing["prompt-lookup"] = quick
+    return [mode for mode in MODES if not missing.get("small" if mode == "assisted" else mode)]
+
+
+def check_modes(modes: Sequence[str], drafts: Drafts) -> None:
+    """
+    Raises:
+        BeagleError: there is no mode, or one is unknown, named twice, or lacks what it drafts with.
+    """
+    if not modes:
+        raise BeagleError(f"--modes is empty; use some of {', '.join(MODES)}")
+    for mode in modes:
+        if mode not in MODES:
+            raise BeagleError(f"mode '{mode}' is unknown; use {', '.join(MODES)}")
+        if modes.count(mode) > 1:
+            raise BeagleError(f"mode '{mode}' stands twice in --modes; name it once")
+        if mode in NEEDS and not (drafts.eagle if mode == "eagle" else drafts.small):
+            raise BeagleError(f"mode '{mode}' drafts with {NEEDS[mode]}")
+
+
+def load_contenders(
+    target: Target, modes: Sequence[str], drafts: Drafts, plan: TreePlan | None = None, **options: Any
+) -> list[Contender]:
+    """Load what each mode needs besides the target; options as of ``targets.loading.load_model``.
+
+    All of our modes share the one target; transformers' modes share a second copy of the model, as
+    transformers loads it.
+
+    Raises:
+        BeagleError: a mode can't run, or something can't be loaded or doesn't fit the target.
+    """
+    check_modes(modes, drafts)
+    contenders = [
+        _ours(target, mode, drafts.of(mode), plan, options) for mode in modes if mode not in STOCK_MODES
+    ]  # before the copy is loaded, whose memory is no part of theirs
+    stock: dict[str, Contender] = {}
+    if wanted := [mode for mode in modes if mode in STOCK_MODES]:
+        copy = load_model(target.name, **options)[0]
+        for mode in wanted:
+            assistant, weights = None, 0.0
+            if mode == "assisted":
+                (assistant, tokenizer), weights = weighed(lambda: load_model(str(drafts.small), **options))
+                refuse_other_vocabulary(target, tokenizer, str(drafts.small))
+            stock[mode] = Contender(mode, Model(target), Stock(copy, assistant), weights)
+    ours = {contender.mode: contender for contender in contenders}
+    return [(ours | stock)[mode] for mode in modes]
+
+
+def _ours(target: Target, mode: str, draft: str, plan: TreePlan | None, options: Mapping[str, Any]) -> Contender:
+    drafter, weights = weighed(lambda: load_drafter(draft, target, **options))
+    if mode == "beagle" and drafter is None:
+        raise BeagleError(f"no draft head for {target.name}; pass --draft FOLDER or leave 'beagle' out of --modes")
+    if mode == "eagle" and not isinstance(drafter, EagleDrafter):
+        raise BeagleError(f"--eagle '{draft}' holds no EAGLE head; pass it as --draft, or choose another folder")
+    return Contender(mode, Model(target, drafter, plan), weights_mb=weights)
+
+
+def weighed(load: Callable[[], T]) -> tuple[T, float]:
+    """What ``load`` loads, and the megabytes that it keeps."""
+    before = reset_peak_memory()
+    loaded = load()
+    return loaded, max(0.0, reset_peak_memory() - before)

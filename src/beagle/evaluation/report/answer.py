@@ -1,0 +1,76 @@
+"""A single answer, token by token, by where each came from: the target, or a depth of the draft."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.text import Text
+
+from beagle.errors import BeagleError
+from beagle.evaluation.records import Record
+
+TERMINAL = ("", "black on #cfe3f5", "black on #9cc7ea", "black on #64a5da", "white on #2f7fbf", "white on #0f5a99")
+
+
+def find(records: Sequence[Record], identity: str, mode: str | None = None) -> Record:
+    """The record of a question (``ID``, or ``SET/ID`` where sets share ids), of a drafting mode unless named.
+
+    Raises:
+        BeagleError: there is none, or several sets have one.
+    """
+    found = [r for r in records if not r.repeat and identity in (r.id, f"{r.set}/{r.id}")]
+    if not found:
+        ids = list(dict.fromkeys(r.id for r in records))
+        some = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+        raise BeagleError(f"question '{identity}' is not in the result; it holds {some}")
+    sets = list(dict.fromkeys(r.set for r in found))
+    if len(sets) > 1:
+        raise BeagleError(f"question '{identity}' is in several sets; name it {sets[0]}/{identity} or so")
+    by_mode = {r.mode: r for r in found}
+    if mode is None:
+        mode = next(
+            (m for m in by_mode if m != "plain" and any(any(t.stats.accepted) for t in by_mode[m].turns)), found[0].mode
+        )
+    if mode not in by_mode:
+        raise BeagleError(f"mode '{mode}' did not answer question '{identity}'; use {', '.join(by_mode)}")
+    return by_mode[mode]
+
+
+def coloured(record: Record) -> list[Text]:
+    """Each turn's answer for a terminal: the deeper in the draft, the darker its ground."""
+    turns = []
+    for turn in record.turns:
+        text = Text()
+        for piece, depth in zip(turn.pieces, turn.origins(), strict=True):
+            text.append(piece, TERMINAL[min(depth, len(TERMINAL) - 1)])
+        turns.append(text)
+    return turns
+
+
+def legend() -> Text:
+    """What the grounds mean."""
+    text = Text("the target's own ")
+    for depth, style in enumerate(TERMINAL[1:], 1):
+        text.append(f" {depth}{'+' if depth == len(TERMINAL) - 1 else ''} ", style)
+    return text.append(" accepted at this depth of the draft")
+
+
+def for_page(records: Iterable[Record], questions: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """What the page's viewer needs of the first ``most`` questions of each set."""
+    seen: dict[str, int] = {}
+    kept: dict[tuple[str, str], dict[str, Any]] = {}
+    for asked in questions:
+        seen[asked["set"]] = seen.get(asked["set"], 0) + 1
+        if seen[asked["set"]] <= most:
+            kept[asked["set"], asked["id"]] = {**asked, "answers": {}}
+    for r in records:
+        if not r.repeat and (r.set, r.id) in kept:
+            stats = r.stats
+            kept[r.set, r.id]["answers"][r.mode] = {
+                "turns": [[t.pieces, t.origins()] for t in r.turns],
+                "tau": round(stats.tau, 2),
+                "speed": round(stats.tokens_per_second, 1),
+                "passes": stats.passes,
+            }
+    return [asked for asked in kept.values() if asked["answers"]]

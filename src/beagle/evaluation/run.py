@@ -1,0 +1,135 @@
+"""The side-by-side run: every mode on every question, interleaved."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from beagle.errors import BeagleError
+from beagle.evaluation.meta import peak_memory_mb, reset_peak_memory
+from beagle.evaluation.modes import Contender, Options
+from beagle.evaluation.records import Record, Turn
+from beagle.evaluation.ties import first_difference
+from beagle.targets.chat import Message, encode
+from beagle.targets.target import Target
+from beagle.training.prompts import Prompt
+
+Sets = Mapping[str, Sequence[Prompt]]
+WARM_UP = Prompt("warm-up", ("Say hello.",))
+
+
+def run(
+    contenders: Sequence[Contender],
+    sets: Sets,
+    options: Options,
+    *,
+    repeats: int = 1,
+    done: Collection[tuple[str, str]] = (),
+    pieces: bool = False,
+) -> Iterator[list[Record]]:
+    """Every mode on every question, in an order that rotates with question and repeat.
+
+    All modes get the same seed for the same question and repeat. Yields the records of a question
+    as soon as every mode has answered it, so that whoever stores them loses less than a question.
+
+    Args:
+        done: set and id of questions to leave out. pieces: keep each token's text.
+    """
+    refuse_turns_without_template(contenders, sets)
+    if all((name, prompt.id) in done for name, prompts in sets.items() for prompt in prompts):
+        return
+    for contender in contenders:
+        ask(contender, "", WARM_UP, replace(options, max_new_tokens=8, temperature=0.0), 0)
+    for name, prompts in sets.items():
+        for i, prompt in enumerate(prompts):
+            if (name, prompt.id) in done:
+                continue
+            records = []
+            for repeat in range(repeats):
+                for j in range(len(contenders)):
+                    contender = contenders[(i + repeat + j) % len(contenders)]
+                    records.append(ask(contender, name, prompt, options, repeat))
+            order = [contender.mode for contender in contenders]
+            records.sort(key=lambda record: (record.repeat, order.index(record.mode)))
+            target = contenders[0].model.target
+            if not options.temperature:
+                records = compared(target, prompt, records)
+            if pieces:  # repeats say the same, or are there for their times
+                records = [record if record.repeat else with_pieces(target, record) for record in records]
+            yield records
+
+
+def ask(contender: Contender, name: str, prompt: Prompt, options: Options, repeat: int) -> Record:
+    """One mode's answers to all turns of a question; its own answers stand between them."""
+    turns: list[Turn] = []
+    before = reset_peak_memory()
+    for n in range(len(prompt.turns)):
+        asked: str | list[Message] = prompt.turns[0]
+        if n:
+            asked = dialogue(contender.model.target, prompt.turns[: n + 1], turns)
+        turns.append(Turn(*contender.answer(asked, options, options.seed + repeat)))
+    peak = peak_memory_mb()
+    growth = max(0.0, peak - before)
+    return Record(name, prompt.id, prompt.category, contender.mode, repeat, turns, round(peak, 1), round(growth, 1))
+
+
+def dialogue(target: Target, asked: Sequence[str], answered: Sequence[Turn]) -> list[Message]:
+    """User turns with the answers given so far between them."""
+    messages: list[Message] = []
+    for n, text in enumerate(asked):
+        messages.append({"role": "user", "content": text})
+        if n < len(answered):
+            said = target.tokenizer.decode(answered[n].ids, skip_special_tokens=True)
+            messages.append({"role": "assistant", "content": said})
+    return messages
+
+
+def compared(target: Target, prompt: Prompt, records: list[Record]) -> list[Record]:
+    """The records with their first difference from plain decoding; later turns' contexts differ after it."""
+    plain = {record.repeat: record for record in records if record.mode == "plain"}
+    out = []
+    for record in records:
+        reference = plain.get(record.repeat)
+        difference: dict[str, Any] | None = None
+        for n, turn in enumerate(record.turns if reference else ()):
+            assert reference is not None
+            if turn.ids == reference.turns[n].ids:
+                continue
+            asked = dialogue(target, prompt.turns[: n + 1], record.turns[:n]) if n else prompt.turns[0]
+            found = first_difference(target, encode(target, asked), turn.ids, reference.turns[n].ids)
+            difference = {"turn": n, **(found or {})}
+            break
+        out.append(replace(record, difference=difference))
+    return out
+
+
+def with_pieces(target: Target, record: Record) -> Record:
+    """The record with each token's text; what completes a character of several tokens goes to its last one."""
+    turns = []
+    for turn in record.turns:
+        pieces, shown = [], 0
+        for n in range(1, len(turn.ids) + 1):
+            text = str(target.tokenizer.decode(turn.ids[:n], skip_special_tokens=True))
+            end = len(text) if n == len(turn.ids) else len(text.rstrip("\ufffd"))
+            pieces.append(text[shown:end])
+            shown = max(shown, end)
+        turns.append(replace(turn, pieces=pieces))
+    return replace(record, turns=turns)
+
+
+def refuse_turns_without_template(contenders: Sequence[Contender], sets: Sets) -> None:
+    """
+    Raises:
+        BeagleError: a question has a second turn, and the target no way to be told its first answer.
+    """
+    target = contenders[0].model.target
+    if getattr(target.tokenizer, "chat_template", None):
+        return
+    for name, prompts in sets.items():
+        for prompt in prompts:
+            if len(prompt.turns) > 1:
+                raise BeagleError(
+                    f"question '{prompt.id}' of {name} has several turns, but the tokenizer of {target.name} has no "
+                    "chat template; choose an instruction-tuned target or questions of one turn"
+                )

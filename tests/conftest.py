@@ -16,6 +16,7 @@ from beagle.drafters.base import Draft
 from beagle.drafters.block import Block
 from beagle.drafters.checkpoint import HEADS
 from beagle.drafters.tree import TreeDrafter
+from beagle.evaluation import run
 from beagle.model import DRAFTERS
 from beagle.targets.loading import cache_dir
 from beagle.targets.target import Target
@@ -139,3 +140,16 @@ def target() -> Target:
 def own_cache(tmp_path_factory, monkeypatch):
     """Measured costs and the like never touch the user's cache."""
     monkeypatch.setenv("BEAGLE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def interrupt(monkeypatch, at: str):
+    """Ctrl-C in mode ``beagle`` of question ``at``; returns what lets the next run go through."""
+    ask = run.ask
+
+    def interrupted(contender, name, prompt, *rest):
+        if prompt.id == at and contender.mode == "beagle":
+            raise KeyboardInterrupt
+        return ask(contender, name, prompt, *rest)
+
+    monkeypatch.setattr(run, "ask", interrupted)
+    return lambda: monkeypatch.setattr(run, "ask", ask)

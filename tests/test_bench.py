@@ -17,7 +17,7 @@ from beagle.evaluation.ties import first_difference, is_near_tie
 from beagle.model import Model
 from beagle.targets.chat import encode
 from beagle.training.prompts import Prompt
-from conftest import tiny_drafter, tiny_model, tiny_target
+from conftest import interrupt, tiny_drafter, tiny_model, tiny_target
 
 folders, beagle = test_cli.folders, test_cli.beagle
 MODES = ["plain", "beagle", "transformers"]
@@ -111,18 +111,6 @@ def test_sampling_with_drafts_is_identical(bench):
     _, result = bench("--temperature", 1.2, "--modes", "plain,beagle", "--seed", 3)
     assert result["modes"]["beagle"]["identical"] == 1.0
     assert "first_differences" not in result
-
-
-def interrupt(monkeypatch, at):
-    """Ctrl-C in the second mode of question ``at``."""
-    ask = run.ask
-
-    def interrupted(contender, name, prompt, *rest):
-        if prompt.id == at and contender.mode == "beagle":
-            raise KeyboardInterrupt
-        return ask(contender, name, prompt, *rest)
-
-    monkeypatch.setattr(run, "ask", interrupted)
 
 
 def test_interrupted_run_keeps_finished_questions(bench, monkeypatch, tmp_path):

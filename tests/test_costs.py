@@ -76,7 +76,7 @@ def test_each_drafter_has_its_own_costs(target):
         assert costs.draft > 0
         assert cached_costs(target, drafter, plan) == costs
     known = json.loads((cache_dir() / "costs.json").read_text())
-    assert [entry["key"]["drafter"] for entry in known] == ["BeagleDrafter", "lookup", "model:tiny-llama"]
+    assert [entry["key"]["drafter"] for entry in known] == [tiny_drafter(target).name, "lookup", "model:tiny-llama"]
 
 
 def test_unreadable_cache_is_measured_over(target):

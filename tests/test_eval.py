@@ -16,7 +16,7 @@ from beagle.evaluation.records import Record, Turn, read_records, read_result, w
 from beagle.model import Model
 from beagle.targets.chat import encode
 from beagle.training.prompts import Prompt
-from conftest import tiny_drafter, tiny_target
+from conftest import interrupt, tiny_drafter, tiny_target
 
 folders, beagle = test_cli.folders, test_cli.beagle
 QUESTIONS = [
@@ -88,19 +88,6 @@ def test_sampling_pairs_seeds_over_modes_and_varies_them_over_repeats(evaluate):
     assert "first_differences" not in result
     first, second = ([t["ids"] for r in result["records"] if r["repeat"] == n for t in r["turns"]] for n in range(2))
     assert first != second
-
-
-def interrupt(monkeypatch, at):
-    """Ctrl-C in the second mode of question ``at``."""
-    ask = run.ask
-
-    def interrupted(contender, name, prompt, *rest):
-        if prompt.id == at and contender.mode == "beagle":
-            raise KeyboardInterrupt
-        return ask(contender, name, prompt, *rest)
-
-    monkeypatch.setattr(run, "ask", interrupted)
-    return lambda: monkeypatch.setattr(run, "ask", ask)
 
 
 def test_an_interrupted_run_is_kept_and_resumed(evaluate, monkeypatch):

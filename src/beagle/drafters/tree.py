@@ -27,6 +27,9 @@ class TreeDrafter(ABC):
     head: Block
 
     def __init__(self, target: Target, head: Block) -> None:
+        rows = head.config.draft_vocab_size or target.vocab_size
+        weights = sum(parameter.numel() for parameter in head.parameters())
+        self.name = f"{head.architecture}, {weights} weights, {rows} tokens"  # what a draft's cost depends on
         pack_linears(head)
         self.head = head
         self.embed = target.embed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -26,7 +27,7 @@ def sse(content: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
 
 
-class Answer:
+class Answer(ABC):
     """One request's answer; the two endpoints differ in how they put a choice."""
 
     object: str
@@ -38,18 +39,21 @@ class Answer:
         self.id = self.prefix + uuid.uuid4().hex
         self._head = {"id": self.id, "created": int(time.time()), "model": model, "system_fingerprint": None}
 
+    @abstractmethod
     def _choice(self, text: str, logprobs: list[TokenLogprob] | None) -> dict[str, Any]:
-        raise NotImplementedError
+        """A choice of the whole answer, but for its index and finish reason."""
 
     def _opening(self) -> dict[str, Any] | None:
         """What a streamed choice begins with."""
         return None
 
+    @abstractmethod
     def _piece(self, delta: Delta) -> dict[str, Any]:
-        raise NotImplementedError
+        """What a streamed chunk adds to its choice."""
 
+    @abstractmethod
     def _closing(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """What a streamed choice ends with."""
 
     @staticmethod
     def usage(done: Done) -> dict[str, int]:

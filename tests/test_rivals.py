@@ -108,9 +108,23 @@ def test_each_mode_drafts_with_its_own_drafter(mode, monkeypatch):
     drafts = m.Drafts("mine+lookup", "rival", "tiny")
     contender = {c.mode: c for c in m.load_contenders(target, m.OUR_MODES, drafts, TreePlan("chain"))}[mode]
     _, stats = contender.answer("w3 w4", m.Options(8), 0)
-    names = {"beagle": "mine+lookup", "head": "mine", "eagle": "rival", "lookup": "lookup", "small": "model:tiny"}
+    names = {
+        "beagle": "mine+lookup",
+        "chain": "mine+lookup",
+        "head": "mine",
+        "eagle": "rival",
+        "lookup": "lookup",
+        "small": "model:tiny",
+    }
     assert used == ([names[mode]] if mode in names else [])
     assert (stats.drafted > 0) == (mode != "plain")
+
+
+def test_chain_drafts_with_the_same_heads_one_candidate_a_level(bench, folders):
+    _, result = bench("--draft", f"{folders.head}+lookup", "--modes", "plain,beagle,chain", "--limit", 2, "--nodes", 12)
+    assert all(figures["identical"] == 1.0 for figures in result["modes"].values())
+    tree, chain = (result["modes"][mode]["candidates_per_pass"] for mode in ("beagle", "chain"))
+    assert chain <= 5 < tree
 
 
 def test_passes_of_the_librarys_drafting_are_counted(model):

@@ -47,7 +47,7 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that 
 Modes = Annotated[
     str,
     typer.Option(
-        help="Comma-separated. Our engine: plain, beagle (what --draft names), head (its head, without lookup), "
+        help="Comma-separated. Our engine: plain, beagle (what --draft names), chain (the same, a chain instead of a tree), head (its head, without lookup), "
         "eagle (--eagle), lookup (prompt lookup), small (--small-model drafts). transformers' generate: transformers, prompt-lookup, assisted (by "
         "--small-model)."
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from beagle.decoding.costs import Costs
@@ -20,7 +20,7 @@ from beagle.targets.loading import load_model
 from beagle.targets.target import Target
 
 T = TypeVar("T")
-OUR_MODES = ("plain", "beagle", "head", "eagle", "lookup", "small")
+OUR_MODES = ("plain", "beagle", "chain", "head", "eagle", "lookup", "small")
 MODES = (*OUR_MODES, *STOCK_MODES)
 NEEDS = {"eagle": "an EAGLE head; name its folder with --eagle"} | dict.fromkeys(
     ("small", "assisted"), "a small model; name it with --small-model"
@@ -42,8 +42,8 @@ class Drafts:
     """What the modes draft with, as ``beagle.model.load_drafter`` takes it.
 
     Attributes:
-        beagle: of mode ``beagle``, whatever kind of draft it is; mode ``head`` takes the head alone
-            from it, or the shipped one where it has none. eagle: folder of an EAGLE head.
+        beagle: of mode ``beagle``, whatever kind of draft it is; mode ``chain`` drafts with the same, one
+            candidate a level; mode ``head`` takes the head alone from it, or the shipped one where it has none. eagle: folder of an EAGLE head.
         small: name of a small model.
     """
 
@@ -55,6 +55,7 @@ class Drafts:
         has_head = self.beagle != "auto" and names_head(self.beagle)
         return {
             "beagle": self.beagle,
+            "chain": self.beagle,
             "head": self.beagle.removesuffix("+lookup") if has_head else "head",
             "eagle": self.eagle or "none",
             "lookup": "lookup",
@@ -109,6 +110,7 @@ def available(drafts: Drafts, draft: str, *, quick: bool = False) -> list[str]:
         quick: do without a second prompt lookup.
     """
     missing = {"beagle": draft == "none", "eagle": not drafts.eagle, "small": not drafts.small}
+    missing["chain"] = True  # the same draft again: only where it is asked for
     missing["head"] = not (names_head(draft) and draft.endswith("+lookup"))
     missing["prompt-lookup"] = quick
     return [mode for mode in MODES if not missing.get("small" if mode == "assisted" else mode)]
@@ -160,8 +162,10 @@ def load_contenders(
 
 def _ours(target: Target, mode: str, draft: str, plan: TreePlan | None, options: Mapping[str, Any]) -> Contender:
     drafter, weights = weighed(lambda: load_drafter(draft, target, **options))
-    if mode == "beagle" and drafter is None:
-        raise BeagleError(f"no draft head for {target.name}; pass --draft FOLDER or leave 'beagle' out of --modes")
+    if mode in ("beagle", "chain") and drafter is None:
+        raise BeagleError(f"no draft head for {target.name}; pass --draft FOLDER or leave '{mode}' out of --modes")
+    if mode == "chain":
+        plan = replace(plan or TreePlan(), kind="chain")
     if mode == "eagle" and not isinstance(drafter, EagleDrafter):
         raise BeagleError(f"--eagle '{draft}' holds no EAGLE head; pass it as --draft, or choose another folder")
     return Contender(mode, Model(target, drafter, plan), weights_mb=weights)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 INK, FAINT = "#1b1f24", "#8c959f"  # replaced in the page by its own colours, light or dark
 COLOURS = {
     "plain": "#7f7f7f", "beagle": "#0072b2", "eagle": "#d55e00", "lookup": "#009e73", "small": "#cc79a7",
-    "head": "#332288", "transformers": "#a6761d", "prompt-lookup": "#56b4e9", "assisted": "#e69f00",
+    "head": "#332288", "chain": "#882255", "transformers": "#a6761d", "prompt-lookup": "#56b4e9", "assisted": "#e69f00",
 }  # fmt: skip
 PART_COLOURS = {"draft": "#e69f00", "verify": "#0072b2", "accept": "#009e73", "other": "#7f7f7f"}
 MARKS = "osD^vPX*"  # shapes tell lines apart as well

@@ -128,7 +128,7 @@ class ExactPass(Pass):
         self._cuts = cuts
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """Additive fp32 mask ``[rows, 1, 1, keys + tail]`` over the shared, then the own keys."""
+        """Additive fp32 mask ``[rows, 1, keys + tail]`` over the shared, then the own keys."""
         if window not in self._masks:
             own = self.query_positions[0][:, None]
             shared = torch.arange(self._keys, device=own.device).expand(len(own), -1)
@@ -138,7 +138,7 @@ class ExactPass(Pass):
             if window is not None:
                 seen = seen & (own - positions < window)
             mask = torch.zeros(seen.shape, device=own.device).masked_fill_(~seen, torch.finfo(dtype).min)
-            self._masks[window] = mask[:, None, None]
+            self._masks[window] = mask[:, None]
         return self._masks[window]
 
     def attend(
@@ -151,22 +151,28 @@ class ExactPass(Pass):
         softcap: float | None,
     ) -> Tensor:
         _, heads, rows, dim = query.shape
-        kv_heads, n = key.shape[1], self._keys
+        kv_heads, n, tail = key.shape[1], self._keys, self._tail_slots.shape[1]
         groups = heads // kv_heads
-        grouped = query[0].view(kv_heads, groups, rows, dim).permute(2, 0, 1, 3)  # [rows, kv_heads, groups, head_dim]
-        flat = grouped.transpose(0, 1).reshape(kv_heads, rows * groups, dim)  # shared keys: one product a head
-        own_keys = key[0][:, self._tail_slots].transpose(0, 1)  # [rows, kv_heads, tail, head_dim]
-        own_values = value[0][:, self._tail_slots].transpose(0, 1)
-        shared = torch.matmul(flat, key[0, :, :n].transpose(1, 2)).view(kv_heads, rows, groups, n).transpose(0, 1)
-        own = torch.matmul(grouped, own_keys.transpose(2, 3))
-        scores = torch.cat([shared, own], dim=-1).float() * scaling
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        chances = torch.softmax(scores + self.mask(window, query.dtype), dim=-1).to(value.dtype)
-        below = chances[..., :n].transpose(0, 1).reshape(kv_heads, rows * groups, n)
-        out = torch.matmul(below, value[0, :, :n]).view(kv_heads, rows, groups, -1).transpose(0, 1)
+        # products in fp32 where the cache is half: the CPU's small half-precision ones take twice as long
+        grouped = (
+            query[0].float().view(kv_heads, groups, rows, dim).transpose(1, 2)
+        )  # [kv_heads, rows, groups, head_dim]
+        flat = grouped.reshape(kv_heads, rows * groups, dim)  # shared keys: one product a head
+        own = self._tail_slots.flatten()
+        own_keys = key[0].index_select(1, own).float().view(kv_heads, rows, tail, dim)
+        own_values = value[0].index_select(1, own).float().view(kv_heads, rows, tail, -1)
+        shared = torch.matmul(flat, key[0, :, :n].float().transpose(1, 2)).view(kv_heads, rows, groups, n)
+        scores = torch.cat([shared, torch.matmul(grouped, own_keys.transpose(2, 3))], dim=-1)
+        mask = self.mask(window, query.dtype)
+        if softcap is None:
+            scores = torch.add(mask, scores, alpha=scaling)
+        else:
+            scores = mask + softcap * torch.tanh(scores * (scaling / softcap))
+        chances = torch.softmax(scores, dim=-1)
+        below = chances[..., :n].view(kv_heads, rows * groups, n)
+        out = torch.matmul(below, value[0, :, :n].float()).view(kv_heads, rows, groups, -1)
         out = out + torch.matmul(chances[..., n:], own_values)
-        return out.reshape(rows, heads, -1).transpose(0, 1)[None]
+        return out.transpose(1, 2).reshape(1, heads, rows, -1).to(query.dtype)
 
 
 class ShapeProbe(Pass):

@@ -191,6 +191,35 @@ def curves(entries: dict[str, Entry], about: str, folder: Path, ordered: bool = 
     return save(figure, folder, "curves")
 
 
+def courses(entries: dict[str, Entry], about: str, folder: Path, ordered: bool = False) -> str | None:
+    """Each step-α against tokens seen, a panel a step (paper Figures 3 and 5); None: validated but once."""
+    if max(len(r["curve"]) for e in entries.values() for r in e.records) < 2:
+        return None
+    figure = Figure(figsize=(14, 4.6))
+    colour = colours(entries, ordered)
+    top = max(max(p["step_alpha"]) for e in entries.values() for r in e.records for p in r["curve"])
+    for step in range(ALPHAS):
+        axes = figure.add_axes((0.045 + 0.16 * step, 0.14, 0.135, 0.54))
+        ends = {}
+        for name, entry in entries.items():
+            count = min(len(r["curve"]) for r in entry.records)
+            seen = [fmean(r["curve"][i]["tokens"] / 1e6 for r in entry.records) for i in range(count)]
+            alpha = [fmean(r["curve"][i]["step_alpha"][step] for r in entry.records) for i in range(count)]
+            axes.plot(seen, alpha, color=colour[name], lw=2, marker="o", ms=4)
+            ends[name] = (seen[-1], alpha[-1])
+        axes.set_ylim(0, 1.08 * top or 1.0)
+        axes.set_xlim(0, None)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.set_title(f"α{'₁₂₃₄₅'[step]}", loc="left", fontsize=10.5, color="#555555")
+        axes.set_xlabel("million tokens")
+        if step:
+            axes.set_yticklabels([])
+        if step == ALPHAS - 1:
+            label_ends(axes, ends, colour)
+    heading(figure, "Step-α on held-out answers, in the course of training", about)
+    return save(figure, folder, "courses")
+
+
 def mark_change(axes: Axes, entry: Entry, mean: list[list[float]], colour: str) -> bool:
     """A diamond on the first point of the late stage, where an early one went before; whether there is one."""
     stages = [p["stage"] for p in entry.records[0]["curve"]][: len(mean[0])]
@@ -209,4 +238,5 @@ def draw(
         names = [memory(entries, about, folder)]
         if not costs_only:
             names += [step_alpha(entries, about, folder, ordered), curves(entries, about, folder, ordered)]
+            names += [courses(entries, about, folder, ordered)]
     return [name for name in names if name]

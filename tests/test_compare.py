@@ -245,7 +245,7 @@ def test_every_suite_judges_what_it_trains(made, tmp_path):
             alphas = [0.5 - 0.01 * i] * 5
             record = {
                 "stages": stages, "step_alpha": alphas, "expected_length": one.expected_length(alphas), "seed": 7,
-                "parameters": 10, "seconds": 9, "curve": [{"seconds": 5, "expected_length": 3.0}], "variant": variant.name,
+                "parameters": 10, "seconds": 9, "curve": [{"seconds": 5, "expected_length": 3.0, "step_alpha": alphas}], "variant": variant.name,
             }  # fmt: skip
             trees = {tree: [{"tau": 2.0 - 0.1 * i, "tokens_per_second": 30.0 - i}] for tree in suite.trees}
             found[variant.name] = Entry(variant.name, [record], trees)

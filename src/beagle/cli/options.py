@@ -69,7 +69,7 @@ def show_findings(findings: Iterable[Finding]) -> None:
     """Each claim with what the paper found and what was found here."""
     for f in findings:
         verdict = "agrees" if f.agrees else "[yellow]differs[/yellow]"
-        console.print(f"{f.claim}: {f.found} (paper: {f.paper}): {verdict}", highlight=False)
+        console.print(f"{f.claim}: {f.found} (paper: {f.paper}): {verdict}", highlight=False, soft_wrap=True)
 
 
 def tree_plan(tree: str, depth: int, beam: int, nodes: int) -> TreePlan:

@@ -81,7 +81,9 @@ def _figure(rows: dict[str, Any], panels: int = 2) -> tuple[Figure, list[Any]]:
     height = 1.75 + 0.4 * len(rows)
     figure = Figure(figsize=(10, height))
     width = 0.76 / panels
-    axes = [figure.add_axes((0.2 + i * width, 0.4 / height, width - 0.04, 0.4 * len(rows) / height)) for i in range(panels)]
+    axes = [
+        figure.add_axes((0.2 + i * width, 0.4 / height, width - 0.04, 0.4 * len(rows) / height)) for i in range(panels)
+    ]
     for i, axis in enumerate(axes):
         axis.set_ylim(len(rows) - 0.45, -0.55)
         axis.set_yticks(range(len(rows)), list(rows) if i == 0 else [""] * len(rows))

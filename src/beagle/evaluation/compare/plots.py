@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from beagle.evaluation.compare.one import ALPHAS
-from beagle.evaluation.compare.results import Entry
+from beagle.evaluation.compare.results import Entry, growth
 
 # Okabe and Ito's palette without its yellow, told apart with every common colour blindness: blue, green
 # and grey for ours, reds for the rival's
@@ -115,7 +115,7 @@ def memory(entries: dict[str, Entry], about: str, folder: Path) -> str | None:
     colour = {kind: palette[0] for kind, palette in PALETTES.items()}
     for name, points in lines.items():
         axes.plot(*zip(*points, strict=True), color=colour[name], lw=2.2, marker="o", ms=6)
-    axes.set_ylim(0, 1.12 * max(y for points in lines.values() for _, y in points))
+    axes.set_ylim(0, 1.12 * max(y for points in lines.values() for _, y in points) or 1.0)
     axes.set_xticks(sorted({x for points in lines.values() for x, _ in points}))
     axes.set_xlabel("simulated steps s")
     axes.set_title("peak MB above the process before training", loc="left", fontsize=10.5, color="#555555")
@@ -123,7 +123,7 @@ def memory(entries: dict[str, Entry], about: str, folder: Path) -> str | None:
     def grown(name: str) -> str:
         (first, low), (last, high) = lines[name][0], lines[name][-1]
         label = {"beagle": "Beagle", "eagle": "EAGLE, unrolled"}[name]
-        return f"{label}\n{high / low:.2f}× from s = {first} to {last}"
+        return f"{label}\n{growth((low, high)):.2f}× from s = {first} to {last}"
 
     label_ends(axes, {name: points[-1] for name, points in lines.items()}, colour, grown)
     heading(figure, "Training memory against simulated steps", about)

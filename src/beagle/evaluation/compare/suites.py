@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from beagle.errors import BeagleError
-from beagle.evaluation.compare.results import Entry, reached
+from beagle.evaluation.compare.results import Entry, growth, reached
 
 Entries = dict[str, Entry]
 
@@ -83,9 +83,9 @@ def memory(e: Entries) -> list[Finding]:
     flat, grows = ([x.memory_mb() for name, x in e.items() if name.startswith(kind)] for kind in ("beagle", "eagle"))
     return [
         Finding("memory of Beagle's late stage does not grow with s (s = 8 over s = 1 at most 1.1)", "constant in s",
-                f"{flat[-1] / flat[0]:.2f} times", flat[-1] / flat[0] <= 1.1),
+                f"{growth(flat):.2f} times", growth(flat) <= 1.1),
         Finding("memory of the unrolled EAGLE grows (8 steps over 1 more than 1.5)", "linear in the steps",
-                f"{grows[-1] / grows[0]:.2f} times", grows[-1] / grows[0] > 1.5),
+                f"{growth(grows):.2f} times", growth(grows) > 1.5),
     ]  # fmt: skip
 
 
@@ -93,7 +93,11 @@ def fig3(e: Entries) -> list[Finding]:
     """Also of the validations on the way, as the figure is of the course of training."""
     ours, theirs = e["beagle-early"], e["eagle"]
     gain = [a - b for a, b in zip(ours.step_alpha, theirs.step_alpha, strict=True)]
-    pairs = [pair for a, b in zip(ours.records, theirs.records, strict=True) for pair in zip(a["curve"], b["curve"], strict=False)]
+    pairs = [
+        pair
+        for a, b in zip(ours.records, theirs.records, strict=True)
+        for pair in zip(a["curve"], b["curve"], strict=False)
+    ]
     above = sum(all(x > y for x, y in zip(a["step_alpha"][1:], b["step_alpha"][1:], strict=True)) for a, b in pairs)
     return [
         Finding("Beagle's early stage is above EAGLE at every step but the first", "Figure 3: above at α_2 … α_5",

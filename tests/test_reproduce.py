@@ -233,7 +233,11 @@ def test_prompts_and_sets_of_a_data_folder(monkeypatch, tmp_path):
     own.write_text("".join(f'{{"prompt": "w{i}"}}\n' for i in range(9)))
     monkeypatch.setenv("BEAGLE_DATA", str(tmp_path))
     material = find_material(own, False, 5, 1)
-    assert {name: len(prompts) for name, prompts in material.sets.items()} == {"mt_bench": 1, "gsm8k_200": 1, "cnn_dm": 1}
+    assert {name: len(prompts) for name, prompts in material.sets.items()} == {
+        "mt_bench": 1,
+        "gsm8k_200": 1,
+        "cnn_dm": 1,
+    }
     assert len(material.prompts) == 5
     assert (material.note, material.sampled) == ("", False)
     assert find_material(own, False, 5, 1).prompts == material.prompts  # drawn, but the same ones each time

@@ -67,8 +67,7 @@ def html(title: str, sections: list[Section]) -> str:
 def _table(table: Table) -> str:
     def row(cells: list[str], tag: str) -> str:
         kinds = [
-            ' class="left"' if name in WORDS else ' class="left text"' if name in TEXTS else ""
-            for name in table.header
+            ' class="left"' if name in WORDS else ' class="left text"' if name in TEXTS else "" for name in table.header
         ]
         marked = zip(kinds, cells, strict=True)
         return "<tr>" + "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in marked) + "</tr>"

@@ -48,7 +48,7 @@ SCALES = {
     "tiny": Scale(
         about="under 45 minutes on 2 cores for SmolLM2-135M: shapes, not figures",
         recipe=Recipe(
-            AnswerConfig(rows=48, max_prompt_tokens=192, max_new_tokens=120, max_turns=1),
+            AnswerConfig(rows=64, max_prompt_tokens=192, max_new_tokens=120, max_turns=1),
             TrainConfig(
                 early_epochs=1, late_epochs=1, batch_tokens=1024, learning_rate=2e-3, warmup_steps=20,
                 schedule="cosine", regression=0.1, draft_vocab_size=8192, validate_every=40, checkpoint_every=60,
@@ -57,10 +57,10 @@ SCALES = {
             {"newest_state": "scale"},
         ),
         prompts=480,
-        tokens=120_000,
+        tokens=100_000,
         memory_tokens=4_000,
         questions=3,
-        max_new_tokens=48,
+        max_new_tokens=40,
         tree=LAPTOP_TREE,
     ),
     "small": Scale(

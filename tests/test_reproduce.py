@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections import Counter
 from dataclasses import replace
@@ -109,6 +110,8 @@ def test_all_of_it_and_a_second_time(reproduce, here, tmp_path):
     assert "familiar questions" in index  # the package's own were trained on
     result = json.loads((out / "table1" / "eval.json").read_text())
     assert list(result["modes"]) == tables.MODES
+    rows = list(csv.DictReader((out / "table1" / "table.csv").open()))
+    assert [(row["set"], row["mode"]) for row in rows] == [("quick", mode) for mode in tables.MODES]
     assert all(m["identical"] == 1 for mode, m in result["modes"].items() if mode in ("beagle", "eagle", "lookup"))
 
     before = here.copy()

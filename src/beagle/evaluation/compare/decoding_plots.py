@@ -62,7 +62,14 @@ def times(entries: dict[str, Entry], about: str, folder: Path) -> str:
                     part, (left + width / 2, -0.45), ha="center", va="bottom", color=PARTS[part], fontweight="bold"
                 )
             left += width
-        axes.annotate(f"{left:.0f} ms", (left, y), (5, 0), textcoords="offset points", va="center", fontsize=9.5)
+        axes.annotate(
+            f"{left:.0f} ms" if left >= 10 else f"{left:.1f} ms",
+            (left, y),
+            (5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9.5,
+        )
     axes.set_xlim(0, 1.12 * axes.get_xlim()[1])
     heading(figure, "Where an iteration's time goes, ms", about)
     return save(figure, folder, "times")
@@ -80,9 +87,9 @@ def rows_of(entries: dict[str, Entry]) -> dict[str, tuple[Entry, list[dict[str, 
 def _figure(rows: dict[str, Any], panels: int = 2) -> tuple[Figure, list[Any]]:
     height = 1.75 + 0.4 * len(rows)
     figure = Figure(figsize=(10, height))
-    width = 0.76 / panels
+    width = 0.7 / panels
     axes = [
-        figure.add_axes((0.2 + i * width, 0.4 / height, width - 0.04, 0.4 * len(rows) / height)) for i in range(panels)
+        figure.add_axes((0.26 + i * width, 0.4 / height, width - 0.04, 0.4 * len(rows) / height)) for i in range(panels)
     ]
     for i, axis in enumerate(axes):
         axis.set_ylim(len(rows) - 0.45, -0.55)

@@ -197,13 +197,15 @@ def courses(entries: dict[str, Entry], about: str, folder: Path, ordered: bool =
         return None
     figure = Figure(figsize=(14, 4.6))
     colour = colours(entries, ordered)
-    top = max(max(p["step_alpha"]) for e in entries.values() for r in e.records for p in r["curve"])
+    points = [p for e in entries.values() for r in e.records for p in r["curve"]]
+    top = max(max(p["step_alpha"]) for p in points)
+    unit, word = (1e6, "million") if max(p["tokens"] for p in points) >= 1e6 else (1e3, "thousand")
     for step in range(ALPHAS):
         axes = figure.add_axes((0.045 + 0.16 * step, 0.14, 0.135, 0.54))
         ends = {}
         for name, entry in entries.items():
             count = min(len(r["curve"]) for r in entry.records)
-            seen = [fmean(r["curve"][i]["tokens"] / 1e6 for r in entry.records) for i in range(count)]
+            seen = [fmean(r["curve"][i]["tokens"] / unit for r in entry.records) for i in range(count)]
             alpha = [fmean(r["curve"][i]["step_alpha"][step] for r in entry.records) for i in range(count)]
             axes.plot(seen, alpha, color=colour[name], lw=2, marker="o", ms=4)
             ends[name] = (seen[-1], alpha[-1])
@@ -211,7 +213,7 @@ def courses(entries: dict[str, Entry], about: str, folder: Path, ordered: bool =
         axes.set_xlim(0, None)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.set_title(f"α{'₁₂₃₄₅'[step]}", loc="left", fontsize=10.5, color="#555555")
-        axes.set_xlabel("million tokens")
+        axes.set_xlabel(f"{word} tokens")
         if step:
             axes.set_yticklabels([])
         if step == ALPHAS - 1:

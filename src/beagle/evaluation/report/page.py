@@ -11,7 +11,7 @@ from typing import Any
 from beagle.evaluation.report.style import for_page
 from beagle.evaluation.report.tables import Table
 
-WORDS = ("set", "category", "mode", "item", "draft", "verdict")  # columns of words, not numbers
+WORDS = ("set", "category", "mode", "item", "draft", "verdict", "target", "head")  # columns of words, not numbers
 TEXTS = ("what", "differ", "claim", "the paper", "found")  # of sentences, which may break
 
 

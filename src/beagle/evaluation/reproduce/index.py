@@ -61,23 +61,31 @@ def _compared(item: Item, folder: Path) -> Section:
     named = f"{item.name}/"
     plots = {f"{named}{path.stem}": path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.svg"))}
     found = entries(content["runs"], content["decoding"])
-    return Section(f"{item.name}: {item.title}", [ran(content["runs"], content["meta"])], "", [heads(found)], plots)
+    return Section(
+        f"{item.name}: {item.title}",
+        [ran(content["runs"], content["meta"])],
+        "",
+        [heads(found, item.suite is not None and item.suite.short)],
+        plots,
+    )
 
 
-def heads(found: Mapping[str, Entry]) -> Table:
-    """A row a head: acceptance, cost, and decoding under each tree."""
+def heads(found: Mapping[str, Entry], short: bool) -> Table:
+    """A row a head: acceptance (not of ``short`` trainings), cost, and decoding under each tree."""
     trees = list(next(iter(found.values())).decoding)
-    header = ["mode", "step-α 1…5", "expected length", "tokens/s of training", "peak MB"]
+    header = ["head", *([] if short else ["step-α 1…5", "expected length"]), "tokens/s of training", "peak MB"]
     header += [f"{what}, {tree} tree" for tree in trees for what in ("τ", "speed over plain")]
     rows = []
     for name, entry in found.items():
         seconds = sum(r["seconds"] for r in entry.records)
-        row = [name, " ".join(f"{a:.2f}" for a in entry.step_alpha), f"{entry.length:.2f}"]
+        row = [name]
+        row += [] if short else [" ".join(f"{a:.2f}" for a in entry.step_alpha), f"{entry.length:.2f}"]
         row += [f"{sum(r['tokens'] for r in entry.records) / seconds:.0f}", f"{entry.memory_mb():.0f}"]
         for tree in trees:
             row += [f"{entry.decoded('tau', tree):.2f}", f"{entry.decoded('speedup', tree):.2f}×"]
         rows.append(row)
-    return Table("Heads", header, rows, "Step-α and length: on held-out answers. Peak MB: what training adds.")
+    note = "" if short else "Step-α and length: on held-out answers. "
+    return Table("Heads", header, rows, note + "Peak MB: what training adds.")
 
 
 def _tables(item: Item, folder: Path) -> Section:

@@ -14,11 +14,13 @@ from beagle.errors import BeagleError
 from beagle.evaluation.compare import runs
 from beagle.evaluation.compare.decoding import Work, decode_once
 from beagle.evaluation.compare.one import Spec
+from beagle.evaluation.compare.report import write_csv
 from beagle.evaluation.compare.suites import Finding
 from beagle.evaluation.compare.write import write_comparison
 from beagle.evaluation.meta import describe
 from beagle.evaluation.records import read_records
 from beagle.evaluation.report.plots import plots
+from beagle.evaluation.report.tables import details
 from beagle.evaluation.reproduce import tables
 from beagle.evaluation.reproduce.items import Item
 from beagle.evaluation.reproduce.material import Material, answer
@@ -155,6 +157,8 @@ class Session:
             self.scale.tree, self.scale.max_new_tokens, out / "eval.json", self.command, self.scale_name,
         )  # fmt: skip
         result = runs.in_fresh_process(tables.measure, job)
+        by_set = details(result)
+        write_csv(out / "table.csv", [dict(zip(by_set.header, row, strict=True)) for row in by_set.rows])
         with suppress(ImportError):  # matplotlib is an extra
             plots(result, out, "")
         return tables.judge(result, read_records(job.out, result))

@@ -131,5 +131,5 @@ def judge(result: dict[str, Any], records: list[Record]) -> list[Finding]:
 
 def papers_table() -> Table:
     rows = [[target, draft, *values] for (target, draft), values in PAPER.items()]
-    header = ["mode", "draft", "speed-up", "τ", "peak memory, GiB"]
+    header = ["target", "draft", "speed-up", "τ", "peak memory on MT-Bench, GiB"]
     return Table("The paper's: MT-Bench / GSM8K / CNN-DailyMail", header, rows, "One A6000 Ada, bf16, greedy, batch 1.")

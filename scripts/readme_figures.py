@@ -1,12 +1,15 @@
-"""Fill the README's tables from the files in results/.
+"""Fill the tables of README.md and docs/results.md from the files in results/.
 
 A table stands between two comments, the first of which names its kind and its files:
 
     <!-- figures: results/bench_*.json -->
     <!-- end of figures -->
 
-    python scripts/readme_figures.py            # rewrites README.md
-    python scripts/readme_figures.py --check    # exit code 1 if it would change
+Kinds: ``figures`` (a row a file), ``sets`` (a row a set of each file), ``suites`` (a section a file, in the
+order of their names; none is needed).
+
+    python scripts/readme_figures.py            # rewrites both
+    python scripts/readme_figures.py --check    # exit code 1 if one would change
 """
 
 from __future__ import annotations
@@ -19,10 +22,11 @@ from typing import Any
 
 from beagle.evaluation.figures import speed_up_text
 from beagle.evaluation.records import read_result
-from beagle.evaluation.report.tables import DTYPES, over_plain, questions
+from beagle.evaluation.report.tables import DTYPES, costs, details, heading, machine, over_plain, overview, questions
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"(<!-- (figures|sets): (\S+) -->\n).*?(<!-- end of \2 -->)", re.S)
+PAGES = ("README.md", "docs/results.md")
+BLOCK = re.compile(r"(<!-- (figures|sets|suites): (\S+) -->\n).*?(<!-- end of \2 -->)", re.S)
 HEAD = "beagle"  # the mode whose figures the tables show
 
 
@@ -49,8 +53,26 @@ def sets(results: list[dict[str, Any]]) -> list[list[str]]:
         for name, part in result["sets"].items():
             speed_up, tau, same = received(part)
             alphas = " ".join(f"{alpha:.2f}" for alpha in part["modes"].get(HEAD, {}).get("step_alpha", [])[:5])
-            rows.append([name, speed_up, tau, alphas or "-", same])
+            label = (
+                name
+                if len(results) == 1
+                else f"{name} ({result['meta']['target']['name']}, {mode_name(result['meta'])})"
+            )
+            rows.append([label, speed_up, tau, alphas or "-", same])
     return rows
+
+
+def suites(results: list[dict[str, Any]]) -> str:
+    """A section a file: what was run, all modes, the sets beside each other and below each other."""
+    parts = []
+    for result in results:
+        suite, meta = result["meta"]["arguments"].get("suite"), result["meta"]
+        interrupted = " **Interrupted: these are the questions finished by then.**" if meta.get("interrupted") else ""
+        parts += [
+            f"### {suite or 'questions'}: {heading(result)}", f"{machine(result)}.{interrupted}", f"`{meta['command']}`",
+            *(table.markdown().strip() for table in (overview(result), details(result), costs(result))),
+        ]  # fmt: skip
+    return "\n\n".join(parts or ["No results are stored yet."]) + "\n\n"
 
 
 def received(part: dict[str, Any]) -> list[str]:
@@ -78,13 +100,15 @@ def mode_name(meta: dict[str, Any]) -> str:
 
 
 def filled(text: str) -> str:
-    """The README with its tables made anew."""
+    """A page with its tables made anew."""
 
     def table(block: re.Match[str]) -> str:
         opening, kind, pattern, closing = block.groups()
         paths = sorted(ROOT.glob(pattern))
+        if kind == "suites":
+            return f"{opening}\n{suites([read_result(path) for path in paths])}{closing}"
         if not paths:
-            raise SystemExit(f"README: '{pattern}' names no file; correct the comment or add the results")
+            raise SystemExit(f"'{pattern}' names no file; correct the comment or add the results")
         header, *rows = {"figures": figures, "sets": sets}[kind]([read_result(path) for path in paths])
         lines = [header, ["---"] * len(header), *rows]
         return opening + "".join(f"| {' | '.join(line)} |\n" for line in lines) + closing
@@ -96,14 +120,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    after = filled(before)
-    if arguments.check:
-        sys.exit(
-            "README.md and results/ are out of step; run python scripts/readme_figures.py" if after != before else 0
-        )
-    readme.write_text(after, encoding="utf-8")
+    for page in (ROOT / name for name in PAGES):
+        before = page.read_text(encoding="utf-8")
+        after = filled(before)
+        if arguments.check and after != before:
+            sys.exit(f"{page.name} and results/ are out of step; run python scripts/readme_figures.py")
+        if not arguments.check:
+            page.write_text(after, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,13 +16,14 @@ from beagle.cli import compare as command
 from beagle.errors import BeagleError
 from beagle.evaluation.compare import one, runs
 from beagle.evaluation.compare.plots import apart
-from beagle.evaluation.compare.results import Entry, entries, reached
+from beagle.evaluation.compare.results import Entry, entries, growth, reached
 from beagle.evaluation.compare.suites import SUITES
 from beagle.evaluation.compare.variants import parse, parse_list
 from beagle.evaluation.meta import MemoryMeter
+from beagle.training import trainer
 from beagle.training.answers import AnswerGenerator
 from beagle.training.config import TrainConfig
-from beagle.training.data import batches
+from beagle.training.data import batches, samples
 from beagle.training.pipeline import Recipe, read_recipe
 from beagle.training.prompts import Prompt
 from beagle.training.states import Fingerprint, StateStore
@@ -245,7 +246,7 @@ def test_every_suite_judges_what_it_trains(made, tmp_path):
             alphas = [0.5 - 0.01 * i] * 5
             record = {
                 "stages": stages, "step_alpha": alphas, "expected_length": one.expected_length(alphas), "seed": 7,
-                "parameters": 10, "seconds": 9, "curve": [{"seconds": 5, "expected_length": 3.0}], "variant": variant.name,
+                "parameters": 10, "seconds": 9, "curve": [{"seconds": 5, "expected_length": 3.0, "step_alpha": alphas}], "variant": variant.name,
             }  # fmt: skip
             trees = {tree: [{"tau": 2.0 - 0.1 * i, "tokens_per_second": 30.0 - i}] for tree in suite.trees}
             found[variant.name] = Entry(variant.name, [record], trees)
@@ -287,6 +288,52 @@ def test_budget_in_steps_survives_the_trainers_rounding(made):
         early = round(train.early_epochs * per_epoch)
         assert early == round(steps * 2 / 3)
         assert early + round(train.late_epochs * per_epoch) == steps
+
+
+def test_a_run_older_than_an_option_is_kept(compare, here, tmp_path):
+    options = ["--variants", "beagle-early"]
+    assert compare(*options).code == 0
+    path = tmp_path / "out" / "runs" / "beagle-early" / "seed0" / "result.json"
+    record = json.loads(path.read_text())
+    del record["settings"]["train"]["validation_samples"]
+    path.write_text(json.dumps(record))
+    assert compare(*options).code == 0
+    assert here == [("beagle-early", 0)]
+    record["settings"]["train"]["validation_samples"] = 3  # but not one with another value
+    path.write_text(json.dumps(record))
+    compare(*options).refusal("another budget")
+
+
+def test_batch_sizes_have_equal_tokens(compare, here, tmp_path):
+    assert compare("--variants", "beagle-early-b4,beagle-early-b16,beagle-early-b32").code == 0
+    small, middle, large = figures(tmp_path / "out")["runs"]
+    assert small["trained_steps"] > middle["trained_steps"] > large["trained_steps"]
+    assert all(500 <= run["tokens"] < 500 + 240 for run in (small, middle, large))
+    assert (tmp_path / "out" / "runs" / "beagle-early" / "seed0").is_dir()
+
+
+def test_validation_is_of_every_length(made, tmp_path):
+    store = StateStore.existing(made / "data")
+    target = tiny_target()
+    held = sorted(len(s.tokens) for s in samples(store.shards(), validation=False))
+
+    def lengths(count):
+        config = TrainConfig(**TRAIN, validation_samples=count)
+        with pytest.MonkeyPatch.context() as patched:  # few answers: take those of training
+            patched.setattr(trainer, "samples", lambda shards, validation: samples(shards, validation=False))
+            groups = trainer.Trainer(target, store, tmp_path / str(count), config).validation
+        return [len(s.tokens) for group in groups for s in group]
+
+    assert lengths(100) == held
+    few = lengths(4)
+    assert 1 < len(few) <= 4
+    assert few[0] == held[0]
+    assert few[-1] > held[len(held) // 2]
+
+
+def test_growth_of_memory_below_a_megabyte_is_none():
+    assert growth([0.0, 0.4]) == 1
+    assert growth([2.0, 3.0, 5.0]) == 2.5
 
 
 def test_when_a_length_is_reached():

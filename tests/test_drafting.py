@@ -25,6 +25,7 @@ PLANS = [
 HEADS = [
     {},
     {"concat": False},
+    {"experts": 3},
     {"draft_vocab_size": 20},
     {"architecture": "eagle"},
     {"architecture": "eagle", "num_kv_heads": 2, "draft_vocab_size": 20},

@@ -10,16 +10,15 @@ import typer
 from beagle.cli import options as o
 from beagle.drafters.base import TreePlan
 from beagle.errors import BeagleError
-from beagle.evaluation.compare import report
 from beagle.evaluation.compare.decoding import Work, decode_once
-from beagle.evaluation.compare.results import entries
 from beagle.evaluation.compare.runs import Budget, in_fresh_process, run_all, specs
 from beagle.evaluation.compare.suites import SUITES, Suite, find_suite
 from beagle.evaluation.compare.variants import parse_list
+from beagle.evaluation.compare.write import write_comparison
 from beagle.evaluation.meta import command_line, describe
 from beagle.training.pipeline import read_recipe
 from beagle.training.prompts import read_prompts
-from beagle.training.states import StateStore, write_json
+from beagle.training.states import StateStore
 
 
 def compare_training(
@@ -84,13 +83,10 @@ def compare_training(
     except KeyboardInterrupt:
         o.console.print(f"[yellow]stopped; run the same command again to go on in {out}[/yellow]")
         raise
-    found = entries(records, decoding)
-    findings = chosen.judge(found) if chosen else []
-    command = command_line()
     meta = {
         **describe(),
         "target": records[0]["meta"]["target"],
-        "command": command,
+        "command": command_line(),
         "arguments": {
             "variants": [v.name for v in listed], "suite": suite, "tokens": tokens, "seconds": seconds,
             "seeds": numbers, "validate_every": validate_every, "questions": [p.name for p in questions or []],
@@ -99,39 +95,14 @@ def compare_training(
         },
         "data": {"tokens": store.tokens(), "shards": len(store.shards())},
     }  # fmt: skip
-    write_json(
-        out / "compare.json",
-        {"meta": meta, "findings": [f.as_dict() for f in findings], "runs": records, "decoding": decoding},
-    )
-    report.write_csv(out / "compare.csv", report.run_rows(found.values()))
-    report.write_csv(out / "curves.csv", report.curve_rows(found.values()))
-    machine = meta["machine"]
-    budget = f"{records[0]['tokens']:,} tokens" if tokens else f"{seconds:g} s of training"
-    about = (
-        f"{Path(target).name}, {budget} each, {len(numbers)} seed{'s' * (len(numbers) > 1)}; "
-        f"{machine['gpu'] or machine['cpu'].split(',')[0]}, {machine['threads']} of {machine['cores']} cores"
-    )
-    title = chosen.title if chosen else "Training compared"
-    plots = draw(found, f"{title}\n{about}", out, chosen)
-    (out / "compare.md").write_text(report.page(title, about, found, findings, command, plots), encoding="utf-8")
-    for f in findings:
-        verdict = "agrees" if f.agrees else "[yellow]differs[/yellow]"
-        o.console.print(f"{f.claim}: {f.found} (paper: {f.paper}): {verdict}", highlight=False)
-    o.console.print(f"written to {out}: compare.md, compare.json, compare.csv, curves.csv, {', '.join(plots)}")
-
-
-def draw(found: dict, about: str, out: Path, chosen: Suite | None) -> list[str]:
-    """The plots, or a word on how to get them: the figures are on disk already."""
-    try:
-        from beagle.evaluation.compare import plots
-    except ImportError:  # an extra: training does not need it
+    written = write_comparison(out, records, decoding, chosen, meta, f"{seconds:g} s of training" if seconds else None)
+    o.show_findings(written.findings)
+    if not written.plots:
         o.console.print(
             "[yellow]no plots: pip install 'beagle-decoding\\[plots]', then run the same command again[/yellow]"
         )
-        return []
-    if chosen is None:
-        return plots.draw(found, about, out)
-    return plots.draw(found, about, out, ordered=chosen.ordered, costs_only=chosen.short)
+    files = ["compare.md", "compare.json", "compare.csv", "curves.csv", *written.plots]
+    o.console.print(f"written to {out}: {', '.join(files)}")
 
 
 def read_seeds(text: str) -> list[int]:

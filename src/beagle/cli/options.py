@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from beagle.drafters.base import TreePlan
 from beagle.errors import BeagleError
+from beagle.evaluation.compare.suites import Finding
 from beagle.model import Model, load
 from beagle.targets import loading
 from beagle.targets.target import Target
@@ -61,6 +63,13 @@ Eagle = Annotated[str | None, typer.Option(help="Folder of an EAGLE head that `b
 
 def split_modes(modes: str) -> list[str]:
     return [mode.strip() for mode in modes.split(",") if mode.strip()]
+
+
+def show_findings(findings: Iterable[Finding]) -> None:
+    """Each claim with what the paper found and what was found here."""
+    for f in findings:
+        verdict = "agrees" if f.agrees else "[yellow]differs[/yellow]"
+        console.print(f"{f.claim}: {f.found} (paper: {f.paper}): {verdict}", highlight=False, soft_wrap=True)
 
 
 def tree_plan(tree: str, depth: int, beam: int, nodes: int) -> TreePlan:

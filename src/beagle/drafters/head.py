@@ -18,8 +18,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from beagle.drafters.block import Block, BlockConfig
+from beagle.drafters.experts import Experts
 
 Newest = Literal["none", "scale", "linear"]
 
@@ -30,6 +32,7 @@ class HeadConfig(BlockConfig):
 
     newest_state: Newest = "scale"
     concat: bool = True  # False: predicted keys are never appended (paper A.4)
+    experts: int = 0  # more than 0: so many MLPs in place of one, two of them at work (an ablation of the paper)
 
 
 class BeagleHead(Block):
@@ -49,7 +52,11 @@ class BeagleHead(Block):
             self.newest = nn.Parameter(torch.full((d,), 0.5))
         elif config.newest_state == "linear":
             self.newest_proj = nn.Linear(d, d, bias=False)
-        self._add_mlp()
+        if config.experts:
+            self.mlp_norm = nn.RMSNorm(d, config.norm_eps)
+            self.experts = Experts(config, config.experts, ACT2FN[config.hidden_act])
+        else:
+            self._add_mlp()
         self._initialise()
         if config.newest_state == "linear":
             nn.init.eye_(self.newest_proj.weight)
@@ -70,4 +77,6 @@ class BeagleHead(Block):
             normed = F.rms_norm(newest, newest.shape[-1:], eps=self.config.norm_eps)
             linear = self.config.newest_state == "linear"
             y = y + self._drop(self.newest_proj(normed) if linear else normed * self.newest)
+        if self.config.experts:
+            return y + self.experts(self.mlp_norm(y), self._drop)
         return self._feed_forward(y)

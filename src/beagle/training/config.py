@@ -25,6 +25,7 @@ class TrainConfig:
         early_mask: ``blocks`` is inverse block attention; ``random`` the paper's ablation of it.
         late_loss: step i bears a loss on its immediate ``next`` token (l = i), or on all from there to
             the end of the ``window`` (l = k, the paper's ablation).
+        validation_samples: held-out answers that step-α is measured on, at most.
         beta_decay: late-stage weights are β_i = k - i + 1, normalised; off: all equal.
     """
 
@@ -48,6 +49,7 @@ class TrainConfig:
     autocast: bool = False
     draft_vocab_size: Positive | None = None
     validate_every: Positive = 500
+    validation_samples: Positive = 192
     checkpoint_every: Positive = 200
     seed: int = 0
 

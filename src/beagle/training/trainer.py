@@ -62,7 +62,8 @@ class Trainer:
         self.seconds = 0.0
         self.tokens = 0
         held = sorted(samples(store.shards()[:24], validation=True), key=lambda s: len(s.tokens))
-        self.validation = [held[i : i + 16] for i in range(0, min(len(held), 192), 16)]
+        held = held[:: max(1, math.ceil(len(held) / config.validation_samples))]  # of every length
+        self.validation = [held[i : i + 16] for i in range(0, len(held), 16)]
         self.per_epoch = sum(1 for _ in batches(store, tokens=config.batch_tokens, seed=config.seed, epoch=0))
         if not self.per_epoch:
             raise BeagleError(f"'{store.folder}' holds no answer long enough to train on; give more prompts")

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from beagle.evaluation.compare.one import ALPHAS
-from beagle.evaluation.compare.results import Entry
+from beagle.evaluation.compare.results import Entry, growth
 
 # Okabe and Ito's palette without its yellow, told apart with every common colour blindness: blue, green
 # and grey for ours, reds for the rival's
@@ -115,7 +115,7 @@ def memory(entries: dict[str, Entry], about: str, folder: Path) -> str | None:
     colour = {kind: palette[0] for kind, palette in PALETTES.items()}
     for name, points in lines.items():
         axes.plot(*zip(*points, strict=True), color=colour[name], lw=2.2, marker="o", ms=6)
-    axes.set_ylim(0, 1.12 * max(y for points in lines.values() for _, y in points))
+    axes.set_ylim(0, 1.12 * max(y for points in lines.values() for _, y in points) or 1.0)
     axes.set_xticks(sorted({x for points in lines.values() for x, _ in points}))
     axes.set_xlabel("simulated steps s")
     axes.set_title("peak MB above the process before training", loc="left", fontsize=10.5, color="#555555")
@@ -123,7 +123,7 @@ def memory(entries: dict[str, Entry], about: str, folder: Path) -> str | None:
     def grown(name: str) -> str:
         (first, low), (last, high) = lines[name][0], lines[name][-1]
         label = {"beagle": "Beagle", "eagle": "EAGLE, unrolled"}[name]
-        return f"{label}\n{high / low:.2f}× from s = {first} to {last}"
+        return f"{label}\n{growth((low, high)):.2f}× from s = {first} to {last}"
 
     label_ends(axes, {name: points[-1] for name, points in lines.items()}, colour, grown)
     heading(figure, "Training memory against simulated steps", about)
@@ -191,6 +191,37 @@ def curves(entries: dict[str, Entry], about: str, folder: Path, ordered: bool = 
     return save(figure, folder, "curves")
 
 
+def courses(entries: dict[str, Entry], about: str, folder: Path, ordered: bool = False) -> str | None:
+    """Each step-α against tokens seen, a panel a step (paper Figures 3 and 5); None: validated but once."""
+    if max(len(r["curve"]) for e in entries.values() for r in e.records) < 2:
+        return None
+    figure = Figure(figsize=(14, 4.6))
+    colour = colours(entries, ordered)
+    points = [p for e in entries.values() for r in e.records for p in r["curve"]]
+    top = max(max(p["step_alpha"]) for p in points)
+    unit, word = (1e6, "million") if max(p["tokens"] for p in points) >= 1e6 else (1e3, "thousand")
+    for step in range(ALPHAS):
+        axes = figure.add_axes((0.045 + 0.16 * step, 0.14, 0.135, 0.54))
+        ends = {}
+        for name, entry in entries.items():
+            count = min(len(r["curve"]) for r in entry.records)
+            seen = [fmean(r["curve"][i]["tokens"] / unit for r in entry.records) for i in range(count)]
+            alpha = [fmean(r["curve"][i]["step_alpha"][step] for r in entry.records) for i in range(count)]
+            axes.plot(seen, alpha, color=colour[name], lw=2, marker="o", ms=4)
+            ends[name] = (seen[-1], alpha[-1])
+        axes.set_ylim(0, 1.08 * top or 1.0)
+        axes.set_xlim(0, None)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.set_title(f"α{'₁₂₃₄₅'[step]}", loc="left", fontsize=10.5, color="#555555")
+        axes.set_xlabel(f"{word} tokens")
+        if step:
+            axes.set_yticklabels([])
+        if step == ALPHAS - 1:
+            label_ends(axes, ends, colour)
+    heading(figure, "Step-α on held-out answers, in the course of training", about)
+    return save(figure, folder, "courses")
+
+
 def mark_change(axes: Axes, entry: Entry, mean: list[list[float]], colour: str) -> bool:
     """A diamond on the first point of the late stage, where an early one went before; whether there is one."""
     stages = [p["stage"] for p in entry.records[0]["curve"]][: len(mean[0])]
@@ -209,4 +240,5 @@ def draw(
         names = [memory(entries, about, folder)]
         if not costs_only:
             names += [step_alpha(entries, about, folder, ordered), curves(entries, about, folder, ordered)]
+            names += [courses(entries, about, folder, ordered)]
     return [name for name in names if name]

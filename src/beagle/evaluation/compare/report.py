@@ -89,16 +89,22 @@ def results_table(entries: dict[str, Entry]) -> str:
     return table(header, rows)
 
 
+def iteration(figures: list[dict[str, Any]]) -> dict[str, float]:
+    """Milliseconds of an iteration by part, over all seeds."""
+    passes = sum(f["passes"] for f in figures)
+    draft, verify, whole = (
+        1000 * sum(f[key] for f in figures) / max(1, passes) for key in ("draft_seconds", "verify_seconds", "seconds")
+    )
+    return {"draft": draft, "verify": verify, "other": max(0.0, whole - draft - verify)}
+
+
 def time_table(entries: dict[str, Entry]) -> str:
     """Where an iteration's time goes, in ms (paper Figure 11)."""
     rows = []
     for name, entry in entries.items():
         for tree, figures in entry.decoding.items():
-            passes = sum((f["tokens"] - f["questions"]) / f["tau"] for f in figures)
-            draft, verify, whole = (
-                1000 * sum(f[key] for f in figures) / passes for key in ("draft_seconds", "verify_seconds", "seconds")
-            )
-            rows.append([name, tree, f"{draft:.1f}", f"{verify:.1f}", f"{whole - draft - verify:.1f}", f"{whole:.1f}"])
+            parts = iteration(figures)
+            rows.append([name, tree, *(f"{part:.1f}" for part in parts.values()), f"{sum(parts.values()):.1f}"])
     return table(["variant", "tree", "draft", "verify", "other", "an iteration, ms"], rows)
 
 

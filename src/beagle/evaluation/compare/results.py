@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -66,6 +67,11 @@ def entries(records: list[dict[str, Any]], decoding: dict[str, Any]) -> dict[str
         }
         out[name] = Entry(name, mine, trees)
     return out
+
+
+def growth(values: Sequence[float]) -> float:
+    """The last of some peaks over the first, in MB; what is below 1 MB is the measurement's own."""
+    return max(values[-1], 1.0) / max(values[0], 1.0)
 
 
 def reached(entry: Entry, length: float, axis: str) -> float | None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
@@ -60,16 +60,16 @@ def specs(
     """A run for each variant and seed, seeds outermost, so that a comparison is whole after the first."""
     planned = []
     data_tokens = store.tokens()
+    counted: dict[tuple[int, int], tuple[int, int]] = {}  # by seed and batch size
     for seed in seeds:
-        steps, per_epoch = (0, 1)
-        if budget.tokens is not None:
-            steps, per_epoch = steps_for(store, recipe.train.batch_tokens, seed, budget.tokens)
         for variant in variants:
             train, head = variant.settings(recipe, seed)
             train = replace(train, validate_every=validate_every or train.validate_every)
             if budget.tokens is not None:
-                train = in_steps(train, steps, per_epoch)
-            folder = out / "runs" / variant.name / f"seed{seed}"
+                if (seed, train.batch_tokens) not in counted:
+                    counted[seed, train.batch_tokens] = steps_for(store, train.batch_tokens, seed, budget.tokens)
+                train = in_steps(train, *counted[seed, train.batch_tokens])
+            folder = out / "runs" / variant.plain_name(recipe) / f"seed{seed}"
             planned.append(
                 Spec(variant.name, seed, target, store.folder, data_tokens, folder, train, head, budget.seconds)
             )
@@ -113,7 +113,7 @@ def run_all(planned: list[Spec], report: Callable[[str], None]) -> list[dict[str
     for i, spec in enumerate(planned, 1):
         done = finished(spec)
         report(f"{i}/{len(planned)} {spec.variant}, seed {spec.seed}{': kept' if done else ''}")
-        records.append(done or in_fresh_process(train_variant, spec))
+        records.append({**(done or in_fresh_process(train_variant, spec)), "variant": spec.variant})
     return records
 
 
@@ -124,7 +124,9 @@ def finished(spec: Spec) -> dict[str, Any] | None:
         return None
     try:
         record = dict(json.loads(path.read_text(encoding="utf-8")))
-        same = record["settings"] == spec.settings()
+        settings = record["settings"]
+        settings["train"] = {**asdict(TrainConfig()), **settings["train"]}  # options younger than the run: at default
+        same = json.loads(json.dumps(settings)) == spec.settings()
     except (ValueError, KeyError, TypeError) as error:
         raise BeagleError(f"{path} is damaged ({error}); delete its folder and run the same command again") from error
     if not same:

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from beagle.errors import BeagleError
-from beagle.evaluation.compare.results import Entry, reached
+from beagle.evaluation.compare.results import Entry, growth, reached
 
 Entries = dict[str, Entry]
 
@@ -83,9 +83,28 @@ def memory(e: Entries) -> list[Finding]:
     flat, grows = ([x.memory_mb() for name, x in e.items() if name.startswith(kind)] for kind in ("beagle", "eagle"))
     return [
         Finding("memory of Beagle's late stage does not grow with s (s = 8 over s = 1 at most 1.1)", "constant in s",
-                f"{flat[-1] / flat[0]:.2f} times", flat[-1] / flat[0] <= 1.1),
+                f"{growth(flat):.2f} times", growth(flat) <= 1.1),
         Finding("memory of the unrolled EAGLE grows (8 steps over 1 more than 1.5)", "linear in the steps",
-                f"{grows[-1] / grows[0]:.2f} times", grows[-1] / grows[0] > 1.5),
+                f"{growth(grows):.2f} times", growth(grows) > 1.5),
+    ]  # fmt: skip
+
+
+def fig3(e: Entries) -> list[Finding]:
+    """Also of the validations on the way, as the figure is of the course of training."""
+    ours, theirs = e["beagle-early"], e["eagle"]
+    gain = [a - b for a, b in zip(ours.step_alpha, theirs.step_alpha, strict=True)]
+    pairs = [
+        pair
+        for a, b in zip(ours.records, theirs.records, strict=True)
+        for pair in zip(a["curve"], b["curve"], strict=False)
+    ]
+    above = sum(all(x > y for x, y in zip(a["step_alpha"][1:], b["step_alpha"][1:], strict=True)) for a, b in pairs)
+    return [
+        Finding("Beagle's early stage is above EAGLE at every step but the first", "Figure 3: above at α_2 … α_5",
+                "difference at the end, α_1 … α_5: " + " ".join(f"{g:+.2f}" for g in gain)
+                + f"; above at {above} of {len(pairs)} validations", min(gain[1:]) > 0),
+        Finding("the two meet at the first step (within 0.05)", "Figure 3: the first step's curves meet",
+                f"α_1 {ours.step_alpha[0]:.2f} to {theirs.step_alpha[0]:.2f}", abs(gain[0]) <= 0.05),
     ]  # fmt: skip
 
 
@@ -109,13 +128,25 @@ def fig5(e: Entries) -> list[Finding]:
     ]  # fmt: skip
 
 
+def fig6(e: Entries) -> list[Finding]:
+    lengths = [x.acceptance for x in e.values()]
+    return [
+        Finding("batches of 4 to 32 sequences converge alike (within 5%)", "Figures 6, 7: alike",
+                f"{kind(e)} " + listed(e, lambda x: x.acceptance), max(lengths) / min(lengths) <= 1.05),
+    ]  # fmt: skip
+
+
 def fig7(e: Entries) -> list[Finding]:
-    blocks, mixed, bare = (e[f"beagle-early{word}"] for word in ("", "-random", "-noreg"))
+    blocks, mixed, bare, experts = (e[f"beagle-early{word}"] for word in ("", "-random", "-noreg", "-moe"))
+    pace = [x.stage("early", "tokens_per_second") or 0.0 for x in (blocks, experts)]
     return [
         Finding("inverse blocks beat random masks", "Figure 7: random masks lose",
                 f"{kind(e)} {blocks.acceptance:.3f} to {mixed.acceptance:.3f}", blocks.acceptance > mixed.acceptance),
         Finding("the regression loss helps", "Figures 6, 7: without it training degrades at the end",
                 f"with {blocks.acceptance:.3f}, without {bare.acceptance:.3f}", blocks.acceptance > bare.acceptance),
+        Finding("a mixture of MLPs accepts more, and is slower", "Figures 6, 7: better acceptance, slower",
+                f"{kind(e)} {experts.acceptance:.3f} to {blocks.acceptance:.3f}, trains at {pace[1] / (pace[0] or 1):.2f} times the pace",
+                experts.acceptance > blocks.acceptance and pace[1] < pace[0]),
     ]  # fmt: skip
 
 
@@ -174,10 +205,12 @@ LATE_ONLY = ",".join([f"beagle-late-k{s}-s{s}" for s in range(1, 9)] + ["eagle-l
 SUITES = {
     "rivals": Suite("Beagle and EAGLE-v2", "beagle-early,beagle,eagle,eagle-unrolled", rivals),
     "memory": Suite("Memory of simulated steps", LATE_ONLY, memory, short=True),
+    "fig3": Suite("Step-α over the early stage (Figure 3)", "beagle-early,eagle", fig3),
     "fig4": Suite("Window of the early stage (Figure 4)", "beagle-early-k1..k5", fig4, ordered=True),
     "fig5": Suite("Late or early loss in the second half (Figure 5)", "beagle-early,beagle", fig5),
-    "fig7": Suite("Masks and regression of the early stage (Figures 6, 7)",
-                  "beagle-early,beagle-early-random,beagle-early-noreg", fig7),
+    "fig6": Suite("Batch size (Figures 6, 7)", "beagle-early-b4,beagle-early-b16,beagle-early-b32", fig6, ordered=True),
+    "fig7": Suite("Masks, regression and experts of the early stage (Figures 6, 7)",
+                  "beagle-early,beagle-early-random,beagle-early-noreg,beagle-early-moe", fig7),
     "fig10": Suite("Simulated steps of the late stage (Figure 10)",
                    "beagle-early-k1,beagle-early-k5,beagle-k5-s1..s4", fig10, ordered=True),
     "fig11": Suite("Concatenation and trees (Figure 11)", "beagle,beagle-noconcat", fig11, trees=("static", "dynamic")),

@@ -7,6 +7,8 @@ beagle-late-k8-s8         the late stage alone
 eagle, eagle-unrolled     single step; single step, then unrolled with the recipe's steps
 eagle-u8, eagle-late-u8   unrolled over 8 steps
 beagle-kv3, beagle-linear with 3 KV heads; with the newest state through a matrix
+beagle-moe                with four MLPs in place of one
+beagle-b4                 batches of 4 where the recipe's count as 16 (the paper's)
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from beagle.training.config import TrainConfig
 from beagle.training.pipeline import Recipe
 from beagle.training.stages import ARCHITECTURES
 
+PAPERS_BATCH = 16
 # what a word of a name changes of the recipe: the training section, and the head's
 TRAIN: dict[str, dict[str, Any]] = {
     "random": {"early_mask": "random"},
@@ -30,10 +33,11 @@ HEAD: dict[str, dict[str, Any]] = {
     "noconcat": {"concat": False},
     "nonewest": {"newest_state": "none"},
     "linear": {"newest_state": "linear"},
+    "moe": {"experts": 4},
 }
 WORDS = {
-    "beagle": "early, late, kN, sN, kvN, random, window, noreg, noconcat, nonewest, linear",
-    "eagle": "unrolled, late, uN, kvN, noreg",
+    "beagle": "early, late, kN, sN, kvN, bN, random, window, noreg, noconcat, nonewest, linear, moe",
+    "eagle": "unrolled, late, uN, kvN, bN, noreg",
 }
 
 
@@ -43,7 +47,7 @@ class Variant:
 
     Attributes:
         early, late: which stages it has; the recipe's epochs say how the budget is shared.
-        window: k, steps: s; None: the recipe's.
+        window: k, steps: s; None: the recipe's. batch: its size, the recipe's being 16.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Variant:
     late: bool
     window: int | None = None
     steps: int | None = None
+    batch: int = PAPERS_BATCH
     train: dict[str, Any] = field(default_factory=dict)
     head: dict[str, Any] = field(default_factory=dict)
 
@@ -66,11 +71,20 @@ class Variant:
         both = base.early_epochs + base.late_epochs
         early = base.early_epochs / both if self.early and self.late and both else float(self.early)
         train = replace(
-            base, seed=seed, window=window, steps=steps, early_epochs=early, late_epochs=1 - early, **self.train
-        )
+            base, seed=seed, window=window, steps=steps, early_epochs=early, late_epochs=1 - early,
+            batch_tokens=max(1, base.batch_tokens * self.batch // PAPERS_BATCH), **self.train,
+        )  # fmt: skip
         known = {f.name for f in fields(ARCHITECTURES[self.architecture].head.config_class)}
         head = {k: v for k, v in recipe.head.items() if k in known}  # what both kinds of head have is shared
         return train, {**head, **self.head, "architecture": self.architecture}
+
+    def plain_name(self, recipe: Recipe) -> str:
+        """Without the words that say what the recipe says: names of one training have one folder."""
+        said = (f"k{recipe.train.window}", f"s{recipe.train.steps}", f"u{recipe.train.steps}", f"b{PAPERS_BATCH}")
+        words = [word for word in self.name.split("-") if word not in said]
+        plain = "-".join(words)
+        same = parse(plain).settings(recipe, 0) == self.settings(recipe, 0)
+        return plain if same else self.name
 
 
 def parse(name: str) -> Variant:
@@ -85,8 +99,8 @@ def parse(name: str) -> Variant:
     train: dict[str, Any] = {}
     head: dict[str, Any] = {}
     for word in words:
-        number = re.fullmatch(r"(k|s|u|kv)([1-9]\d?)", word)
-        letters = ("k", "s", "kv") if architecture == "beagle" else ("u", "kv")
+        number = re.fullmatch(r"(k|s|u|kv|b)([1-9]\d?)", word)
+        letters = ("k", "s", "kv", "b") if architecture == "beagle" else ("u", "kv", "b")
         if number and number[1] in letters and number[1] not in numbers:
             numbers[number[1]] = int(number[2])
         elif word not in WORDS[architecture].split(", ") or words.count(word) > 1 or word.endswith("N"):
@@ -96,12 +110,13 @@ def parse(name: str) -> Variant:
     if "kv" in numbers:
         head["num_kv_heads"] = numbers["kv"]
     window, steps = numbers.get("k"), numbers.get("s", numbers.get("u"))
+    batch = numbers.get("b", PAPERS_BATCH)
     if window and steps and steps > window:
         raise BeagleError(f"variant '{name}' simulates {steps} steps in a window of {window}; make k at least as large")
     only_early = "early" in words or (architecture == "eagle" and not {"unrolled", "late"} & set(words) and not steps)
     if "late" in words and "early" in words:
         raise BeagleError(f"variant '{name}' is both early and late alone; leave both words out for both stages")
-    return Variant(name, architecture, "late" not in words, not only_early, window, steps, train, head)
+    return Variant(name, architecture, "late" not in words, not only_early, window, steps, batch, train, head)
 
 
 def parse_list(text: str) -> list[Variant]:

@@ -11,7 +11,8 @@ from typing import Any
 from beagle.evaluation.report.style import for_page
 from beagle.evaluation.report.tables import Table
 
-WORDS = ("set", "category", "mode")  # columns of words, not numbers
+WORDS = ("set", "category", "mode", "item", "draft", "verdict", "target", "head")  # columns of words, not numbers
+TEXTS = ("what", "differ", "claim", "the paper", "found")  # of sentences, which may break
 
 
 @dataclass
@@ -65,7 +66,9 @@ def html(title: str, sections: list[Section]) -> str:
 
 def _table(table: Table) -> str:
     def row(cells: list[str], tag: str) -> str:
-        kinds = [' class="left"' if name in WORDS else "" for name in table.header]
+        kinds = [
+            ' class="left"' if name in WORDS else ' class="left text"' if name in TEXTS else "" for name in table.header
+        ]
         marked = zip(kinds, cells, strict=True)
         return "<tr>" + "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in marked) + "</tr>"
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import LongTensor, Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from beagle.decoding.sampling import Sampler
@@ -49,12 +49,16 @@ class Row(Sampler):
         """Prompt and answer so far, ``[tokens]``."""
         return self._ids[0, : self._length]
 
+    @property
+    def _seen(self) -> LongTensor:
+        return cast(LongTensor, self._ids[:, : self._length])
+
     def choose(self, logits: Tensor, position: int) -> int:
         """The token after ``ids``, from the target's logits ``[vocabulary]``."""
         if not self.temperature:
             return super().choose(logits, position)
         raw = logits[None].to(self._ids.device, torch.float32, copy=True)
-        scores = self._processors(self._ids[:, : self._length], raw)
+        scores = self._processors(self._seen, raw)
         if self.scores is not None:
             self.scores += (scores,)
         if self.logits is not None:
@@ -67,7 +71,7 @@ class Row(Sampler):
         """Take the chosen token; whether the answer ends with it."""
         self._ids[0, self._length] = token
         self._length += 1
-        over = bool(self._criteria(self._ids[:, : self._length], self.scores))
+        over = bool(self._criteria(self._seen, self.scores))
         if self._streamer is not None:
             self._streamer.put(torch.tensor([token]))
         return over

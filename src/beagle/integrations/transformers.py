@@ -14,10 +14,10 @@ import inspect
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import LongTensor, Tensor, nn
 from transformers import (
     GenerationConfig,
     GenerationMixin,
@@ -106,13 +106,16 @@ class Speculation:
         given = _GENERATE.bind(model, *args, **kwargs).arguments
         options: dict[str, Any] = given.pop("kwargs", {})
         del given["self"]
-        config = given.get("generation_config") or model.generation_config
-        given_cache = options.get("cache_implementation") or config.cache_implementation
-        refuse_arguments({**given, "cache_implementation": given_cache})
+        configs = (given.get("generation_config"), model.generation_config)
+
+        def setting(name: str) -> Any:  # transformers' order
+            return options.get(name) or next((value for c in configs if (value := getattr(c, name, None))), None)
+
+        refuse_arguments({**given, "cache_implementation": setting("cache_implementation")})
         refuse_model(model)
         streamer = given.pop("streamer", None)
         tokenizer = options.pop("tokenizer", None) or self._tokenizer
-        if strings := options.get("stop_strings") or config.stop_strings:
+        if strings := setting("stop_strings"):
             if tokenizer is None:
                 raise BeagleError("stop_strings need the model's tokenizer; pass tokenizer= to generate")
             options["stop_strings"] = None
@@ -137,7 +140,7 @@ class Speculation:
         if len(prompts) > 1:
             refuse_batch(generation_config, logits_processor, stopping_criteria, streamer)
         ours = self._wrap(model)
-        new = int(generation_config.max_length) - input_ids.shape[1]  # type: ignore[arg-type]
+        new = int(generation_config.max_length) - input_ids.shape[1]
         longest, limit = max(map(len, prompts)), ours.target.context_limit
         if longest + new > limit:
             raise BeagleError(
@@ -162,7 +165,8 @@ class Speculation:
             sequences[i, : len(row.ids)] = row.ids
         if not generation_config.return_dict_in_generate:
             return sequences
-        return GenerateDecoderOnlyOutput(sequences=sequences, scores=rows[0].scores, logits=rows[0].logits)
+        kept: dict[str, Any] = {"scores": rows[0].scores, "logits": rows[0].logits}
+        return GenerateDecoderOnlyOutput(sequences=cast(LongTensor, sequences), **kept)
 
     def _answer(self, ours: Model, row: Row, prompt: Sequence[int], new: int) -> None:
         fork = ours.fork()

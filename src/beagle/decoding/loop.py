@@ -23,8 +23,7 @@ from beagle.targets.target import EXACT_BLOCK, EXACT_ROWS, Target, TreeShape
 
 @dataclass(frozen=True)
 class Emitted:
-    """Tokens of one iteration. The first ``len(tokens) - 1`` were drafted, the last is the target's
-    own; fewer where the answer ended inside."""
+    """Tokens of one iteration. The first ``len(tokens) - 1`` were drafted, the last is the target's own."""
 
     tokens: list[int]
     drafted: int
@@ -56,6 +55,7 @@ def decode(
     costs: Costs | None = None,
     exact: bool = False,
     watch: Callable[[Step], None] | None = None,
+    ended: Callable[[int], bool] | None = None,
 ) -> Iterator[Emitted]:
     """Answer ``ids``, yielding the tokens of each iteration until EOS or the limit.
 
@@ -64,10 +64,13 @@ def decode(
         costs: measured times that choose the tree's size where the plan leaves it open.
         exact: shape-stable passes, bit-equal to plain decoding in this mode.
         watch: called with each iteration before its tokens are yielded.
+        ended: whether the answer ends with this token; asked once for each, in order. By default it
+            does with the target's EOS.
     Raises:
         BeagleError: the prompt and the answer don't fit into the target's context.
     """
     plan = plan or TreePlan()
+    ended = ended or target.eos_ids.__contains__
     limit = target.context_limit
     if len(ids) >= limit:
         raise BeagleError(f"the prompt has {len(ids)} tokens, the context of {target.name} {limit}; shorten the prompt")
@@ -90,12 +93,11 @@ def decode(
     if watch is not None:
         watch(Step([ids[-1]], TreeShape([-1]), states[-1:], [0]))
     stats.prefill_seconds += clock() - began
+    over = ended(root)
     yield Emitted([root], 0)
-    if root in target.eos_ids:
-        return
 
     made = 1
-    while made < max_new_tokens:
+    while made < max_new_tokens and not over:
         began = clock()
         draft = Draft([], [], [])
         left = max_new_tokens - made
@@ -116,34 +118,30 @@ def decode(
             torch.cuda.synchronize(target.device)  # acceptance waits for the logits anyhow: time them where they belong
         verified_at = clock()
 
-        path, chosen = accept(target, logits, draft, sampler, made, left)
+        path, chosen, over = accept(logits, draft, sampler, made, left, ended)
         cache.compact(path)
         if drafter is not None:
             drafter.extend([root, *chosen[:-1]], states[path])
         accepted_at = clock()
         if watch is not None:
             watch(Step(tokens.tolist(), shape, states, path))
-        end = next((i for i, token in enumerate(chosen, 1) if token in target.eos_ids), len(chosen))
-        emitted = chosen[:end]
-        made += len(emitted)
-        root = emitted[-1]
+        made += len(chosen)
+        root = chosen[-1]
         now = clock()
-        stats.tokens += len(emitted)
-        stats.passed_tokens += len(emitted)
+        stats.tokens += len(chosen)
+        stats.passed_tokens += len(chosen)
         stats.drafted += len(draft.tokens)
         stats.note_pass(len(path) - 1)
         stats.draft_seconds += drafted_at - began
         stats.verify_seconds += verified_at - drafted_at
         stats.accept_seconds += accepted_at - verified_at
         stats.decode_seconds += now - began
-        yield Emitted(emitted, min(len(path) - 1, len(emitted)))
-        if root in target.eos_ids:
-            return
+        yield Emitted(chosen, len(path) - 1)
 
 
 def accept(
-    target: Target, logits: Tensor, draft: Draft, sampler: Sampler, position: int, left: int
-) -> tuple[list[int], list[int]]:
+    logits: Tensor, draft: Draft, sampler: Sampler, position: int, left: int, ended: Callable[[int], bool]
+) -> tuple[list[int], list[int], bool]:
     """Walk from the root along the target's own choices while the draft has them.
 
     The target's choice at a node is what plain decoding would have chosen there; where a child
@@ -153,7 +151,7 @@ def accept(
     Args:
         logits: ``[nodes, vocabulary]``, the root's first.
     Returns:
-        The accepted nodes (the root first), and the tokens chosen at each of them.
+        The accepted nodes (the root first), the tokens chosen at each of them, and whether the last ends the answer.
     """
     children: dict[tuple[int, int], int] = {}
     for node, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True), 1):
@@ -165,7 +163,8 @@ def accept(
         node = path[-1]
         token = greedy[node] if greedy is not None else sampler.choose(logits[node], position + len(chosen))
         chosen.append(token)
+        over = ended(token)
         child = children.get((node, token))
-        if child is None or len(chosen) == left or token in target.eos_ids:
-            return path, chosen
+        if over or child is None or len(chosen) == left:
+            return path, chosen, over
         path.append(child)

@@ -1,0 +1,113 @@
+"""What ``generate`` may be asked for while drafting; the rest is refused by name, never answered otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation import GenerationMode, logits_process
+
+from beagle.errors import BeagleError
+
+# model inputs that transformers prepares itself, or that change how an answer is computed but not which
+_KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+# those that look at each row alone and remember nothing, so that rows may come one after the other
+_ROW_WISE = (
+    logits_process.TemperatureLogitsWarper, logits_process.TopKLogitsWarper, logits_process.TopPLogitsWarper,
+    logits_process.TopHLogitsWarper, logits_process.MinPLogitsWarper, logits_process.TypicalLogitsWarper,
+    logits_process.EpsilonLogitsWarper, logits_process.EtaLogitsWarper, logits_process.LogitNormalization,
+    logits_process.MinLengthLogitsProcessor, logits_process.MinNewTokensLengthLogitsProcessor,
+    logits_process.RepetitionPenaltyLogitsProcessor, logits_process.NoRepeatNGramLogitsProcessor,
+    logits_process.SequenceBiasLogitsProcessor, logits_process.NoBadWordsLogitsProcessor,
+    logits_process.ForcedBOSTokenLogitsProcessor, logits_process.ForcedEOSTokenLogitsProcessor,
+    logits_process.InfNanRemoveLogitsProcessor,
+    logits_process.ExponentialDecayLengthPenalty, logits_process.SuppressTokensLogitsProcessor,
+    logits_process.SuppressTokensAtBeginLogitsProcessor,
+    MaxLengthCriteria, StopStringCriteria, EosTokenCriteria,
+)  # fmt: skip
+
+
+def _refuse(what: str, remedy: str) -> BeagleError:
+    return BeagleError(f"{what} can't be drafted for; {remedy} (or speculate(…).remove() first)")
+
+
+def refuse_arguments(given: Mapping[str, Any]) -> None:
+    """Arguments of ``generate`` that choose another way of decoding, or a cache that ours can't stand in for."""
+    for name in ("custom_generate", "assistant_model", "synced_gpus"):
+        if given.get(name):
+            raise _refuse(name, "leave it out")
+    cache = given.get("cache_implementation")
+    if cache in ("paged", "quantized") or str(cache).startswith("offloaded"):
+        raise _refuse(f"cache_implementation='{cache}'", "leave it out")
+
+
+def refuse_model(model: Any) -> None:
+    """
+    Raises:
+        BeagleError: the model's answers depend on more than its weights, or they aren't all here.
+    """
+    if model.training:
+        raise _refuse("a model in training mode", "call model.eval()")
+    if len({str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}) > 1:
+        raise _refuse("a model spread over several devices", "load it onto one")
+
+
+def refuse_request(config: GenerationConfig, model_kwargs: Mapping[str, Any]) -> None:
+    """
+    Args:
+        config: as transformers has prepared it. model_kwargs: what it would hand to the model.
+    """
+    if (config.num_beams or 1) > 1:
+        raise _refuse(f"num_beams={config.num_beams}", "use num_beams=1")
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise _refuse(f"decoding by '{mode.value}'", "use greedy decoding or sampling")
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length()):
+        raise _refuse("past_key_values of an earlier call", "pass the whole text as input_ids")
+    for name, value in model_kwargs.items():
+        if name not in _KNOWN and value is not None and value is not False:
+            raise _refuse(name, "leave it out")
+
+
+def refuse_batch(
+    config: GenerationConfig, processors: LogitsProcessorList, criteria: StoppingCriteriaList, streamer: Any
+) -> None:
+    """What means something else for several rows, which are answered one after the other."""
+    if streamer is not None:
+        raise _refuse("a streamer for several rows", "pass one prompt at a time")
+    if config.return_dict_in_generate and (config.output_scores or config.output_logits):
+        raise _refuse("output_scores or output_logits of several rows", "pass one prompt at a time")
+    for part in (*processors, *criteria):
+        if type(part) not in _ROW_WISE:
+            raise _refuse(f"{type(part).__name__} for several rows", "pass one prompt at a time")
+    if config._pad_token_tensor is None:
+        raise _refuse("several rows without a pad_token_id", "pass pad_token_id=")
+
+
+def unpadded(input_ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> list[list[int]]:
+    """The tokens of each row of ``[batch, n]`` without its padding at the left.
+
+    Raises:
+        BeagleError: there are no tokens, or masks or positions that padding at the left doesn't explain.
+    """
+    if not input_ids.shape[1]:
+        raise _refuse("inputs_embeds without input_ids", "pass input_ids")
+    seen = torch.ones_like(input_ids) if mask is None else mask.to(input_ids.device).long()
+    if seen.shape != input_ids.shape or bool((seen.diff(dim=1) < 0).any()) or not bool(seen[:, -1].all()):
+        raise _refuse("an attention_mask that hides more than padding at the left", "set padding_side='left'")
+    if positions is not None:
+        expected = (seen.cumsum(1) - 1).masked_fill(seen == 0, 0)
+        if not torch.equal(positions.to(input_ids.device).expand_as(expected), expected):
+            raise _refuse("position_ids of your own", "leave them out")
+    return [row[hidden == 1].tolist() for row, hidden in zip(input_ids, seen, strict=True)]

@@ -1,0 +1,89 @@
+"""One row of a ``generate`` call: tokens are chosen, and the answer ended, by transformers' own parts."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import LongTensor, Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from beagle.decoding.sampling import Sampler
+
+
+class Row(Sampler):
+    """Sees each position once and in order, as transformers' own loop does.
+
+    A token of the answer is chosen at one node of one tree (see ``decoding.loop.accept``), so logits
+    processors, torch's generator, stopping criteria and streamers meet what they would meet without drafts:
+    whatever they remember stays right.
+    """
+
+    def __init__(
+        self,
+        prompt: Tensor,
+        new: int,
+        config: GenerationConfig,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        streamer: Any = None,
+    ) -> None:
+        """
+        Args:
+            prompt: ``[n]``, with its padding: what processors and criteria are shown.
+            new: most tokens to come.
+        """
+        kept = bool(config.return_dict_in_generate)
+        self.scores: tuple[Tensor, ...] | None = () if kept and config.output_scores else None
+        self.logits: tuple[Tensor, ...] | None = () if kept and config.output_logits else None
+        self._sample = bool(config.do_sample)
+        plain = not processors and not self._sample and self.scores is None and self.logits is None
+        super().__init__(temperature=0.0 if plain else 1.0)  # 0: the likeliest token, of all nodes at once
+        self._ids = torch.cat([prompt, prompt.new_zeros(new)])[None]
+        self._length = len(prompt)
+        self._processors, self._criteria, self._streamer = processors, criteria, streamer
+
+    @property
+    def ids(self) -> Tensor:
+        """Prompt and answer so far, ``[tokens]``."""
+        return self._ids[0, : self._length]
+
+    @property
+    def _seen(self) -> LongTensor:
+        return cast(LongTensor, self._ids[:, : self._length])
+
+    def choose(self, logits: Tensor, position: int) -> int:
+        """The token after ``ids``, from the target's logits ``[vocabulary]``."""
+        if not self.temperature:
+            return super().choose(logits, position)
+        raw = logits[None].to(self._ids.device, torch.float32, copy=True)
+        scores = self._processors(self._seen, raw)
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (raw,)
+        if self._sample:
+            return int(torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1))
+        return int(scores.argmax())
+
+    def ended(self, token: int) -> bool:
+        """Take the chosen token; whether the answer ends with it."""
+        self._ids[0, self._length] = token
+        self._length += 1
+        over = bool(self._criteria(self._seen, self.scores))
+        if self._streamer is not None:
+            self._streamer.put(torch.tensor([token]))
+        return over
+
+
+def of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
+    """The processors of a batch for one of its rows: one of transformers' own knows each row's padding."""
+    mine = LogitsProcessorList()
+    for processor in processors:
+        padding = getattr(processor, "prompt_ignore_length", None)
+        if isinstance(padding, Tensor):
+            processor = copy.copy(processor)
+            processor.prompt_ignore_length = padding[row : row + 1]
+        mine.append(processor)
+    return mine

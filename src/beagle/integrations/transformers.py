@@ -1,0 +1,214 @@
+"""``beagle.speculate(model)``: a transformers model whose ``generate`` drafts.
+
+transformers lets a callable do the decoding (``custom_generate``) after it has prepared everything else:
+lengths, logits processors, stopping criteria. It doesn't hand that callable the streamer and the tokenizer,
+so ``generate`` is replaced on the model itself, which also spares the script from touching every call.
+
+The caller's model is left as it is: ours is a twin, modules and config of its own around the same weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from functools import partial
+from itertools import chain
+from typing import Any, cast
+
+import torch
+from torch import LongTensor, Tensor, nn
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from beagle.decoding.loop import decode
+from beagle.decoding.stats import Stats
+from beagle.drafters.base import TreePlan
+from beagle.drafters.checkpoint import shipped_head
+from beagle.drafters.small import PREFIX
+from beagle.errors import BeagleError
+from beagle.integrations.checks import refuse_arguments, refuse_batch, refuse_model, refuse_request, unpadded
+from beagle.integrations.row import Row, of_row
+from beagle.model import Model, load_drafter
+from beagle.targets.target import Target
+
+_GENERATE = inspect.signature(GenerationMixin.generate)
+
+
+def speculate(
+    model: Any,
+    draft: str = "auto",
+    *,
+    name: str | None = None,
+    tokenizer: Any = None,
+    plan: TreePlan | None = None,
+) -> Speculation:
+    """Let ``model.generate`` draft from here on; its answers stay what they were.
+
+    Args:
+        model: a causal LM of transformers; it is not changed but for ``generate``.
+        draft: as of ``beagle.load``, except that ``auto`` is prompt lookup alone where no head is shipped.
+        name: the target that a shipped head is looked up for (by default what the model was loaded from).
+        tokenizer: the model's own, needed for a small model's drafts alone.
+        plan: shape of the draft tree; by default its size follows from this machine's costs.
+    Returns:
+        What it has done and cost, and ``remove()``.
+    Raises:
+        BeagleError: the draft can't be loaded, or the model's family can't be served.
+    """
+    if not isinstance(model, nn.Module) or not isinstance(model, GenerationMixin):
+        raise BeagleError(f"a {type(model).__name__} has no generate of transformers; pass a causal LM")
+    speculation = Speculation(model, draft, name=name, tokenizer=tokenizer, plan=plan)
+    model.__dict__["generate"] = partial(speculation.generate, model)  # as transformers installs its own
+    return speculation
+
+
+class Speculation:
+    """Stands behind a model's ``generate``.
+
+    Attributes:
+        stats: what the last call has cost, all its rows together.
+    """
+
+    def __init__(self, model: Any, draft: str, *, name: str | None, tokenizer: Any, plan: TreePlan | None) -> None:
+        self.stats = Stats()
+        self._name = name or str(getattr(model.config, "name_or_path", "")) or type(model).__name__
+        if draft == "auto":
+            draft = "head+lookup" if shipped_head(self._name) else "lookup"
+        if draft == "none":
+            raise BeagleError("draft 'none' drafts nothing; leave speculate out")
+        if draft.startswith(PREFIX) and tokenizer is None:
+            raise BeagleError(f"draft '{draft}' needs the model's tokenizer; pass tokenizer=")
+        self._draft, self._tokenizer, self._plan = draft, tokenizer, plan
+        self._model = model
+        refuse_model(model)
+        self._wrap(model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Speculation:
+        return self  # a copied model is wrapped when it is first asked
+
+    def remove(self) -> None:
+        """Give the model its own ``generate`` back."""
+        self._model.__dict__.pop("generate", None)
+
+    def generate(self, model: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """``model.generate``: the same arguments, the same result.
+
+        Raises:
+            BeagleError: something is asked for that drafting would answer otherwise; it is named.
+        """
+        given = _GENERATE.bind(model, *args, **kwargs).arguments
+        options: dict[str, Any] = given.pop("kwargs", {})
+        del given["self"]
+        configs = (given.get("generation_config"), model.generation_config)
+
+        def setting(name: str) -> Any:  # transformers' order
+            return options.get(name) or next((value for c in configs if (value := getattr(c, name, None))), None)
+
+        refuse_arguments({**given, "cache_implementation": setting("cache_implementation")})
+        refuse_model(model)
+        streamer = given.pop("streamer", None)
+        tokenizer = options.pop("tokenizer", None) or self._tokenizer
+        if strings := setting("stop_strings"):
+            if tokenizer is None:
+                raise BeagleError("stop_strings need the model's tokenizer; pass tokenizer= to generate")
+            options["stop_strings"] = None
+            stops = StopStringCriteria(tokenizer=tokenizer, stop_strings=strings)
+            given["stopping_criteria"] = StoppingCriteriaList([*(given.get("stopping_criteria") or ()), stops])
+        how = partial(self._decode, streamer=streamer)
+        return type(model).generate(model, custom_generate=how, **given, **options)
+
+    def _decode(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """What transformers calls with everything prepared; ``input_ids`` is ``[batch, n]``."""
+        refuse_request(generation_config, model_kwargs)
+        prompts = unpadded(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
+        if len(prompts) > 1:
+            refuse_batch(generation_config, logits_processor, stopping_criteria, streamer)
+        ours = self._wrap(model)
+        new = int(generation_config.max_length) - input_ids.shape[1]
+        longest, limit = max(map(len, prompts)), ours.target.context_limit
+        if longest + new > limit:
+            raise BeagleError(
+                f"max_new_tokens={new} after a prompt of {longest} tokens goes beyond the model's context of {limit}; "
+                f"ask for at most {limit - longest}"
+            )
+        self.stats = Stats()
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        rows = [
+            Row(ids, new, generation_config, of_row(logits_processor, i), stopping_criteria, streamer)
+            for i, ids in enumerate(input_ids)
+        ]
+        for row, prompt in zip(rows, prompts, strict=True):
+            self._answer(ours, row, prompt, new)
+        if streamer is not None:
+            streamer.end()
+        pad = generation_config._pad_token_tensor
+        longest = max(len(row.ids) for row in rows)
+        sequences = input_ids.new_full((len(rows), longest), 0 if pad is None else int(pad))
+        for i, row in enumerate(rows):
+            sequences[i, : len(row.ids)] = row.ids
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        kept: dict[str, Any] = {"scores": rows[0].scores, "logits": rows[0].logits}
+        return GenerateDecoderOnlyOutput(sequences=cast(LongTensor, sequences), **kept)
+
+    def _answer(self, ours: Model, row: Row, prompt: Sequence[int], new: int) -> None:
+        fork = ours.fork()
+        open_size = fork.plan.nodes is None and fork.plan.kind == "dynamic"
+        stats = Stats()
+        steps = decode(
+            fork.target,
+            list(prompt),
+            max_new_tokens=new,
+            sampler=row,
+            stats=stats,
+            drafter=fork.drafter,
+            plan=fork.plan,
+            costs=fork.costs() if open_size else None,
+            ended=row.ended,
+        )
+        for _ in steps:
+            pass
+        self.stats.add(stats)
+
+    def _wrap(self, model: Any) -> Model:
+        """Our model over the caller's weights, made anew where these have changed (packed weights are copies)."""
+        state = fingerprint(model)
+        if state != getattr(self, "_state", None):
+            with torch.random.fork_rng(devices=[]):  # a fresh head draws weights; the caller's seed is not ours
+                target = Target(twin(model), self._tokenizer, self._name)
+                where = {"dtype": str(target.dtype).removeprefix("torch."), "device": str(target.device)}
+                self._ours = Model(target, load_drafter(self._draft, target, **where), self._plan)
+            self._state = state
+        return self._ours
+
+
+def twin(model: Any) -> Any:
+    """A copy of a model's modules and config around the same weights, frozen."""
+    shared: dict[int, Any] = {}
+    for tensor in chain(model.parameters(), model.buffers()):
+        plain = type(tensor) is nn.Parameter  # quantised ones are of another class and have no gradient
+        shared[id(tensor)] = nn.Parameter(tensor.detach(), requires_grad=False) if plain else tensor
+    return copy.deepcopy(model, shared)
+
+
+def fingerprint(model: Any) -> list[tuple[int, int]]:
+    """Where a model's tensors lie and how often each was written to."""
+    tensors = chain(model.parameters(), model.buffers())
+    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]

@@ -1,9 +1,10 @@
 """Linear layers with int8 or int4 weights, a function of each row alone.
 
-``int8``: weights with a scale per output channel; each row of the input becomes int8 with a scale of its
-own on the way in. The product is one of integers and therefore exact: it does not depend on how many rows
-share it, nor on the order of its sums. PyTorch's weight-only int8 kernel multiplies in fp32, several times
-slower from some rows on, and verification is made of such passes.
+``int8``: weights with a scale per output channel. Each row of the input becomes whole numbers of 15 bits with
+a scale of its own, as two rows of int8: coarse, and what that leaves. (One row of int8 would drown the rest
+of a state beside its few huge entries.) The product is one of integers and therefore exact: it does not
+depend on how many rows share it, nor on the order of its sums. It also is what CPUs multiply fastest; PyTorch's
+weight-only int8 kernel computes in fp32, and verification is made of passes of many rows.
 
 ``int4``: weights in groups of ``GROUP`` inputs with a scale and an offset; the input stays as it is.
 """
@@ -19,6 +20,7 @@ from beagle.targets.packing import Apply, PackedLinear
 
 KINDS = ("int8", "int4")
 GROUP = 32
+FINE = 254  # steps of the fine row in one of the coarse row: the rest of a rounding is -127 … 127 of them
 INT_MM_ROWS = 32  # CUDA's integer product takes more than 16 rows, in multiples of 8
 
 
@@ -32,19 +34,22 @@ def check_kind(kind: str | None) -> None:
 
 
 class RowQuantizer:
-    """Rows in int8 with a scale each; layers that read the same tensor (q, k, v; gate, up) share the work."""
+    """Rows in whole numbers with a scale each; layers that read the same tensor (q, k, v; gate, up) share the work."""
 
     def __init__(self) -> None:
         self._last: tuple[Tensor, int, tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``[..., in]`` -> int8 ``[rows, in]`` and fp32 scales ``[rows, 1]``."""
+        """``[..., in]`` -> int8 ``[2 * rows, in]``, all coarse rows before the fine ones, and fp32 scales ``[rows, 1]``."""
         last = self._last
         if last is not None and last[0] is x and last[1] == x._version:
             return last[2]
         rows = x.reshape(-1, x.shape[-1]).float()
         scales = rows.abs().amax(-1, keepdim=True).clamp_(min=1e-12).div_(127)
-        both = (rows / scales).round_().to(torch.int8), scales
+        steps = rows / scales
+        coarse = steps.round()
+        fine = steps.sub_(coarse).mul_(FINE).round_()
+        both = torch.cat([coarse, fine]).to(torch.int8), scales
         self._last = x, x._version, both
         return both
 
@@ -106,7 +111,9 @@ def _int8(weight: Tensor, bias: Tensor | None, rows: RowQuantizer) -> Apply:
         if cuda and (n <= 16 or n % 8):
             missing = max(INT_MM_ROWS - n, -n % 8)
             quants = F.pad(quants, (0, 0, 0, missing))
-        out = torch._int_mm(quants, turned)[:n].float().mul_(scales).mul_(own)
+        sums = torch._int_mm(quants, turned)[:n].float()
+        coarse, fine = sums.chunk(2)
+        out = coarse.add_(fine, alpha=1 / FINE).mul_(scales).mul_(own)
         if bias is not None:
             out += bias
         return out.to(x.dtype).view(*x.shape[:-1], -1)

@@ -96,7 +96,7 @@ class Target:
         self._layers = self._probe()
         self.layer_count = len(self._layers)
         if quantize:  # after the probe, which compares with the model's own LM head
-            weight, bias = self.head.weight.detach(), self.head.bias  # type: ignore[operator]
+            weight, bias = self.head.weight.detach(), self.head.bias
             apply = quantized(weight, bias, quantize, RowQuantizer())
             if apply is None:
                 self.unquantized.append("LM head")

@@ -19,12 +19,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
     table = {}
-    for dtype in ("bfloat16", "float32"):
-        model = beagle.load("smollm2-135m", dtype=dtype)
+    for dtype, quantize in (("bfloat16", None), ("float32", None), ("bfloat16", "int8"), ("bfloat16", "int4")):
+        model = beagle.load("smollm2-135m", dtype=dtype, quantize=quantize)
         assert model.drafter is not None
         costs = measure(model.target, model.drafter, model.plan)
         verify = {str(n): round(costs.verify[n] * 1000, 1) for n in SIZES}
-        table[dtype] = {"verify_ms": verify, "draft_ms": round(costs.draft * 1000, 1)}
+        table[quantize or dtype] = {"verify_ms": verify, "draft_ms": round(costs.draft * 1000, 1)}
     result = {**table, "meta": describe()}
     arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(table, indent=1))

@@ -259,3 +259,11 @@ def test_unknown_mode_and_missing_head():
         load_contenders(target, ["plain", "plain"], Drafts())
     with pytest.raises(BeagleError, match="--modes"):
         load_contenders(target, ["beagle"], Drafts())
+
+
+def test_quantised_targets_are_lossless_and_named(bench):
+    ended, result = bench("--quantize", "int8", "--exact", "--modes", "plain,beagle")
+    assert ended.code == 0
+    assert result["modes"]["beagle"]["identical"] == 1.0
+    assert result["meta"]["target"]["quantize"] == "int8"
+    assert result["meta"]["arguments"]["quantize"] == "int8"

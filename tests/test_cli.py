@@ -116,6 +116,23 @@ def test_other_drafters_answer_the_same(folders, beagle, answer, draft, extra):
     assert "24 tokens" in ended.err
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_quantised_target_answers_the_same_with_drafts(folders, beagle, answer, kind):
+    options = ["-n", 24, "--exact", "--quantize", kind]
+    plain = beagle("generate", PROMPT, *folders.plain, *options)
+    drafted = beagle("generate", PROMPT, *folders.options, *options)
+    assert (plain.code, drafted.code) == (0, 0)
+    assert plain.out == drafted.out
+    # width 48 of the tiny MLP is no multiple of int4's groups
+    assert ("int4: 3 layers" in drafted.err) == (kind == "int4")
+
+
+def test_unknown_quantisation_is_refused_before_anything_is_loaded(beagle):
+    beagle("generate", PROMPT, "--target", "no-such", "--draft", "none", "--quantize", "int3").refusal(
+        "int3", "int8 or int4"
+    )
+
+
 def test_drafters_that_do_not_fit_are_refused(folders, beagle, tmp_path):
     foreign = tiny_tokenizer()
     foreign.add_tokens(["w64"])

@@ -265,3 +265,13 @@ def test_the_rivals_recipe_differs_in_its_head_alone(request):
     )
     assert (rival.answers, rival.train) == (ours.answers, ours.train)
     assert rival.head == {"architecture": "eagle"}
+
+
+def test_training_on_a_quantised_target(train, tmp_path):
+    """Its states are told from the plain target's."""
+    out = tmp_path / "run"
+    ended = train(out, "--quantize", "int8")
+    assert ended.code == 0, ended
+    assert json.loads((out / "data" / "manifest.json").read_text())["quantize"] == "int8"
+    assert json.loads((out / "result.json").read_text())["target"]["quantize"] == "int8"
+    train(out).refusal("quantize 'int8', not None")

@@ -187,6 +187,7 @@ def load(
     device: str = "auto",
     plan: TreePlan | None = None,
     trust_remote_code: bool = False,
+    quantize: str | None = None,
 ) -> Model:
     """Load a target and its drafter.
 
@@ -198,13 +199,14 @@ def load(
             target is); ``auto`` (``head+lookup`` where a head is shipped, else plain decoding);
             None for plain decoding.
         dtype, device: see ``targets.loading.load_target``.
+        quantize: ``int8`` or ``int4``: the target and its draft head (not a smaller model) run quantised.
         plan: shape of the draft tree; by default its size follows from this machine's costs.
     Raises:
         BeagleError: see the message; nothing is left half loaded.
     """
     draft = resolve_draft(draft, target)
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    loaded = load_target(target, **options)
+    loaded = load_target(target, quantize=quantize, **options)
     return Model(loaded, load_drafter(draft, loaded, **options), plan)
 
 

@@ -35,6 +35,7 @@ def bench(
     seed: o.Seed = 0,
     exact: o.Exact = False,
     dtype: o.DType = "auto",
+    quantize: o.Quantize = None,
     device: o.Device = "auto",
     tree: o.Tree = "dynamic",
     depth: o.Depth = 5,
@@ -65,7 +66,7 @@ def bench(
     check_modes(chosen, drafts)
     plan = o.tree_plan(tree, depth, beam, nodes)
     engine: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    loaded = o.load_target(target, **engine)
+    loaded = o.load_target(target, quantize=quantize, **engine)
     contenders = load_contenders(loaded, chosen, drafts, plan, **engine)
     settings = Options(max_new_tokens, temperature, exact, seed)
     total = sum(map(len, sets.values()))
@@ -84,7 +85,7 @@ def bench(
         "command": command_line(),
         "arguments": {
             "questions": [path.name for path in questions], "limit": limit, "max_new_tokens": max_new_tokens,
-            "temperature": temperature, "exact": exact, "seed": seed, "draft": draft,
+            "temperature": temperature, "exact": exact, "quantize": quantize, "seed": seed, "draft": draft,
             "eagle": portable(eagle) if eagle else None, "small_model": portable(small_model) if small_model else None,
             "tree": tree, "depth": depth, "beam": beam, "nodes": nodes or "by cost",
         },

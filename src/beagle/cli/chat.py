@@ -24,6 +24,7 @@ def chat(
     seed: o.Seed = 0,
     exact: o.Exact = False,
     dtype: o.DType = "auto",
+    quantize: o.Quantize = None,
     device: o.Device = "auto",
     beam: o.TopK = 8,
     depth: o.Depth = 5,
@@ -34,7 +35,9 @@ def chat(
 
     Example: [bold]beagle chat --target smollm2-135m[/bold]
     """
-    model = o.load_model(target, draft, dtype, device, o.tree_plan("dynamic", depth, beam, nodes), trust_remote_code)
+    model = o.load_model(
+        target, draft, dtype, device, o.tree_plan("dynamic", depth, beam, nodes), trust_remote_code, quantize
+    )
     console = Console()
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)

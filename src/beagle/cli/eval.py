@@ -51,6 +51,7 @@ def eval(
     seed: o.Seed = 0,
     exact: o.Exact = False,
     dtype: o.DType = "auto",
+    quantize: o.Quantize = None,
     device: o.Device = "auto",
     tree: o.Tree = "dynamic",
     depth: o.Depth = 5,
@@ -81,11 +82,11 @@ def eval(
         "max_new_tokens": length, "repeats": repeats, "modes": chosen, "temperature": temperature, "exact": exact,
         "seed": seed, "target": portable(target), "draft": portable(draft), "eagle": portable(eagle) if eagle else None,
         "small_model": portable(small_model) if small_model else None, "dtype": dtype, "device": device,
-        "tree": tree, "depth": depth, "beam": beam, "nodes": nodes or "by cost",
+        "quantize": quantize, "tree": tree, "depth": depth, "beam": beam, "nodes": nodes or "by cost",
     }  # fmt: skip
     records = _earlier(json, resume, arguments)
     engine: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    loaded = o.load_target(target, **engine)
+    loaded = o.load_target(target, quantize=quantize, **engine)
     contenders = load_contenders(loaded, chosen, drafts, plan, **engine)
     meta: dict[str, Any] = {**describe(loaded), "command": command_line(), "arguments": arguments}
     costs = _costs(contenders, exact)

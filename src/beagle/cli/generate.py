@@ -27,6 +27,7 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
     exact: o.Exact = False,
     dtype: o.DType = "auto",
+    quantize: o.Quantize = None,
     device: o.Device = "auto",
     tree: o.Tree = "dynamic",
     depth: o.Depth = 5,
@@ -48,7 +49,9 @@ def generate(
             raise BeagleError(f"standard input is no UTF-8 text ({error}); convert it first") from error
     elif len(prompt) < 200 and prompt.endswith(".txt") and Path(prompt).is_file():
         raise BeagleError(f"'{prompt}' is a file; pipe it in: beagle generate - < {prompt}")
-    model = o.load_model(target, draft, dtype, device, o.tree_plan(tree, depth, beam, nodes), trust_remote_code)
+    model = o.load_model(
+        target, draft, dtype, device, o.tree_plan(tree, depth, beam, nodes), trust_remote_code, quantize
+    )
     stats = Stats()
     pieces = model.stream(
         prompt,

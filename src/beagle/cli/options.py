@@ -32,6 +32,12 @@ DraftName = Annotated[
     ),
 ]
 DType = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        help="int8 or int4 weights (int8: of activations too, a scale per token). Lossless relative to this target."
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda.")]
 Exact = Annotated[
     bool, typer.Option("--exact", help="Shape-stable passes: bit-equal to plain decoding in half precision too.")
@@ -79,7 +85,13 @@ def tree_plan(tree: str, depth: int, beam: int, nodes: int) -> TreePlan:
 
 
 def load_model(
-    target: str, draft: str, dtype: str, device: str, plan: TreePlan | None = None, trust: bool = False
+    target: str,
+    draft: str,
+    dtype: str,
+    device: str,
+    plan: TreePlan | None = None,
+    trust: bool = False,
+    quantize: str | None = None,
 ) -> Model:
     quiet_transformers()
     with console.status(f"loading {target}"):
@@ -90,6 +102,7 @@ def load_model(
             device=device,
             plan=plan,
             trust_remote_code=trust,
+            quantize=quantize,
         )
     if model.drafter is None and draft == "auto":
         console.print(f"[yellow]no head is shipped for {target}: decoding plainly (see `beagle train`)[/yellow]")

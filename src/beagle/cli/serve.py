@@ -31,6 +31,7 @@ def serve(
     grace: Annotated[float, typer.Option(min=0.0, help="Seconds to finish answers in at shutdown.")] = 10.0,
     exact: o.Exact = False,
     dtype: o.DType = "auto",
+    quantize: o.Quantize = None,
     device: o.Device = "auto",
     tree: o.Tree = "dynamic",
     depth: o.Depth = 5,
@@ -56,7 +57,9 @@ def serve(
         raise BeagleError("the API key must be ASCII, as HTTP headers are; choose another --api-key")
     listener = bind(host, port)
     with listener:
-        model = o.load_model(target, draft, dtype, device, o.tree_plan(tree, depth, beam, nodes), trust_remote_code)
+        model = o.load_model(
+            target, draft, dtype, device, o.tree_plan(tree, depth, beam, nodes), trust_remote_code, quantize
+        )
         with o.console.status("warming up"):
             model.generate("Hello", max_new_tokens=8, exact=exact)  # and measures this machine's costs, once
         limits = Limits(live, queue, seconds, context or None, max_new_tokens, grace=grace)

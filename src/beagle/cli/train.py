@@ -22,6 +22,7 @@ def train(
     config: Annotated[Path | None, typer.Option("--config", "-c", help="Recipe, YAML (see configs/).")] = None,
     target: o.TargetName = "smollm2-135m",
     dtype: o.DType = "float32",
+    quantize: o.Quantize = None,
     device: o.Device = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N prompts.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop answering after this many tokens.")] = None,
@@ -47,7 +48,7 @@ def train(
     except OSError as error:
         raise BeagleError(f"cannot write '{out}': {error.strerror}; choose another --out") from error
     with o.console.status(f"loading {target}"):
-        loaded = load_target(target, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        loaded = load_target(target, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quantize=quantize)
     try:
         folder = train_head(loaded, questions, out, recipe, data=data, seconds=seconds, console=o.console)
     except KeyboardInterrupt:

@@ -97,7 +97,7 @@ def measure(
 
 
 def cached_costs(target: Target, drafter: Drafter, plan: TreePlan, exact: bool = False) -> Costs:
-    """Costs of this machine, target, drafter, dtype, threads and plan, from the user's cache if known."""
+    """Costs of this machine, target, drafter, dtype, quantisation, threads and plan, from the user's cache if known."""
     key = {
         "machine": platform.node() + platform.machine() + platform.processor(),
         "device": torch.cuda.get_device_name() if target.device.type == "cuda" else "cpu",
@@ -105,6 +105,7 @@ def cached_costs(target: Target, drafter: Drafter, plan: TreePlan, exact: bool =
         "drafter": getattr(drafter, "name", type(drafter).__name__),  # a draft costs what its drafter costs
         "layers": target.layer_count,
         "dtype": str(target.dtype),
+        "quantize": target.quantize,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "plan": [plan.kind, plan.depth, plan.top_k],

@@ -11,6 +11,7 @@ from torch import Tensor
 from beagle.drafters.base import STATIC_PATHS, Draft, TreePlan
 from beagle.drafters.block import Block
 from beagle.targets.packing import pack_linears, packed
+from beagle.targets.quantize import RowQuantizer, quantize_linears, quantized
 from beagle.targets.target import Target
 
 
@@ -30,13 +31,16 @@ class TreeDrafter(ABC):
         rows = head.config.draft_vocab_size or target.vocab_size
         weights = sum(parameter.numel() for parameter in head.parameters())
         self.name = f"{head.architecture}, {weights} weights, {rows} tokens"  # what a draft's cost depends on
+        if target.quantize:  # in int8 always: a draft is made of small passes, where it is the fastest
+            quantize_linears(head, "int8")
         pack_linears(head)
         self.head = head
         self.embed = target.embed
         self.device = target.device
         trimmed = head.config.draft_vocab_size is not None
         self.lm_head, bias = target.head_rows(head.draft_vocab if trimmed else None)
-        self.logits = packed(self.lm_head, bias)
+        whole = quantized(self.lm_head, bias, "int8", RowQuantizer()) if target.quantize else None
+        self.logits = whole or packed(self.lm_head, bias)
         self.length = 0  # tokens of the context
         self.keys = 0  # of true states, in the cache
         self.newest = torch.zeros(0, head.config.hidden_size, dtype=self.lm_head.dtype, device=self.device)

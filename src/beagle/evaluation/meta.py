@@ -42,6 +42,8 @@ def describe(target: Target | None = None) -> dict[str, Any]:
     }
     if target is not None:
         about["target"] = {"name": target.name, "dtype": str(target.dtype).removeprefix("torch.")}
+        if target.quantize:
+            about["target"]["quantize"] = target.quantize
     return about
 
 

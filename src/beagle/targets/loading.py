@@ -18,6 +18,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from beagle.errors import BeagleError
+from beagle.targets.quantize import check_kind
 from beagle.targets.target import Target
 
 EMBEDDED = "smollm2-135m"
@@ -66,10 +67,24 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def load_target(
-    name: str = EMBEDDED, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    name: str = EMBEDDED,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    quantize: str | None = None,
 ) -> Target:
-    """Load a target; arguments and errors as of ``load_model``."""
-    return Target(*load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code), name)
+    """Load a target; ``quantize`` as of ``Target``, other arguments and errors as of ``load_model``."""
+    check_kind(quantize)
+    model, tokenizer = load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    target = Target(model, tokenizer, name, quantize)
+    if left := target.unquantized:
+        _console.print(
+            f"[dim]{quantize}: {len(left)} layers of {name} stay {str(target.dtype).removeprefix('torch.')}, their shapes are no "
+            f"multiples of the kernel's blocks ({left[0]}, for one)[/dim]",
+            highlight=False,
+        )
+    return target
 
 
 def load_model(

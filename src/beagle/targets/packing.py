@@ -34,12 +34,12 @@ def packed(weight: Tensor, bias: Tensor | None = None) -> Apply:
 
 
 class PackedLinear(nn.Module):
-    """Stands in for one ``nn.Linear`` of a target, keeping the packed weight only."""
+    """Stands in for one ``nn.Linear`` of a target, keeping the packed or quantised weight only."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, apply: Apply) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._apply_to = packed(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+        self._apply_to = apply
 
     def forward(self, x: Tensor) -> Tensor:
         return self._apply_to(x)
@@ -50,4 +50,5 @@ def pack_linears(module: nn.Module) -> None:
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and child.weight.device.type == "cpu" and child.weight.dtype in PACKED_DTYPES:
-                setattr(parent, name, PackedLinear(child))
+                bias = None if child.bias is None else child.bias.detach()
+                setattr(parent, name, PackedLinear(child, packed(child.weight.detach(), bias)))

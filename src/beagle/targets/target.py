@@ -13,6 +13,7 @@ from beagle.errors import BeagleError
 from beagle.targets.attention import NAME, ExactPass, Pass, ShapeProbe, current_pass
 from beagle.targets.cache import KVCache
 from beagle.targets.packing import pack_linears, packed
+from beagle.targets.quantize import RowQuantizer, check_kind, quantize_linears, quantized
 
 EXACT_ROWS = 16  # most rows of a pass of exact mode; all of them, where kernels differ by number of rows
 EXACT_BLOCK = 32  # exact mode: the keys of a query's own block and the one before are gathered per row
@@ -55,11 +56,16 @@ class Target:
     distribution of the next token (paper §2).
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, name: str) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, name: str, quantize: str | None = None) -> None:
         """
+        Args:
+            quantize: ``int8`` or ``int4`` linear layers and LM head (see ``targets.quantize``); the embedding,
+                and the rows of the LM head that drafters and training read, keep their dtype.
         Raises:
-            BeagleError: the family keeps no plain KV cache, or ignores what the pass needs.
+            BeagleError: the family keeps no plain KV cache, or ignores what the pass needs; or there is no
+                kernel to quantise with.
         """
+        check_kind(quantize)
         config = model.config
         refuse_unsupported(config, name)
         self.model = model
@@ -82,11 +88,20 @@ class Target:
         model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
+        self.quantize = quantize
+        self.unquantized = quantize_linears(self.base, quantize) if quantize else []  # layers whose shape can't be
         pack_linears(self.base)
         linear = isinstance(self.head, nn.Linear)
         self._apply_head = packed(self.head.weight.detach(), self.head.bias) if linear else self.head
         self._layers = self._probe()
         self.layer_count = len(self._layers)
+        if quantize:  # after the probe, which compares with the model's own LM head
+            weight, bias = self.head.weight.detach(), self.head.bias
+            apply = quantized(weight, bias, quantize, RowQuantizer())
+            if apply is None:
+                self.unquantized.append("LM head")
+            else:
+                self._apply_head = apply
 
     @torch.no_grad()
     def _probe(self) -> list[Any]:

@@ -35,6 +35,7 @@ class Fingerprint:
     template: str
     max_prompt_tokens: int
     max_new_tokens: int
+    quantize: str | None = None
 
     @classmethod
     def of(cls, target: Target, max_prompt_tokens: int, max_new_tokens: int) -> Fingerprint:
@@ -47,6 +48,7 @@ class Fingerprint:
             hashlib.sha256(template.encode()).hexdigest()[:16],
             max_prompt_tokens,
             max_new_tokens,
+            target.quantize,
         )
 
 

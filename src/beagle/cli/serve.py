@@ -9,10 +9,12 @@ from typing import Annotated
 import typer
 
 from beagle.cli import options as o
+from beagle.cli import serve_vllm
 from beagle.errors import BeagleError
 
 
 def serve(
+    context_: typer.Context,
     target: o.TargetName = "smollm2-135m",
     draft: o.DraftName = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
@@ -37,11 +39,23 @@ def serve(
     beam: o.TopK = 8,
     nodes: o.Nodes = 0,
     trust_remote_code: o.Trust = False,
+    engine: Annotated[
+        str, typer.Option(help="beagle, or vllm (its own server and batching, with the head; needs vLLM installed).")
+    ] = "beagle",
 ) -> None:
     """Serve the model to any OpenAI client; open the address in a browser to watch it draft.
 
-    Example: [bold]beagle serve --port 8000[/bold]
+    Examples: [bold]beagle serve --port 8000[/bold]
+
+    [bold]beagle serve --engine vllm[/bold]  (see docs/vllm.md)
     """
+    if engine not in ("beagle", "vllm"):
+        raise BeagleError(f"engine '{engine}' is unknown; use beagle or vllm")
+    if not api_key.isascii():
+        raise BeagleError("the API key must be ASCII, as HTTP headers are; choose another --api-key")
+    if engine == "vllm":
+        serve_vllm.serve(context_)
+        return
     try:
         from beagle.serving.app import create_app
         from beagle.serving.engine import Engine, Limits
@@ -52,8 +66,6 @@ def serve(
         raise BeagleError(
             f"`beagle serve` needs the package '{error.name}': pip install 'beagle-decoding[serve]'"
         ) from error
-    if not api_key.isascii():
-        raise BeagleError("the API key must be ASCII, as HTTP headers are; choose another --api-key")
     listener = bind(host, port)
     with listener:
         model = o.load_model(target, draft, dtype, device, o.tree_plan(tree, depth, beam, nodes), trust_remote_code)

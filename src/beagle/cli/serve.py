@@ -14,7 +14,7 @@ from beagle.errors import BeagleError
 
 
 def serve(
-    context_: typer.Context,
+    ctx: typer.Context,
     target: o.TargetName = "smollm2-135m",
     draft: o.DraftName = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
@@ -54,7 +54,7 @@ def serve(
     if not api_key.isascii():
         raise BeagleError("the API key must be ASCII, as HTTP headers are; choose another --api-key")
     if engine == "vllm":
-        serve_vllm.serve(context_)
+        serve_vllm.serve(ctx)
         return
     try:
         from beagle.serving.app import create_app

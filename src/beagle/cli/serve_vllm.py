@@ -6,13 +6,13 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import torch
 import typer
-from click.core import ParameterSource
 
 from beagle.cli import options as o
 from beagle.drafters.checkpoint import find_head, load_head, shipped_head
 from beagle.errors import BeagleError
-from beagle.targets.loading import cache_dir, resolve, sha256
+from beagle.targets.loading import cache_dir, pick_dtype, resolve, sha256
 from beagle.vllm.export import export
 from beagle.vllm.launch import Launch, require_vllm
 
@@ -30,7 +30,8 @@ def serve(context: typer.Context) -> None:
     """
     given: dict[str, Any] = context.params
     for name in given.keys() - TAKEN:
-        if context.get_parameter_source(name) not in (None, ParameterSource.DEFAULT):
+        source = context.get_parameter_source(name)
+        if source is not None and not source.name.startswith("DEFAULT"):
             raise BeagleError(f"--{name.replace('_', '-')} means nothing with --engine vllm; leave it out")
     require_vllm()
     launch = prepare(given)
@@ -43,7 +44,8 @@ def prepare(given: dict[str, Any]) -> Launch:
     target, dtype = given["target"], given["dtype"]
     name = given["name"] or (Path(target).resolve().name if Path(target).exists() else target)
     extra = ["--host", given["host"], "--port", str(given["port"]), "--served-model-name", name]
-    extra += ["--max-num-seqs", str(given["live"]), "--dtype", dtype]
+    kind = dtype if dtype == "auto" else str(pick_dtype(dtype, torch.device("cpu"))).removeprefix("torch.")
+    extra += ["--max-num-seqs", str(given["live"]), "--dtype", kind]
     if given["context"]:
         extra += ["--max-model-len", str(given["context"])]
     if given["trust_remote_code"]:

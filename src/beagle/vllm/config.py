@@ -7,7 +7,8 @@ from typing import Any
 from transformers import PretrainedConfig
 
 MODEL_TYPE = "beagle"
-ARCHITECTURE = "BeagleForCausalLM"  # vLLM puts "Eagle" before it, as the method is "eagle"
+METHOD = "eagle"  # of vLLM: a chain from the target's last states
+ARCHITECTURE = "BeagleForCausalLM"  # vLLM puts "Eagle" before it for this method
 
 
 class BeagleDraftConfig(PretrainedConfig):  # type: ignore[misc]

@@ -18,7 +18,7 @@ from beagle.drafters.block import Block
 from beagle.drafters.head import BeagleHead
 from beagle.errors import BeagleError
 from beagle.targets.target import Target
-from beagle.vllm.config import ARCHITECTURE, MODEL_TYPE
+from beagle.vllm.config import ARCHITECTURE, METHOD, MODEL_TYPE
 
 Format = Literal["vllm", "speculators"]
 SPECULATORS_VERSION = "0.9.0"  # of the format
@@ -99,7 +99,7 @@ def speculators_config(layer: dict[str, Any], depth: int, verifier: str) -> dict
     method = {"proposal_type": "greedy", "speculative_tokens": depth, "verifier_accept_k": 1, "accept_tolerance": 0.0}
     return {
         "architectures": ["BeagleSpeculator"],
-        "speculators_model_type": MODEL_TYPE,
+        "speculators_model_type": METHOD,  # vLLM takes it as its method
         "speculators_version": SPECULATORS_VERSION,
         "transformer_layer_config": layer,
         "speculators_config": {

@@ -13,6 +13,7 @@ from typing import NoReturn
 import torch
 
 from beagle.errors import BeagleError
+from beagle.vllm.config import METHOD
 
 GREEDY_ONLY = "beagle.vllm.greedy.GreedyOnly"
 
@@ -39,7 +40,7 @@ class Launch:
         """Of the interpreter: vLLM's module, the model, the drafts, and what keeps a CPU's answers right."""
         line = ["-m", "vllm.entrypoints.openai.api_server", "--model", self.model]
         if self.draft not in (None, self.model):
-            settings = {"method": "eagle", "model": self.draft, "num_speculative_tokens": self.depth}
+            settings = {"method": METHOD, "model": self.draft, "num_speculative_tokens": self.depth}
             line += ["--speculative-config", json.dumps(settings)]
         if self.cpu and self.draft is not None:  # sampling is wrong there (see greedy.py): 0 by default, and nothing else
             line += ["--middleware", GREEDY_ONLY, "--override-generation-config", json.dumps({"temperature": 0})]

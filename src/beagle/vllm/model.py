@@ -17,7 +17,7 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
-from vllm.model_executor.layers.activation import get_act_and_mul_fn
+from vllm.model_executor.layers.activation import get_act_fn
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
@@ -36,6 +36,7 @@ from beagle.vllm.greedy import WARNING, sampling_is_broken
 
 logger = init_logger("vllm.beagle")  # vLLM shows loggers below its own name
 
+EMBEDDINGS = "model.embed_tokens.weight"
 SHARDS: dict[str, tuple[str, str | int]] = {  # weights of a checkpoint that vLLM keeps in one matrix
     "k_proj": ("kv_proj", "k"),
     "v_proj": ("kv_proj", "v"),
@@ -44,7 +45,9 @@ SHARDS: dict[str, tuple[str, str | int]] = {  # weights of a checkpoint that vLL
 }
 
 
-@support_torch_compile
+@support_torch_compile(
+    dynamic_arg_dims={"input_ids": 0, "positions": -1, "hidden_states": 0, "inputs_embeds": 0}  # the tokens
+)
 class BeagleBlock(nn.Module):
     """One cross-attention block: queries from embeddings, keys and values from states."""
 
@@ -57,8 +60,8 @@ class BeagleBlock(nn.Module):
         kv_heads = max(1, config.num_key_value_heads // parallel)
         self.kv_size = kv_heads * config.head_dim
         self.embedding_scale = float(config.embedding_scale)
-        if get_pp_group().world_size > 1:  # else the target's, set by vLLM
-            self.embed_tokens = VocabParallelEmbedding(config.vocab_size, d, prefix=f"{prefix}.embed_tokens")
+        # replaced by the target's, but where pipeline parallelism keeps that on another rank
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, d, prefix=f"{prefix}.embed_tokens")
         self.embedding_norm = RMSNorm(d, eps=eps)
         self.state_norm = RMSNorm(d, eps=eps)
         self.q_proj = ColumnParallelLinear(
@@ -93,7 +96,7 @@ class BeagleBlock(nn.Module):
         self.gate_up_proj = MergedColumnParallelLinear(
             d, [config.intermediate_size] * 2, bias=False, prefix=f"{prefix}.gate_up_proj"
         )
-        self.activation = get_act_and_mul_fn(config.hidden_act)
+        self.activation = get_act_fn(config.hidden_act)
         self.down_proj = RowParallelLinear(config.intermediate_size, d, bias=False, prefix=f"{prefix}.down_proj")
 
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -116,8 +119,8 @@ class BeagleBlock(nn.Module):
             if self.newest_state == "linear":
                 newest, _ = self.newest_proj(newest)
             y = y + newest
-        x, _ = self.gate_up_proj(self.mlp_norm(y))
-        x, _ = self.down_proj(self.activation(x))
+        gate, up = self.gate_up_proj(self.mlp_norm(y))[0].chunk(2, dim=-1)
+        x, _ = self.down_proj(self.activation(gate) * up)
         return y + x
 
 
@@ -129,7 +132,6 @@ class EagleBeagleForCausalLM(nn.Module):
     """
 
     has_own_embed_tokens = False
-    supports_pp = True
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -170,10 +172,11 @@ class EagleBeagleForCausalLM(nn.Module):
             ValueError: a weight is missing or unknown.
         """
         parameters = dict(self.named_parameters())
+        shared = {EMBEDDINGS} if get_pp_group().world_size == 1 else set()
         loaded: set[str] = set()
         for name, weight in weights:
-            if name == "model.embed_tokens.weight" and get_pp_group().world_size == 1:
-                continue  # shared with the target
+            if name in shared:
+                continue
             *path, module, kind = f".{name}".split(".")
             ours, shard = SHARDS.get(module, (module, None))
             full = ".".join([*path, ours, kind]).lstrip(".")
@@ -183,7 +186,9 @@ class EagleBeagleForCausalLM(nn.Module):
             load = getattr(parameter, "weight_loader", default_weight_loader)
             load(parameter, weight) if shard is None else load(parameter, weight, shard)
             loaded.add(full)
-        if missing := sorted(set(parameters) - loaded):
-            remedy = "--embeddings, which pipeline parallelism needs" if "embed_tokens" in missing[0] else "beagle"
-            raise ValueError(f"the draft checkpoint lacks {missing[0]}; export it again with {remedy}")
-        return loaded
+        missing = set(parameters) - loaded - shared
+        if missing == {EMBEDDINGS}:
+            raise ValueError("pipeline parallelism needs the target's embeddings; export the head with --embeddings")
+        if missing:
+            raise ValueError(f"the draft checkpoint lacks {min(missing)}; export it again")
+        return loaded | shared

@@ -166,7 +166,9 @@ def main() -> None:
     finally:
         for server in servers.values():
             server.stop()
-    plain = next(run["answers"] for run in runs if (run["concurrency"], run["mode"]) == (options.concurrency[0], "none"))
+    plain = next(
+        run["answers"] for run in runs if (run["concurrency"], run["mode"]) == (options.concurrency[0], "none")
+    )
     for run in runs:
         answers = run.pop("answers")
         run["identical"] = sum(a == b for a, b in zip(answers, plain, strict=True)) / len(plain)

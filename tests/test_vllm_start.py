@@ -18,7 +18,6 @@ from beagle.vllm.launch import Launch
 folders, beagle = test_cli.folders, test_cli.beagle
 
 
-
 @pytest.fixture
 def started(monkeypatch):
     """Where the server would run: its arguments and environment, as far as it is started at all."""

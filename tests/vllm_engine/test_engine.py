@@ -32,7 +32,7 @@ os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": 
 from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]  # each start of vLLM takes a while
 
 DEPTH = 4
 TOKENS = 40
@@ -244,7 +244,9 @@ def test_settings_that_the_shipped_head_has_not(tmp_path):
     target.eos_ids = frozenset()
     head = tiny_head(target, scale=LIVELY["beagle"], newest_state="linear", num_kv_heads=2)
     export(head, target, tmp_path / "draft")
-    prompts = [[1, *torch.randint(3, 64, (n,), generator=torch.Generator().manual_seed(n)).tolist()] for n in range(3, 11)]
+    prompts = [
+        [1, *torch.randint(3, 64, (n,), generator=torch.Generator().manual_seed(n)).tolist()] for n in range(3, 11)
+    ]
     model = beagle.Model(target, BeagleDrafter(target, head), beagle.TreePlan("chain", DEPTH))
     ours = [chain(model, ids, 60) for ids in prompts]
     assert sum(counts[2] for _, counts in ours) > 5  # by luck, but the same luck every time

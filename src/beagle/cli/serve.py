@@ -72,9 +72,9 @@ def serve(
         with o.console.status("warming up"):
             model.generate("Hello", max_new_tokens=8, exact=exact)  # and measures this machine's costs, once
         limits = Limits(live, queue, seconds, context or None, max_new_tokens, grace=grace)
-        engine = Engine(model, limits, exact=exact)
+        running = Engine(model, limits, exact=exact)
         served = name or (Path(target).resolve().name if Path(target).exists() else target)
-        app = create_app(engine, name=served, api_key=api_key or None)
+        app = create_app(running, name=served, api_key=api_key or None)
         address = listener.getsockname()
         where = f"[{address[0]}]" if ":" in address[0] else address[0]
         o.console.print(
@@ -82,6 +82,6 @@ def serve(
         )
         if not api_key and not ipaddress.ip_address(address[0]).is_loopback:
             o.console.print("[yellow]anyone who reaches this address can use it: no --api-key is set[/yellow]")
-        engine.start()
-        run(app, engine, listener)
+        running.start()
+        run(app, running, listener)
         o.console.print("stopped", highlight=False)

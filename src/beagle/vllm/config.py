@@ -11,7 +11,7 @@ METHOD = "eagle"  # of vLLM: a chain from the target's last states
 ARCHITECTURE = "BeagleForCausalLM"  # vLLM puts "Eagle" before it for this method
 
 
-class BeagleDraftConfig(PretrainedConfig):  # type: ignore[misc]
+class BeagleDraftConfig(PretrainedConfig):
     """A Beagle head beside its target's shapes.
 
     The names that vLLM knows mean what they mean for Llama. Ours:

@@ -42,7 +42,9 @@ class Launch:
         if self.draft not in (None, self.model):
             settings = {"method": METHOD, "model": self.draft, "num_speculative_tokens": self.depth}
             line += ["--speculative-config", json.dumps(settings)]
-        if self.cpu and self.draft is not None:  # sampling is wrong there (see greedy.py): 0 by default, and nothing else
+        if (
+            self.cpu and self.draft is not None
+        ):  # sampling is wrong there (see greedy.py): 0 by default, and nothing else
             line += ["--middleware", GREEDY_ONLY, "--override-generation-config", json.dumps({"temperature": 0})]
         return [*line, *self.extra]
 

@@ -16,15 +16,12 @@ def register() -> None:
     AutoConfig.register(MODEL_TYPE, BeagleDraftConfig, exist_ok=True)
     for name in (ARCHITECTURE, f"Eagle{ARCHITECTURE}"):  # it looks up the one, then loads the other
         ModelRegistry.register_model(name, "beagle.vllm.model:EagleBeagleForCausalLM")
-    others = SUPPORTED_SPECULATORS_TYPES.get(METHOD)
+    SUPPORTED_SPECULATORS_TYPES[METHOD] = _read_speculators  # vLLM 0.32 has none of its own for this method
 
-    def read(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]) -> None:
-        """Name the architecture in the part of a speculators config that becomes the draft's own."""
-        if config_dict.get("speculators_config", {}).get("algorithm") == MODEL_TYPE:
-            pre_trained_config["architectures"] = [f"Eagle{ARCHITECTURE}"]
-        elif others is not None:
-            others(config_dict=config_dict, pre_trained_config=pre_trained_config)
-        else:
-            raise ValueError(f"a speculators folder of type '{METHOD}' is for the algorithm '{MODEL_TYPE}' only")
 
-    SUPPORTED_SPECULATORS_TYPES[METHOD] = read
+def _read_speculators(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]) -> None:
+    """Name the architecture in the part of a speculators config that becomes the draft's own."""
+    algorithm = config_dict.get("speculators_config", {}).get("algorithm")
+    if algorithm != MODEL_TYPE:
+        raise ValueError(f"the speculators algorithm '{algorithm}' is none that vLLM or Beagle can draft with")
+    pre_trained_config["architectures"] = [f"Eagle{ARCHITECTURE}"]

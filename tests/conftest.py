@@ -21,8 +21,11 @@ from beagle.model import DRAFTERS
 from beagle.targets.loading import cache_dir
 from beagle.targets.target import Target
 
+collect_ignore_glob = []
 if any(find_spec(name) is None for name in ("fastapi", "uvicorn", "prometheus_client", "openai", "httpx")):
-    collect_ignore_glob = ["test_serve*.py", "test_page.py"]  # the extras serve and dev are not installed
+    collect_ignore_glob += ["test_serve*.py", "test_page.py"]  # the extras serve and dev are not installed
+if find_spec("vllm") is None:
+    collect_ignore_glob += ["vllm_engine/*"]  # make test-vllm
 
 hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("seeded")

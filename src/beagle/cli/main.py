@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import typer
 from rich.console import Console
 
-from beagle.cli import bench, chat, compare, demo, eval, generate, report, serve, train, view
+from beagle.cli import bench, chat, compare, demo, eval, generate, profile, report, serve, train, view
 from beagle.errors import BeagleError
 
 app = typer.Typer(
@@ -22,7 +22,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Lossless speculative decoding with cross-attention draft heads.",
 )
-for module in (generate, chat, serve, demo, bench, eval, report, view, train):
+for module in (generate, chat, serve, demo, bench, eval, profile, report, view, train):
     app.command()(getattr(module, module.__name__.rsplit(".", 1)[-1]))
 app.command("compare-training")(compare.compare_training)
 

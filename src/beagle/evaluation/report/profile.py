@@ -64,11 +64,11 @@ def _iterations(axis: Any, result: Mapping[str, Any]) -> None:
         axis.annotate(label, (x, bottom), (0, 4), textcoords="offset points", ha="center", fontsize=9)
     least = result["passes"][0]["floor_ms"]
     axis.axhline(least, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
-    axis.annotate("floor of a pass of 1 row", (len(modes) - 0.5, least), (0, 3), textcoords="offset points", ha="right", fontsize=8.5)  # fmt: skip
+    axis.annotate("floor of a\npass of 1 row", (len(modes) - 0.62, least), (0, 3), textcoords="offset points", fontsize=8.5)  # fmt: skip
     small = [part for part in PARTS if all(parts[part] <= 0.06 * longest for parts in modes.values())]
     axis.set_xlabel("too thin to be named: " + ", ".join(small) if small else "")
     axis.set_xticks(range(len(modes)), list(modes))
-    axis.set_xlim(-0.5, len(modes) - 0.5)
+    axis.set_xlim(-0.5, len(modes) - 0.05)
     axis.set_ylim(0, 1.25 * longest)
     axis.tick_params(bottom=False)
     axis.set_ylabel("milliseconds")

@@ -59,11 +59,11 @@ class Model:
         self.plan = plan or TreePlan()
         self._costs: dict[bool, Costs] = {}
 
-    def costs(self, exact: bool = False) -> Costs:
-        """Measured costs of this machine; the first call takes some seconds, later ones are cached."""
+    def costs(self, exact: bool = False, fresh: bool = False) -> Costs:
+        """Measured costs of this machine; the first call takes some seconds, later ones are cached (not if ``fresh``)."""
         assert self.drafter is not None
-        if exact not in self._costs:
-            self._costs[exact] = cached_costs(self.target, self.drafter, self.plan, exact)
+        if fresh or exact not in self._costs:
+            self._costs[exact] = cached_costs(self.target, self.drafter, self.plan, exact, fresh)
         return self._costs[exact]
 
     def fork(self) -> Model:

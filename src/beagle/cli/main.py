@@ -12,7 +12,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import typer
 from rich.console import Console
 
-from beagle.cli import bench, chat, compare, demo, eval, export, generate, report, reproduce, serve, train, view
+from beagle.cli import (
+    bench,
+    chat,
+    compare,
+    demo,
+    eval,
+    export,
+    generate,
+    profile,
+    report,
+    reproduce,
+    serve,
+    train,
+    view,
+)
 from beagle.errors import BeagleError
 
 app = typer.Typer(
@@ -22,7 +36,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Lossless speculative decoding with cross-attention draft heads.",
 )
-for module in (generate, chat, serve, demo, bench, eval, report, view, train, reproduce, export):
+for module in (generate, chat, serve, demo, bench, eval, profile, report, view, train, reproduce, export):
     app.command()(getattr(module, module.__name__.rsplit(".", 1)[-1]))
 app.command("compare-training")(compare.compare_training)
 

@@ -51,7 +51,7 @@ def show(result: dict[str, Any]) -> None:
 
 def _table(name: str, part: dict[str, Any]) -> Table:
     questions = max(figures["questions"] for figures in part["modes"].values())
-    table = _new(f"{name} ({questions} questions)", "mode", "token/s", "τ", "step-α 1…5", "identical", "near-ties")
+    table = new_table(f"{name} ({questions} questions)", "mode", "token/s", "τ", "step-α 1…5", "identical", "near-ties")
     for mode, m in part["modes"].items():
         alphas = " ".join(f"{a:.2f}" for a in m["step_alpha"][:5]) or "-"
         shares = ["-" if m[name] is None else f"{m[name]:.1%}" for name in ("identical", "near_ties")]
@@ -59,7 +59,8 @@ def _table(name: str, part: dict[str, Any]) -> Table:
     return table
 
 
-def _new(title: str, *columns: str) -> Table:
+def new_table(title: str, *columns: str) -> Table:
+    """A plain table; all columns but the one called mode stand at the right."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, justify="left" if column == "mode" else "right", no_wrap=True)
@@ -67,7 +68,7 @@ def _new(title: str, *columns: str) -> Table:
 
 
 def _costs(result: dict[str, Any]) -> Table:
-    table = _new(
+    table = new_table(
         "where the time and the memory go",
         *("mode", "draft", "verify", "accept", "other", "prefill s", "peak MB", "+MB", "expected"),
     )

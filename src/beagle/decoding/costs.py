@@ -96,8 +96,12 @@ def measure(
     return Costs(interpolate({n: median(t) for n, t in times.items()}), median(drafts), plan.depth)
 
 
-def cached_costs(target: Target, drafter: Drafter, plan: TreePlan, exact: bool = False) -> Costs:
-    """Costs of this machine, target, drafter, dtype, quantisation, threads and plan, from the user's cache if known."""
+def cached_costs(target: Target, drafter: Drafter, plan: TreePlan, exact: bool = False, fresh: bool = False) -> Costs:
+    """Costs of this machine, target, drafter, dtype, quantisation, threads and plan, from the user's cache if known.
+
+    Args:
+        fresh: measure again, and let the cache know.
+    """
     key = {
         "machine": platform.node() + platform.machine() + platform.processor(),
         "device": torch.cuda.get_device_name() if target.device.type == "cuda" else "cpu",
@@ -113,13 +117,14 @@ def cached_costs(target: Target, drafter: Drafter, plan: TreePlan, exact: bool =
     }
     path = cache_dir() / "costs.json"
     known = _read(path)
-    for entry in known:
+    for entry in known if not fresh else ():
         if entry.get("key") == key and set(entry.get("costs", ())) == {"verify", "draft", "depth"}:
             return Costs(**entry["costs"])
     costs = measure(target, drafter, plan, exact)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, [*known, {"key": key, "costs": costs.__dict__}])
+        others = [entry for entry in known if entry.get("key") != key]
+        write_json(path, [*others, {"key": key, "costs": costs.__dict__}])
     except OSError:
         pass  # a read-only home: measured again next time
     return costs

@@ -20,6 +20,7 @@ from beagle.targets.packing import Apply, PackedLinear
 
 KINDS = ("int8", "int4")
 GROUP = 32
+BITS = {"int8": 8, "int4": 5}  # of memory a weight, a group's scale and offset shared among its weights
 FINE = 254  # steps of the fine row in one of the coarse row: the rest of a rounding is -127 … 127 of them
 INT_MM_ROWS = 32  # CUDA's integer product takes more than 16 rows, in multiples of 8
 

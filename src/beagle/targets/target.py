@@ -13,7 +13,7 @@ from beagle.errors import BeagleError
 from beagle.targets.attention import NAME, ExactPass, Pass, ShapeProbe, current_pass
 from beagle.targets.cache import KVCache
 from beagle.targets.packing import pack_linears, packed
-from beagle.targets.quantize import RowQuantizer, check_kind, quantize_linears, quantized
+from beagle.targets.quantize import BITS, RowQuantizer, check_kind, quantize_linears, quantized
 
 EXACT_ROWS = 16  # most rows of a pass of exact mode; all of them, where kernels differ by number of rows
 EXACT_BLOCK = 32  # exact mode: the keys of a query's own block and the one before are gathered per row
@@ -54,6 +54,10 @@ class Target:
 
     A *true state* is the last hidden state after the final norm, so that ``logits(state)`` is the
     distribution of the next token (paper §2).
+
+    Attributes:
+        pass_weights: weights that a pass multiplies each row with: layers and LM head. pass_bytes: what they take
+            in memory, read once a pass.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, name: str, quantize: str | None = None) -> None:
@@ -71,7 +75,7 @@ class Target:
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
-        self.config = config
+        self.config: Any = config
         self.base: nn.Module = model.base_model  # type: ignore[assignment]
         self.head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
         self.embed: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
@@ -88,8 +92,11 @@ class Target:
         model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
+        self.pass_weights, self.pass_bytes = weights_of_a_pass(self.base, self.head, self.embed)
         self.quantize = quantize
         self.unquantized = quantize_linears(self.base, quantize) if quantize else []  # layers whose shape can't be
+        if quantize:
+            self.pass_bytes = self.pass_weights * BITS[quantize] // 8
         pack_linears(self.base)
         linear = isinstance(self.head, nn.Linear)
         self._apply_head = packed(self.head.weight.detach(), self.head.bias) if linear else self.head
@@ -151,6 +158,15 @@ class Target:
             return out
         finally:
             current_pass.reset(token)
+
+    def slot_bytes(self) -> int:
+        """Bytes of one token's keys and values in the cache, all layers."""
+        return sum(c.kv_heads * (c.key_dim + c.value_dim) for c in self._layers) * self.dtype.itemsize
+
+    def slot_operations(self) -> int:
+        """Operations of attention for one row and one key, all layers."""
+        heads = int(self.config.num_attention_heads)
+        return sum(2 * heads * (c.key_dim + c.value_dim) for c in self._layers)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         return KVCache(self._layers, batch=batch, capacity=capacity, dtype=self.dtype, device=self.device)
@@ -318,6 +334,13 @@ class Target:
             visible=torch.ones(1, 1, cache.capacity, dtype=torch.bool, device=self.device),
         )
         return self._forward(padded[None], where, plan)[0, :n]
+
+
+def weights_of_a_pass(base: nn.Module, head: nn.Module, embed: nn.Module) -> tuple[int, int]:
+    """Number and bytes of a pass's weights; embeddings are looked up, a row a token, and don't count."""
+    looked_up = {id(parameter) for parameter in embed.parameters()}
+    used = [p for p in base.parameters() if id(p) not in looked_up] + list(head.parameters())
+    return sum(p.numel() for p in used), sum(p.numel() * p.element_size() for p in used)
 
 
 def refuse_unsupported(config: Any, name: str) -> None:

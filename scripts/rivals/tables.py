@@ -1,0 +1,73 @@
+"""Table and plot of a side-by-side run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from beagle.evaluation.figures import resolved, speed_up_text
+from beagle.evaluation.report.style import INK, new_figure, title
+from beagle.evaluation.report.tables import Table
+
+COLOURS = {"transformers": "#a6761d", "Beagle": "#0072b2", "llama.cpp": "#009e73", "vLLM": "#d55e00"}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    rows = []
+    for mode, m in result["modes"].items():
+        over = "1" if mode == "transformers" else speed_up_text(result["over_transformers"][mode])
+        tau = f"{m['tau']:.2f}" if m["passes"] else "-"
+        prefill = f"{1000 * m['prefill_seconds'] / m['questions']:.0f}"
+        rows.append(
+            [result["labels"][mode], f"{m['tokens_per_second']:.1f}", over, tau, prefill, f"{m['identical']:.0%}"]
+        )
+    rows += [[label, "not measured", why, "", "", ""] for label, why in result["not_measured"].items()]
+    header = ["engine", "token/s", "over transformers' generate (spread)", "τ", "prefill, ms", "identical"]
+    machine = result["meta"]["machine"]
+    engines = "; ".join(f"{result['labels'][mode]}: {about}" for mode, about in result["meta"]["engines"].items())
+    note = (
+        f"{heading(result)}. {machine['cpu']}, {machine['threads']} threads each. token/s: after the first token; spread: "
+        "10th to 90th percentile of questions; identical: answers equal to our plain decoding's (quantised engines run "
+        f"other weights).{' ' + engines if engines else ''}\n\n`{result['meta']['command']}`"
+    )
+    return Table("Side by side", header, rows, note).markdown()
+
+
+def heading(result: dict[str, Any]) -> str:
+    target, settings = result["meta"]["target"], result["meta"]["settings"]
+    questions = max(m["questions"] for m in result["modes"].values())
+    return f"{target['name']}, greedy, batch 1, {settings['max_new_tokens']} new tokens, {questions} questions"
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Bars of speed over transformers' plain ``generate``, fastest first; hatched where the spread holds 1."""
+    from matplotlib import pyplot
+
+    ratios = {mode: r for mode, r in result["over_transformers"].items() if r}
+    order = sorted(ratios, key=lambda mode: -ratios[mode]["pooled"])
+    figure, (axis,) = new_figure(size=(9.0, 1.6 + 0.42 * len(order)))
+    reach = max(max(r["high"], r["pooled"]) for r in ratios.values())
+    for y, mode in enumerate(order):
+        r, colour = ratios[mode], COLOURS[result["labels"][mode].partition(":")[0]]
+        sure = mode == "transformers" or resolved(r)
+        axis.barh(
+            y, r["pooled"], 0.62, color=colour if sure else "none", edgecolor=colour, hatch=None if sure else "////"
+        )
+        if mode != "transformers":
+            axis.plot([r["low"], r["high"]], [y, y], color=INK, linewidth=1.4)
+            for end in (r["low"], r["high"]):
+                axis.plot([end, end], [y - 0.13, y + 0.13], color=INK, linewidth=1.4)
+        text = f"{r['pooled']:.2f}×  ({result['modes'][mode]['tokens_per_second']:.0f} token/s)"
+        axis.annotate(
+            text, (max(r["high"], r["pooled"]), y), (6, 0), textcoords="offset points", va="center", fontsize=9
+        )
+    axis.axvline(1, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+    axis.set_yticks(range(len(order)), [result["labels"][mode] for mode in order])
+    axis.set_ylim(len(order) - 0.45, -0.55)
+    axis.set_xlim(0, reach * 1.3)
+    axis.tick_params(left=False)
+    axis.set_xlabel("speed over transformers' generate (dashed: 1×)")
+    shown = "Bar: pooled; line: 10th to 90th percentile of questions; hatched: the spread holds 1."
+    title(figure, "Side by side with other engines", f"{heading(result)}. {shown}")
+    figure.savefig(path, dpi=160, facecolor="white")
+    pyplot.close(figure)

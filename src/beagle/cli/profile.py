@@ -1,0 +1,118 @@
+"""``beagle profile``: a pass against the machine's limits, and where an iteration's time goes."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from beagle.cli import options as o
+from beagle.cli.tables import follow, new_table
+from beagle.errors import BeagleError
+from beagle.evaluation.meta import command_line, describe, portable
+from beagle.evaluation.modes import Options
+from beagle.evaluation.profile import CONTEXT, Profile
+from beagle.evaluation.records import Record
+from beagle.evaluation.report.profile import save_profile
+from beagle.evaluation.report.tables import PARTS, per_pass
+from beagle.evaluation.suites import load_questions, load_suite
+from beagle.training.states import write_json
+
+
+def profile(
+    questions: Annotated[
+        list[str] | None, typer.Option(help="Question file, .jsonl (repeatable); without it, the quick suite.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Questions of each file.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=2)] = 128,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the plot here: .png, .svg or .pdf.")] = None,
+    target: o.TargetName = "smollm2-135m",
+    draft: o.DraftName = "auto",
+    exact: o.Exact = False,
+    dtype: o.DType = "auto",
+    device: o.Device = "auto",
+    tree: o.Tree = "dynamic",
+    depth: o.Depth = 5,
+    beam: o.TopK = 8,
+    nodes: o.Nodes = 0,
+    quantize: o.Quantize = None,
+    trust_remote_code: o.Trust = False,
+) -> None:
+    """The floor of a pass here, its measured time, and where the rest of an iteration goes.
+
+    Measures how fast this machine reads memory and multiplies matrices, times passes by number of rows, then
+    answers questions plainly and with drafts, taking turns. What each line means: docs/performance.md.
+
+    Example: [bold]beagle profile --dtype bfloat16 --json profile.json --plot profile.png[/bold]
+    """
+    for path in (json, plot):
+        if path is not None:
+            o.check_writable(path)
+    if plot is not None:
+        if plot.suffix not in (".png", ".svg", ".pdf"):
+            raise BeagleError(f"--plot '{plot}': the name must end in .png, .svg or .pdf")
+        if find_spec("matplotlib") is None:
+            raise BeagleError("--plot needs matplotlib; install it: pip install 'beagle-decoding[plots]'")
+    sets = load_questions(questions, limit) if questions else load_suite("quick", limit)
+    plan = o.tree_plan(tree, depth, beam, nodes)
+    model = o.load_model(target, draft, dtype, device, plan, trust_remote_code, quantize)
+    with o.console.status("measuring memory, products, passes and drafts"):
+        work = Profile(model, Options(max_new_tokens, exact=exact))
+    records: list[Record] = []
+    for part in follow(work.run(sets), sum(map(len, sets.values()))):
+        records += part
+    result = work.result(records)
+    result["meta"] = {
+        **describe(model.target),
+        "command": command_line(),
+        "arguments": {
+            "questions": [portable(name) for name in questions or ["quick"]], "limit": limit,
+            "max_new_tokens": max_new_tokens, "temperature": 0.0, "exact": exact, "draft": portable(draft),
+            "tree": tree, "depth": depth, "beam": beam, "nodes": nodes or "by cost",
+        },
+    }  # fmt: skip
+    if json is not None:
+        write_json(json, result)
+    if plot is not None:
+        save_profile(result, plot)
+    show(result)
+
+
+def show(result: dict[str, Any]) -> None:
+    """Both tables, and the sentences that sum them up."""
+    console = Console()
+    rates = result["rates"]
+    console.print(
+        f"this machine reads {rates['bandwidth'] / 1e9:.1f} GB/s and multiplies {rates['matrix_rate'] / 1e9:.0f} "
+        f"GFLOP/s in {result['meta']['target']['dtype']}",
+        highlight=False,
+    )
+    table = new_table(f"a pass after {CONTEXT} tokens", "rows", "ms", "floor ms", "read ms", "compute ms", "over floor")
+    for p in result["passes"]:
+        cells = [f"{p[name]:.2f}" for name in ("ms", "floor_ms", "read_ms", "compute_ms")]
+        table.add_row(str(p["rows"]), *cells, f"{p['ms'] / p['floor_ms']:.1f}×")
+    console.print(table)
+    table = new_table("an iteration, ms", "mode", *PARTS, "sum", "τ", "outside", "text", "token/s")
+    for mode, m in result["modes"].items():
+        parts = per_pass(m)
+        if parts:
+            cells = [f"{parts[part]:.2f}" for part in PARTS]
+            text = 1000 * m["text_seconds"] / m["passes"]
+            table.add_row(
+                mode, *cells, f"{sum(parts.values()):.2f}", f"{m['tau']:.2f}", f"{m['outside_share']:.1%}", f"{text:.2f}",
+                f"{m['tokens_per_second']:.1f}",
+            )  # fmt: skip
+    console.print(table)
+    if "model" in result:
+        against = result["model"]
+        console.print(
+            f"speed-up {against['achieved_speed_up']:.2f}×, {against['share']:.0%} of the {against['expected_speed_up']:.2f}× "
+            f"that the cost model expects (a whole draft takes {result['draft_ms']:.2f} ms)",
+            highlight=False,
+        )
+    note = "outside: share of an iteration that is neither draft nor verify. text: tokenising and putting text together, no part of the speeds."
+    console.print(f"[dim]{note}[/dim]", highlight=False)

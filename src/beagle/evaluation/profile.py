@@ -1,0 +1,100 @@
+"""Where the time of decoding goes, and how far a pass is from what the machine allows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from beagle.decoding.costs import SIZES, Costs
+from beagle.decoding.stats import Stats
+from beagle.drafters.base import TreePlan
+from beagle.drafters.lookup import LookupDrafter
+from beagle.evaluation.figures import figures
+from beagle.evaluation.floor import Machine, floor, probe
+from beagle.evaluation.modes import Contender, Options
+from beagle.evaluation.records import Record
+from beagle.evaluation.run import Sets, run
+from beagle.model import Model
+from beagle.targets.chat import Message
+from beagle.targets.target import Target
+
+CONTEXT = 256  # tokens before the passes that are timed by their rows
+
+
+@dataclass(frozen=True)
+class Timed(Contender):
+    """A mode that also notes each answer's time outside the engine: tokenising, putting text together."""
+
+    texts: list[float] = field(default_factory=list)
+
+    def answer(self, prompt: str | Sequence[Message], options: Options, seed: int) -> tuple[list[int], Stats]:
+        began = time.perf_counter()
+        ids, stats = super().answer(prompt, options, seed)
+        self.texts.append(time.perf_counter() - began - stats.prefill_seconds - stats.decode_seconds)
+        return ids, stats
+
+
+class Profile:
+    """Plain decoding and, where there is a drafter, drafting, side by side on the same questions."""
+
+    def __init__(self, model: Model, options: Options) -> None:
+        """Measures the machine and the costs of a pass anew: old ones may come from a busier hour."""
+        self.model = model
+        self.options = options
+        self.machine = probe(model.target)
+        # a pass costs the same whatever drafts; decoding plainly, the cheapest drafter stands in
+        timed = model if model.drafter is not None else Model(model.target, LookupDrafter(), TreePlan())
+        self.costs = timed.costs(options.exact, fresh=True)
+        self.modes = [Timed("plain", Model(model.target))]
+        if model.drafter is not None:
+            self.modes.append(Timed("beagle", model))
+
+    def run(self, sets: Sets) -> Iterator[list[Record]]:
+        """The records of each question as soon as it is answered."""
+        yield from run(self.modes, sets, self.options)
+
+    def result(self, records: Sequence[Record]) -> dict[str, Any]:
+        """A side-by-side run's figures, and ``rates``, ``passes`` (by rows) and, drafting, ``model`` and ``draft_ms``."""
+        costs = {"beagle": self.costs} if self.model.drafter is not None else {}
+        result = figures(records, costs)
+        for mode in self.modes:
+            m = result["modes"][mode.mode]
+            m["text_seconds"] = round(sum(mode.texts[1:]), 4)  # the first is the warm-up
+            m["outside_share"] = round((m["accept_seconds"] + m["other_seconds"]) / m["seconds"], 4)
+        if costs:
+            result["draft_ms"] = round(1000 * self.costs.draft, 3)
+            result["model"] = against_model(result)
+        result["rates"] = asdict(self.machine)
+        result["passes"] = passes(self.model.target, self.machine, self.costs)
+        return result
+
+
+def passes(target: Target, machine: Machine, costs: Costs) -> list[dict[str, float]]:
+    """A row for each measured number of rows: milliseconds and floor of a pass, and what bounds the floor."""
+    context = max(1, min(CONTEXT, target.context_limit - SIZES[-1] - 1))
+    out = []
+    for rows in SIZES:
+        if rows >= len(costs.verify):  # exact mode has no such passes, nor a short context
+            break
+        least = floor(target, machine, rows, context)
+        out.append(
+            {
+                "rows": rows,
+                "ms": round(1000 * costs.verify[rows], 3),
+                "floor_ms": round(1000 * least.seconds, 4),
+                "read_ms": round(1000 * least.bytes / machine.bandwidth, 4),
+                "compute_ms": round(1000 * least.operations / machine.matrix_rate, 4),
+                "megabytes": round(least.bytes / 1e6, 2),
+                "gigaoperations": round(least.operations / 1e9, 4),
+            }
+        )
+    return out
+
+
+def against_model(result: Mapping[str, Any]) -> dict[str, float]:
+    """The cost model's speed-up beside the one achieved, and what share of it that is."""
+    expected = result["modes"]["beagle"]["expected_speed_up"]
+    achieved = result["ratios"]["beagle/plain"].get("pooled", 0.0)
+    return {"expected_speed_up": expected, "achieved_speed_up": achieved, "share": round(achieved / expected, 4)}

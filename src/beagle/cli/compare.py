@@ -17,9 +17,10 @@ from beagle.evaluation.compare.runs import Budget, in_fresh_process, run_all, sp
 from beagle.evaluation.compare.suites import SUITES, Suite, find_suite
 from beagle.evaluation.compare.variants import parse_list
 from beagle.evaluation.meta import command_line, describe
+from beagle.files import write_json
 from beagle.training.pipeline import read_recipe
 from beagle.training.prompts import read_prompts
-from beagle.training.states import StateStore, write_json
+from beagle.training.states import StateStore
 
 
 def compare_training(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,8 +19,8 @@ from beagle.decoding.loop import MOST_NODES, Emitted, Walk
 from beagle.decoding.sampling import Sampler, choose_rows
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import Draft, Drafter, TreePlan, cut
-from beagle.targets.target import Target
 from beagle.targets.shape import TreeShape
+from beagle.targets.target import Target
 
 PROMPT_TOKENS = 4096  # of prompts that enter together, the shorter ones counted as long as the longest
 
@@ -36,7 +36,7 @@ class Row:
             answers are those of the run.
         states: true states of the prompt and of all tokens but the last, ``[n, hidden]`` piece by
             piece, where the batch keeps them.
-        drafter: of this row's context.
+        drafter: of this row's context. ended: whether the row has left its batch.
     """
 
     ids: list[int]
@@ -46,6 +46,7 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)
     drafter: Drafter | None = None
+    ended: bool = False
 
     @property
     def left(self) -> int:
@@ -179,8 +180,9 @@ class Batch:
 
     def leave(self, row: Row) -> None:
         """End an answer, if it hasn't ended; the last row takes its place in the cache."""
-        if row not in self.live:
+        if row.ended:
             return
+        row.ended = True
         at = self.live.index(row)
         last = len(self.live) - 1
         if at != last:
@@ -206,10 +208,10 @@ class Batch:
         made = self._drafter.draft_rows(
             [row.drafter for row in rows if row.drafter],
             [row.tokens[-1] for row in rows],
-            replace(self._plan, depth=max(reach)),
+            replace(self._plan, depth=max(reach), nodes=None),
             self._costs.min_gain if self._costs else 0.0,
         )
-        made = [cut(draft, depth, MOST_NODES) for draft, depth in zip(made, reach, strict=True)]
+        made = [cut(draft, depth, self._plan.nodes or MOST_NODES) for draft, depth in zip(made, reach, strict=True)]
         if self._costs is not None and self._plan.nodes is None and self._plan.kind == "dynamic":
             made = shared(made, self._costs, len(self.live))
         for i, draft in zip(drafting, made, strict=True):

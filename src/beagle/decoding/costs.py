@@ -17,9 +17,9 @@ from statistics import median
 import torch
 
 from beagle.drafters.base import Drafter, TreePlan
+from beagle.files import write_json
 from beagle.targets.loading import cache_dir
 from beagle.targets.target import EXACT_BLOCK, EXACT_ROWS, Target, TreeShape
-from beagle.training.states import write_json
 
 SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 

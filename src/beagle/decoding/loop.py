@@ -20,7 +20,6 @@ from beagle.drafters.base import Draft, Drafter, TreePlan
 from beagle.errors import BeagleError
 from beagle.targets.target import EXACT_BLOCK, EXACT_ROWS, Target, TreeShape
 
-
 MOST_NODES = 64  # candidates of a tree, besides the root
 
 

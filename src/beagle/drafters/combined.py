@@ -48,8 +48,8 @@ class CombinedDrafter(Drafter):
         drafts = self.lookup.draft_rows([row.lookup for row in rows], roots, plan, min_gain)
         unsure = [i for i, repeated in enumerate(drafts) if depth_of(repeated, SURE) < plan.depth]
         if unsure:
-            heads = [rows[i].head for i in unsure]
-            for i, draft in zip(unsure, self.head.draft_rows(heads, [roots[i] for i in unsure], plan, min_gain)):
+            heads, own_roots = [rows[i].head for i in unsure], [roots[i] for i in unsure]
+            for i, draft in zip(unsure, self.head.draft_rows(heads, own_roots, plan, min_gain), strict=True):
                 drafts[i] = merge(draft, drafts[i], plan.nodes or 64)
         return drafts
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -114,8 +115,7 @@ class TreeDrafter(Drafter):
     def draft_rows(self, rows: Sequence[Self], roots: list[int], plan: TreePlan, min_gain: float = 0.0) -> list[Draft]:
         width = 1 if plan.kind == "chain" else plan.top_k
         beams = Beams(self, rows, plan.depth * max(width, len(STATIC_PATHS)))
-        # candidates level by level: tokens, cumulative log-probabilities, parents, each [contexts, candidates]
-        found: list[tuple[list[int], Tensor, Tensor, Tensor]] = []
+        found: list[Level] = []
         paths: list[tuple[int, ...]] = []  # rank paths, static trees only
         live = list(range(len(rows)))  # contexts that still grow
         tokens = torch.tensor(roots, device=self.device)[:, None]
@@ -145,7 +145,7 @@ class TreeDrafter(Drafter):
                 level_scores, level_tokens, level_parents = (
                     x[:, keep] for x in (level_scores, level_tokens, level_parents)
                 )
-            found.append((live, level_tokens, level_scores, level_parents))
+            found.append(Level(live, level_tokens, level_scores, level_parents))
             if level == plan.depth:
                 break
             if keep is None:
@@ -247,18 +247,27 @@ class Beams:
         self._newest, self._mask = self._newest[contexts], self._mask[contexts]
 
 
-def ranked_drafts(
-    found: list[tuple[list[int], Tensor, Tensor, Tensor]], contexts: int, plan: TreePlan
-) -> list[Draft]:
+@dataclass(frozen=True)
+class Level:
+    """Candidates of one level: tokens, cumulative log-probabilities, parents (candidates of the levels
+    above), each ``[contexts, candidates]``."""
+
+    contexts: list[int]
+    tokens: Tensor
+    scores: Tensor
+    parents: Tensor
+
+
+def ranked_drafts(levels: list[Level], contexts: int, plan: TreePlan) -> list[Draft]:
     """Each context's candidates, best first (static trees keep their order)."""
-    tokens, scores, parents = (
-        torch.cat([level[i].flatten() for level in found]).tolist() for i in (1, 2, 3)  # type: ignore[union-attr]
-    )
+    tokens = torch.cat([level.tokens.flatten() for level in levels]).tolist()
+    scores = torch.cat([level.scores.flatten() for level in levels]).tolist()
+    parents = torch.cat([level.parents.flatten() for level in levels]).tolist()
     drafts = [Draft([], [], []) for _ in range(contexts)]
     at = 0
-    for live, level_tokens, *_ in found:
-        n = level_tokens.shape[1]
-        for context in live:
+    for level in levels:
+        n = level.tokens.shape[1]
+        for context in level.contexts:
             drafts[context].tokens.extend(tokens[at : at + n])
             drafts[context].parents.extend(parents[at : at + n])
             drafts[context].scores.extend(scores[at : at + n])

@@ -114,7 +114,7 @@ class TreeDrafter(Drafter):
     @torch.no_grad()
     def draft_rows(self, rows: Sequence[Self], roots: list[int], plan: TreePlan, min_gain: float = 0.0) -> list[Draft]:
         width = 1 if plan.kind == "chain" else plan.top_k
-        beams = Beams(self, rows, plan.depth * max(width, len(STATIC_PATHS)))
+        beams = Beams(self, rows, plan.depth, max(width, len(STATIC_PATHS)))
         found: list[Level] = []
         paths: list[tuple[int, ...]] = []  # rank paths, static trees only
         live = list(range(len(rows)))  # contexts that still grow
@@ -194,24 +194,26 @@ class Beams:
         level: the level under way, the root's being 1.
     """
 
-    def __init__(self, drafter: TreeDrafter, rows: Sequence[TreeDrafter], appended: int) -> None:
+    def __init__(self, drafter: TreeDrafter, rows: Sequence[TreeDrafter], depth: int, width: int) -> None:
         """
         Args:
-            appended: most keys that a tree appends.
+            depth: most levels. width: most nodes of a level.
         """
         self.level = 1
         self._head = drafter.head
         self._rows = list(rows)
         for row in rows:
-            row._reserve(row.length + 1 + appended)
-        self._newest = torch.tensor([[row.length - 1] for row in rows], device=drafter.device)
+            row._reserve(row.length + 1 + depth * width)
         dtype = drafter.lm_head.dtype
+        slots = [list(range(row.length - 1, row.length - 1 + depth)) for row in rows]  # one a level
+        self._cos, self._sin = drafter.head.rotation(torch.tensor(slots, device=drafter.device), dtype)
         # additive [contexts, beam, appended]: which of the appended keys each node sees
         self._mask = torch.zeros(len(rows), 1, 0, dtype=dtype, device=drafter.device)
 
     def rotation(self) -> Rotation:
         """RoPE of the one slot at which all nodes of a context's level stand, ``[contexts, 1, 1, head_dim]``."""
-        return self._head.rotation(self._newest + self.level - 1, self._mask.dtype)
+        level = slice(self.level - 1, self.level)
+        return self._cos[:, :, level], self._sin[:, :, level]
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Write a key and value of each node of the beams, ``[contexts, kv_heads, beam, head_dim]``, that
@@ -244,7 +246,7 @@ class Beams:
     def keep(self, contexts: list[int]) -> None:
         """Only these go on."""
         self._rows = [self._rows[i] for i in contexts]
-        self._newest, self._mask = self._newest[contexts], self._mask[contexts]
+        self._cos, self._sin, self._mask = self._cos[contexts], self._sin[contexts], self._mask[contexts]
 
 
 @dataclass(frozen=True)

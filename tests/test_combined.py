@@ -86,7 +86,7 @@ def test_both_kinds_of_candidates_are_there_and_a_sure_repetition_needs_no_head(
     loop = [5, 6] * 12
     states = target.prefill(torch.tensor([loop]), target.new_cache(1, 64))[0]
     drafter.begin(loop, states)
-    monkeypatch.setattr(head, "draft", lambda *_: pytest.fail("drafted"))
+    monkeypatch.setattr(head, "draft_rows", lambda *_: pytest.fail("drafted"))
     assert drafter.draft(5, plan).tokens[:3] == [6, 5, 6]
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from beagle.decoding.batch import Batch, Row
 from beagle.decoding.costs import Costs, cached_costs
-from beagle.decoding.loop import Emitted, Step, decode
+from beagle.decoding.loop import Emitted, Step, decode, room
 from beagle.decoding.sampling import Sampler
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import Drafter, TreePlan
@@ -110,14 +112,11 @@ class Model:
             draft: False decodes plainly. stats: filled while the answer grows.
             watch: see ``decoding.loop.decode``.
         """
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        if any(not s for s in stops):
-            raise BeagleError("a stop string is empty; leave it out")
+        stops = stop_strings(stop)
         if max_new_tokens < 1:
             raise BeagleError("max_new_tokens must be at least 1")
         ids = encode(self.target, prompt, raw=raw)
         drafter = self.drafter if draft else None
-        open_size = self.plan.nodes is None and self.plan.kind == "dynamic"
         sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, length=max_new_tokens)
         stats = stats if stats is not None else Stats()
         steps = decode(
@@ -128,11 +127,74 @@ class Model:
             stats=stats,
             drafter=drafter,
             plan=self.plan,
-            costs=self.costs(exact) if drafter is not None and open_size else None,
+            costs=self._costs_of_sizes(drafter, exact),
             exact=exact,
             watch=watch,
         )
         yield from self._texts(steps, stops, stats)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str | Sequence[Message] | Sequence[int]],
+        *,
+        rows: int = 8,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | Sequence[int] = 0,
+        stop: str | Sequence[str] = (),
+        raw: bool = False,
+        draft: bool = True,
+    ) -> list[Answer]:
+        """``generate`` for each of some prompts, ``rows`` of them at a time in shared passes.
+
+        In float32 the answers are those of ``generate`` with the same options, in half precision up to near-ties.
+
+        Args:
+            rows: answers under way at once; where one ends, the next prompt takes its place.
+            seed: one for all prompts, or one for each.
+        Returns:
+            Answers in the order of the prompts. Their times are shares of the passes that they were in,
+            so that the sum over all answers is the run's.
+        """
+        stops = stop_strings(stop)
+        if rows < 1:
+            raise BeagleError("rows of a batch must be at least 1")
+        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(prompts):
+            raise BeagleError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one seed, or one for each prompt")
+        jobs: list[Row] = []
+        for number, (prompt, own_seed) in enumerate(zip(prompts, seeds, strict=True), 1):
+            ids = encode(self.target, prompt, raw=raw)
+            most = room(self.target, ids, max_new_tokens, f"prompt {number} of {len(prompts)}")
+            sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, seed=own_seed, length=most)
+            jobs.append(Row(ids, most, sampler))
+        if not jobs:
+            return []
+        drafter = self.drafter if draft else None
+        batch = Batch(
+            self.target,
+            rows=min(rows, len(jobs)),
+            slots=max(len(job.ids) + job.max_new_tokens for job in jobs),
+            drafter=drafter,
+            plan=self.plan,
+            costs=self._costs_of_sizes(drafter, False),
+        )
+        texts: dict[Row, str] = {}
+        for job, emitted in batch.run(deque(jobs)):
+            if stopped := self._stopped(job.tokens, len(job.tokens) - len(emitted.tokens), stops):
+                texts[job], surplus = stopped
+                del job.tokens[len(job.tokens) - surplus :]
+                job.stats.tokens -= surplus
+                job.stats.passed_tokens -= surplus
+                batch.leave(job)
+        return [Answer(texts[job] if job in texts else self._decode(job.tokens), job.tokens, job.stats) for job in jobs]
+
+    def _costs_of_sizes(self, drafter: Drafter | None, exact: bool) -> Costs | None:
+        """Costs, where they choose the tree's size."""
+        open_size = self.plan.nodes is None and self.plan.kind == "dynamic"
+        return self.costs(exact) if drafter is not None and open_size else None
 
     def _texts(self, steps: Iterator[Emitted], stops: list[str], stats: Stats) -> Iterator[Piece]:
         """Decode incrementally; hold back half characters and what may become a stop string."""
@@ -177,6 +239,17 @@ class Model:
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self.target.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def stop_strings(stop: str | Sequence[str]) -> list[str]:
+    """
+    Raises:
+        BeagleError: one of them is empty.
+    """
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    if any(not s for s in stops):
+        raise BeagleError("a stop string is empty; leave it out")
+    return stops
 
 
 def load(

@@ -17,8 +17,8 @@ from beagle.evaluation.modes import Drafts, Options, check_modes, load_contender
 from beagle.evaluation.records import Record
 from beagle.evaluation.run import run
 from beagle.evaluation.suites import unique
+from beagle.files import write_json
 from beagle.training.prompts import read_prompts
-from beagle.training.states import write_json
 
 
 def bench(

@@ -17,9 +17,9 @@ from statistics import median
 import torch
 
 from beagle.drafters.base import Drafter, TreePlan
+from beagle.files import write_json
 from beagle.targets.loading import cache_dir
 from beagle.targets.target import EXACT_BLOCK, EXACT_ROWS, Target, TreeShape
-from beagle.training.states import write_json
 
 SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
@@ -32,16 +32,27 @@ class Costs:
     draft: float
     depth: int
 
-    def best_size(self, scores: list[float]) -> int:
-        """Candidates worth verifying, given their cumulative log-probabilities, best first."""
-        best, expected = 0, 1.0
-        best_rate = 1 / (self.verify[1] + self.draft)
-        for n, score in enumerate(scores[: len(self.verify) - 2], 1):
+    def best_size(self, scores: list[float], roots: int = 1) -> int:
+        """Candidates worth verifying, given their cumulative log-probabilities, best first.
+
+        Args:
+            roots: answers that share the pass, and their candidates its cost: each brings its root.
+        """
+        best, expected = 0, float(roots)
+        best_rate = expected / (self._pass(roots) + self.draft)
+        for n, score in enumerate(scores[: roots * (len(self.verify) - 2)], 1):
             expected += math.exp(score)
-            rate = expected / (self.verify[n + 1] + self.draft)
+            rate = expected / (self._pass(roots + n) + self.draft)
             if rate > best_rate:
                 best, best_rate = n, rate
         return best
+
+    def _pass(self, rows: int) -> float:
+        """``verify``, going on as steeply as its second half where a pass has more rows than were measured."""
+        last = len(self.verify) - 1
+        if rows <= last:
+            return self.verify[rows]
+        return self.verify[last] + (rows - last) * (self.verify[last] - self.verify[last // 2]) / (last - last // 2)
 
     @property
     def min_gain(self) -> float:

@@ -20,6 +20,8 @@ from beagle.drafters.base import Draft, Drafter, TreePlan
 from beagle.errors import BeagleError
 from beagle.targets.target import EXACT_BLOCK, EXACT_ROWS, Target, TreeShape
 
+MOST_NODES = 64  # candidates of a tree, besides the root
+
 
 @dataclass(frozen=True)
 class Emitted:
@@ -71,13 +73,8 @@ def decode(
     """
     plan = plan or TreePlan()
     ended = ended or target.eos_ids.__contains__
-    limit = target.context_limit
-    if len(ids) >= limit:
-        raise BeagleError(f"the prompt has {len(ids)} tokens, the context of {target.name} {limit}; shorten the prompt")
-    max_new_tokens = min(max_new_tokens, limit - len(ids))
-    if max_new_tokens < 1:
-        raise BeagleError("max_new_tokens must be at least 1")
-    most = EXACT_ROWS - 1 if exact else 64
+    max_new_tokens = room(target, ids, max_new_tokens)
+    most = EXACT_ROWS - 1 if exact else MOST_NODES
     slack = EXACT_ROWS if exact else most + 1
     keys = -(-(len(ids) + max_new_tokens + slack) // EXACT_BLOCK) * EXACT_BLOCK
     cache = target.new_cache(1, keys)
@@ -139,32 +136,69 @@ def decode(
         yield Emitted(chosen, len(path) - 1)
 
 
+def room(target: Target, ids: list[int], max_new_tokens: int, name: str = "the prompt") -> int:
+    """``max_new_tokens``, or what the target's context has left behind the prompt.
+
+    Raises:
+        BeagleError: nothing is left; the prompt is called by its ``name``.
+    """
+    limit = target.context_limit
+    if len(ids) >= limit:
+        raise BeagleError(f"{name} has {len(ids)} tokens, the context of {target.name} {limit}; shorten the prompt")
+    if max_new_tokens < 1:
+        raise BeagleError("max_new_tokens must be at least 1")
+    return min(max_new_tokens, limit - len(ids))
+
+
 def accept(
     logits: Tensor, draft: Draft, sampler: Sampler, position: int, left: int, ended: Callable[[int], bool]
 ) -> tuple[list[int], list[int], bool]:
     """Walk from the root along the target's own choices while the draft has them.
-
-    The target's choice at a node is what plain decoding would have chosen there; where a child
-    carries that token the walk goes on, else the token is the bonus. Deterministic candidates are
-    so verified losslessly, greedy or sampled.
 
     Args:
         logits: ``[nodes, vocabulary]``, the root's first.
     Returns:
         The accepted nodes (the root first), the tokens chosen at each of them, and whether the last ends the answer.
     """
-    children: dict[tuple[int, int], int] = {}
-    for node, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True), 1):
-        children.setdefault((parent + 1, token), node)
     greedy = logits.argmax(-1).tolist() if not sampler.temperature else None
-    path: list[int] = [0]
-    chosen: list[int] = []
-    while True:
-        node = path[-1]
-        token = greedy[node] if greedy is not None else sampler.choose(logits[node], position + len(chosen))
-        chosen.append(token)
-        over = ended(token)
-        child = children.get((node, token))
-        if over or child is None or len(chosen) == left:
-            return path, chosen, over
-        path.append(child)
+    walk = Walk(draft, ended, left)
+    while walk.goes_on:
+        node = walk.path[-1]
+        walk.take(greedy[node] if greedy else sampler.choose(logits[node], position + len(walk.chosen)))
+    return walk.path, walk.chosen, walk.over
+
+
+class Walk:
+    """The way through a verified tree, from the root along the target's own choices.
+
+    The target's choice at a node is what plain decoding would have chosen there; where a child
+    carries that token the walk goes on, else the token is the bonus. Deterministic candidates are
+    so verified losslessly, greedy or sampled.
+
+    Attributes:
+        path: the accepted nodes, the root first. chosen: the tokens chosen at each of them.
+        goes_on: whether ``path[-1]`` still has no token. over: whether the last token ends the answer.
+    """
+
+    def __init__(self, draft: Draft, ended: Callable[[int], bool], left: int) -> None:
+        """
+        Args:
+            ended: takes each chosen token, once and in order; whether it ends the answer. left: most tokens to choose.
+        """
+        self.path: list[int] = [0]
+        self.chosen: list[int] = []
+        self.goes_on = True
+        self.over = False
+        self._ended, self._left = ended, left
+        self._children: dict[tuple[int, int], int] = {}
+        for node, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True), 1):
+            self._children.setdefault((parent + 1, token), node)
+
+    def take(self, token: int) -> None:
+        """The target chooses ``token`` at ``path[-1]``."""
+        self.chosen.append(token)
+        child = self._children.get((self.path[-1], token))
+        self.over = self._ended(token)
+        self.goes_on = child is not None and len(self.chosen) < self._left and not self.over
+        if child is not None and self.goes_on:
+            self.path.append(child)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,23 +33,43 @@ class Sampler:
         self._uniform = torch.rand(length, generator=random, dtype=torch.float64).tolist() if temperature else []
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """``[vocabulary]`` logits to the fp64 distribution that is sampled from."""
-        scores = (logits.double() - logits.max()) / self.temperature
+        """``[..., vocabulary]`` logits to the fp64 distributions that are sampled from."""
+        scores = (logits.double() - logits.amax(-1, keepdim=True)) / self.temperature
         if self.top_k:
-            limit = scores.topk(min(self.top_k, len(scores))).values[-1]
+            limit = scores.topk(min(self.top_k, scores.shape[-1])).values[..., -1:]
             scores = scores.masked_fill(scores < limit, -torch.inf)
         p = torch.softmax(scores, dim=-1)
         if self.top_p < 1:
-            ordered, index = p.sort(descending=True, stable=True)
-            outside = ordered.cumsum(0) - ordered >= self.top_p  # the token that crosses top_p stays in
-            p = p.index_fill(0, index[outside], 0.0)
-            p = p / p.sum()
+            ordered, index = p.sort(dim=-1, descending=True, stable=True)
+            outside = ordered.cumsum(-1) - ordered >= self.top_p  # the token that crosses top_p stays in
+            p = p.scatter(-1, index, ordered.masked_fill(outside, 0.0))
+            p = p / p.sum(-1, keepdim=True)
         return p
 
     def choose(self, logits: Tensor, position: int) -> int:
         """The target's token at ``position`` of the answer, from its logits ``[vocabulary]``."""
-        if not self.temperature:
-            return int(logits.argmax())
-        cumulative = self.probabilities(logits).cumsum(0)
-        drawn = cumulative.new_tensor([self._uniform[position]]) * cumulative[-1]
-        return int(torch.searchsorted(cumulative, drawn, right=True).clamp(max=len(logits) - 1))
+        return choose_rows([self], logits[None], [position])[0]
+
+
+def choose_rows(samplers: Sequence[Sampler], logits: Tensor, positions: Sequence[int]) -> list[int]:
+    """``Sampler.choose`` for several answers at once: a sampler, logits and a position for each row.
+
+    Args:
+        logits: ``[rows, vocabulary]``.
+    """
+    chosen = [0] * len(samplers)
+    alike: dict[tuple[float, int, float], list[int]] = {}
+    for row, one in enumerate(samplers):
+        alike.setdefault((one.temperature, one.top_k, one.top_p), []).append(row)
+    for (temperature, _, _), rows in alike.items():
+        own = logits if len(alike) == 1 else logits[rows]
+        if not temperature:
+            tokens = own.argmax(-1)
+        else:
+            cumulative = samplers[rows[0]].probabilities(own).cumsum(-1)
+            drawn = cumulative.new_tensor([[samplers[row]._uniform[positions[row]]] for row in rows])
+            found = torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True)
+            tokens = found[:, 0].clamp(max=logits.shape[-1] - 1)
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            chosen[row] = token
+    return chosen

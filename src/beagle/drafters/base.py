@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -54,6 +55,26 @@ class Draft:
     parents: list[int]
     scores: list[float]
 
+    def first(self, n: int) -> Draft:
+        """The best ``n`` candidates."""
+        return Draft(self.tokens[:n], self.parents[:n], self.scores[:n])
+
+
+def cut(draft: Draft, depth: int, most: int) -> Draft:
+    """The best ``most`` candidates among those at most ``depth`` levels below the root."""
+    depths = [0]  # of the root, then of each candidate
+    for parent in draft.parents:
+        depths.append(depths[parent + 1] + 1)
+    if max(depths) <= depth:
+        return draft.first(most)
+    kept = [i for i in range(len(draft.tokens)) if depths[i + 1] <= depth]
+    return best_first(
+        [draft.tokens[i] for i in kept],
+        [kept.index(draft.parents[i]) if draft.parents[i] >= 0 else -1 for i in kept],
+        [draft.scores[i] for i in kept],
+        most,
+    )
+
 
 def best_first(tokens: list[int], parents: list[int], scores: list[float], most: int) -> Draft:
     """The ``most`` best candidates of a tree; a stable sort keeps parents before children of equal score."""
@@ -79,3 +100,14 @@ class Drafter(Protocol):
 
         ``min_gain``: expected accepted tokens below which another level is not worth its time.
         """
+
+    # for several contexts at once; a drafter that has something to share among them does better
+
+    def extend_rows(self, rows: Sequence[Any], tokens: list[list[int]], states: list[Tensor]) -> None:
+        """``extend`` for each of some forks."""
+        for row, own, true in zip(rows, tokens, states, strict=True):
+            row.extend(own, true)
+
+    def draft_rows(self, rows: Sequence[Any], roots: list[int], plan: TreePlan, min_gain: float = 0.0) -> list[Draft]:
+        """``draft`` for each of some forks."""
+        return [row.draft(root, plan, min_gain) for row, root in zip(rows, roots, strict=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from beagle.drafters.head import BeagleHead
-from beagle.drafters.tree import TreeDrafter
+from beagle.drafters.tree import Beams, Rotation, TreeDrafter
 
 
 class BeagleDrafter(TreeDrafter):
@@ -16,13 +16,16 @@ class BeagleDrafter(TreeDrafter):
 
     head: BeagleHead
 
-    def _remember(self, tokens: list[int], states: Tensor) -> tuple[Tensor, Tensor]:
-        return self.head.keys_values(states, self._rotation(self.keys, self.keys + len(tokens)))
+    def _known(self, tokens: list[int], states: Tensor) -> tuple[list[int], Tensor]:
+        return tokens, states
 
-    def _level(self, level: int, tokens: Tensor, newest: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        rotation = self._slot(level)
-        if level > 1 and self.head.config.concat:  # the root's state is a true one, cached
-            mask = self._append(*self.head.keys_values(newest, rotation), mask)
+    def _remember(self, tokens: Tensor, states: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        return self.head.keys_values(states, rotation)
+
+    def _level(self, beams: Beams, tokens: Tensor, newest: Tensor) -> Tensor:
+        rotation = beams.rotation()
+        if beams.level > 1 and self.head.config.concat:  # the root's state is a true one, cached
+            beams.append(*self.head.keys_values(newest, rotation))
         embeddings = self.embed(tokens)
-        attended = self._attend(self.head.queries(embeddings, rotation), mask)
-        return self.head.finish(attended, embeddings, newest), mask
+        attended = beams.attend(self.head.queries(embeddings, rotation))
+        return self.head.finish(attended, embeddings, newest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from beagle.drafters.lookup import LookupDrafter
 SURE = math.log(0.6)  # a looked-up chain that likely to hold to its end needs no help from the head
 
 
-class CombinedDrafter:
+class CombinedDrafter(Drafter):
     """Implements ``Drafter``: the candidates of both, merged where they agree.
 
     A candidate's score is the better of the two: both estimate its chance of acceptance.
@@ -35,10 +36,22 @@ class CombinedDrafter:
         self.lookup.extend(tokens, states)
 
     def draft(self, root: int, plan: TreePlan, min_gain: float = 0.0) -> Draft:
-        repeated = self.lookup.draft(root, plan, min_gain)
-        if depth_of(repeated, SURE) >= plan.depth:
-            return repeated
-        return merge(self.head.draft(root, plan, min_gain), repeated, plan.nodes or 64)
+        return self.draft_rows([self], [root], plan, min_gain)[0]
+
+    def extend_rows(self, rows: Sequence[CombinedDrafter], tokens: list[list[int]], states: list[Tensor]) -> None:
+        self.head.extend_rows([row.head for row in rows], tokens, states)
+        self.lookup.extend_rows([row.lookup for row in rows], tokens, states)
+
+    def draft_rows(
+        self, rows: Sequence[CombinedDrafter], roots: list[int], plan: TreePlan, min_gain: float = 0.0
+    ) -> list[Draft]:
+        drafts = self.lookup.draft_rows([row.lookup for row in rows], roots, plan, min_gain)
+        unsure = [i for i, repeated in enumerate(drafts) if depth_of(repeated, SURE) < plan.depth]
+        if unsure:
+            heads, own_roots = [rows[i].head for i in unsure], [roots[i] for i in unsure]
+            for i, draft in zip(unsure, self.head.draft_rows(heads, own_roots, plan, min_gain), strict=True):
+                drafts[i] = merge(draft, drafts[i], plan.nodes or 64)
+        return drafts
 
 
 def depth_of(draft: Draft, least: float) -> int:

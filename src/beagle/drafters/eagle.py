@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from beagle.drafters.eagle_head import EagleHead
-from beagle.drafters.tree import TreeDrafter
+from beagle.drafters.tree import Beams, Rotation, TreeDrafter
 
 
 class EagleDrafter(TreeDrafter):
@@ -17,15 +17,16 @@ class EagleDrafter(TreeDrafter):
 
     head: EagleHead
 
-    def _remember(self, tokens: list[int], states: Tensor) -> tuple[Tensor, Tensor]:
+    def _known(self, tokens: list[int], states: Tensor) -> tuple[list[int], Tensor]:
         before = torch.cat([self.newest, states[:-1]])  # h_i of the slots whose t_{i+1} is now known
-        known = torch.tensor(tokens[len(tokens) - len(before) :], dtype=torch.long, device=self.device)
-        features = self.head.features(self.embed(known), before)
-        return self.head.keys_values(features, self._rotation(self.keys, self.keys + len(before)))
+        return tokens[len(tokens) - len(before) :], before
 
-    def _level(self, level: int, tokens: Tensor, newest: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        rotation = self._slot(level)
+    def _remember(self, tokens: Tensor, states: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        return self.head.keys_values(self.head.features(self.embed(tokens), states), rotation)
+
+    def _level(self, beams: Beams, tokens: Tensor, newest: Tensor) -> Tensor:
+        rotation = beams.rotation()
         features = self.head.features(self.embed(tokens), newest)
-        mask = self._append(*self.head.keys_values(features, rotation), mask)
-        attended = self._attend(self.head.queries(features, rotation), mask)
-        return self.head.finish(attended, features), mask
+        beams.append(*self.head.keys_values(features, rotation))
+        attended = beams.attend(self.head.queries(features, rotation))
+        return self.head.finish(attended, features)

@@ -10,10 +10,10 @@ import math
 
 from torch import Tensor
 
-from beagle.drafters.base import Draft, TreePlan, best_first
+from beagle.drafters.base import Draft, Drafter, TreePlan, best_first
 
 
-class LookupDrafter:
+class LookupDrafter(Drafter):
     """Implements ``Drafter``: proposes what followed earlier occurrences of the newest n-gram."""
 
     name = "lookup"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beagle.drafters.base import STATIC_PATHS, Draft, TreePlan, best_first
+from beagle.drafters.base import STATIC_PATHS, Draft, Drafter, TreePlan, best_first
 from beagle.errors import BeagleError
 from beagle.targets.loading import load_target
 from beagle.targets.target import Target, TreeShape
@@ -19,7 +19,7 @@ from beagle.targets.target import Target, TreeShape
 PREFIX = "model:"  # of a ``draft`` that names a model
 
 
-class SmallModelDrafter:
+class SmallModelDrafter(Drafter):
     """Implements ``Drafter`` with a model and a KV cache of its own.
 
     Between drafts the cache holds true tokens only; those that it has not run yet (the target's

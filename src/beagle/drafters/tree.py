@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from beagle.drafters.base import STATIC_PATHS, Draft, TreePlan
+from beagle.drafters.base import STATIC_PATHS, Draft, Drafter, TreePlan, best_first
 from beagle.drafters.block import Block
 from beagle.targets.packing import pack_linears, packed
 from beagle.targets.quantize import RowQuantizer, quantize_linears, quantized
 from beagle.targets.target import Target
 
+Rotation = tuple[Tensor, Tensor]
 
-class TreeDrafter(ABC):
+
+class TreeDrafter(Drafter):
     """Implements ``Drafter`` for heads of one block over cached keys; key i is that of slot i.
 
     Between drafts the cache holds keys of true states only (paper §4.1). While drafting, each node of
@@ -44,24 +49,30 @@ class TreeDrafter(ABC):
         self.length = 0  # tokens of the context
         self.keys = 0  # of true states, in the cache
         self.newest = torch.zeros(0, head.config.hidden_size, dtype=self.lm_head.dtype, device=self.device)
-        self._cache = torch.zeros(0)
-        self._reserve(512)
+        self._cache = torch.zeros(2, head.config.num_kv_heads, 0, head.config.head_dim)
 
     @abstractmethod
-    def _remember(self, tokens: list[int], states: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[kv_heads, m, head_dim]`` of the slots from ``self.keys`` on that can be
-        written now that the target has run ``tokens`` too (``states [n, hidden]``, ``self.newest``
-        is the state before them)."""
-
-    @abstractmethod
-    def _level(self, level: int, tokens: Tensor, newest: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """One level of the tree, the root's being 1.
+    def _known(self, tokens: list[int], states: Tensor) -> tuple[list[int], Tensor]:
+        """What the slots from ``self.keys`` on are made of, now that the target has run ``tokens`` too.
 
         Args:
-            tokens: ``[beam]``, the nodes. newest: ``[beam, hidden]``, the state before each of them.
-            mask: additive ``[beam, appended]``, which of the appended keys each node sees (no columns: there are none).
+            states: true states ``[n, hidden]`` of the tokens; ``self.newest`` is the state before them.
         Returns:
-            Predicted states ``[beam, hidden]``, and the mask with what this level appended.
+            A token and a state ``[m, hidden]`` for each slot that can be written.
+        """
+
+    @abstractmethod
+    def _remember(self, tokens: Tensor, states: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[kv_heads, m, head_dim]`` of such slots, of several contexts end to end."""
+
+    @abstractmethod
+    def _level(self, beams: Beams, tokens: Tensor, newest: Tensor) -> Tensor:
+        """One level of the trees.
+
+        Args:
+            tokens: ``[contexts, beam]``, the nodes. newest: ``[contexts, beam, hidden]``, the state before each.
+        Returns:
+            Predicted states ``[contexts, beam, hidden]``.
         """
 
     def fork(self) -> TreeDrafter:
@@ -69,128 +80,204 @@ class TreeDrafter(ABC):
 
     def begin(self, tokens: list[int], states: Tensor) -> None:
         self.length = self.keys = 0
-        self._reserve(max(512, 2 * len(tokens)))  # fresh: forks must not share it
+        self._cache = self._cache[:, :, :0]  # fresh: forks must not share it
         self.newest = states[:0]
         self.extend(tokens, states)
 
-    @torch.no_grad()
     def extend(self, tokens: list[int], states: Tensor) -> None:
-        end = self.length + len(tokens)
-        if end > self._cache.shape[2]:
-            self._reserve(2 * end)
-        k, v = self._remember(tokens, states)
-        self._write(k, v, self.keys)
-        self.keys += k.shape[1]
-        self.length = end
-        self.newest = states[-1:]
+        self.extend_rows([self], [tokens], [states])
 
     @torch.no_grad()
+    def extend_rows(self, rows: Sequence[Self], tokens: list[list[int]], states: list[Tensor]) -> None:
+        known: list[int] = []
+        before: list[Tensor] = []
+        slots: list[int] = []
+        for row, own, true in zip(rows, tokens, states, strict=True):
+            made_of, state = row._known(own, true)
+            known += made_of
+            before.append(state)
+            slots += range(row.keys, row.keys + len(made_of))
+            row.length += len(own)
+            row.newest = true[-1:]
+            row._reserve(row.length)
+        if not known:
+            return
+        index = torch.tensor([known, slots], device=self.device)
+        rotation = self.head.rotation(index[1], self.lm_head.dtype)
+        k, v = self._remember(index[0], torch.cat(before), rotation)
+        at = 0
+        for row, state in zip(rows, before, strict=True):
+            n = len(state)
+            row._write(k[:, at : at + n], v[:, at : at + n], row.keys)
+            row.keys += n
+            at += n
+
     def draft(self, root: int, plan: TreePlan, min_gain: float = 0.0) -> Draft:
+        return self.draft_rows([self], [root], plan, min_gain)[0]
+
+    @torch.no_grad()
+    def draft_rows(self, rows: Sequence[Self], roots: list[int], plan: TreePlan, min_gain: float = 0.0) -> list[Draft]:
         width = 1 if plan.kind == "chain" else plan.top_k
-        room = self.length + 1 + plan.depth * max(width, len(STATIC_PATHS))
-        if room > self._cache.shape[2]:
-            self._reserve(2 * room)
-        # candidates of all levels, flat: tokens, cumulative log-probabilities, parents
-        tokens: list[Tensor] = []
-        scores: list[Tensor] = []
-        parents: list[Tensor] = []
+        beams = Beams(self, rows, plan.depth, max(width, len(STATIC_PATHS)))
+        found: list[Level] = []
         paths: list[tuple[int, ...]] = []  # rank paths, static trees only
-        beam_tokens = torch.tensor([root], device=self.device)
-        beam_scores = torch.zeros(1, device=self.device)
-        beam_ids = torch.tensor([-1], device=self.device)  # candidate index of each beam node
-        newest = self.newest
-        mask = torch.zeros(1, 0, dtype=newest.dtype, device=self.device)
+        live = list(range(len(rows)))  # contexts that still grow
+        tokens = torch.tensor(roots, device=self.device)[:, None]
+        scores = torch.zeros(len(rows), 1, device=self.device)
+        ids = torch.full((len(rows), 1), -1, device=self.device)  # candidate index of each beam node
+        newest = torch.stack([row.newest for row in rows])
         total = 0
         for level in range(1, plan.depth + 1):
-            states, mask = self._level(level, beam_tokens, newest, mask)
-            logits = self.logits(states).float()
-            best, index = logits.topk(min(width, logits.shape[-1]), dim=-1)  # [beam, width]
+            beams.level = level
+            states = self._level(beams, tokens, newest)
+            logits = self.logits(states.flatten(0, 1)).float()
+            best, index = logits.topk(min(width, logits.shape[-1]), dim=-1)  # [contexts * beam, width]
             # rounding may put the log of a chance near 1 above 0, and a child before its parent
-            chances = (best - logits.logsumexp(-1, keepdim=True)).clamp(max=0.0)
-            level_scores = (beam_scores[:, None] + chances).flatten()
-            level_tokens = self.head.draft_vocab[index].flatten()
-            level_parents = beam_ids.repeat_interleave(best.shape[1])
+            chances = (best - logits.logsumexp(-1, keepdim=True)).clamp(max=0.0).unflatten(0, tokens.shape)
+            children = best.shape[1]
+            level_scores = (scores[..., None] + chances).flatten(1)
+            level_tokens = self.head.draft_vocab[index].view(len(live), -1)
+            level_parents = ids.repeat_interleave(children, dim=1)
             keep: Tensor | None = None
-            if plan.kind == "static":
-                above = [() if i < 0 else paths[i] for i in level_parents.tolist()]
-                ranked = [(*path, i % best.shape[1]) for i, path in enumerate(above)]
+            if plan.kind == "static":  # the same places in every context
+                above = [() if i < 0 else paths[i] for i in level_parents[0].tolist()]
+                ranked = [(*path, i % children) for i, path in enumerate(above)]
                 keep = torch.tensor([i for i, path in enumerate(ranked) if path in STATIC_PATHS], device=self.device)
                 if not len(keep):
                     break
                 paths += [ranked[i] for i in keep.tolist()]
                 level_scores, level_tokens, level_parents = (
-                    x[keep] for x in (level_scores, level_tokens, level_parents)
+                    x[:, keep] for x in (level_scores, level_tokens, level_parents)
                 )
-            tokens.append(level_tokens)
-            scores.append(level_scores)
-            parents.append(level_parents)
+            found.append(Level(live, level_tokens, level_scores, level_parents))
             if level == plan.depth:
                 break
             if keep is None:
-                beam_scores, chosen = level_scores.topk(min(width, len(level_scores)))
-                row = chosen // best.shape[1]  # each beam node's parent in the level above
-                beam_tokens = level_tokens[chosen]
+                scores, chosen = level_scores.topk(min(width, level_scores.shape[1]), dim=1)
+                parents = chosen // children  # each beam node's parent in the level above
+                tokens = level_tokens.gather(1, chosen)
             else:
-                beam_scores, chosen = level_scores, torch.arange(len(level_scores), device=self.device)
-                row = keep // best.shape[1]
-                beam_tokens = level_tokens
-            if min_gain > 0 and float(beam_scores.exp().sum()) < min_gain:
-                break
-            newest = states[row]
-            mask = mask[row] if mask.shape[1] else mask
-            beam_ids = total + chosen
-            total += len(level_tokens)
-        return self._rank(torch.cat(tokens), torch.cat(parents), torch.cat(scores), plan)
-
-    def _slot(self, level: int) -> tuple[Tensor, Tensor]:
-        """RoPE of the one slot at which all nodes of a level stand."""
-        return self._rotation(self.length - 2 + level, self.length - 1 + level)
-
-    def _append(self, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """Write a key and value of each node of the beam, ``[kv_heads, beam, head_dim]``, that only
-        it sees among the beam; returns the mask grown by them."""
-        self._write(k, v, self.keys + mask.shape[1])
-        beam = k.shape[1]
-        own = torch.full((beam, beam), torch.finfo(mask.dtype).min, dtype=mask.dtype, device=self.device)
-        own.fill_diagonal_(0.0)
-        return torch.cat([mask, own], dim=1) if mask.shape[1] else own
-
-    def _attend(self, q: Tensor, mask: Tensor) -> Tensor:
-        """Attention of ``q [heads, beam, head_dim]`` over the context and what ``mask`` shows of the rest."""
-        end = self.keys + mask.shape[1]
-        whole = None
-        if mask.shape[1]:
-            whole = torch.cat([mask.new_zeros(len(mask), self.keys), mask], dim=1)[None, None]
-        return self.head.attend(q[None], self._cache[0, None, :, :end], self._cache[1, None, :, :end], whole)[0]
+                scores, tokens = level_scores, level_tokens
+                chosen = torch.arange(len(keep), device=self.device).expand_as(scores)
+                parents = (keep // children).expand_as(scores)
+            newest = states.gather(1, parents[..., None].expand(-1, -1, states.shape[2]))
+            beams.descend(parents)
+            ids = total + chosen
+            total += level_tokens.shape[1]
+            if min_gain > 0:
+                on = [i for i, gain in enumerate(scores.exp().sum(1).tolist()) if gain >= min_gain]
+                if not on:
+                    break
+                if len(on) < len(live):
+                    live = [live[i] for i in on]
+                    tokens, scores, newest, ids = tokens[on], scores[on], newest[on], ids[on]
+                    beams.keep(on)
+        return ranked_drafts(found, len(rows), plan)
 
     def _write(self, k: Tensor, v: Tensor, at: int) -> None:
         self._cache[0, :, at : at + k.shape[1]] = k
         self._cache[1, :, at : at + k.shape[1]] = v
 
-    def _rotation(self, start: int, end: int) -> tuple[Tensor, Tensor]:
-        return self._cos[:, start:end], self._sin[:, start:end]
-
     def _reserve(self, capacity: int) -> None:
+        """Room for so many keys; what there is grows by doubling."""
+        if capacity <= self._cache.shape[2]:
+            return
         c = self.head.config
-        dtype = self.lm_head.dtype
-        fresh = torch.zeros(2, c.num_kv_heads, capacity, c.head_dim, dtype=dtype, device=self.device)
+        fresh = torch.zeros(
+            2, c.num_kv_heads, max(512, 2 * capacity), c.head_dim, dtype=self.lm_head.dtype, device=self.device
+        )
         if self.keys:
             fresh[:, :, : self.keys] = self._cache[:, :, : self.keys]
         self._cache = fresh
-        self._cos, self._sin = self.head.rotation(torch.arange(capacity, device=self.device), dtype)
 
-    @staticmethod
-    def _rank(tokens: Tensor, parents: Tensor, scores: Tensor, plan: TreePlan) -> Draft:
-        """Best first; a stable sort keeps parents before children of equal score."""
-        if plan.kind == "static":
-            order = torch.arange(len(scores))
+
+class Beams:
+    """The trees of several contexts while they grow, level by level: what their nodes see.
+
+    Attributes:
+        level: the level under way, the root's being 1.
+    """
+
+    def __init__(self, drafter: TreeDrafter, rows: Sequence[TreeDrafter], depth: int, width: int) -> None:
+        """
+        Args:
+            depth: most levels. width: most nodes of a level.
+        """
+        self.level = 1
+        self._head = drafter.head
+        self._rows = list(rows)
+        for row in rows:
+            row._reserve(row.length + 1 + depth * width)
+        dtype = drafter.lm_head.dtype
+        slots = [list(range(row.length - 1, row.length - 1 + depth)) for row in rows]  # one a level
+        self._cos, self._sin = drafter.head.rotation(torch.tensor(slots, device=drafter.device), dtype)
+        # additive [contexts, beam, appended]: which of the appended keys each node sees
+        self._mask = torch.zeros(len(rows), 1, 0, dtype=dtype, device=drafter.device)
+
+    def rotation(self) -> Rotation:
+        """RoPE of the one slot at which all nodes of a context's level stand, ``[contexts, 1, 1, head_dim]``."""
+        level = slice(self.level - 1, self.level)
+        return self._cos[:, :, level], self._sin[:, :, level]
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Write a key and value of each node of the beams, ``[contexts, kv_heads, beam, head_dim]``, that
+        only it sees among its beam."""
+        for row, key, value in zip(self._rows, k, v, strict=True):
+            row._write(key, value, row.keys + self._mask.shape[2])
+        beam = k.shape[2]
+        own = torch.full((beam, beam), torch.finfo(self._mask.dtype).min, dtype=self._mask.dtype, device=k.device)
+        own.fill_diagonal_(0.0)
+        self._mask = torch.cat([self._mask, own.expand(len(self._rows), -1, -1)], dim=2)
+
+    def attend(self, q: Tensor) -> Tensor:
+        """Attention of ``q [contexts, heads, beam, head_dim]`` over the contexts and what nodes see of the rest."""
+        out = []
+        for row, query, mask in zip(self._rows, q, self._mask, strict=True):
+            keys, values = row._cache[:, None, :, : row.keys + mask.shape[1]]
+            whole = None
+            if mask.shape[1]:
+                whole = torch.cat([mask.new_zeros(len(mask), row.keys), mask], dim=1)[None, None]
+            out.append(self._head.attend(query[None], keys, values, whole))
+        return torch.cat(out)
+
+    def descend(self, parents: Tensor) -> None:
+        """The next level's beams: parents ``[contexts, beam]`` among this level's nodes."""
+        if self._mask.shape[2]:
+            self._mask = self._mask.gather(1, parents[..., None].expand(-1, -1, self._mask.shape[2]))
         else:
-            most = min(plan.nodes or 64, len(scores))
-            order = torch.sort(scores, descending=True, stable=True).indices[:most].cpu()
-        place = {int(old): new for new, old in enumerate(order.tolist())}
-        old_parents = parents.tolist()
-        return Draft(
-            tokens=tokens[order].tolist(),
-            parents=[place[old_parents[i]] if old_parents[i] >= 0 else -1 for i in order.tolist()],
-            scores=scores[order].tolist(),
-        )
+            self._mask = self._mask.new_zeros(*parents.shape, 0)
+
+    def keep(self, contexts: list[int]) -> None:
+        """Only these go on."""
+        self._rows = [self._rows[i] for i in contexts]
+        self._cos, self._sin, self._mask = self._cos[contexts], self._sin[contexts], self._mask[contexts]
+
+
+@dataclass(frozen=True)
+class Level:
+    """Candidates of one level: tokens, cumulative log-probabilities, parents (candidates of the levels
+    above), each ``[contexts, candidates]``."""
+
+    contexts: list[int]
+    tokens: Tensor
+    scores: Tensor
+    parents: Tensor
+
+
+def ranked_drafts(levels: list[Level], contexts: int, plan: TreePlan) -> list[Draft]:
+    """Each context's candidates, best first (static trees keep their order)."""
+    tokens = torch.cat([level.tokens.flatten() for level in levels]).tolist()
+    scores = torch.cat([level.scores.flatten() for level in levels]).tolist()
+    parents = torch.cat([level.parents.flatten() for level in levels]).tolist()
+    drafts = [Draft([], [], []) for _ in range(contexts)]
+    at = 0
+    for level in levels:
+        n = level.tokens.shape[1]
+        for context in level.contexts:
+            drafts[context].tokens.extend(tokens[at : at + n])
+            drafts[context].parents.extend(parents[at : at + n])
+            drafts[context].scores.extend(scores[at : at + n])
+            at += n
+    if plan.kind == "static":
+        return drafts
+    return [best_first(draft.tokens, draft.parents, draft.scores, plan.nodes or 64) for draft in drafts]

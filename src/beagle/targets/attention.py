@@ -19,6 +19,7 @@ from beagle.errors import BeagleError
 from beagle.targets.cache import KVCache, LayerShape
 
 NAME = "beagle"
+FOLDED = 65  # queries, a tree's at most: prompts have masks too large to repeat
 
 
 class Pass:
@@ -49,6 +50,7 @@ class Pass:
         self.visible = visible
         self.layers_seen = 0
         self._masks: dict[int | None, Tensor] = {}
+        self._folded_masks: dict[tuple[int | None, int], Tensor] = {}
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store ``[batch, kv_heads, queries, head_dim]``; return all keys and values in view."""
@@ -75,6 +77,12 @@ class Pass:
             self._masks[window] = mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
         return self._masks[window]
 
+    def _folded_mask(self, window: int | None, groups: int, mask: Tensor) -> Tensor:
+        """``mask`` once for each head of a group, ``[batch or 1, 1, groups * queries, keys]``."""
+        if (window, groups) not in self._folded_masks:
+            self._folded_masks[window, groups] = mask.repeat(1, 1, groups, 1)
+        return self._folded_masks[window, groups]
+
     def attend(
         self,
         query: Tensor,
@@ -89,12 +97,13 @@ class Pass:
         batch, heads, n, dim = query.shape
         kv_heads = key.shape[1]
         groups = heads // kv_heads
-        if groups > 1 and n == 1:
+        if softcap is None and groups > 1 and n <= FOLDED:
             # the query heads of a group become rows, so that keys are read once, not once a head
-            folded = query.reshape(batch, kv_heads, groups, dim)
-            if softcap is None:
-                out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-                return out.reshape(batch, heads, 1, -1)
+            folded = query.reshape(batch, kv_heads, groups * n, dim)
+            if n > 1:
+                mask = self._folded_mask(window, groups, mask)
+            out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+            return out.reshape(batch, heads, n, -1)
         if softcap is None:
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, scale=scaling, enable_gqa=groups > 1

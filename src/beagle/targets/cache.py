@@ -65,16 +65,26 @@ class KVCache:
 
         ``kept`` is strictly increasing (a path through a tree in topological order).
         """
-        start = self.length
-        self.lengths[0] += len(kept)
-        first_moved = next((i for i, k in enumerate(kept) if k != i), None)
-        if first_moved is None:
-            return  # already in place: a chain, or the first branch of a tree
-        moved = kept[first_moved:]
+        self.compact_rows([kept])
+
+    def compact_rows(self, kept: list[list[int]]) -> None:
+        """``compact`` for the first rows, all in one indexing operation."""
+        rows: list[int] = []
+        sources: list[int] = []
+        places: list[int] = []
+        for row, path in enumerate(kept):
+            start = self.lengths[row]
+            for place, source in enumerate(path):
+                if place != source:  # else in place already: a chain, or the first branch of a tree
+                    rows.append(row)
+                    sources.append(start + source)
+                    places.append(start + place)
+            self.lengths[row] += len(path)
+        if not rows:
+            return
         for stack in self._stacks.values():
-            source = torch.tensor(moved, device=stack.device) + start
-            stop = start + len(kept)
-            stack[..., start + first_moved : stop, :] = stack.index_select(3, source)
+            where, to, source_index = torch.tensor([rows, places, sources], device=stack.device)
+            stack[:, where, :, to] = stack[:, where, :, source_index]
 
     def copy_row(self, row: int, other: KVCache, other_row: int) -> None:
         """Take over one committed row of ``other`` (same layer shapes)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -14,39 +13,11 @@ from beagle.targets.attention import NAME, ExactPass, Pass, ShapeProbe, current_
 from beagle.targets.cache import KVCache
 from beagle.targets.packing import pack_linears, packed
 from beagle.targets.quantize import BITS, RowQuantizer, check_kind, quantize_linears, quantized
+from beagle.targets.ragged import RaggedPass
+from beagle.targets.shape import TreeShape
 
 EXACT_ROWS = 16  # most rows of a pass of exact mode; all of them, where kernels differ by number of rows
 EXACT_BLOCK = 32  # exact mode: the keys of a query's own block and the one before are gathered per row
-
-
-@dataclass(frozen=True)
-class TreeShape:
-    """Who descends from whom among the nodes of one verification, node 0 being the root.
-
-    Attributes:
-        parents: parent of each node, ``parents[0] == -1``; parents stand before their children.
-    """
-
-    parents: list[int]
-
-    def __post_init__(self) -> None:
-        if any(not -1 <= parent < node for node, parent in enumerate(self.parents)):
-            raise ValueError("parents of a tree stand before their children")
-
-    def depths(self) -> list[int]:
-        """Depth of each node; the root's is 0."""
-        depths = [0]
-        for parent in self.parents[1:]:
-            depths.append(depths[parent] + 1)
-        return depths
-
-    def ancestors(self) -> Tensor:
-        """Bool ``[nodes, nodes]``: ``[i, j]`` is true if j is i or an ancestor of i."""
-        seen = torch.eye(len(self.parents), dtype=torch.bool)
-        for node, parent in enumerate(self.parents):
-            if parent >= 0:
-                seen[node] |= seen[parent]
-        return seen
 
 
 class Target:
@@ -265,6 +236,20 @@ class Target:
             visible=visible,
         )
         return self._forward(tokens[None], positions[:, done:], plan)[0]
+
+    @torch.no_grad()
+    def verify_rows(self, cache: KVCache, tokens: Tensor, shapes: list[TreeShape], first: int = 0) -> Tensor:
+        """``verify`` for rows ``first``, ``first + 1``, … of a cache in one pass (nothing is committed).
+
+        A prompt is a chain behind an empty row.
+
+        Args:
+            tokens: ``[nodes of all rows]``, one row's after the other's. shapes: one for each row.
+        Returns:
+            True states ``[nodes of all rows, hidden]``.
+        """
+        plan = RaggedPass(cache, first, shapes, self.device)
+        return self._forward(tokens[None], plan.positions, plan)[0]
 
     @torch.no_grad()
     def verify_exact(self, cache: KVCache, tokens: Tensor, shape: TreeShape, keys: int) -> Tensor:

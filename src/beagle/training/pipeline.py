@@ -15,12 +15,13 @@ from rich.progress import Progress, TextColumn
 
 from beagle.errors import BeagleError
 from beagle.evaluation.meta import describe
+from beagle.files import write_json
 from beagle.targets.target import Target
 from beagle.training.answers import AnswerGenerator, Sample
 from beagle.training.config import Positive, TrainConfig
 from beagle.training.prompts import Prompt
 from beagle.training.stages import ARCHITECTURES
-from beagle.training.states import Fingerprint, StateStore, write_json
+from beagle.training.states import Fingerprint, StateStore
 from beagle.training.trainer import Trainer
 
 

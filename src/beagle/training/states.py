@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from beagle.errors import BeagleError
+from beagle.files import write_json
 from beagle.targets.target import Target
 from beagle.training.answers import Sample
 
@@ -50,13 +51,6 @@ class Fingerprint:
             max_new_tokens,
             target.quantize,
         )
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file so that a reader never sees half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 class StateStore:

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from beagle.drafters.checkpoint import save_head
 from beagle.errors import BeagleError
+from beagle.files import write_json
 from beagle.targets.target import Target
 from beagle.training.config import TrainConfig
 from beagle.training.data import Stored, batches, collate, frequent_tokens, samples
 from beagle.training.stages import ARCHITECTURES, lm_head_rows, stage_loss, step_alpha
-from beagle.training.states import StateStore, write_json
+from beagle.training.states import StateStore
 
 
 class Trainer:

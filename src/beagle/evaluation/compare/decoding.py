@@ -15,10 +15,10 @@ from beagle.evaluation.modes import Contender, Options
 from beagle.evaluation.records import Record
 from beagle.evaluation.run import run as side_by_side
 from beagle.evaluation.suites import unique
+from beagle.files import write_json
 from beagle.model import DRAFTERS, Model
 from beagle.targets.loading import load_target
 from beagle.training.prompts import Prompt
-from beagle.training.states import write_json
 
 PLAIN = "plain"
 

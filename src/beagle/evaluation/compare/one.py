@@ -16,11 +16,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from beagle.errors import BeagleError
 from beagle.evaluation.meta import MemoryMeter, describe
+from beagle.files import write_json
 from beagle.targets.loading import load_target
 from beagle.targets.target import Target
 from beagle.training.config import TrainConfig
 from beagle.training.data import Stored
-from beagle.training.states import StateStore, write_json
+from beagle.training.states import StateStore
 from beagle.training.trainer import Trainer
 
 ALPHAS = 5  # steps that validation simulates

@@ -1,0 +1,81 @@
+"""One pass over rows of unequal length: their tokens lie end to end, and only attention tells them apart.
+
+Linear layers, norms and the LM head see one flat list of tokens, without padding. Attention pads the
+queries of a row to those of the longest and looks at the rows' slices of the cache, where they are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from beagle.targets.attention import Pass
+from beagle.targets.cache import KVCache
+from beagle.targets.shape import TreeShape
+
+
+class RaggedPass(Pass):
+    """A tree of tokens for each of several rows of a cache that stand side by side.
+
+    Attributes:
+        positions: ``[1, tokens]``, of all rows' tokens end to end.
+    """
+
+    def __init__(self, cache: KVCache, first: int, shapes: list[TreeShape], device: torch.device) -> None:
+        """
+        Args:
+            first: row of the cache that the first shape belongs to; the others follow.
+            shapes: a tree for each row, behind what the row has committed.
+        """
+        starts = cache.lengths[first : first + len(shapes)]
+        counts = [len(shape.parents) for shape in shapes]
+        most, end = max(counts), max(start + n for start, n in zip(starts, counts, strict=True))
+        keys = torch.arange(end).repeat(len(shapes), 1)
+        queries = torch.zeros(len(shapes), most, dtype=torch.long)
+        visible = (keys < torch.tensor(starts)[:, None])[:, None].repeat(1, most, 1)
+        for row, (start, n, shape) in enumerate(zip(starts, counts, shapes, strict=True)):
+            depths = torch.tensor(shape.depths()) + start
+            queries[row, :n] = keys[row, start : start + n] = depths
+            visible[row, :n, start : start + n] = shape.ancestors()
+        counted = torch.tensor(counts)
+        rows = torch.arange(len(shapes)).repeat_interleave(counted)
+        behind = torch.arange(len(rows)) - (counted.cumsum(0) - counted)[rows]  # how far into its row a token stands
+        super().__init__(
+            cache,
+            slots=(torch.tensor(starts)[rows] + behind).to(device),
+            key_positions=keys.to(device),
+            query_positions=queries.to(device),
+            visible=visible.to(device),
+        )
+        self.positions = queries[rows, behind][None].to(device)
+        self._side_by_side = slice(first, first + len(shapes))
+        self._rows = (first + rows).to(device)
+        self._full = len(rows) == len(shapes) * most  # nothing to pad
+        self._places = (rows * most + behind).to(device)
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store ``[1, kv_heads, tokens, head_dim]``; return the rows' keys and values in view."""
+        self.layers_seen += 1
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys[self._rows, :, self.slots] = key[0].transpose(0, 1)
+        values[self._rows, :, self.slots] = value[0].transpose(0, 1)
+        end = self.visible.shape[-1]
+        return keys[self._side_by_side, :, :end], values[self._side_by_side, :, :end]
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """``[1, heads, tokens, head_dim]`` to ``[1, heads, tokens, value_dim]``."""
+        rows, most = self.visible.shape[:2]
+        flat = query[0].transpose(0, 1)  # [tokens, heads, head_dim]
+        if not self._full:
+            flat = flat.new_zeros(rows * most, *flat.shape[1:]).index_copy_(0, self._places, flat)
+        padded = flat.unflatten(0, (rows, most)).transpose(1, 2)
+        out = super().attend(padded, key, value, scaling, window, softcap).transpose(1, 2).flatten(0, 1)
+        return (out if self._full else out[self._places]).transpose(0, 1)[None]

@@ -15,19 +15,23 @@ order of their names; none is needed).
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from beagle.evaluation.compare.report import results_table
+from beagle.evaluation.compare.results import entries
 from beagle.evaluation.figures import speed_up_text
 from beagle.evaluation.records import read_result
 from beagle.evaluation.report.tables import DTYPES, costs, details, heading, machine, over_plain, overview, questions
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/results.md")
-BLOCK = re.compile(r"(<!-- (figures|sets|suites): (\S+) -->\n).*?(<!-- end of \2 -->)", re.S)
-HEAD = "beagle"  # the mode whose figures the tables show
+BLOCK = re.compile(r"(<!-- (figures|sets|suites|claims|trainings): (\S+) -->\n).*?(<!-- end of \2 -->)", re.S)
+HEAD = "beagle"  # the mode whose figures the tables by set show
+DRAFTED = {"beagle": "", "chain": ", chain", "head": ", head alone"}  # modes with a row of their own, and its name
 
 
 def figures(results: list[dict[str, Any]]) -> list[list[str]]:
@@ -36,13 +40,16 @@ def figures(results: list[dict[str, Any]]) -> list[list[str]]:
     names = {result["meta"]["target"]["name"] for result in results}
     for result in results:
         modes = result["modes"]
-        label = f"{mode_name(result['meta'])} ({questions(result)} questions)"
+        name = mode_name(result["meta"])
         if len(names) > 1:
-            label = f"{result['meta']['target']['name']}, {label}"
-        speeds = [f"{modes[mode]['tokens_per_second']:.1f}" if mode in modes else "-" for mode in ("plain", HEAD)]
-        rows.append([label, *speeds])
-        stock = result["ratios"].get("plain/transformers", {})
-        rows[-1] += [*received(result), speed_up_text(stock)]
+            name = f"{result['meta']['target']['name']}, {name}"
+        for mode, words in DRAFTED.items():
+            if mode not in modes:
+                continue
+            stock = result["ratios"].get("plain/transformers", {}) if mode == HEAD else {}
+            speeds = [f"{modes[m]['tokens_per_second']:.1f}" if m in modes else "-" for m in ("plain", mode)]
+            label = f"{name}{words} ({questions(result)} questions)"
+            rows.append([label, *speeds, *received(result, mode), speed_up_text(stock)])
     return rows
 
 
@@ -75,12 +82,35 @@ def suites(results: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts or ["No results are stored yet."]) + "\n\n"
 
 
-def received(part: dict[str, Any]) -> list[str]:
-    if HEAD not in part["modes"]:
-        return ["-"] * 3
-    m = part["modes"][HEAD]
+def claims(results: list[dict[str, Any]]) -> list[list[str]]:
+    """What the paper says of training, and what was found."""
+    found = [finding for result in results for finding in result["findings"]]
     return [
-        speed_up_text(over_plain(part, HEAD)),
+        ["claim", "the paper", "found", ""],
+        *([f["claim"], f["paper"], f["found"], "agrees" if f["agrees"] else "**differs**"] for f in found),
+    ]
+
+
+def trainings(results: list[dict[str, Any]]) -> str:
+    """A section a comparison of `beagle compare-training`: every variant's figures."""
+    parts = []
+    for result in results:
+        meta = result["meta"]
+        seeds = len(meta["arguments"]["seeds"])
+        budget = f"{result['runs'][0]['tokens']:,} tokens each, {seeds} seed{'s' * (seeds > 1)}"
+        parts += [
+            f"### {meta['arguments']['suite'] or 'variants'}: {meta['target']['name']}, {budget}", f"{machine(result)}.",
+            f"`{meta['command']}`", results_table(entries(result["runs"], result["decoding"])),
+        ]  # fmt: skip
+    return "\n\n".join(parts) + "\n\n"
+
+
+def received(part: dict[str, Any], mode: str = HEAD) -> list[str]:
+    if mode not in part["modes"]:
+        return ["-"] * 3
+    m = part["modes"][mode]
+    return [
+        speed_up_text(over_plain(part, mode)),
         f"{m['tau']:.2f}",
         "-" if m["identical"] is None else f"{m['identical']:.0%}",
     ]
@@ -99,17 +129,25 @@ def mode_name(meta: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
+def read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
 def filled(text: str) -> str:
     """A page with its tables made anew."""
 
     def table(block: re.Match[str]) -> str:
         opening, kind, pattern, closing = block.groups()
         paths = sorted(ROOT.glob(pattern))
+        results = [read_result(path) if kind in ("figures", "sets", "suites") else read(path) for path in paths]
         if kind == "suites":
-            return f"{opening}\n{suites([read_result(path) for path in paths])}{closing}"
+            return f"{opening}\n{suites(results)}{closing}"
         if not paths:
             raise SystemExit(f"'{pattern}' names no file; correct the comment or add the results")
-        header, *rows = {"figures": figures, "sets": sets}[kind]([read_result(path) for path in paths])
+        if kind == "trainings":
+            return f"{opening}\n{trainings(results)}{closing}"
+        header, *rows = {"figures": figures, "sets": sets, "claims": claims}[kind](results)
         lines = [header, ["---"] * len(header), *rows]
         return opening + "".join(f"| {' | '.join(line)} |\n" for line in lines) + closing
 

@@ -29,8 +29,8 @@ import httpx
 
 from beagle.cli.serve_vllm import exported
 from beagle.evaluation.meta import describe, portable
-from beagle.evaluation.suites import load_questions
 from beagle.targets.loading import resolve
+from beagle.training.prompts import read_prompts
 from beagle.vllm.launch import Launch, require_vllm
 
 MODES = ("none", "ngram", "beagle")
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
     require_vllm()
-    questions = [p.turns[0] for p in load_questions([options.questions], limit=options.limit)[options.questions.stem]]
+    questions = [p.turns[0] for p in read_prompts(options.questions, limit=options.limit)]
     choose = random.Random(options.seed)
     runs: list[dict[str, Any]] = []
     servers: dict[str, Served] = {}

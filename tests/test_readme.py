@@ -19,7 +19,9 @@ def script():
     return module
 
 
-@pytest.mark.parametrize(("page", "kinds"), [("README.md", ["figures", "sets"]), ("docs/results.md", ["suites"])])
+@pytest.mark.parametrize(
+    ("page", "kinds"), [("README.md", ["figures", "sets", "claims"]), ("docs/results.md", ["suites", "trainings"])]
+)
 def test_tables_are_those_of_the_result_files(script, page, kinds):
     assert page in script.PAGES
     text = (ROOT / page).read_text(encoding="utf-8")

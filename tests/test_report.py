@@ -97,14 +97,11 @@ def test_labels_do_not_touch():
 
 def test_a_whole_report(result, tmp_path, beagle):
     _, path = result
-    log, settings = tmp_path / "log.csv", tmp_path / "costs.json"
+    log = tmp_path / "log.csv"
     log.write_text(LOG)
-    settings.write_text(
-        json.dumps({"settings": {"s=1": {"peak_mb": 5, "seconds": 1}, "s=4": {"peak_mb": 6, "seconds": 2}}})
-    )
-    ended = beagle("report", path, log, settings, "--out", tmp_path / "out")
+    ended = beagle("report", path, log, "--out", tmp_path / "out")
     assert ended.code == 0, ended.err
-    plotted = {"tiny_speed_up", "tiny_step_alpha", "tiny_iteration", "costs_memory", f"{tmp_path.name}_log"}
+    plotted = {"tiny_speed_up", "tiny_step_alpha", "tiny_iteration", f"{tmp_path.name}_log"}
     for name in plotted:
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     markdown = (tmp_path / "out" / "report.md").read_text()

@@ -1,4 +1,4 @@
-"""Plots of trainings: a run's ``log.csv``, and settings with their memory and time."""
+"""Plots of trainings: a run's ``log.csv``, and what compared trainings need."""
 
 from __future__ import annotations
 
@@ -157,12 +157,12 @@ def convergence(logs: Sequence[Log]) -> Any:
     return figure
 
 
-def memory(settings: Mapping[str, Mapping[str, float]], run: str, unit: str = "seconds a step") -> Any:
-    """Peak memory and time of training, a bar a setting."""
+def memory(settings: Mapping[str, Mapping[str, float]], run: str) -> Any:
+    """Peak memory and time of training, a bar a variant."""
     figure, axes = new_figure(2, size=(10.0, 1.6 + 0.42 * len(settings)), share_y=True)
     for axis, key, label, colour in (
         (axes[0], "peak_mb", "peak memory, MB", LINES[0]),
-        (axes[1], "seconds", unit, LINES[1]),
+        (axes[1], "seconds", "seconds per million tokens", LINES[1]),
     ):
         values = [row[key] for row in settings.values()]
         axis.barh(range(len(values)), values, 0.6, color=colour)

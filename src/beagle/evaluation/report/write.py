@@ -22,8 +22,8 @@ def write_report(paths: Sequence[Path], out: Path, answers: int = 5) -> list[Pat
     """Write ``report.md``, ``report.html`` and the plots of all ``paths`` into ``out``.
 
     Args:
-        paths: files of ``beagle eval`` or ``beagle bench``, comparisons of trainings, files with training
-            settings' memory and time, and ``log.csv`` files. answers: questions of each set that the page shows token by token.
+        paths: files of ``beagle eval`` or ``beagle bench``, comparisons of trainings, and ``log.csv``
+            files. answers: questions of each set that the page shows token by token.
     Raises:
         BeagleError: a file is none of these, or the folder can't be written.
     """
@@ -74,17 +74,12 @@ def _section(path: Path, out: Path, name: str, answers: int) -> Section:
         logs, needs = training.read_comparison(content, path)
         section = Section(f"Trainings compared: {path.stem}", command=content.get("meta", {}).get("command", ""))
         run = f"{len(needs)} trainings on the same answers; memory is what training adds"
-        figures = {"memory": training.memory(needs, run, "seconds per million tokens")}
+        figures = {"memory": training.memory(needs, run)}
         if any(len(log.steps) > 1 for log in logs):  # a single point is no course
             figures["convergence"] = training.convergence(logs)
         for plot, figure in figures.items():
             section.plots[f"{name}_{plot}"] = save(figure, out, f"{name}_{plot}")
         return section
-    settings = content.get("settings")
-    wanted = {"peak_mb", "seconds"}
-    if isinstance(settings, dict) and all(isinstance(row, dict) and wanted <= set(row) for row in settings.values()):
-        figure = training.memory(settings, f"{path.stem}: forward and backward of one training step")
-        return Section(f"Memory and time: {path.stem}", plots={f"{name}_memory": save(figure, out, f"{name}_memory")})
     result = read_result(path)
     if not result["modes"]:
         raise BeagleError(f"'{path}' holds no finished question; run its command again")

@@ -111,7 +111,7 @@ def test_model_types_that_are_no_names(folder, target, kind):
     assert all(name in message for name in HEADS)
 
 
-@pytest.mark.parametrize("head", [{}, None, 3, {"hidden_size": "32"}], ids=str)
+@pytest.mark.parametrize("head", [{}, None, 3, [1], {"hidden_size": "32"}], ids=str)
 def test_incomplete_settings(folder, target, head):
     edit_config(folder, head=head)
     assert "incomplete" in refused(folder, target)

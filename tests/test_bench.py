@@ -171,7 +171,7 @@ def test_unwritable_json(folders, beagle, questions, tmp_path):
 def test_bad_lines(bench, questions):
     questions.write_text('{"prompt": "w3"}\n{"prompt": \n{"prompt": "w5"}\n')
     ended, result = bench()
-    ended.refusal(f"{questions}:2: no JSON from column 1", "--skip-bad-lines")
+    ended.refusal(f"{questions}:2: no JSON from column 11", "--skip-bad-lines")
     assert result is None
     ended, result = bench("--skip-bad-lines", "--modes", "plain")
     assert ended.code == 0

@@ -67,7 +67,7 @@ def test_a_whole_run_and_its_second(evaluate):
         assert m["memory_above_target_mb"] >= 0
         total = m["draft_seconds"] + m["verify_seconds"] + m["accept_seconds"] + m["other_seconds"]
         assert total == pytest.approx(m["seconds"], abs=1e-3)
-        assert min(m["verify_seconds"], m["accept_seconds"], m["other_seconds"]) > 0
+        assert min(m["verify_seconds"], m["accept_seconds"]) > 0
         if mode != "plain":  # constant costs: a pass 10 ms, a draft 5
             assert m["expected_speed_up"] == pytest.approx(m["tau"] / 1.5, abs=1e-3)
     assert list(result["sets"]["three"]["categories"]) == ["x", "y"]

@@ -20,10 +20,10 @@ from beagle.evaluation.modes import Contender, Options
 from beagle.evaluation.records import Record
 from beagle.evaluation.run import run
 from beagle.evaluation.suites import unique
+from beagle.files import write_json
 from beagle.model import Model
 from beagle.targets.quantize import KINDS
 from beagle.training.prompts import read_prompts
-from beagle.training.states import write_json
 
 
 def main() -> None:

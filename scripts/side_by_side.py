@@ -36,8 +36,8 @@ from beagle.evaluation.modes import Contender, Drafts, Options, load_contenders
 from beagle.evaluation.records import Record
 from beagle.evaluation.run import run
 from beagle.evaluation.suites import load_questions
+from beagle.files import write_json
 from beagle.targets.loading import load_target, resolve
-from beagle.training.states import write_json
 
 HERE = Path(__file__).parent
 NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4, "prompt_lookup_min": 2}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
@@ -16,6 +17,7 @@ from beagle.evaluation.stock import Stock
 from beagle.evaluation.ties import first_difference, is_near_tie
 from beagle.model import Model
 from beagle.targets.chat import encode
+from beagle.training import states
 from beagle.training.prompts import Prompt
 from conftest import interrupt, tiny_drafter, tiny_model, tiny_target
 
@@ -118,11 +120,32 @@ def test_interrupted_run_keeps_finished_questions(bench, monkeypatch, tmp_path):
     later = tmp_path / "later.jsonl"
     later.write_text('{"prompt": "w40 w41"}\n')
     ended, result = bench("--questions", later)
-    assert ended.code == 0
+    assert ended.code == 130
+    assert "mixed (2 questions)" in ended.out
     assert {figures["questions"] for figures in result["modes"].values()} == {2}
     assert result["modes"]["beagle"]["identical"] == 1.0
     assert list(result["sets"]) == ["mixed"]
     assert (result["meta"]["finished_questions"], result["meta"]["interrupted"]) == (2, True)
+
+
+def test_a_question_beyond_the_context_is_named_and_the_finished_ones_are_kept(bench, tmp_path):
+    later = tmp_path / "later.jsonl"
+    later.write_text('{"id": "huge", "prompt": "' + "w4 " * 600 + '"}\n')
+    ended, result = bench("--questions", later, "--modes", "plain")
+    ended.refusal("question 'huge' of later", "512", "shorten")
+    assert "mixed (4 questions)" in ended.out
+    assert (result["meta"]["finished_questions"], result["meta"]["interrupted"]) == (4, True)
+
+
+def test_figures_are_shown_where_they_cannot_be_stored(bench, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(states.os, "replace", full)
+    ended, result = bench("--modes", "plain")
+    ended.refusal("out.json", "No space left on device", "free space")
+    assert "mixed (4 questions)" in ended.out
+    assert result is None
 
 
 def test_interrupted_before_the_first_answer(bench, monkeypatch):
@@ -148,7 +171,7 @@ def test_unwritable_json(folders, beagle, questions, tmp_path):
 def test_bad_lines(bench, questions):
     questions.write_text('{"prompt": "w3"}\n{"prompt": \n{"prompt": "w5"}\n')
     ended, result = bench()
-    ended.refusal(f"{questions}:2: ", "--skip-bad-lines")
+    ended.refusal(f"{questions}:2: no JSON from column 11", "--skip-bad-lines")
     assert result is None
     ended, result = bench("--skip-bad-lines", "--modes", "plain")
     assert ended.code == 0

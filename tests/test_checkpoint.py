@@ -98,7 +98,9 @@ def test_config_is_missing_broken_or_foreign(folder, target):
 def test_another_architectures_name(folder, target):
     config = json.loads((folder / "config.json").read_text())
     other = next(name for name in HEADS if name != config["model_type"])
-    config["head"] = {key: value for key, value in config["head"].items() if key not in ("newest_state", "concat", "experts")}
+    config["head"] = {
+        key: value for key, value in config["head"].items() if key not in ("newest_state", "concat", "experts")
+    }
     edit_config(folder, model_type=other, head=config["head"])
     assert "model.safetensors is corrupt or incomplete" in refused(folder, target)
 
@@ -111,7 +113,7 @@ def test_model_types_that_are_no_names(folder, target, kind):
     assert all(name in message for name in HEADS)
 
 
-@pytest.mark.parametrize("head", [{}, None, 3, {"hidden_size": "32"}], ids=str)
+@pytest.mark.parametrize("head", [{}, None, 3, [1], {"hidden_size": "32"}], ids=str)
 def test_incomplete_settings(folder, target, head):
     edit_config(folder, head=head)
     assert "incomplete" in refused(folder, target)

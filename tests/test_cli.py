@@ -278,6 +278,29 @@ def test_interrupting_an_answer(folders, beagle, monkeypatch):
     assert "Traceback" not in ended.err
 
 
+def test_an_empty_prompt_prints_nothing(folders, beagle):
+    assert beagle("generate", " ", *folders.plain, "-q").out == ""
+
+
+def test_drafts_that_are_none(folders, beagle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    beagle("generate", PROMPT, *folders.plain, "--draft", "").refusal("draft ''", "lookup")
+    beagle("generate", PROMPT, *folders.plain, "--draft", "lokup").refusal("draft 'lokup'", "lookup")
+    beagle("generate", PROMPT, *folders.plain, "--draft", "head").refusal("no head is shipped", folders.target)
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [["generate", PROMPT, "-n", "4"], ["generate", "--help"]])
+def test_a_full_disk_behind_standard_output(folders, tmp_path, arguments):
+    command = [sys.executable, "-m", "beagle.cli.main", *arguments]
+    with Path("/dev/full").open("w") as full:
+        options = folders.plain if "-n" in arguments else []
+        ended = subprocess.run(
+            [*command, *options], stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, timeout=120
+        )
+    Outcome(ended.returncode, "", ended.stderr).refusal("the output", "No space left on device")
+
+
 def test_as_a_process(folders, tmp_path):
     command = [sys.executable, "-m", "beagle.cli.main", "generate", "-", *folders.options, "-n", "4"]
     ended = subprocess.run(command, input=PROMPT, capture_output=True, text=True, cwd=tmp_path, timeout=120)

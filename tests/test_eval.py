@@ -211,3 +211,12 @@ def test_records_survive_their_file(tmp_path):
     (tmp_path / "r.json").write_text('{"modes": {}, "ratios": {}, "meta": {}, "records": [{"set": "a"}]}')
     with pytest.raises(BeagleError, match=r"r\.json.*turns"):
         read_records(tmp_path / "r.json", read_result(tmp_path / "r.json"))
+
+
+def test_a_question_beyond_the_context_ends_the_run_with_its_name(evaluate, tmp_path):
+    later = tmp_path / "later.jsonl"
+    later.write_text('{"id": "huge", "prompt": "' + "w4 " * 600 + '"}\n')
+    ended, result = evaluate("--questions", later, modes="plain")
+    ended.refusal("question 'huge' of later", "512", "shorten")
+    assert "three (3 questions)" in ended.out
+    assert result["meta"]["interrupted"]

@@ -291,7 +291,7 @@ def resolve_draft(draft: str | None, target_name: str) -> str:
     """
     if draft == "auto":
         draft = "head+lookup" if shipped_head(target_name) else "none"
-    draft = draft or "none"
+    draft = "none" if draft is None else draft
     if names_head(draft):
         find_head(draft.removesuffix("+lookup"), target_name)
     return draft

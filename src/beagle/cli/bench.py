@@ -72,13 +72,15 @@ def bench(
     total = sum(map(len, sets.values()))
     records: list[Record] = []
     finished = 0
+    stopped: BaseException | None = None
     try:
         for part in follow(run(contenders, sets, settings), total):
             records += part
             finished += 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BeagleError) as error:
         if not records:
             raise
+        stopped = error
     result = figures(records, greedy=not temperature)
     result["meta"] = {
         **describe(loaded),
@@ -97,4 +99,9 @@ def bench(
             write_json(json, result)
         except OSError as error:
             raise BeagleError(f"cannot write '{json}': {error.strerror}; free space or choose another file") from error
-    show(result)
+        finally:
+            show(result)
+    else:
+        show(result)
+    if stopped is not None:  # what is finished is shown and stored
+        raise stopped

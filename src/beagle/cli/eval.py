@@ -101,7 +101,7 @@ def eval(
         return figures(records, costs, weights, greedy=not temperature) | {"meta": meta | state, "questions": asked}
 
     done = {(r.set, r.id) for r in records}
-    stopped = False
+    stopped: BaseException | None = None
     try:
         options = Options(length, temperature, exact, seed)
         parts = run(contenders, sets, options, repeats=repeats, done=done, pieces=json is not None)
@@ -109,12 +109,14 @@ def eval(
             records += part
             if json is not None:
                 write_result(json, result(), records)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BeagleError) as error:
         if not records:
             raise
-        stopped = True
+        stopped = error
     if records:
         show(result())
+    if isinstance(stopped, BeagleError):
+        raise stopped
     if stopped:
         where = f"kept in {json}; the same command with --resume goes on" if json else "not kept; use --json to keep it"
         o.console.print(f"[yellow]stopped; what is finished is {where}[/yellow]", highlight=False)

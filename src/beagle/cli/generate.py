@@ -69,7 +69,8 @@ def generate(
         for piece in pieces:
             print(piece.text, end="", flush=True)
     finally:
-        print(flush=True)
+        if stats.tokens:
+            print(flush=True)
         if not quiet:
             show_stats(stats, o.console)
 

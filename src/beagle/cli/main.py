@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import sys
 from typing import Annotated
@@ -57,7 +59,10 @@ def run() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
     error_console = Console(stderr=True)
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # a full disk shows here, not when the interpreter ends
     except BeagleError as error:
         if debug:
             raise
@@ -69,6 +74,12 @@ def run() -> None:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            drop_stdout()
+            where = f"'{error.filename}'" if error.filename else "the output"
+            message = f"cannot write {where}: {error.strerror}; free space or choose another place"
+            error_console.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True, highlight=False)
+            sys.exit(2)
         message = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         error_console.print(
             f"[red]failure of ours:[/red] {escape(message)}; run with --debug for the traceback",
@@ -76,6 +87,12 @@ def run() -> None:
             highlight=False,
         )
         sys.exit(1)
+
+
+def drop_stdout() -> None:
+    """Let the interpreter's last flush succeed: what it still holds can't be written."""
+    with contextlib.suppress(OSError):  # not a file: a test's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def escape(text: str) -> str:

@@ -19,7 +19,7 @@ from beagle.evaluation.records import Record
 from beagle.evaluation.report.profile import save_profile
 from beagle.evaluation.report.tables import PARTS, per_pass
 from beagle.evaluation.suites import load_questions, load_suite
-from beagle.training.states import write_json
+from beagle.files import write_json
 
 
 def profile(

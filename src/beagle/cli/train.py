@@ -10,7 +10,6 @@ import typer
 
 from beagle.cli import options as o
 from beagle.errors import BeagleError
-from beagle.targets.loading import load_target
 from beagle.training.pipeline import Recipe, read_recipe, train_head
 from beagle.training.prompts import read_prompts
 
@@ -47,8 +46,7 @@ def train(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BeagleError(f"cannot write '{out}': {error.strerror}; choose another --out") from error
-    with o.console.status(f"loading {target}"):
-        loaded = load_target(target, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quantize=quantize)
+    loaded = o.load_target(target, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quantize=quantize)
     try:
         folder = train_head(loaded, questions, out, recipe, data=data, seconds=seconds, console=o.console)
     except KeyboardInterrupt:

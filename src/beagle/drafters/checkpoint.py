@@ -63,7 +63,7 @@ def find_head(draft: str, target_name: str) -> Path:
         if shipped is None:
             raise BeagleError(f"no head is shipped for {target_name}; train one with `beagle train`, or --draft lookup")
         return shipped
-    if not Path(draft).is_dir():
+    if not draft or not Path(draft).is_dir():
         raise BeagleError(
             f"draft '{draft}': no such folder; give a folder that `beagle train` wrote, "
             "auto, head, lookup, head+lookup, model:NAME or none"
@@ -92,12 +92,12 @@ def load_head(folder: str | Path, target: Any) -> Block:
         )
     known = {field.name for field in fields(kind.config_class)}
     try:
-        settings = content["head"]
+        settings = dict(content["head"])
         if unknown := set(settings) - known:
             raise BeagleError(f"draft '{folder}': unknown setting {sorted(unknown)}; it needs a newer beagle")
         config = kind.config_class(**settings)
         head = kind(config)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise BeagleError(f"draft '{folder}': config.json is incomplete ({error}); train or copy it again") from error
     for what, ours, theirs in (
         ("hidden size", config.hidden_size, target.hidden_size),
@@ -113,7 +113,9 @@ def load_head(folder: str | Path, target: Any) -> Block:
         tensors["draft_vocab"] = tensors["draft_vocab"].long()
         head.load_state_dict(tensors)
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
-        reason = str(error).split("\n")[0]
+        reason = (
+            str(error).strip().split("\n")[:2][-1].strip()
+        )  # torch's first line names a class, its second the tensor
         raise BeagleError(
             f"draft '{folder}': model.safetensors is corrupt or incomplete ({reason}); train or copy it again"
         ) from error

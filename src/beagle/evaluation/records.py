@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 
 from beagle.decoding.stats import Stats
 from beagle.errors import BeagleError
+from beagle.files import write_text
 
 SHOWN = 600  # characters of a question that are kept for whoever looks at its answer
 
@@ -101,10 +101,8 @@ def write_result(path: Path, result: dict[str, Any], records: Iterable[Record]) 
     """
     rows = ",\n".join("  " + json.dumps(record.as_dict(), ensure_ascii=False) for record in records)
     head = json.dumps(result, indent=1, ensure_ascii=False).removesuffix("\n}")
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(f'{head},\n "records": [\n{rows}\n ]\n}}\n', encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, f'{head},\n "records": [\n{rows}\n ]\n}}\n')
     except OSError as error:
         raise BeagleError(f"cannot write '{path}': {error.strerror}; free space or choose another file") from error
 

@@ -32,6 +32,7 @@ def run(
 
     All modes get the same seed for the same question and repeat. Yields the records of a question
     as soon as every mode has answered it, so that whoever stores them loses less than a question.
+    A question that can't be answered ends the run with a BeagleError that names it.
 
     Args:
         done: set and id of questions to leave out. pieces: keep each token's text.
@@ -49,7 +50,10 @@ def run(
             for repeat in range(repeats):
                 for j in range(len(contenders)):
                     contender = contenders[(i + repeat + j) % len(contenders)]
-                    records.append(ask(contender, name, prompt, options, repeat))
+                    try:
+                        records.append(ask(contender, name, prompt, options, repeat))
+                    except BeagleError as error:
+                        raise BeagleError(f"question '{prompt.id}' of {name}: {error}") from error
             order = [contender.mode for contender in contenders]
             records.sort(key=lambda record: (record.repeat, order.index(record.mode)))
             target = contenders[0].model.target

@@ -45,9 +45,10 @@ def read_prompts(path: str | Path, *, limit: int | None = None, skip_bad_lines: 
                 if not line.strip():
                     continue
                 try:
-                    prompts.append(parse_prompt(json.loads(line), number))
+                    prompts.append(parse_prompt(json.loads(line.strip()), number))
                 except ValueError as error:
-                    message = f"{path}:{number}: {error}"
+                    what = f"no JSON from column {error.colno} on" if isinstance(error, json.JSONDecodeError) else error
+                    message = f"{path}:{number}: {what}"
                     if not skip_bad_lines:
                         raise BeagleError(f"{message}; mend the line or pass --skip-bad-lines") from error
                     Console(stderr=True).print(f"[yellow]skipped {message}[/yellow]", highlight=False)

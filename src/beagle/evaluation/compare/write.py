@@ -9,7 +9,7 @@ from typing import Any
 from beagle.evaluation.compare import report
 from beagle.evaluation.compare.results import Entry, entries
 from beagle.evaluation.compare.suites import Finding, Suite
-from beagle.training.states import write_json
+from beagle.files import write_json
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from beagle.evaluation.reproduce import tables
 from beagle.evaluation.reproduce.items import Item
 from beagle.evaluation.reproduce.material import Material, answer
 from beagle.evaluation.reproduce.scales import Scale
+from beagle.files import write_json
 from beagle.training.pipeline import Recipe
-from beagle.training.states import StateStore, write_json
+from beagle.training.states import StateStore
 
 SEED = 0
 

@@ -1,0 +1,107 @@
+"""The floor of a pass, and the command that shows it beside what was measured."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import test_cli
+from beagle.decoding.costs import Costs, cached_costs
+from beagle.drafters.base import TreePlan
+from beagle.drafters.lookup import LookupDrafter
+from beagle.evaluation import profile as profile_module
+from beagle.evaluation.floor import Machine, floor, probe
+from conftest import SMALL, tiny_target
+
+folders, beagle = test_cli.folders, test_cli.beagle
+LAYER = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 48 + 2 * 32  # q, k, v, o; MLP; norms
+WEIGHTS = 3 * LAYER + 32 + 64 * 32  # final norm, LM head
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_a_pass_are_all_but_the_embeddings(dtype, tied):
+    target = tiny_target(dtype=dtype, tie_word_embeddings=tied)  # in bf16 its layers are packed
+    assert target.pass_weights == WEIGHTS
+    assert target.pass_bytes == WEIGHTS * dtype.itemsize
+
+
+def test_floor_by_hand(target):
+    rows, context = 3, 10
+    slot = 2 * SMALL["num_hidden_layers"] * SMALL["num_key_value_heads"] * SMALL["head_dim"] * 4
+    read = WEIGHTS * 4 + 13 * slot
+    attention = 3 * 4 * (8 + 8) * 2  # layers, heads, key and value width
+    operations = rows * (2 * WEIGHTS + 13 * attention)
+    slow_memory = floor(target, Machine(bandwidth=1.0, matrix_rate=1e12), rows, context)
+    assert (slow_memory.bytes, slow_memory.operations) == (read, operations)
+    assert slow_memory.seconds == read
+    assert floor(target, Machine(bandwidth=1e12, matrix_rate=2.0), rows, context).seconds == operations / 2
+
+
+def test_rates_are_those_of_work_done(target, monkeypatch):
+    monkeypatch.setattr("beagle.evaluation.floor.best_time", lambda work, device: (work(), 0.5)[1])
+    assert probe(target) == Machine(bandwidth=64 * 2**20 / 0.5, matrix_rate=2 * 2048**3 / 0.5)
+
+
+def test_fresh_costs_replace_the_known_ones(target, monkeypatch):
+    times = iter([1.0, 2.0])
+    monkeypatch.setattr("beagle.decoding.costs.measure", lambda *_: Costs([next(times)] * 65, 0.1, 5))
+
+    def first(fresh):
+        return cached_costs(target, LookupDrafter(), TreePlan(), fresh=fresh).verify[1]
+
+    assert [first(False), first(False), first(True), first(False)] == [1.0, 1.0, 2.0, 2.0]
+
+
+@pytest.fixture
+def run(folders, beagle, tmp_path, monkeypatch):
+    """Profiles two questions without measuring rates; returns the outcome and the JSON."""
+    monkeypatch.setattr(profile_module, "probe", lambda target: Machine(1e9, 1e10))
+    monkeypatch.setattr("beagle.model.cached_costs", lambda *a: Costs([0.01 + 0.001 * n for n in range(65)], 0.005, 5))
+    path = tmp_path / "two.jsonl"
+    path.write_text(
+        "".join(json.dumps({"question_id": n, "turns": [text]}) + "\n" for n, text in enumerate(("w3 w4", "w9")))
+    )
+
+    def call(*extra, options=folders.options):
+        ended = beagle("profile", "--questions", path, *options, "-n", 12, "--json", tmp_path / "out.json", *extra)
+        return ended, json.loads((tmp_path / "out.json").read_text()) if not ended.code else {}
+
+    return call
+
+
+def test_profile_of_a_drafting_model(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    ended, result = run("--plot", tmp_path / "out.png")
+    assert ended.code == 0
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert set(result["modes"]) == {"plain", "beagle"}
+    assert result["modes"]["beagle"]["identical"] == 1.0
+    for m in result["modes"].values():
+        outside = (m["accept_seconds"] + m["other_seconds"]) / m["seconds"]
+        assert m["outside_share"] == pytest.approx(outside, abs=1e-3)
+        assert m["text_seconds"] > 0
+    model = result["model"]
+    assert model["achieved_speed_up"] == result["ratios"]["beagle/plain"]["pooled"]
+    assert model["share"] == pytest.approx(model["achieved_speed_up"] / model["expected_speed_up"], abs=1e-3)
+    first = result["passes"][0]
+    assert (first["rows"], first["ms"]) == (1, 11.0)
+    assert first["floor_ms"] == max(first["read_ms"], first["compute_ms"]) > 0
+    assert [p["rows"] for p in result["passes"]][-1] == 64
+    assert "of the" in ended.out
+    assert "that the cost model expects" in ended.out
+
+
+def test_profile_of_plain_decoding(run, folders):
+    ended, result = run(options=folders.plain)
+    assert ended.code == 0
+    assert set(result["modes"]) == {"plain"}
+    assert "model" not in result
+    assert len(result["passes"]) == 11
+
+
+def test_plots_of_unknown_kinds_are_refused_before_the_work(run, tmp_path):
+    ended, _ = run("--plot", tmp_path / "out.bmp")
+    ended.refusal("out.bmp", ".png")

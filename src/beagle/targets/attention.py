@@ -163,9 +163,8 @@ class ExactPass(Pass):
         kv_heads, n, tail = key.shape[1], self._keys, self._tail_slots.shape[1]
         groups = heads // kv_heads
         # products in fp32 where the cache is half: the CPU's small half-precision ones take twice as long
-        grouped = (
-            query[0].float().view(kv_heads, groups, rows, dim).transpose(1, 2)
-        )  # [kv_heads, rows, groups, head_dim]
+        whole = query[0].float().view(kv_heads, groups, rows, dim)
+        grouped = whole.transpose(1, 2)  # [kv_heads, rows, groups, head_dim]
         flat = grouped.reshape(kv_heads, rows * groups, dim)  # shared keys: one product a head
         own = self._tail_slots.flatten()
         own_keys = key[0].index_select(1, own).float().view(kv_heads, rows, tail, dim)

@@ -48,8 +48,7 @@ class Engine:
     """One bar of the plot.
 
     Attributes:
-        mode: of ``beagle.evaluation.modes``, in this process, the target being loaded with ``options`` besides
-            ``--dtype``. gguf: type of the file that llama.cpp runs. vllm: settings of vLLM.
+        mode: of ``beagle.evaluation.modes``, in this process. options: of ``load_target``. gguf: type of the file that llama.cpp runs. vllm: settings of vLLM.
     """
 
     name: str
@@ -67,6 +66,10 @@ ENGINES = (
     Engine("beagle", "Beagle: head + lookup", "beagle"),
     Engine("head", "Beagle: head", "head"),
     Engine("eagle", "Beagle: EAGLE head", "eagle"),
+    Engine("plain-int8", "Beagle: plain, int8", "plain", {"quantize": "int8"}),
+    Engine("beagle-int8", "Beagle: head + lookup, int8", "beagle", {"quantize": "int8"}),
+    Engine("plain-int4", "Beagle: plain, int4", "plain", {"quantize": "int4"}),
+    Engine("beagle-int4", "Beagle: head + lookup, int4", "beagle", {"quantize": "int4"}),
     Engine("llama.cpp-bf16", "llama.cpp: BF16", gguf="BF16"),
     Engine("llama.cpp-q8_0", "llama.cpp: Q8_0", gguf="Q8_0"),
     Engine("llama.cpp-q4_1", "llama.cpp: Q4_1", gguf="Q4_1"),
@@ -89,9 +92,9 @@ def ours(engines: list[Engine], arguments: argparse.Namespace, missing: dict[str
         group.append(engine)
     out = []
     for options, members in groups:
-        engine_options = {"dtype": arguments.dtype, "device": "cpu", **options}
-        target = load_target(arguments.target, **engine_options)
-        contenders = load_contenders(target, [engine.mode for engine in members], drafts, **engine_options)
+        target = load_target(arguments.target, dtype=arguments.dtype, device="cpu", **options)
+        modes = [engine.mode for engine in members]
+        contenders = load_contenders(target, modes, drafts, dtype=arguments.dtype, device="cpu")
         out += [replace(c, mode=engine.name) for c, engine in zip(contenders, members, strict=True)]
     return out
 

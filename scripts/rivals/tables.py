@@ -24,11 +24,11 @@ def markdown(result: dict[str, Any]) -> str:
     rows += [[label, "not measured", why, "", "", ""] for label, why in result["not_measured"].items()]
     header = ["engine", "token/s", "over transformers' generate (spread)", "τ", "prefill, ms", "identical"]
     machine = result["meta"]["machine"]
-    engines = "; ".join(f"{result['labels'][mode]}: {about}" for mode, about in result["meta"]["engines"].items())
+    engines = ". ".join(sorted(set(result["meta"]["engines"].values())))
     note = (
         f"{heading(result)}. {machine['cpu']}, {machine['threads']} threads each. token/s: after the first token; spread: "
         "10th to 90th percentile of questions; identical: answers equal to our plain decoding's (quantised engines run "
-        f"other weights).{' ' + engines if engines else ''}\n\n`{result['meta']['command']}`"
+        f"other weights). {engines}\n\n`{result['meta']['command']}`"
     )
     return Table("Side by side", header, rows, note).markdown()
 

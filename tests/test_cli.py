@@ -103,7 +103,8 @@ def test_answers_are_those_of_plain_decoding(folders, beagle, answer, extra):
     assert ended.out == answer
     assert len(answer.split()) > 3
     assert "24 tokens" in ended.err
-    assert "step-α" in ended.err
+    if "--tree" in extra:  # else a busy machine's costs may say that no draft is worth its time
+        assert "step-α" in ended.err
 
 
 @pytest.mark.parametrize("extra", [[], ["--exact"], ["--tree", "chain"]])

@@ -69,6 +69,8 @@ def test_engines_that_are_not_there(beside, tmp_path):
         process.start("x", [tmp_path / "no-such-engine"], {}, beside)
     with pytest.raises(process.Missing, match="did not start: no luck"):
         process.start("x", [sys.executable, "-c", "import sys; sys.exit('no luck')"], {}, beside)
+    with pytest.raises(process.Missing, match="did not start: Error: no file"):
+        process.start("x", [sys.executable, "-c", "import sys; sys.exit('Error: no file\\nversion 20')"], {}, beside)
 
 
 @pytest.mark.parametrize("kind", ["BF16", "Q8_0"])

@@ -82,5 +82,7 @@ def start(mode: str, command: Sequence[Any], environment: Mapping[str, str], bes
 
 
 def last_line(log: Path) -> str:
+    """The last line that names an error, or the last of all."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+    errors = [line for line in lines if "Error" in line]
+    return (errors or lines or ["it said nothing"])[-1]

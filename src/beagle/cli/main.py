@@ -18,6 +18,7 @@ from beagle.cli import (
     bench,
     chat,
     compare,
+    compile,
     demo,
     eval,
     export,
@@ -38,7 +39,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Lossless speculative decoding with cross-attention draft heads.",
 )
-for module in (generate, chat, serve, demo, bench, eval, profile, report, view, train, reproduce, export):
+for module in (generate, chat, serve, demo, bench, eval, profile, compile, report, view, train, reproduce, export):
     app.command()(getattr(module, module.__name__.rsplit(".", 1)[-1]))
 app.command("compare-training")(compare.compare_training)
 

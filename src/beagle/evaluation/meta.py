@@ -44,6 +44,8 @@ def describe(target: Target | None = None) -> dict[str, Any]:
         about["target"] = {"name": target.name, "dtype": str(target.dtype).removeprefix("torch.")}
         if target.quantize:
             about["target"]["quantize"] = target.quantize
+        if target.compiled is not None:
+            about["target"]["compiled"] = True
     return about
 
 

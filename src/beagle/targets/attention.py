@@ -188,6 +188,7 @@ class ShapeProbe(Pass):
 
     def __init__(self) -> None:
         self.layers: dict[int, LayerShape] = {}
+        self.windows: dict[int | None, None] = {}  # sliding windows there are, in the order of layers
         self.layers_seen = 0
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,6 +205,7 @@ class ShapeProbe(Pass):
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
+        self.windows[window] = None
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
 
 

@@ -25,6 +25,7 @@ class KVCache:
     Attributes:
         lengths: tokens committed per row, ``[batch]`` as Python ints.
         capacity: slots per row.
+        tensors: keys and values of each layer, in turn.
     """
 
     def __init__(
@@ -51,9 +52,9 @@ class KVCache:
             (heads, dim): torch.zeros(n, batch, heads, capacity, dim, dtype=dtype, device=device)
             for (heads, dim), n in counts.items()
         }
-        views = [self._stacks[shape][i] for shape, i in places]
-        self.keys = views[0::2]  # per layer [batch, kv_heads, capacity, head_dim]
-        self.values = views[1::2]
+        self.tensors = [self._stacks[shape][i] for shape, i in places]
+        self.keys = self.tensors[0::2]  # per layer [batch, kv_heads, capacity, head_dim]
+        self.values = self.tensors[1::2]
 
     @property
     def length(self) -> int:

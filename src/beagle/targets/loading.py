@@ -18,6 +18,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from beagle.errors import BeagleError
+from beagle.targets import compiled
 from beagle.targets.quantize import check_kind
 from beagle.targets.target import Target
 
@@ -35,6 +36,11 @@ def cache_dir() -> Path:
     if root:
         return Path(root)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "beagle"
+
+
+def compiled_dir() -> Path:
+    """Where ``beagle compile`` leaves its packages."""
+    return cache_dir() / "compiled"
 
 
 def pick_device(device: str) -> torch.device:
@@ -77,7 +83,10 @@ def load_target(
     """Load a target; ``quantize`` as of ``Target``, other arguments and errors as of ``load_model``."""
     check_kind(quantize)
     model, tokenizer = load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    fast = compiled.find(compiled_dir(), model, quantize)  # before the weights are packed
     target = Target(model, tokenizer, name, quantize)
+    if fast is not None:
+        target.use(fast)
     if left := target.unquantized:
         _console.print(
             f"[dim]{quantize}: {len(left)} layers of {name} stay {str(target.dtype).removeprefix('torch.')}, their shapes are no "

@@ -108,7 +108,7 @@ def _int8(weight: Tensor, bias: Tensor | None, rows: RowQuantizer) -> Apply:
 
     def apply(x: Tensor) -> Tensor:
         quants, own = rows(x)
-        n = len(quants)
+        n = quants.shape[0]  # not len(): a traced pass keeps it open
         if cuda and (n <= 16 or n % 8):
             missing = max(INT_MM_ROWS - n, -n % 8)
             quants = F.pad(quants, (0, 0, 0, missing))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from beagle.errors import BeagleError
 from beagle.targets.attention import NAME, ExactPass, Pass, ShapeProbe, current_pass
 from beagle.targets.cache import KVCache
+from beagle.targets.compiled import MOST_ROWS, CompiledPass
 from beagle.targets.packing import pack_linears, packed
 from beagle.targets.quantize import BITS, RowQuantizer, check_kind, quantize_linears, quantized
 from beagle.targets.ragged import RaggedPass
@@ -71,6 +72,7 @@ class Target:
         pack_linears(self.base)
         linear = isinstance(self.head, nn.Linear)
         self._apply_head = packed(self.head.weight.detach(), self.head.bias) if linear else self.head
+        self.compiled: CompiledPass | None = None
         self._layers = self._probe()
         self.layer_count = len(self._layers)
         if quantize:  # after the probe, which compares with the model's own LM head
@@ -112,6 +114,24 @@ class Target:
                 "that beagle doesn't know; choose a model with plain attention in every layer"
             )
         return layers
+
+    @torch.no_grad()
+    def use(self, compiled: CompiledPass) -> None:
+        """Let trees run in a compiled pass from now on.
+
+        Raises:
+            BeagleError: it isn't this target's: its states are others.
+        """
+        ids = torch.arange(1, 11, device=self.device) % self.vocab_size
+        chain = TreeShape.chain(4)
+        cache = self.new_cache(1, 16)
+        self.prefill(ids[None, :6], cache)
+        expected = self.verify(cache, ids[6:], chain)
+        self.compiled = compiled
+        gap = (self.verify(cache, ids[6:], chain) - expected).abs().max() / expected.abs().max()
+        if not gap < 0.1:
+            self.compiled = None
+            raise BeagleError(f"{self.name}: the compiled pass computes something else; run `beagle compile` again")
 
     def _forward(self, ids: Tensor, positions: Tensor, plan: Pass) -> Tensor:
         token = current_pass.set(plan)
@@ -235,6 +255,8 @@ class Target:
             query_positions=positions[:, done:],
             visible=visible,
         )
+        if self.compiled is not None and n - done <= MOST_ROWS and cache.batch == 1:
+            return self.compiled(self.embed(tokens[None]), plan)[0]
         return self._forward(tokens[None], positions[:, done:], plan)[0]
 
     @torch.no_grad()

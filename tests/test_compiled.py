@@ -1,0 +1,118 @@
+"""The compiled pass: the same states as the eager one, for the very weights it was made of."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_drafter, tiny_model, tiny_tokenizer
+
+from beagle.decoding.costs import cached_costs
+from beagle.drafters.base import TreePlan
+from beagle.errors import BeagleError
+from beagle.model import Model
+from beagle.targets import compiled
+from beagle.targets.shape import TreeShape
+from beagle.targets.target import Target
+
+pytestmark = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("g++", "clang++")), reason="there is no C++ compiler"
+)
+TREE = TreeShape([-1, 0, 0, 1, 1, 2, 4])
+PROMPT = [1, *range(3, 15)]  # longer than the window
+
+
+def model(**overrides):
+    return tiny_model("gemma2", num_hidden_layers=2, **overrides)  # one layer slides, both cap their scores
+
+
+def target_of(made) -> Target:
+    return Target(made, tiny_tokenizer(), "tiny-gemma2")
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compiled")
+    compiled.build(folder, model(), "tiny-gemma2", None)
+    return folder
+
+
+@pytest.fixture
+def fast(packages) -> Target:
+    made = model()
+    found = compiled.find(packages, made, None)
+    assert found is not None
+    target = target_of(made)
+    target.use(found)
+    return target
+
+
+def states_of(target: Target, shape: TreeShape) -> torch.Tensor:
+    cache = target.new_cache(1, 40)
+    target.prefill(torch.tensor([PROMPT]), cache)
+    first = target.verify(cache, torch.arange(5, 5 + len(shape.parents)), shape)
+    cache.compact([0])
+    return torch.cat([first, target.verify(cache, torch.tensor([9]), TreeShape([-1]))])  # reads what was written
+
+
+@pytest.mark.parametrize("shape", [TreeShape([-1]), TREE, TreeShape.chain(20)], ids=["root", "tree", "chain"])
+def test_its_states_are_the_eager_ones(fast, shape):
+    assert torch.allclose(states_of(fast, shape), states_of(target_of(model()), shape), atol=1e-4)
+
+
+def test_trees_run_in_it(fast, monkeypatch):
+    monkeypatch.setattr(fast, "_forward", None)  # the eager pass
+    cache = fast.new_cache(1, 20)
+    cache.lengths = [5]
+    assert fast.verify(cache, torch.arange(5, 12), TREE).shape == (7, fast.hidden_size)
+
+
+def test_drafted_answers_equal_plain_ones(fast):
+    plain = Model(target_of(model())).generate(PROMPT, max_new_tokens=40)
+    drafted = Model(fast, tiny_drafter(fast, scale=15.0), TreePlan("dynamic", 4, 4, 12)).generate(
+        PROMPT, max_new_tokens=40
+    )
+    assert drafted.token_ids == plain.token_ids
+    assert Model(fast).generate(PROMPT, max_new_tokens=40).token_ids == plain.token_ids
+
+
+def test_other_weights_have_none(packages):
+    made = model()
+    made.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1
+    assert compiled.find(packages, made, None) is None
+    assert compiled.find(packages, model(num_key_value_heads=4), None) is None
+    assert compiled.find(packages, model(), "int8") is None
+
+
+def test_another_models_pass_is_refused(fast):
+    other = target_of(model(seed=1))
+    with pytest.raises(BeagleError, match="computes something else"):
+        other.use(fast.compiled)
+    assert other.compiled is None
+
+
+def test_it_can_be_left_aside(packages, monkeypatch):
+    monkeypatch.setenv("BEAGLE_COMPILED", "0")
+    assert compiled.find(packages, model(), None) is None
+
+
+def test_a_broken_package_is_named(packages, tmp_path):
+    (place,) = packages.iterdir()
+    broken = tmp_path / place.name
+    shutil.copytree(place, broken)
+    (broken / "pass.pt2").write_bytes(b"nothing")
+    with pytest.raises(BeagleError, match="delete the folder"):
+        compiled.find(tmp_path, model(), None)
+
+
+def test_its_costs_are_its_own(fast):
+    drafter = tiny_drafter(fast)
+    own = cached_costs(fast, drafter, TreePlan())
+    fast.compiled = None
+    assert cached_costs(fast, drafter, TreePlan()) is not own and len(own.verify) > 1
+
+
+def test_what_cannot_be_traced_is_refused(tmp_path, monkeypatch):
+    made = model()
+    monkeypatch.setattr(made.model, "forward", lambda **kwargs: [kwargs["inputs_embeds"].numpy()])
+    with pytest.raises(BeagleError, match="can't be compiled here"):
+        compiled._export(compiled._Graph(made.model, [None]), made.get_input_embeddings(), [], tmp_path / "p", "tiny")

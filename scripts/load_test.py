@@ -56,7 +56,7 @@ class Served:
             self.port = probe.getsockname()[1]
         tree = ["--depth", str(PLAN.depth), "--beam", str(PLAN.top_k), "--nodes", str(PLAN.nodes)]
         limits = ["--live", str(live), "--queue", str(queue), "--name", "load", "--grace", "20"]
-        command = [sys.executable, "-m", "beagle.cli.main", "serve", "--port", str(self.port)]
+        command = [sys.executable, "-m", "beagle", "serve", "--port", str(self.port)]
         self.process = subprocess.Popen([*command, *tree, *limits, *options])
         self.url = f"http://127.0.0.1:{self.port}"
 

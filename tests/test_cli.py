@@ -293,7 +293,7 @@ def test_drafts_that_are_none(folders, beagle, tmp_path, monkeypatch):
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")
 @pytest.mark.parametrize("arguments", [["generate", PROMPT, "-n", "4"], ["generate", "--help"]])
 def test_a_full_disk_behind_standard_output(folders, tmp_path, arguments):
-    command = [sys.executable, "-m", "beagle.cli.main", *arguments]
+    command = [sys.executable, "-m", "beagle", *arguments]
     with Path("/dev/full").open("w") as full:
         options = folders.plain if "-n" in arguments else []
         ended = subprocess.run(
@@ -303,7 +303,22 @@ def test_a_full_disk_behind_standard_output(folders, tmp_path, arguments):
 
 
 def test_as_a_process(folders, tmp_path):
-    command = [sys.executable, "-m", "beagle.cli.main", "generate", "-", *folders.options, "-n", "4"]
+    command = [sys.executable, "-m", "beagle", "generate", "-", *folders.options, "-n", "4"]
     ended = subprocess.run(command, input=PROMPT, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.strip()
+
+
+def test_ctrl_c_while_it_starts():
+    code = """
+import sys
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "beagle.cli.main":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupting())
+from beagle.__main__ import run
+run()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (130, "stopped\n")

@@ -248,7 +248,7 @@ def test_as_a_process(folders, tmp_path, sign):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "beagle.cli.main", "serve", *folders.options, "--port", str(port), "--nodes", "4"]
+    command = [sys.executable, "-m", "beagle", "serve", *folders.options, "--port", str(port), "--nodes", "4"]
     environment = {**os.environ, "BEAGLE_API_KEY": "k"}
     process = subprocess.Popen(
         [*command, "--name", "tiny"], stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment

@@ -185,7 +185,7 @@ def test_the_server(folders, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "beagle.cli.main", "serve", "--engine", "vllm", "--port", str(port)]
+    command = [sys.executable, "-m", "beagle", "serve", "--engine", "vllm", "--port", str(port)]
     environment = {**os.environ, "BEAGLE_CACHE": str(REAL_CACHE), "VLLM_API_KEY": ""}
     log = Path(tmp_path / "log")
     with log.open("w") as out:

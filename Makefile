@@ -40,7 +40,9 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --no-warn-script-location -e ".[dev]"
 	touch $@
 
-# torchvision, torchaudio and torchcodec from PyPI break vLLM's import beside a torch for CPUs
+# vLLM for CPUs wants the build torch==2.13.0+cpu, which PyPI has not: where pip doesn't know PyTorch's own index
+# of CPU builds, name it in PIP_EXTRA_INDEX_URL.
+# torchvision, torchaudio and torchcodec from PyPI break vLLM's import beside it.
 $(VENV_VLLM)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV_VLLM)
 	$(VENV_VLLM)/bin/python -m pip install --quiet --upgrade pip

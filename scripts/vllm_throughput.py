@@ -54,6 +54,9 @@ class Served:
         self.log = options.json.with_name(f".{options.json.stem}_{mode}.log")
         self.line = shlex.join(["python", *map(portable, launch.arguments)])
         environment = {**os.environ, **launch.environment}
+        self.preload = [Path(path).name for path in environment.get("LD_PRELOAD", "").split(":") if path]
+        if launch.advice and mode == MODES[0]:
+            print(launch.advice)
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *launch.arguments], env=environment, stdout=log, stderr=log, start_new_session=True
@@ -68,7 +71,7 @@ class Served:
                     return
             except httpx.HTTPError:
                 time.sleep(0.5)
-        raise SystemExit(f"vLLM did not start: see {self.log}")
+        raise SystemExit(f"{self.log.read_text()[-3000:]}\nvLLM did not start: {self.line}")
 
     def stop(self) -> None:
         if self.process.poll() is None:
@@ -179,6 +182,7 @@ def main() -> None:
         "runs": runs,
         "command": shlex.join(["python", "scripts/vllm_throughput.py", *map(portable, sys.argv[1:])]),
         "servers": {mode: server.line for mode, server in servers.items()},
+        "preloaded": servers["none"].preload,
         "questions": len(questions),
         "meta": about,
     }

@@ -7,6 +7,8 @@ import json
 import os
 import shlex
 import sys
+from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,6 +63,51 @@ def test_only_what_speculates_on_a_cpu_is_held_to_temperature_0():
 def test_threads_set_by_the_user_stay(monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-3")
     assert Launch("m", "d", cpu=True).environment["VLLM_CPU_OMP_THREADS_BIND"] == "0-3"
+
+
+# what is preloaded
+
+
+def test_libraries_that_are_there_are_preloaded(monkeypatch, tmp_path):
+    """Beside what is set, and never a second OpenMP."""
+    openmp = tmp_path / "libiomp5.so"
+    openmp.touch()
+    monkeypatch.setattr(launch.sys, "platform", "linux")
+    monkeypatch.setattr(launch.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(launch, "files", lambda name: [SimpleNamespace(name=openmp.name, locate=lambda: openmp)])
+    monkeypatch.setattr(launch, "find_library", {"tcmalloc_minimal": "libtcmalloc_minimal.so.4"}.get)
+    for given, expected in (
+        (None, [str(openmp), "libtcmalloc_minimal.so.4"]),
+        ("a.so", ["a.so", str(openmp), "libtcmalloc_minimal.so.4"]),
+        ("libgomp.so", ["libgomp.so", "libtcmalloc_minimal.so.4"]),
+        ("libtcmalloc.so", ["libtcmalloc.so", str(openmp)]),
+    ):
+        if given is None:
+            monkeypatch.delenv("LD_PRELOAD", raising=False)
+        else:
+            monkeypatch.setenv("LD_PRELOAD", given)
+        start = Launch("m", "d", cpu=True)
+        assert start.environment["LD_PRELOAD"].split(":") == expected
+        assert start.advice == ""
+    assert "LD_PRELOAD" not in Launch("m", "d", cpu=False).environment
+
+
+def test_libraries_that_are_missing_are_named_with_the_remedy(monkeypatch, tmp_path):
+    def uninstalled(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    monkeypatch.setattr(launch.sys, "platform", "linux")
+    monkeypatch.setattr(launch.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(launch, "find_library", lambda name: None)
+    gone = SimpleNamespace(name="libiomp5.so", locate=lambda: tmp_path / "libiomp5.so")
+    for files in (uninstalled, lambda name: [gone]):
+        monkeypatch.setattr(launch, "files", files)
+        start = Launch("m", "d", cpu=True)
+        assert "LD_PRELOAD" not in start.environment
+        assert "pip install intel-openmp" in start.advice
+        assert "apt-get install libtcmalloc-minimal4" in start.advice
+    assert Launch("m", "d", cpu=False).advice == ""
 
 
 # the commands

@@ -36,6 +36,8 @@ def serve(context: typer.Context) -> None:
     require_vllm()
     launch = prepare(given)
     o.console.print(f"starting {launch.line}", highlight=False, markup=False, soft_wrap=True)
+    if launch.advice:
+        o.console.print(f"[yellow]{launch.advice}[/yellow]", highlight=False, soft_wrap=True)
     if not given["api_key"] and given["host"] not in ("127.0.0.1", "::1", "localhost"):
         o.console.print("[yellow]anyone who reaches this address can use it: no --api-key is set[/yellow]")
     launch.start({"VLLM_API_KEY": given["api_key"]} if given["api_key"] else {})

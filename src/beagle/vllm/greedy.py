@@ -35,8 +35,12 @@ def sampling_is_broken() -> bool:
 
     if not current_platform.is_cpu():
         return False
-    given = torch.tensor([0.3712, 1.6253])
-    got = expand_batch_to_tokens(given, torch.tensor([2, 5], dtype=torch.int32), 5)
+    given, ends = torch.tensor([0.3712, 1.6253]), torch.tensor([2, 5], dtype=torch.int32)
+    try:
+        got = expand_batch_to_tokens(given, ends, 5)
+    except TypeError:  # vLLM gives its kernels for CPUs to the processes that run a model; its server is none
+        current_platform.register_triton_kernel_overrides()
+        got = expand_batch_to_tokens(given, ends, 5)
     return not torch.equal(got, given.repeat_interleave(torch.tensor([2, 3])))
 
 

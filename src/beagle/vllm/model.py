@@ -29,7 +29,11 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding import get_rope
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    DEFAULT_VOCAB_PADDING_SIZE,
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from beagle.vllm.greedy import WARNING, sampling_is_broken
@@ -141,7 +145,14 @@ class EagleBeagleForCausalLM(nn.Module):
         self.has_own_lm_head = config.draft_vocab_size is not None
         size = config.draft_vocab_size or config.vocab_size
         if self.has_own_lm_head:
-            self.lm_head = ParallelLMHead(size, config.hidden_size, bias=config.lm_head_bias, prefix="beagle.lm_head")
+            self.lm_head = ParallelLMHead(
+                size,
+                config.hidden_size,
+                bias=config.lm_head_bias,
+                # equal parts for any number of workers; the processor cuts the padding's logits off
+                padding_size=DEFAULT_VOCAB_PADDING_SIZE * get_tensor_model_parallel_world_size(),
+                prefix="beagle.lm_head",
+            )
             self.draft_vocab = nn.Parameter(torch.arange(size), requires_grad=False)  # draft id -> target id
         self.logits_processor = LogitsProcessor(size)
         if sampling_is_broken():

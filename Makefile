@@ -12,12 +12,12 @@ demo: $(VENV)/.ready
 	$(BIN)/beagle demo
 
 test: $(VENV)/.ready-dev lint
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+	$(BIN)/python -m pytest
 
 # needs a Chromium on the machine (apt-get install chromium)
 test-browser: $(VENV)/.ready-dev
 	$(BIN)/python -m pip install --quiet "playwright>=1.50,<2"
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m browser tests/test_page.py
+	$(BIN)/python -m pytest -m browser tests/test_page.py
 
 # vLLM for CPUs brings its own torch and transformers: 3.5 GB in an environment of its own
 test-vllm: $(VENV_VLLM)/.ready

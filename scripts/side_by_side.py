@@ -22,6 +22,7 @@ from typing import Any
 os.environ.setdefault(
     "OMP_WAIT_POLICY", "PASSIVE"
 )  # before torch starts: waiting threads must not take the others' cores
+os.environ.setdefault("GOMP_SPINCOUNT", "100000")  # but wait a tenth of a millisecond: see beagle.threads
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch

@@ -6,6 +6,7 @@ import os
 from importlib.util import find_spec
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "100000")  # see beagle.threads
 
 import hypothesis
 import pytest

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 
+from beagle.threads import wait_briefly
+
 
 def run() -> None:
     """Entry point, see ``beagle.cli.main.run``."""
+    wait_briefly()
     try:
         from beagle.cli.main import run as command
     except KeyboardInterrupt:

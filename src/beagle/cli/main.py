@@ -8,9 +8,6 @@ import os
 import sys
 from typing import Annotated
 
-# spinning threads ruin whoever shares the cores; must be set before torch starts its pool
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import typer
 from rich.console import Console
 

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from beagle.cli.compile import compare
 from beagle.decoding.costs import cached_costs
 from beagle.drafters.base import TreePlan
 from beagle.errors import BeagleError
@@ -34,7 +35,7 @@ def target_of(made) -> Target:
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compiled")
-    compiled.build(folder, model(), "tiny-gemma2", None)
+    compiled.build(folder, model(), "tiny-gemma2", exact=True)
     return folder
 
 
@@ -77,6 +78,30 @@ def test_drafted_answers_equal_plain_ones(fast):
     assert Model(fast).generate(PROMPT, max_new_tokens=40).token_ids == plain.token_ids
 
 
+def test_exact_answers_are_bitwise_plain_ones(fast, monkeypatch):
+    eager = states_of(target_of(model()), TREE)
+    cache = fast.new_cache(1, 96)
+    fast.prefill(torch.tensor([PROMPT]), cache)
+    assert fast.exact_least >= 2
+    monkeypatch.setattr(fast, "_forward", None)  # the eager pass
+    tokens = torch.arange(5, 5 + len(TREE.parents))
+    states = fast.verify_exact(cache, tokens, TREE, 64)
+    assert torch.allclose(states, eager[:-1], atol=1e-4)
+    path = [0, 1, 4, 6]
+    alone = []
+    for node in path:
+        alone.append(fast.verify_exact(cache, tokens[[node]], TreeShape([-1]), 64)[0])
+        cache.compact([0])
+    assert torch.equal(states[path], torch.stack(alone))
+
+
+def test_exact_drafted_answers_equal_exact_plain_ones(fast):
+    plain = Model(fast).generate(PROMPT, max_new_tokens=40, exact=True)
+    drafter = tiny_drafter(fast, scale=15.0)
+    drafted = Model(fast, drafter, TreePlan("dynamic", 4, 4, 12)).generate(PROMPT, max_new_tokens=40, exact=True)
+    assert drafted.token_ids == plain.token_ids
+
+
 def test_other_weights_have_none(packages):
     made = model()
     made.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1
@@ -95,6 +120,11 @@ def test_another_models_pass_is_refused(fast):
 def test_it_can_be_left_aside(packages, monkeypatch):
     monkeypatch.setenv("BEAGLE_COMPILED", "0")
     assert compiled.find(packages, model(), None) is None
+
+
+def test_how_it_is_timed(fast):
+    assert set(compare(fast)) == {1, 8, 16}
+    assert fast.compiled is not None
 
 
 def test_a_broken_package_is_named(packages, tmp_path):

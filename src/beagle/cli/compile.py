@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from statistics import median
+from typing import Annotated
 
 import torch
+import typer
 
 from beagle.cli import options as o
 from beagle.errors import BeagleError
@@ -23,6 +25,7 @@ def compile(
     target: o.TargetName = EMBEDDED,
     dtype: o.DType = "auto",
     quantize: o.Quantize = None,
+    exact: Annotated[bool, typer.Option("--exact", help="The pass of exact mode, too: twice the time.")] = False,
     trust_remote_code: o.Trust = False,
 ) -> None:
     """Compile a target's pass for this machine's CPU, once (some minutes); every later command uses it.
@@ -30,12 +33,12 @@ def compile(
     Example: [bold]beagle compile -t smollm2-135m --dtype bfloat16[/bold]
 
     It serves as long as the weights, the dtype, the number of threads and PyTorch stay the same;
-    BEAGLE_COMPILED=0 leaves it aside. Answers one at a time gain; batches and --exact run as before.
+    BEAGLE_COMPILED=0 leaves it aside. Answers one at a time gain; batches run as before.
     """
     o.quiet_transformers()
     model, _ = loading.load_model(target, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
     with o.console.status(f"compiling the pass of {target} (some minutes)"):
-        place, seconds = compiled.build(loading.compiled_dir(), model, target, quantize)
+        place, seconds = compiled.build(loading.compiled_dir(), model, target, quantize, exact)
     del model
     size = sum(file.stat().st_size for file in place.iterdir()) / 1e6
     o.console.print(f"compiled in {seconds:.0f} s: {place} ({size:.0f} MB)", highlight=False)

@@ -133,7 +133,7 @@ class ExactPass(Pass):
         """
         super().__init__(cache, **kwargs)
         self._keys = keys
-        self._tail_slots = tail_slots
+        self.tail_slots = tail_slots
         self._cuts = cuts
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
@@ -141,7 +141,7 @@ class ExactPass(Pass):
         if window not in self._masks:
             own = self.query_positions[0][:, None]
             shared = torch.arange(self._keys, device=own.device).expand(len(own), -1)
-            tail = self._cuts[:, None] + torch.arange(self._tail_slots.shape[1], device=own.device)
+            tail = self._cuts[:, None] + torch.arange(self.tail_slots.shape[1], device=own.device)
             positions = torch.cat([shared, tail], dim=1)
             seen = torch.cat([shared < self._cuts[:, None], tail <= own], dim=1)
             if window is not None:
@@ -160,13 +160,13 @@ class ExactPass(Pass):
         softcap: float | None,
     ) -> Tensor:
         _, heads, rows, dim = query.shape
-        kv_heads, n, tail = key.shape[1], self._keys, self._tail_slots.shape[1]
+        kv_heads, n, tail = key.shape[1], self._keys, self.tail_slots.shape[1]
         groups = heads // kv_heads
         # products in fp32 where the cache is half: the CPU's small half-precision ones take twice as long
         whole = query[0].float().view(kv_heads, groups, rows, dim)
         grouped = whole.transpose(1, 2)  # [kv_heads, rows, groups, head_dim]
         flat = grouped.reshape(kv_heads, rows * groups, dim)  # shared keys: one product a head
-        own = self._tail_slots.flatten()
+        own = self.tail_slots.flatten()
         own_keys = key[0].index_select(1, own).float().view(kv_heads, rows, tail, dim)
         own_values = value[0].index_select(1, own).float().view(kv_heads, rows, tail, -1)
         shared = torch.matmul(flat, key[0, :, :n].float().transpose(1, 2)).view(kv_heads, rows, groups, n)

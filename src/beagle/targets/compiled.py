@@ -16,6 +16,8 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,46 +26,76 @@ from torch import Tensor, nn
 
 from beagle.errors import BeagleError
 from beagle.files import write_json
-from beagle.targets.attention import FOLDED, NAME, Pass, ShapeProbe, current_pass
+from beagle.targets.attention import FOLDED, NAME, ExactPass, Pass, ShapeProbe, current_pass
 from beagle.targets.cache import KVCache, LayerShape
 from beagle.targets.quantize import quantize_linears
 
 MOST_ROWS = FOLDED  # of a compiled pass: a tree with its root
-FORMAT = 1  # of a package; another one is another key
+FORMAT = 2  # of a package; another one is another key
+PASS, EXACT = "pass.pt2", "exact.pt2"
+TAIL = 64  # keys that each row of an exact pass gathers for itself
 OPTIONS = {"freezing": True}  # weights become constants, packed for the products
 
 
-class _TracedPass(Pass):
-    """A pass whose places and masks are inputs of a graph."""
+class _Places:
+    """Where a traced pass writes: tensors and slots that are inputs of a graph."""
 
-    def __init__(self, caches: list[Tensor], slots: Tensor, masks: dict[int | None, Tensor]) -> None:
-        self._keys, self._values = caches[0::2], caches[1::2]
-        self._at = slots
-        self._masks = masks
-        self._folded_masks = {}
-        self.layers_seen = 0
+    def __init__(self, caches: list[Tensor], slots: Tensor) -> None:
+        self._caches = caches
+        self._slots = slots
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        self.layers_seen += 1
-        keys, values = self._keys[layer], self._values[layer]
-        keys[:, :, self._at] = key
-        values[:, :, self._at] = value
+        """Store ``[1, kv_heads, rows, head_dim]``; all keys and values that there are."""
+        keys, values = self._caches[2 * layer : 2 * layer + 2]
+        keys[:, :, self._slots] = key
+        values[:, :, self._slots] = value
+        return keys, values
+
+
+class _TracedPass(Pass):
+    def __init__(self, places: _Places, masks: dict[int | None, Tensor]) -> None:
+        self._places = places
+        self._masks = masks
+        self._folded_masks = {}
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self._places.write(layer, key, value)
         end = next(iter(self._masks.values())).shape[-1]
         return keys[:, :, :end], values[:, :, :end]
 
 
+class _TracedExactPass(ExactPass):
+    def __init__(self, places: _Places, masks: dict[int | None, Tensor], tail_slots: Tensor) -> None:
+        self._places = places
+        self._masks = masks
+        self.tail_slots = tail_slots
+        self._keys = next(iter(masks.values())).shape[-1] - tail_slots.shape[1]
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return self._places.write(layer, key, value)
+
+
 class _Graph(nn.Module):
-    """What is compiled: ``(embeddings, positions, slots, masks, caches) -> states``."""
+    """What is compiled: ``(embeddings, positions, slots, masks, caches) -> states``, in exact mode with tail slots too."""
 
     def __init__(self, base: nn.Module, windows: list[int | None]) -> None:
         super().__init__()
         self.base = base
-        self._windows = windows
+        self.windows = windows
 
     def forward(
-        self, embeddings: Tensor, positions: Tensor, slots: Tensor, masks: list[Tensor], caches: list[Tensor]
+        self,
+        embeddings: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        masks: list[Tensor],
+        caches: list[Tensor],
+        tail_slots: Tensor | None = None,
     ) -> Tensor:
-        token = current_pass.set(_TracedPass(caches, slots, dict(zip(self._windows, masks, strict=True))))
+        by_window = dict(zip(self.windows, masks, strict=True))
+        places = _Places(caches, slots)
+        plan = _TracedPass(places, by_window) if tail_slots is None else _TracedExactPass(places, by_window, tail_slots)
+        token = current_pass.set(plan)
         try:
             states: Tensor = self.base(inputs_embeds=embeddings, position_ids=positions, use_cache=False)[0]
             return states
@@ -72,10 +104,10 @@ class _Graph(nn.Module):
 
 
 class CompiledPass:
-    """A loaded package.
+    """A package of one model.
 
     Attributes:
-        windows: sliding windows of the target's layers (None: the whole context), in the order of the graph's masks.
+        has_exact: whether it holds the pass of exact mode, too.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -83,20 +115,37 @@ class CompiledPass:
         Raises:
             BeagleError: the package can't be read.
         """
+        self._folder = folder
         try:
             about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-            self.windows: list[int | None] = about["windows"]
-            self._run = torch._inductor.aoti_load_package(str(folder / "pass.pt2"))
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise BeagleError(f"the compiled pass in {folder} can't be read; delete the folder") from error
+            self._windows: list[int | None] = about["windows"]  # of sliding layers (None: the whole context)
+        except (OSError, ValueError, KeyError) as error:
+            raise _unreadable(folder) from error
+        self.has_exact = (folder / EXACT).is_file()
+        self._run = self._load(PASS)
+
+    def _load(self, name: str) -> Callable[..., Tensor]:
+        try:
+            run: Callable[..., Tensor] = torch._inductor.aoti_load_package(str(self._folder / name))
+        except (OSError, RuntimeError) as error:
+            raise _unreadable(self._folder) from error
+        return run
+
+    @cached_property
+    def _run_exact(self) -> Callable[..., Tensor]:
+        return self._load(EXACT)  # with weights of its own, so not before it is asked for
 
     def __call__(self, embeddings: Tensor, plan: Pass) -> Tensor:
         """``[1, rows, hidden]``, embeddings to states; fresh keys and values are written where ``plan`` says."""
         assert isinstance(plan.slots, slice)
         slots = torch.arange(plan.slots.start, plan.slots.stop)
-        masks = [plan.mask(window, embeddings.dtype) for window in self.windows]
-        states: Tensor = self._run(embeddings, plan.query_positions, slots, masks, plan.cache.tensors)
-        return states
+        masks = [plan.mask(window, embeddings.dtype) for window in self._windows]
+        inputs = (embeddings, plan.query_positions, slots, masks, plan.cache.tensors)
+        return self._run_exact(*inputs, plan.tail_slots) if isinstance(plan, ExactPass) else self._run(*inputs)
+
+
+def _unreadable(folder: Path) -> BeagleError:
+    return BeagleError(f"the compiled pass in {folder} can't be read; delete the folder")
 
 
 def find(folder: Path, model: nn.Module, quantize: str | None) -> CompiledPass | None:
@@ -115,11 +164,13 @@ def find(folder: Path, model: nn.Module, quantize: str | None) -> CompiledPass |
 
 
 @torch.no_grad()
-def build(folder: Path, model: nn.Module, name: str, quantize: str | None) -> tuple[Path, float]:
+def build(
+    folder: Path, model: nn.Module, name: str, quantize: str | None = None, exact: bool = False
+) -> tuple[Path, float]:
     """Compile a freshly loaded model's pass; the model is of no use afterwards.
 
     Args:
-        folder: of all packages. name: of the target, for errors.
+        folder: of all packages. name: of the target, for errors. exact: the pass of exact mode, too.
     Returns:
         The package's folder and the seconds it took.
     Raises:
@@ -137,7 +188,10 @@ def build(folder: Path, model: nn.Module, name: str, quantize: str | None) -> tu
     folder.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder, prefix="."))
     try:
-        _export(_Graph(base, windows), embed, layers, partial / "pass.pt2", name)
+        graph = _Graph(base, windows)
+        _export(graph, embed, layers, partial / PASS, name)
+        if exact:
+            _export(graph, embed, layers, partial / EXACT, name, exact=True)
         seconds = time.perf_counter() - began
         write_json(partial / "about.json", {"target": name, "windows": windows, "seconds": round(seconds, 1)})
         shutil.rmtree(place, ignore_errors=True)
@@ -149,19 +203,35 @@ def build(folder: Path, model: nn.Module, name: str, quantize: str | None) -> tu
     return place, seconds
 
 
-def _export(graph: _Graph, embed: nn.Module, layers: list[LayerShape], package: Path, name: str) -> None:
+def _export(
+    graph: _Graph, embed: nn.Module, layers: list[LayerShape], package: Path, name: str, exact: bool = False
+) -> None:
     weight: Tensor = embed.weight  # type: ignore[assignment]
     rows, context = 6, 10
-    whole = KVCache(layers, batch=1, capacity=32, dtype=weight.dtype, device=weight.device)
+    whole = KVCache(layers, batch=1, capacity=96, dtype=weight.dtype, device=weight.device)
     caches = [tensor.clone() for tensor in whole.tensors]  # parts of one tensor take minutes to be proven apart
     positions = torch.arange(context, context + rows)[None]
-    masks = [torch.zeros(1, 1, rows, context + rows, dtype=weight.dtype) for _ in graph._windows]
     auto = torch.export.Dim.AUTO
-    shapes = ({1: auto}, {1: auto}, {0: auto}, [{2: auto, 3: auto} for _ in masks], [{2: auto} for _ in caches])
+    tail: list[Tensor] = []
+    if exact:
+        masks = [torch.zeros(rows, 1, 32 + TAIL) for _ in graph.windows]
+        tail = [torch.arange(rows * TAIL).view(rows, TAIL) % 32]
+        mask_shape = {0: auto, 2: auto}
+    else:
+        masks = [torch.zeros(1, 1, rows, context + rows, dtype=weight.dtype) for _ in graph.windows]
+        mask_shape = {2: auto, 3: auto}
     example = embed(torch.ones(1, rows, dtype=torch.long))
+    shapes = (
+        {1: auto},
+        {1: auto},
+        {0: auto},
+        [mask_shape for _ in masks],
+        [{2: auto} for _ in caches],
+        *({0: auto} for _ in tail),
+    )
     try:
         traced = torch.export.export(
-            graph, (example, positions, positions[0], masks, caches), dynamic_shapes=shapes, strict=False
+            graph, (example, positions, positions[0], masks, caches, *tail), dynamic_shapes=shapes, strict=False
         )
         torch._inductor.aoti_compile_and_package(traced, package_path=str(package), inductor_configs=dict(OPTIONS))
     except OSError:

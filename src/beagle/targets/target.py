@@ -309,11 +309,16 @@ class Target:
         chain = list(range(-1, EXACT_ROWS - 1))
         whole = self._verify_exact(cache, ids[8:], TreeShape(chain), EXACT_ROWS, keys)
         logits = self.logits(whole)
-        for n in range(EXACT_ROWS - 1, 0, -1):
+        least = 2 if self._compiled_exact else 1  # a graph of any number of rows is no graph of one
+        for n in range(EXACT_ROWS - 1, least - 1, -1):
             part = self._verify_exact(cache, ids[8 : 8 + n], TreeShape(chain[:n]), n, keys)
             if not torch.equal(part, whole[:n]) or not torch.equal(self.logits(part), logits[:n]):
                 return n + 1
-        return 1
+        return least
+
+    @property
+    def _compiled_exact(self) -> CompiledPass | None:
+        return self.compiled if self.compiled is not None and self.compiled.has_exact else None
 
     def _verify_exact(self, cache: KVCache, tokens: Tensor, shape: TreeShape, rows: int, keys: int) -> Tensor:
         """An exact pass of ``rows`` rows; missing nodes are padded."""
@@ -340,6 +345,8 @@ class Target:
             query_positions=where,
             visible=torch.ones(1, 1, cache.capacity, dtype=torch.bool, device=self.device),
         )
+        if self._compiled_exact:
+            return self._compiled_exact(self.embed(padded[None]), plan)[0, :n]
         return self._forward(padded[None], where, plan)[0, :n]
 
 

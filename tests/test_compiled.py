@@ -12,6 +12,7 @@ from beagle.drafters.base import TreePlan
 from beagle.errors import BeagleError
 from beagle.model import Model
 from beagle.targets import compiled
+from beagle.targets import packages as store
 from beagle.targets.loading import cache_dir
 from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
@@ -149,3 +150,12 @@ def test_what_cannot_be_traced_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(made.model, "forward", lambda **kwargs: [kwargs["inputs_embeds"].numpy()])
     with pytest.raises(BeagleError, match="can't be compiled here"):
         compiled._export(compiled._Graph(made.model, [None]), made.get_input_embeddings(), [], tmp_path / "p", "tiny")
+
+
+def test_a_full_disk_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with (
+        pytest.raises(BeagleError, match="free space or set BEAGLE_CACHE"),
+        store.fresh(tmp_path / "file" / "p", {}),
+    ):
+        pass

@@ -13,6 +13,7 @@ from beagle.decoding.costs import Costs, cached_costs
 from beagle.decoding.loop import Emitted, Step, decode, room
 from beagle.decoding.sampling import Sampler
 from beagle.decoding.stats import Stats
+from beagle.drafters import compiled
 from beagle.drafters.base import Drafter, TreePlan
 from beagle.drafters.beagle import BeagleDrafter
 from beagle.drafters.checkpoint import find_head, load_head, shipped_head
@@ -23,7 +24,7 @@ from beagle.drafters.small import PREFIX, load_small
 from beagle.drafters.tree import TreeDrafter
 from beagle.errors import BeagleError
 from beagle.targets.chat import Message, encode
-from beagle.targets.loading import EMBEDDED, load_target
+from beagle.targets.loading import EMBEDDED, compiled_dir, load_target
 from beagle.targets.target import Target
 
 DRAFTERS: dict[str, type[TreeDrafter]] = {"beagle": BeagleDrafter, "eagle": EagleDrafter}
@@ -316,7 +317,10 @@ def load_drafter(draft: str, target: Target, **options: Any) -> Drafter | None:
     drafter: Drafter | None = None
     if names_head(draft):
         head = load_head(find_head(base, target.name), target)
-        drafter = DRAFTERS[head.architecture](target, head)
+        fast = compiled.find(compiled_dir(), target, head)  # before its weights are packed
+        drafter = headed = DRAFTERS[head.architecture](target, head)
+        if fast is not None:
+            headed.use(fast)
     elif base == "lookup":
         drafter = LookupDrafter()
     elif base.startswith(PREFIX):

@@ -83,7 +83,7 @@ def bench(
         stopped = error
     result = figures(records, greedy=not temperature)
     result["meta"] = {
-        **describe(loaded),
+        **describe(loaded, (contender.model.drafter for contender in contenders)),
         "command": command_line(),
         "arguments": {
             "questions": [path.name for path in questions], "limit": limit, "max_new_tokens": max_new_tokens,

@@ -1,17 +1,26 @@
-"""``beagle compile``: the target's pass as one compiled graph."""
+"""``beagle compile``: the target's pass and its draft head's level as compiled graphs."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor
 
 from beagle.cli import options as o
+from beagle.drafters import compiled as levels
+from beagle.drafters.base import TreePlan
+from beagle.drafters.checkpoint import find_head, load_head
+from beagle.drafters.tree import TreeDrafter
 from beagle.errors import BeagleError
-from beagle.targets import compiled, loading
+from beagle.model import DRAFTERS, load_drafter, names_head, resolve_draft
+from beagle.targets import compiled as passes
+from beagle.targets import loading
 from beagle.targets.loading import EMBEDDED
 from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
@@ -23,33 +32,60 @@ REPEATS = 9
 
 def compile(
     target: o.TargetName = EMBEDDED,
+    draft: o.DraftName = "auto",
     dtype: o.DType = "auto",
     quantize: o.Quantize = None,
     exact: Annotated[bool, typer.Option("--exact", help="The pass of exact mode, too: twice the time.")] = False,
     trust_remote_code: o.Trust = False,
 ) -> None:
-    """Compile a target's pass for this machine's CPU, once (some minutes); every later command uses it.
+    """Compile a target's pass and its head's levels for this machine's CPU, once; every later command uses them.
 
-    Example: [bold]beagle compile -t smollm2-135m --dtype bfloat16[/bold]
+    Examples: [bold]beagle compile -t smollm2-135m --dtype bfloat16[/bold]
 
-    It serves as long as the weights, the dtype, the number of threads and PyTorch stay the same;
-    BEAGLE_COMPILED=0 leaves it aside. Answers one at a time gain; batches run as before.
+    [bold]beagle compile -t Qwen/Qwen2.5-0.5B-Instruct --draft runs/mine/head[/bold]
+
+    They serve as long as the weights, the dtype, the number of threads and PyTorch stay the same;
+    BEAGLE_COMPILED=0 leaves them aside. Answers one at a time gain; batches run as before. What is compiled already
+    stays: after training another head this takes seconds.
     """
     o.quiet_transformers()
-    model, _ = loading.load_model(target, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
-    with o.console.status(f"compiling the pass of {target} (some minutes)"):
-        place, seconds = compiled.build(loading.compiled_dir(), model, target, quantize, exact)
-    del model
+    folder = loading.compiled_dir()
+    draft = resolve_draft(draft, target)
+    engine: dict[str, Any] = {"dtype": dtype, "device": "cpu", "trust_remote_code": trust_remote_code}
+    model, _ = loading.load_model(target, **engine)
+    known = passes.find(folder, model, quantize)
+    if known is None or (exact and not known.has_exact):
+        with o.console.status(f"compiling the pass of {target} (some minutes)"):
+            told(*passes.build(folder, model, target, quantize, exact))
+    else:
+        o.console.print(f"the pass of {target} is compiled already")
+    del model, known
+    loaded = o.load_target(target, quantize=quantize, **engine)
+    if loaded.compiled is None:
+        raise BeagleError("BEAGLE_COMPILED=0 is set: what is compiled won't be used")
+    for rows, (eager, fast) in compare(loaded).items():
+        show(f"{rows:>3} row{'s' * (rows > 1)}", eager, fast)
+    if not names_head(draft):
+        return
+    place = find_head(draft.removesuffix("+lookup"), target)
+    head = load_head(place, loaded)
+    if levels.find(folder, loaded, head) is None:
+        with o.console.status(f"compiling the levels of {place.name}"):
+            told(*levels.build(folder, loaded, DRAFTERS[head.architecture], head, place.name))
+    drafter = load_drafter(draft.removesuffix("+lookup"), loaded)
+    assert isinstance(drafter, TreeDrafter)
+    show(f"a draft of {TreePlan().depth} levels", *compare_drafts(drafter))
+
+
+def told(place: Path, seconds: float) -> None:
     size = sum(file.stat().st_size for file in place.iterdir()) / 1e6
     o.console.print(f"compiled in {seconds:.0f} s: {place} ({size:.0f} MB)", highlight=False)
-    loaded = o.load_target(target, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code, quantize=quantize)
-    if loaded.compiled is None:
-        raise BeagleError("BEAGLE_COMPILED=0 is set: the compiled pass won't be used")
-    for rows, (eager, fast) in compare(loaded).items():
-        o.console.print(
-            f"{rows:>3} row{'s' * (rows > 1)}: {1e3 * eager:.1f} ms before, {1e3 * fast:.1f} ms now ({eager / fast:.2f}×)",
-            highlight=False,
-        )
+
+
+def show(what: str, eager: float, fast: float) -> None:
+    o.console.print(
+        f"{what}: {1e3 * eager:.1f} ms before, {1e3 * fast:.1f} ms now ({eager / fast:.2f}×)", highlight=False
+    )
 
 
 def compare(target: Target) -> dict[int, tuple[float, float]]:
@@ -60,13 +96,38 @@ def compare(target: Target) -> dict[int, tuple[float, float]]:
     found = {}
     for rows in SIZES:
         tokens, shape = torch.ones(rows, dtype=torch.long), TreeShape.chain(rows)
-        times: dict[bool, list[float]] = {False: [], True: []}
-        for _ in range(REPEATS):
-            for compiled_now in (False, True):
-                target.compiled = fast if compiled_now else None
-                began = time.perf_counter()
-                target.verify(cache, tokens, shape)
-                times[compiled_now].append(time.perf_counter() - began)
-        found[rows] = median(times[False]), median(times[True])
+
+        def run(compiled: bool, tokens: Tensor = tokens, shape: TreeShape = shape) -> None:
+            target.compiled = fast if compiled else None
+            target.verify(cache, tokens, shape)
+
+        found[rows] = in_turn(run)
     target.compiled = fast
     return found
+
+
+def compare_drafts(drafter: TreeDrafter) -> tuple[float, float]:
+    """Median seconds of an eager and a compiled draft of all levels."""
+    fast = drafter.compiled
+    random = torch.Generator().manual_seed(0)
+    states = torch.randn(CONTEXT, drafter.head.config.hidden_size, generator=random).to(drafter.lm_head.dtype)
+    drafter.begin([0] * CONTEXT, states)
+
+    def run(compiled: bool) -> None:
+        drafter.compiled = fast if compiled else None
+        drafter.draft(1, TreePlan())
+
+    return in_turn(run)
+
+
+def in_turn(run: Callable[[bool], None]) -> tuple[float, float]:
+    """Median seconds of what ``run`` does eagerly (False) and compiled (True), interleaved."""
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for compiled in (False, True):
+        run(compiled)  # its first call allocates
+    for _ in range(REPEATS):
+        for compiled in (False, True):
+            began = time.perf_counter()
+            run(compiled)
+            times[compiled].append(time.perf_counter() - began)
+    return median(times[False]), median(times[True])

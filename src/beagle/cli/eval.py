@@ -88,7 +88,8 @@ def eval(
     engine: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     loaded = o.load_target(target, quantize=quantize, **engine)
     contenders = load_contenders(loaded, chosen, drafts, plan, **engine)
-    meta: dict[str, Any] = {**describe(loaded), "command": command_line(), "arguments": arguments}
+    about = describe(loaded, (contender.model.drafter for contender in contenders))
+    meta: dict[str, Any] = {**about, "command": command_line(), "arguments": arguments}
     costs = _costs(contenders, exact)
     weights = {contender.mode: contender.weights_mb for contender in contenders}
     meta["costs"] = {mode: vars(cost) for mode, cost in costs.items()}

@@ -67,7 +67,7 @@ def profile(
         records += part
     result = work.result(records)
     result["meta"] = {
-        **describe(model.target),
+        **describe(model.target, [model.drafter]),
         "command": command_line(),
         "arguments": {
             "questions": [portable(name) for name in questions or ["quick"]], "limit": limit,

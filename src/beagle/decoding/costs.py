@@ -121,7 +121,7 @@ def cached_costs(target: Target, drafter: Drafter, plan: TreePlan, exact: bool =
         "layers": target.layer_count,
         "dtype": str(target.dtype),
         "quantize": target.quantize,
-        "compiled": target.compiled is not None,
+        "compiled": target.compiled is not None and (target.compiled.has_exact or not exact),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "plan": [plan.kind, plan.depth, plan.top_k],

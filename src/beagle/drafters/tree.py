@@ -6,9 +6,10 @@ import copy
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from beagle.drafters.base import STATIC_PATHS, Draft, Drafter, TreePlan, best_first
@@ -16,6 +17,9 @@ from beagle.drafters.block import Block
 from beagle.targets.packing import pack_linears, packed
 from beagle.targets.quantize import RowQuantizer, quantize_linears, quantized
 from beagle.targets.target import Target
+
+if TYPE_CHECKING:
+    from beagle.drafters.compiled import CompiledLevels
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -50,6 +54,12 @@ class TreeDrafter(Drafter):
         self.keys = 0  # of true states, in the cache
         self.newest = torch.zeros(0, head.config.hidden_size, dtype=self.lm_head.dtype, device=self.device)
         self._cache = torch.zeros(2, head.config.num_kv_heads, 0, head.config.head_dim)
+        self.compiled: CompiledLevels | None = None
+
+    def use(self, compiled: CompiledLevels) -> None:
+        """Let the levels of one context's tree be computed by compiled graphs from now on."""
+        self.compiled = compiled
+        self.name += ", compiled"
 
     @abstractmethod
     def _known(self, tokens: list[int], states: Tensor) -> tuple[list[int], Tensor]:
@@ -129,11 +139,10 @@ class TreeDrafter(Drafter):
         total = 0
         for level in range(1, plan.depth + 1):
             beams.level = level
-            states = self._level(beams, tokens, newest)
-            logits = self.logits(states.flatten(0, 1)).float()
+            states, logits, sums = self._computed(beams, tokens, newest)
             best, index = logits.topk(min(width, logits.shape[-1]), dim=-1)  # [contexts * beam, width]
             # rounding may put the log of a chance near 1 above 0, and a child before its parent
-            chances = (best - logits.logsumexp(-1, keepdim=True)).clamp(max=0.0).unflatten(0, tokens.shape)
+            chances = (best - sums).clamp(max=0.0).unflatten(0, tokens.shape)
             children = best.shape[1]
             level_scores = (scores[..., None] + chances).flatten(1)
             level_tokens = self.head.draft_vocab[index].view(len(live), -1)
@@ -173,6 +182,14 @@ class TreeDrafter(Drafter):
                     tokens, scores, newest, ids = tokens[on], scores[on], newest[on], ids[on]
                     beams.keep(on)
         return ranked_drafts(found, len(rows), plan)
+
+    def _computed(self, beams: Beams, tokens: Tensor, newest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``_level``, its fp32 logits ``[contexts * beam, vocabulary]`` and the log of the sum of their exponentials."""
+        if self.compiled is not None and self.compiled.takes(beams, tokens.shape[1]):
+            return self.compiled(beams, self.embed(tokens), newest)
+        states = self._level(beams, tokens, newest)
+        logits = self.logits(states.flatten(0, 1)).float()
+        return states, logits, logits.logsumexp(-1, keepdim=True)
 
     def _write(self, k: Tensor, v: Tensor, at: int) -> None:
         self._cache[0, :, at : at + k.shape[1]] = k
@@ -224,10 +241,32 @@ class Beams:
         only it sees among its beam."""
         for row, key, value in zip(self._rows, k, v, strict=True):
             row._write(key, value, row.keys + self._mask.shape[2])
-        beam = k.shape[2]
-        own = torch.full((beam, beam), torch.finfo(self._mask.dtype).min, dtype=self._mask.dtype, device=k.device)
-        own.fill_diagonal_(0.0)
+        self._see_own(k.shape[2])
+
+    def _see_own(self, beam: int) -> None:
+        least = torch.finfo(self._mask.dtype).min
+        own = torch.full((beam, beam), least, dtype=self._mask.dtype, device=self._mask.device).fill_diagonal_(0.0)
         self._mask = torch.cat([self._mask, own.expand(len(self._rows), -1, -1)], dim=2)
+
+    @property
+    def contexts(self) -> int:
+        return len(self._rows)
+
+    def places(self, appended: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``append`` and ``attend`` of one context, left to the caller.
+
+        Args:
+            appended: nodes that write a key; 0 or all of the beam.
+        Returns:
+            The cache's keys and values ``[kv_heads, capacity, head_dim]``; the slots to write, ``[appended]``; the
+            whole additive mask ``[beam, keys]``.
+        """
+        (row,) = self._rows
+        known, at = row.keys, row.keys + self._mask.shape[2]
+        if appended:
+            self._see_own(appended)
+        (mask,) = F.pad(self._mask, (known, 0))
+        return row._cache[0], row._cache[1], torch.arange(at, at + appended, device=mask.device), mask
 
     def attend(self, q: Tensor) -> Tensor:
         """Attention of ``q [contexts, heads, beam, head_dim]`` over the contexts and what nodes see of the rest."""

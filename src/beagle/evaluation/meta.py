@@ -10,18 +10,19 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from beagle.drafters.base import Drafter
 from beagle.drafters.small import PREFIX
 from beagle.targets.target import Target
 
 
-def describe(target: Target | None = None) -> dict[str, Any]:
+def describe(target: Target | None = None, drafters: Iterable[Drafter | None] = ()) -> dict[str, Any]:
     """Everything a reader needs to judge or repeat a measurement."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     about: dict[str, Any] = {
@@ -46,6 +47,8 @@ def describe(target: Target | None = None) -> dict[str, Any]:
             about["target"]["quantize"] = target.quantize
         if target.compiled is not None:
             about["target"]["compiled"] = True
+    if names := sorted({getattr(drafter, "name", type(drafter).__name__) for drafter in drafters if drafter}):
+        about["drafters"] = [portable(name) for name in names]
     return about
 
 

@@ -5,16 +5,11 @@ calls them. AOTInductor turns the whole pass, for any number of rows up to ``MOS
 library without Python, guards or tracing at load. The cache's tensors are inputs that it writes in place.
 
 Weights are part of the package, in the order that its products read them, so they lie in memory twice: the eager
-pass, which prompts, batches and exact mode take, has its own.
+pass, which prompts and batches take, has its own.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from functools import cached_property
@@ -22,19 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
-from beagle.errors import BeagleError
-from beagle.files import write_json
+from beagle.targets import packages
 from beagle.targets.attention import FOLDED, NAME, ExactPass, Pass, ShapeProbe, current_pass
 from beagle.targets.cache import KVCache, LayerShape
 from beagle.targets.quantize import quantize_linears
 
 MOST_ROWS = FOLDED  # of a compiled pass: a tree with its root
-FORMAT = 2  # of a package; another one is another key
 PASS, EXACT = "pass.pt2", "exact.pt2"
 TAIL = 64  # keys that each row of an exact pass gathers for itself
-OPTIONS = {"freezing": True}  # weights become constants, packed for the products
 
 
 class _Places:
@@ -110,30 +103,22 @@ class CompiledPass:
         has_exact: whether it holds the pass of exact mode, too.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, place: Path) -> None:
         """
         Raises:
             BeagleError: the package can't be read.
         """
-        self._folder = folder
-        try:
-            about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-            self._windows: list[int | None] = about["windows"]  # of sliding layers (None: the whole context)
-        except (OSError, ValueError, KeyError) as error:
-            raise _unreadable(folder) from error
-        self.has_exact = (folder / EXACT).is_file()
-        self._run = self._load(PASS)
-
-    def _load(self, name: str) -> Callable[..., Tensor]:
-        try:
-            run: Callable[..., Tensor] = torch._inductor.aoti_load_package(str(self._folder / name))
-        except (OSError, RuntimeError) as error:
-            raise _unreadable(self._folder) from error
-        return run
+        about = packages.about(place)
+        if "windows" not in about:
+            raise packages.unreadable(place)
+        self._place = place
+        self._windows: list[int | None] = about["windows"]  # of sliding layers (None: the whole context)
+        self.has_exact = (place / EXACT).is_file()
+        self._run = packages.load(place / PASS)
 
     @cached_property
     def _run_exact(self) -> Callable[..., Tensor]:
-        return self._load(EXACT)  # with weights of its own, so not before it is asked for
+        return packages.load(self._place / EXACT)  # with weights of its own, so not before it is asked for
 
     def __call__(self, embeddings: Tensor, plan: Pass) -> Tensor:
         """``[1, rows, hidden]``, embeddings to states; fresh keys and values are written where ``plan`` says."""
@@ -144,23 +129,12 @@ class CompiledPass:
         return self._run_exact(*inputs, plan.tail_slots) if isinstance(plan, ExactPass) else self._run(*inputs)
 
 
-def _unreadable(folder: Path) -> BeagleError:
-    return BeagleError(f"the compiled pass in {folder} can't be read; delete the folder")
-
-
 def find(folder: Path, model: nn.Module, quantize: str | None) -> CompiledPass | None:
-    """The pass that ``build`` made of this very model, before its weights are packed; None if there is none.
-
-    ``BEAGLE_COMPILED=0`` finds nothing.
-    """
-    if (
-        os.environ.get("BEAGLE_COMPILED") == "0"
-        or model.device.type != "cpu"
-        or not any(folder.glob(f"{_kind(model, quantize)}-*"))
-    ):
+    """The pass that ``build`` made of this very model, before its weights are packed; None if there is none."""
+    if model.device.type != "cpu":
         return None
-    place = _place(folder, model, quantize)
-    return CompiledPass(place) if place.is_dir() else None
+    place = packages.find(folder, _kind(model, quantize), model.state_dict)
+    return CompiledPass(place) if place is not None else None
 
 
 @torch.no_grad()
@@ -177,7 +151,7 @@ def build(
         BeagleError: the model can't be traced, or there is no compiler, or no room.
     """
     began = time.perf_counter()
-    place = _place(folder, model, quantize)
+    place = packages.place(folder, _kind(model, quantize), model.state_dict())
     model.set_attn_implementation(NAME)  # type: ignore[operator]
     model.eval().requires_grad_(False)
     base: nn.Module = model.base_model  # type: ignore[assignment]
@@ -185,22 +159,12 @@ def build(
     layers, windows = _probe(base)
     if quantize:
         quantize_linears(base, quantize)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder, prefix="."))
-    try:
-        graph = _Graph(base, windows)
+    graph = _Graph(base, windows)
+    with packages.fresh(place, {"target": name, "windows": windows}) as partial:
         _export(graph, embed, layers, partial / PASS, name)
         if exact:
             _export(graph, embed, layers, partial / EXACT, name, exact=True)
-        seconds = time.perf_counter() - began
-        write_json(partial / "about.json", {"target": name, "windows": windows, "seconds": round(seconds, 1)})
-        shutil.rmtree(place, ignore_errors=True)
-        partial.rename(place)
-    except OSError as error:
-        raise BeagleError(f"cannot write {place}: {error.strerror}; free space or set BEAGLE_CACHE") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return place, seconds
+    return place, time.perf_counter() - began
 
 
 def _export(
@@ -229,19 +193,7 @@ def _export(
         [{2: auto} for _ in caches],
         *({0: auto} for _ in tail),
     )
-    try:
-        traced = torch.export.export(
-            graph, (example, positions, positions[0], masks, caches, *tail), dynamic_shapes=shapes, strict=False
-        )
-        torch._inductor.aoti_compile_and_package(traced, package_path=str(package), inductor_configs=dict(OPTIONS))
-    except OSError:
-        raise
-    except Exception as error:  # tracing and compiling raise whatever they stumble over
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise BeagleError(
-            f"{name}: its pass can't be compiled here ({type(error).__name__}: {reason}); without it everything works "
-            "as before (a C++ compiler is needed: g++ or clang)"
-        ) from error
+    packages.export(graph, (example, positions, positions[0], masks, caches, *tail), shapes, package, name)
 
 
 def _probe(base: nn.Module) -> tuple[list[LayerShape], list[int | None]]:
@@ -256,21 +208,9 @@ def _probe(base: nn.Module) -> tuple[list[LayerShape], list[int | None]]:
     return [probe.layers[i] for i in sorted(probe.layers)], list(probe.windows)
 
 
-def _place(folder: Path, model: nn.Module, quantize: str | None) -> Path:
-    """Where a model's package is: named by what it is and by every weight."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
-    return folder / f"{_kind(model, quantize)}-{digest.hexdigest()[:16]}"
-
-
 def _kind(model: nn.Module, quantize: str | None) -> str:
-    """All that makes a package useless elsewhere but the weights; little to compute."""
     config: Any = model.config
     settings = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
-    about = [
-        FORMAT, type(model).__name__, settings, str(next(model.parameters()).dtype), quantize, torch.__version__,
-        torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(), sorted(OPTIONS.items()),
-    ]  # fmt: skip
-    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return packages.kind(
+        "pass", transformers.__version__, type(model).__name__, settings, str(next(model.parameters()).dtype), quantize
+    )

@@ -1,0 +1,124 @@
+"""Compiled graphs in the user's cache: named by all that they were made of and for, traced, packed, found again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beagle.errors import BeagleError
+from beagle.files import write_json
+
+FORMAT = 3  # of a package; another one is another key
+OPTIONS = {"freezing": True}  # weights become constants, packed for the products
+ABOUT = "about.json"
+
+
+def kind(*made_of: object) -> str:
+    """A name for all that makes a package useless elsewhere but the weights; little to compute."""
+    about = [
+        FORMAT, *made_of, torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(),
+        sorted(OPTIONS.items()),
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def place(folder: Path, kind: str, weights: Mapping[str, Tensor]) -> Path:
+    """Where the package of a kind and of these very weights is."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+    return folder / f"{kind}-{digest.hexdigest()[:16]}"
+
+
+def find(folder: Path, kind: str, weights: Callable[[], Mapping[str, Tensor]]) -> Path | None:
+    """The package, if there is one; ``BEAGLE_COMPILED=0`` finds nothing."""
+    if os.environ.get("BEAGLE_COMPILED") == "0" or not any(folder.glob(f"{kind}-*")):
+        return None
+    found = place(folder, kind, weights())
+    return found if found.is_dir() else None
+
+
+@contextmanager
+def fresh(place: Path, about: dict[str, Any]) -> Iterator[Path]:
+    """A folder to write in; it takes its place, with ``about``, when all is written.
+
+    Raises:
+        BeagleError: there is no room.
+    """
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=place.parent, prefix="."))
+    except OSError as error:
+        raise _unwritable(place, error) from error
+    try:
+        yield partial
+        write_json(partial / ABOUT, about)
+        shutil.rmtree(place, ignore_errors=True)
+        partial.rename(place)
+    except OSError as error:
+        raise _unwritable(place, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def export(graph: nn.Module, inputs: tuple[Any, ...], shapes: tuple[Any, ...], package: Path, name: str) -> None:
+    """
+    Args:
+        shapes: ``torch.export``'s dynamic shapes of the inputs. name: for errors.
+    Raises:
+        BeagleError: the graph can't be traced, or there is no compiler.
+    """
+    try:
+        traced = torch.export.export(graph, inputs, dynamic_shapes=shapes, strict=False)
+        torch._inductor.aoti_compile_and_package(traced, package_path=str(package), inductor_configs=dict(OPTIONS))
+    except OSError:
+        raise
+    except Exception as error:  # tracing and compiling raise whatever they stumble over
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise BeagleError(
+            f"{name}: it can't be compiled here ({type(error).__name__}: {reason}); without it everything works "
+            "as before (a C++ compiler is needed: g++ or clang)"
+        ) from error
+
+
+def about(place: Path) -> dict[str, Any]:
+    """
+    Raises:
+        BeagleError: the package is broken.
+    """
+    try:
+        content: dict[str, Any] = json.loads((place / ABOUT).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise unreadable(place) from error
+    return content
+
+
+def load(package: Path) -> Callable[..., Any]:
+    """
+    Raises:
+        BeagleError: the package is broken.
+    """
+    try:
+        run: Callable[..., Any] = torch._inductor.aoti_load_package(str(package))
+    except (OSError, RuntimeError) as error:
+        raise unreadable(package.parent) from error
+    return run
+
+
+def unreadable(place: Path) -> BeagleError:
+    return BeagleError(f"the compiled graphs in {place} can't be read; delete the folder")
+
+
+def _unwritable(place: Path, error: OSError) -> BeagleError:
+    return BeagleError(f"cannot write {place}: {error.strerror}; free space or set BEAGLE_CACHE")

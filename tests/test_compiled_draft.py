@@ -1,0 +1,117 @@
+"""The compiled levels of a draft tree: the same drafts as the eager ones, for the very weights they were made of."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from beagle.cli.compile import compare_drafts
+from beagle.drafters import compiled
+from beagle.drafters.base import TreePlan
+from beagle.drafters.tree import TreeDrafter
+from beagle.errors import BeagleError
+from beagle.model import DRAFTERS
+from beagle.targets.target import Target
+from conftest import LIVELY, SMALL, tiny_head, tiny_model, tiny_tokenizer
+
+pytestmark = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("g++", "clang++")), reason="there is no C++ compiler"
+)
+TOKENS = list(range(3, 12))
+PLANS = {
+    "dynamic": TreePlan("dynamic", 4, 4, 20),
+    "static": TreePlan("static", 5),
+    "chain": TreePlan("chain", 4),
+}
+
+
+CASES = {"beagle": {}, "eagle": {"quantize": "int8", "draft_vocab_size": 48}}
+
+
+def case(name: str):
+    """A target, its drafter's class, and how to make the head anew: a drafter packs its own."""
+    overrides = dict(CASES[name])
+    target = Target(tiny_model("llama"), tiny_tokenizer(), "tiny-llama", overrides.pop("quantize", None))
+    return target, DRAFTERS[name], lambda: tiny_head(target, architecture=name, scale=LIVELY[name], **overrides)
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def folder(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("levels") / request.param
+    target, kind, head = case(folder.name)
+    compiled.build(folder, target, kind, head(), "tiny")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(folder) -> tuple[TreeDrafter, TreeDrafter]:
+    """An eager one, and one with the levels that ``build`` made of its head."""
+    target, kind, head = case(folder.name)
+    own = head()
+    found = compiled.find(folder, target, own)
+    assert found is not None
+    fast = kind(target, own)
+    fast.use(found)
+    return kind(target, head()), fast
+
+
+def states(n: int) -> torch.Tensor:
+    return torch.randn(n, SMALL["hidden_size"], generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=list(PLANS))
+def test_its_drafts_are_the_eager_ones(both, plan):
+    found = []
+    for drafter in both:
+        drafter.begin(TOKENS, states(len(TOKENS)))
+        drafter.draft(12, plan)  # what it leaves behind the context is written over
+        drafter.extend([12, 13], states(2))
+        found.append(drafter.draft(14, plan))
+    eager, fast = found
+    assert fast.tokens == eager.tokens
+    assert fast.parents == eager.parents
+    assert fast.scores == pytest.approx(eager.scores, abs=1e-4)
+
+
+def test_trees_of_one_context_are_computed_in_it(both, monkeypatch):
+    _, fast = both
+    fast.begin(TOKENS, states(len(TOKENS)))
+    expected = fast.draft(12, PLANS["dynamic"])
+    monkeypatch.setattr(fast, "_level", None)  # the eager level
+    assert fast.draft(12, PLANS["dynamic"]) == expected
+
+
+def test_several_contexts_are_drafted_eagerly(both):
+    eager, fast = both
+    found = []
+    for drafter in (eager, fast):
+        rows = [drafter.fork() for _ in range(2)]
+        for i, row in enumerate(rows):
+            row.begin(TOKENS[i:], states(len(TOKENS) - i))
+        found.append(drafter.draft_rows(rows, [12, 13], PLANS["dynamic"]))
+    assert [draft.tokens for draft in found[1]] == [draft.tokens for draft in found[0]]
+
+
+def test_other_weights_have_none(folder):
+    target, _, head = case(folder.name)
+    other = head()
+    assert compiled.find(folder, target, other) is not None
+    other.o_proj.weight.data[0, 0] += 1
+    assert compiled.find(folder, target, other) is None
+
+
+def test_how_it_is_timed(both):
+    _, fast = both
+    fast.use(fast.compiled)
+    eager, quick = compare_drafts(fast)
+    assert min(eager, quick) > 0
+    assert fast.compiled is not None
+
+
+def test_a_broken_package_is_named(folder, both):
+    (place,) = folder.iterdir()
+    (place / "about.json").write_text(json.dumps({}))
+    target, _, head = case(folder.name)
+    with pytest.raises(BeagleError, match="delete the folder"):
+        compiled.find(folder, target, head())

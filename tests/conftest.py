@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "100000")  # see beagle.threads
+os.environ.setdefault("BEAGLE_HUGE_PAGES", "0")  # seconds beside the tests
 
 import hypothesis
 import pytest

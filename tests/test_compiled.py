@@ -132,7 +132,7 @@ def test_a_broken_package_is_named(packages, tmp_path):
     (place,) = packages.iterdir()
     broken = tmp_path / place.name
     shutil.copytree(place, broken)
-    (broken / "pass.pt2").write_bytes(b"nothing")
+    (broken / "pass.so").write_bytes(b"nothing")
     with pytest.raises(BeagleError, match="delete the folder"):
         compiled.find(tmp_path, model(), None)
 

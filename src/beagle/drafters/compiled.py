@@ -20,7 +20,7 @@ from beagle.targets import packages
 from beagle.targets.quantize import quantize_linears
 from beagle.targets.target import Target
 
-ROOT, BELOW = "root.pt2", "below.pt2"
+ROOT, BELOW = "root.so", "below.so"
 LevelOutput = tuple[Tensor, Tensor, Tensor]
 
 
@@ -110,8 +110,8 @@ class CompiledLevels:
         """
         graph = ROOT if beams.level == 1 else BELOW
         keys, values, slots, mask = beams.places(embeddings.shape[1] if self._appends[graph] else 0)
-        out: LevelOutput = self._run[graph](embeddings, newest, *beams.rotation(), keys, values, slots, mask)
-        return out
+        states, logits, sums = self._run[graph]([embeddings, newest, *beams.rotation(), keys, values, slots, mask])
+        return states, logits, sums
 
 
 def find(folder: Path, target: Target, head: Block) -> CompiledLevels | None:
@@ -152,7 +152,7 @@ def build(folder: Path, target: Target, kind: type[TreeDrafter], head: Block, na
     return place, time.perf_counter() - began
 
 
-def _export(graph: _Graph, package: Path, name: str) -> bool:
+def _export(graph: _Graph, library: Path, name: str) -> bool:
     """Whether the level's nodes write keys."""
     c = graph.head.config
     root = graph.level == 1
@@ -176,7 +176,7 @@ def _export(graph: _Graph, package: Path, name: str) -> bool:
     auto = torch.export.Dim.AUTO
     nodes = {} if root else {1: auto}
     slots, mask = ({}, {1: auto}) if root else ({0: auto}, {0: auto, 1: auto})
-    packages.export(graph, inputs, (nodes, nodes, {}, {}, {1: auto}, {1: auto}, slots, mask), package, name)
+    packages.export(graph, inputs, (nodes, nodes, {}, {}, {1: auto}, {1: auto}, slots, mask), library, name)
     return appends
 
 

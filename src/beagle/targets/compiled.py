@@ -26,7 +26,7 @@ from beagle.targets.cache import KVCache, LayerShape
 from beagle.targets.quantize import quantize_linears
 
 MOST_ROWS = FOLDED  # of a compiled pass: a tree with its root
-PASS, EXACT = "pass.pt2", "exact.pt2"
+PASS, EXACT = "pass.so", "exact.so"
 TAIL = 64  # keys that each row of an exact pass gathers for itself
 
 
@@ -117,7 +117,7 @@ class CompiledPass:
         self._run = packages.load(place / PASS)
 
     @cached_property
-    def _run_exact(self) -> Callable[..., Tensor]:
+    def _run_exact(self) -> Callable[[list[Tensor]], list[Tensor]]:
         return packages.load(self._place / EXACT)  # with weights of its own, so not before it is asked for
 
     def __call__(self, embeddings: Tensor, plan: Pass) -> Tensor:
@@ -125,8 +125,9 @@ class CompiledPass:
         assert isinstance(plan.slots, slice)
         slots = torch.arange(plan.slots.start, plan.slots.stop)
         masks = [plan.mask(window, embeddings.dtype) for window in self._windows]
-        inputs = (embeddings, plan.query_positions, slots, masks, plan.cache.tensors)
-        return self._run_exact(*inputs, plan.tail_slots) if isinstance(plan, ExactPass) else self._run(*inputs)
+        inputs = [embeddings, plan.query_positions, slots, *masks, *plan.cache.tensors]
+        (states,) = self._run_exact([*inputs, plan.tail_slots]) if isinstance(plan, ExactPass) else self._run(inputs)
+        return states
 
 
 def find(folder: Path, model: nn.Module, quantize: str | None) -> CompiledPass | None:
@@ -168,7 +169,7 @@ def build(
 
 
 def _export(
-    graph: _Graph, embed: nn.Module, layers: list[LayerShape], package: Path, name: str, exact: bool = False
+    graph: _Graph, embed: nn.Module, layers: list[LayerShape], library: Path, name: str, exact: bool = False
 ) -> None:
     weight: Tensor = embed.weight  # type: ignore[assignment]
     rows, context = 6, 10
@@ -193,7 +194,7 @@ def _export(
         [{2: auto} for _ in caches],
         *({0: auto} for _ in tail),
     )
-    packages.export(graph, (example, positions, positions[0], masks, caches, *tail), shapes, package, name)
+    packages.export(graph, (example, positions, positions[0], masks, caches, *tail), shapes, library, name)
 
 
 def _probe(base: nn.Module) -> tuple[list[LayerShape], list[int | None]]:

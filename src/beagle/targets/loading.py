@@ -18,6 +18,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from beagle.errors import BeagleError
+from beagle.memory import use_huge_pages
 from beagle.targets import compiled
 from beagle.targets.quantize import check_kind
 from beagle.targets.target import Target
@@ -87,6 +88,8 @@ def load_target(
     target = Target(model, tokenizer, name, quantize)
     if fast is not None:
         target.use(fast)
+    if target.device.type == "cpu":
+        use_huge_pages()
     if left := target.unquantized:
         _console.print(
             f"[dim]{quantize}: {len(left)} layers of {name} stay {str(target.dtype).removeprefix('torch.')}, their shapes are no "

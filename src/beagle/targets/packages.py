@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,8 +73,9 @@ def fresh(place: Path, about: dict[str, Any]) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def export(graph: nn.Module, inputs: tuple[Any, ...], shapes: tuple[Any, ...], package: Path, name: str) -> None:
-    """
+def export(graph: nn.Module, inputs: tuple[Any, ...], shapes: tuple[Any, ...], library: Path, name: str) -> None:
+    """Compile a graph into one shared library, its weights inside.
+
     Args:
         shapes: ``torch.export``'s dynamic shapes of the inputs. name: for errors.
     Raises:
@@ -81,7 +83,13 @@ def export(graph: nn.Module, inputs: tuple[Any, ...], shapes: tuple[Any, ...], p
     """
     try:
         traced = torch.export.export(graph, inputs, dynamic_shapes=shapes, strict=False)
-        torch._inductor.aoti_compile_and_package(traced, package_path=str(package), inductor_configs=dict(OPTIONS))
+        package = str(library.with_suffix(".pt2"))
+        torch._inductor.aoti_compile_and_package(traced, package_path=package, inductor_configs=dict(OPTIONS))
+        # the package would be unpacked anew by every process, and its tree of inputs parsed by every call
+        with zipfile.ZipFile(package) as archive, library.open("wb") as out:
+            (inside,) = [entry for entry in archive.namelist() if entry.endswith(".so")]
+            shutil.copyfileobj(archive.open(inside), out)
+        os.remove(package)
     except OSError:
         raise
     except Exception as error:  # tracing and compiling raise whatever they stumble over
@@ -104,15 +112,16 @@ def about(place: Path) -> dict[str, Any]:
     return content
 
 
-def load(package: Path) -> Callable[..., Any]:
-    """
+def load(library: Path) -> Callable[[list[Tensor]], list[Tensor]]:
+    """The compiled graph; it takes all inputs that are tensors, lists laid out flat, and gives all outputs so.
+
     Raises:
-        BeagleError: the package is broken.
+        BeagleError: the library is broken.
     """
     try:
-        run: Callable[..., Any] = torch._inductor.aoti_load_package(str(package))
+        run: Callable[[list[Tensor]], list[Tensor]] = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1).run
     except (OSError, RuntimeError) as error:
-        raise unreadable(package.parent) from error
+        raise unreadable(library.parent) from error
     return run
 
 

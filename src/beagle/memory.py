@@ -1,0 +1,45 @@
+"""Weights on huge pages: a pass reads every weight once, and looking up small pages is a sixth of its time on a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import sys
+from pathlib import Path
+from threading import Thread
+
+HUGE = 2 << 20  # bytes of a huge page
+LEAST = 16 * HUGE  # of a region worth the while
+MADV_COLLAPSE = 25  # linux/mman.h, since Linux 6.1
+_ANONYMOUS = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p [0-9a-f]+ 00:00 0\s*(?:\[heap\])?\s*$")
+
+
+def use_huge_pages() -> Thread | None:
+    """Put this process's large private memory on huge pages, beside whatever it does next; some seconds.
+
+    Elsewhere than on Linux, or with ``BEAGLE_HUGE_PAGES=0``, nothing happens; an older Linux refuses and nothing
+    is lost.
+    """
+    if not sys.platform.startswith("linux") or os.environ.get("BEAGLE_HUGE_PAGES") == "0":
+        return None
+    thread = Thread(target=collapse, name="huge pages", daemon=True)
+    thread.start()
+    return thread
+
+
+def collapse() -> int:
+    """Bytes that lie on huge pages now, of regions of ``LEAST`` or more."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        advise = ctypes.CDLL(None).madvise  # lets other threads run
+    except (OSError, AttributeError):
+        return 0
+    done = 0
+    for line in lines:
+        if found := _ANONYMOUS.match(line):
+            start = -(-int(found[1], 16) // HUGE) * HUGE
+            size = int(found[2], 16) // HUGE * HUGE - start
+            if size >= LEAST:
+                done += size * (advise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_COLLAPSE) == 0)
+    return done

@@ -121,6 +121,8 @@ def mode_name(meta: dict[str, Any]) -> str:
     words = [DTYPES.get(dtype, dtype)]
     if dtype != "float32":
         words.append("`--exact`" if arguments["exact"] else "fast")
+    if meta["target"].get("compiled"):
+        words.append("compiled")
     words.append({"auto": "head + lookup", "head": "head alone"}.get(arguments["draft"], arguments["draft"]))
     if arguments["tree"] != "dynamic":
         words.append(arguments["tree"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from beagle.drafters.base import STATIC_PATHS, TreePlan
+from beagle.drafters.base import HOPE, STATIC_PATHS, Draft, TreePlan
 from beagle.model import DRAFTERS
 from conftest import LIVELY, tiny_drafter, tiny_head, tiny_target
 
@@ -142,7 +144,25 @@ def test_long_contexts_grow_the_cache(target, architecture):
 def test_levels_that_gain_too_little_are_not_drafted(drafting):
     drafter = drafting[1]
     draft = drafter.draft(ROOT, TreePlan("dynamic", depth=5, top_k=4), min_gain=2.0)
-    assert draft.parents == [-1] * 4
+    assert set(draft.parents) <= {-1}
+
+
+def test_candidates_without_hope_are_not_followed(drafting):
+    drafter, plan = drafting[1], TreePlan("dynamic", depth=3, top_k=4)
+    whole = drafter.draft(ROOT, plan)
+    least = sorted(whole.scores)[len(whole.scores) // 3] - 1e-4
+    draft = drafter.draft(ROOT, plan, min_gain=math.exp(least) / HOPE)
+    assert min(draft.scores) >= least
+    assert set(paths(draft)) <= set(paths(whole))
+    firsts = [whole.tokens[i] for i, parent in enumerate(whole.parents) if parent < 0 and whole.scores[i] >= least]
+    assert [token for token, parent in zip(draft.tokens, draft.parents, strict=True) if parent < 0] == firsts
+
+
+def paths(draft: Draft) -> list[tuple[int, ...]]:
+    found: list[tuple[int, ...]] = []
+    for token, parent in zip(draft.tokens, draft.parents, strict=True):
+        found.append((*(found[parent] if parent >= 0 else ()), token))
+    return found
 
 
 @pytest.mark.parametrize("architecture", DRAFTERS)

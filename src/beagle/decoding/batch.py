@@ -229,7 +229,7 @@ class Batch:
             first.append(at)
             at += 1 + len(draft.tokens)
         samplers = [row.sampler for row in self.live]
-        greedy = [] if all(sampler.temperature for sampler in samplers) else logits.argmax(-1).tolist()
+        greedy = [] if all(sampler.temperature for sampler in samplers) else logits.max(-1).indices.tolist()
         for walk, start, sampler in zip(walks, first, samplers, strict=True):
             while walk.goes_on and not sampler.temperature:
                 walk.take(greedy[start + walk.path[-1]])

@@ -97,9 +97,9 @@ def measure(
             shape = TreeShape([-1, *([0] * (n - 1))])
             began = time.perf_counter()
             if exact:
-                target.exact_logits(target.verify_exact(cache, tokens, shape, keys)).argmax(-1).tolist()
+                target.exact_logits(target.verify_exact(cache, tokens, shape, keys)).max(-1).indices.tolist()
             else:
-                target.logits(target.verify(cache, tokens, shape)).argmax(-1).tolist()
+                target.logits(target.verify(cache, tokens, shape)).max(-1).indices.tolist()
             times[n].append(time.perf_counter() - began)
         began = time.perf_counter()
         drafter.draft(ids[0], plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -42,6 +43,9 @@ STATIC_PATHS: frozenset[tuple[int, ...]] = frozenset(
 )  # fmt: skip
 
 
+HOPE = 0.25  # of ``min_gain``, which counts a level and a row twice
+
+
 @dataclass(frozen=True)
 class Draft:
     """Candidates, best first; a prefix of any length is a tree (parents stand before children).
@@ -76,9 +80,14 @@ def cut(draft: Draft, depth: int, most: int) -> Draft:
     )
 
 
-def best_first(tokens: list[int], parents: list[int], scores: list[float], most: int) -> Draft:
-    """The ``most`` best candidates of a tree; a stable sort keeps parents before children of equal score."""
-    order = sorted(range(len(scores)), key=lambda i: -scores[i])[:most]
+def best_first(
+    tokens: list[int], parents: list[int], scores: list[float], most: int, least: float = -math.inf
+) -> Draft:
+    """The ``most`` best candidates of a tree, of scores of ``least`` or more.
+
+    A stable sort keeps parents before children of equal score.
+    """
+    order = sorted((i for i, score in enumerate(scores) if score >= least), key=lambda i: -scores[i])[:most]
     place = {-1: -1} | {old: new for new, old in enumerate(order)}
     return Draft([tokens[i] for i in order], [place[parents[i]] for i in order], [scores[i] for i in order])
 
@@ -98,7 +107,8 @@ class Drafter(Protocol):
     def draft(self, root: int, plan: TreePlan, min_gain: float = 0.0) -> Draft:
         """Candidates for what follows ``root``, the newest token, which the target has not run.
 
-        ``min_gain``: expected accepted tokens below which another level is not worth its time.
+        ``min_gain``: expected accepted tokens below which another level is not worth its time; a candidate with
+        less than ``HOPE`` of it is not worth a row, and nothing that follows it is.
         """
 
     # for several contexts at once; a drafter that has something to share among them does better

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beagle.drafters.base import STATIC_PATHS, Draft, Drafter, TreePlan, best_first
+from beagle.drafters.base import HOPE, STATIC_PATHS, Draft, Drafter, TreePlan, best_first
 from beagle.drafters.block import Block
 from beagle.targets.packing import pack_linears, packed
 from beagle.targets.quantize import RowQuantizer, quantize_linears, quantized
@@ -137,6 +138,7 @@ class TreeDrafter(Drafter):
         ids = torch.full((len(rows), 1), -1, device=self.device)  # candidate index of each beam node
         newest = torch.stack([row.newest for row in rows])
         total = 0
+        least = math.log(HOPE * min_gain) if min_gain > 0 else -math.inf
         for level in range(1, plan.depth + 1):
             beams.level = level
             states, logits, sums = self._computed(beams, tokens, newest)
@@ -163,6 +165,9 @@ class TreeDrafter(Drafter):
                 break
             if keep is None:
                 scores, chosen = level_scores.topk(min(width, level_scores.shape[1]), dim=1)
+                if min_gain > 0:
+                    worth = int((scores >= least).sum(1).max())
+                    scores, chosen = scores[:, : max(worth, 2)], chosen[:, : max(worth, 2)]
                 parents = chosen // children  # each beam node's parent in the level above
                 tokens = level_tokens.gather(1, chosen)
             else:
@@ -181,7 +186,7 @@ class TreeDrafter(Drafter):
                     live = [live[i] for i in on]
                     tokens, scores, newest, ids = tokens[on], scores[on], newest[on], ids[on]
                     beams.keep(on)
-        return ranked_drafts(found, len(rows), plan)
+        return ranked_drafts(found, len(rows), plan, least)
 
     def _computed(self, beams: Beams, tokens: Tensor, newest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``_level``, its fp32 logits ``[contexts * beam, vocabulary]`` and the log of the sum of their exponentials."""
@@ -303,8 +308,8 @@ class Level:
     parents: Tensor
 
 
-def ranked_drafts(levels: list[Level], contexts: int, plan: TreePlan) -> list[Draft]:
-    """Each context's candidates, best first (static trees keep their order)."""
+def ranked_drafts(levels: list[Level], contexts: int, plan: TreePlan, least: float) -> list[Draft]:
+    """Each context's candidates with scores of ``least`` or more, best first (static trees keep all, in their order)."""
     tokens = torch.cat([level.tokens.flatten() for level in levels]).tolist()
     scores = torch.cat([level.scores.flatten() for level in levels]).tolist()
     parents = torch.cat([level.parents.flatten() for level in levels]).tolist()
@@ -319,4 +324,4 @@ def ranked_drafts(levels: list[Level], contexts: int, plan: TreePlan) -> list[Dr
             at += n
     if plan.kind == "static":
         return drafts
-    return [best_first(draft.tokens, draft.parents, draft.scores, plan.nodes or 64) for draft in drafts]
+    return [best_first(draft.tokens, draft.parents, draft.scores, plan.nodes or 64, least) for draft in drafts]

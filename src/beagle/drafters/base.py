@@ -43,7 +43,7 @@ STATIC_PATHS: frozenset[tuple[int, ...]] = frozenset(
 )  # fmt: skip
 
 
-HOPE = 0.25  # of ``min_gain``, which counts a level and a row twice
+HOPE = 0.15  # of ``min_gain``, which counts a level and a row twice
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,18 @@ DRAFTED = {"beagle": "", "chain": ", chain", "head": ", head alone"}  # modes wi
 
 def figures(results: list[dict[str, Any]]) -> list[list[str]]:
     """A row a file: plain decoding, Beagle, and transformers' own decoding."""
-    rows = [["mode", "plain", "Beagle", "Beagle / plain", "τ", "identical", "plain / transformers' generate"]]
+    rows = [
+        [
+            "mode",
+            "plain",
+            "Beagle",
+            "Beagle / plain",
+            "τ",
+            "identical",
+            "plain / transformers' generate",
+            "Beagle / transformers' generate",
+        ]
+    ]
     names = {result["meta"]["target"]["name"] for result in results}
     for result in results:
         modes = result["modes"]
@@ -46,10 +57,13 @@ def figures(results: list[dict[str, Any]]) -> list[list[str]]:
         for mode, words in DRAFTED.items():
             if mode not in modes:
                 continue
-            stock = result["ratios"].get("plain/transformers", {}) if mode == HEAD else {}
+            stock = [
+                speed_up_text(result["ratios"].get(f"{m}/transformers", {}) if mode == HEAD else {})
+                for m in ("plain", mode)
+            ]
             speeds = [f"{modes[m]['tokens_per_second']:.1f}" if m in modes else "-" for m in ("plain", mode)]
             label = f"{name}{words} ({questions(result)} questions)"
-            rows.append([label, *speeds, *received(result, mode), speed_up_text(stock)])
+            rows.append([label, *speeds, *received(result, mode), *stock])
     return rows
 
 

@@ -2,6 +2,7 @@
 
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,4 +30,14 @@ def test_large_memory_moves_and_keeps_its_content(monkeypatch):
 
 def test_it_can_be_left_aside(monkeypatch):
     monkeypatch.setenv("BEAGLE_HUGE_PAGES", "0")
-    assert memory.use_huge_pages() is None
+    memory.use_huge_pages()
+    assert not memory._under_way
+
+
+def test_who_measures_waits(monkeypatch):
+    done = []
+    monkeypatch.setenv("BEAGLE_HUGE_PAGES", "1")
+    monkeypatch.setattr(memory, "collapse", lambda: (time.sleep(0.05), done.append(1)))
+    memory.use_huge_pages()
+    memory.settle()
+    assert done == [1]

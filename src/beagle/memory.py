@@ -15,17 +15,25 @@ MADV_COLLAPSE = 25  # linux/mman.h, since Linux 6.1
 _ANONYMOUS = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p [0-9a-f]+ 00:00 0\s*(?:\[heap\])?\s*$")
 
 
-def use_huge_pages() -> Thread | None:
+_under_way: list[Thread] = []
+
+
+def use_huge_pages() -> None:
     """Put this process's large private memory on huge pages, beside whatever it does next; some seconds.
 
     Elsewhere than on Linux, or with ``BEAGLE_HUGE_PAGES=0``, nothing happens; an older Linux refuses and nothing
     is lost.
     """
     if not sys.platform.startswith("linux") or os.environ.get("BEAGLE_HUGE_PAGES") == "0":
-        return None
-    thread = Thread(target=collapse, name="huge pages", daemon=True)
-    thread.start()
-    return thread
+        return
+    _under_way.append(Thread(target=collapse, name="huge pages", daemon=True))
+    _under_way[-1].start()
+
+
+def settle() -> None:
+    """Wait until all that was asked for is done: what is timed beside it is slow."""
+    while _under_way:
+        _under_way.pop().join()
 
 
 def collapse() -> int:

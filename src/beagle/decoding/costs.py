@@ -18,6 +18,7 @@ import torch
 
 from beagle.drafters.base import Drafter, TreePlan
 from beagle.files import write_json
+from beagle.memory import settle
 from beagle.targets.loading import cache_dir
 from beagle.targets.target import EXACT_BLOCK, EXACT_ROWS, Target, TreeShape
 
@@ -82,6 +83,7 @@ def measure(
     target: Target, drafter: Drafter, plan: TreePlan, exact: bool = False, context: int = 256, repeats: int = 7
 ) -> Costs:
     """Time verification by size and drafting by level, interleaved, medians."""
+    settle()
     context = max(1, min(context, target.context_limit - SIZES[-1] - 1))
     sizes = [n for n in SIZES if context + n <= target.context_limit and (not exact or n <= EXACT_ROWS)]
     keys = -(-(context + sizes[-1]) // EXACT_BLOCK) * EXACT_BLOCK

@@ -11,6 +11,7 @@ from beagle.evaluation.meta import peak_memory_mb, reset_peak_memory
 from beagle.evaluation.modes import Contender, Options
 from beagle.evaluation.records import Record, Turn
 from beagle.evaluation.ties import first_difference
+from beagle.memory import settle
 from beagle.targets.chat import Message, encode
 from beagle.targets.target import Target
 from beagle.training.prompts import Prompt
@@ -40,6 +41,7 @@ def run(
     refuse_turns_without_template(contenders, sets)
     if all((name, prompt.id) in done for name, prompts in sets.items() for prompt in prompts):
         return
+    settle()
     for contender in contenders:
         ask(contender, "", WARM_UP, replace(options, max_new_tokens=8, temperature=0.0), 0)
     for name, prompts in sets.items():

@@ -179,7 +179,8 @@ class TreeDrafter(Drafter):
             ids = total + chosen
             total += level_tokens.shape[1]
             if min_gain > 0:
-                on = [i for i, gain in enumerate(scores.exp().sum(1).tolist()) if gain >= min_gain]
+                gains = torch.where(scores >= least, scores.exp(), 0.0).sum(1)
+                on = [i for i, gain in enumerate(gains.tolist()) if gain >= min_gain]
                 if not on:
                     break
                 if len(on) < len(live):

@@ -6,12 +6,13 @@ import shutil
 import pytest
 import torch
 
-from beagle.cli.compile import compare
+import test_cli
+from beagle.cli.compile import SIZES, compare
 from beagle.decoding.costs import cached_costs
 from beagle.drafters.base import TreePlan
 from beagle.errors import BeagleError
 from beagle.model import Model
-from beagle.targets import compiled
+from beagle.targets import compiled, loading
 from beagle.targets import packages as store
 from beagle.targets.loading import cache_dir
 from beagle.targets.shape import TreeShape
@@ -21,6 +22,7 @@ from conftest import tiny_drafter, tiny_model, tiny_tokenizer
 pytestmark = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("g++", "clang++")), reason="there is no C++ compiler"
 )
+beagle = test_cli.beagle
 TREE = TreeShape([-1, 0, 0, 1, 1, 2, 4])
 PROMPT = [1, *range(3, 15)]  # longer than the window
 
@@ -96,6 +98,14 @@ def test_exact_answers_are_bitwise_plain_ones(fast, monkeypatch):
     assert torch.equal(states[path], torch.stack(alone))
 
 
+def test_another_models_exact_pass_is_refused(fast, monkeypatch):
+    run = fast.compiled._run_exact
+    monkeypatch.setitem(vars(fast.compiled), "_run_exact", lambda inputs: [states + 1.0 for states in run(inputs)])
+    with pytest.raises(BeagleError, match="computes something else"):
+        Model(fast).generate(PROMPT, max_new_tokens=2, exact=True)
+    assert fast.compiled is not None
+
+
 def test_exact_drafted_answers_equal_exact_plain_ones(fast):
     plain = Model(fast).generate(PROMPT, max_new_tokens=40, exact=True)
     drafter = tiny_drafter(fast, scale=15.0)
@@ -121,6 +131,27 @@ def test_another_models_pass_is_refused(fast):
 def test_it_can_be_left_aside(packages, monkeypatch):
     monkeypatch.setenv("BEAGLE_COMPILED", "0")
     assert compiled.find(packages, model(), None) is None
+
+
+def test_the_command_leaves_what_is_compiled(packages, beagle, monkeypatch):
+    monkeypatch.setattr(loading, "compiled_dir", lambda: packages)
+    monkeypatch.setattr(loading, "load_model", lambda *arguments, **options: (model(), tiny_tokenizer()))
+    monkeypatch.setattr(compiled, "build", None)
+    ended = beagle("compile", "-t", "tiny-gemma2", "--exact", "--draft", "none")
+    assert ended.code == 0, ended.err
+    assert "compiled already" in ended.err
+    assert ended.err.count("×") == len(SIZES)
+
+
+def test_the_command_needs_leave(beagle, monkeypatch):
+    monkeypatch.setenv("BEAGLE_COMPILED", "0")
+    monkeypatch.setattr(loading, "load_model", None)
+    beagle("compile").refusal("BEAGLE_COMPILED=0")
+
+
+def test_the_command_refuses_a_kind_before_it_works(beagle, monkeypatch):
+    monkeypatch.setattr(loading, "load_model", None)
+    beagle("compile", "--quantize", "int3").refusal("int3", "int8 or int4")
 
 
 def test_how_it_is_timed(fast):

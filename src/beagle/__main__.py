@@ -11,7 +11,7 @@ from beagle.threads import wait_briefly
 def run() -> None:
     """Entry point, see ``beagle.cli.main.run``."""
     wait_briefly()
-    gc.disable()  # what is imported stays: to search it for garbage, again and again, takes a fifth of the imports' time
+    gc.disable()  # what is imported stays: to search it for garbage, again and again, takes long
     try:
         from beagle.cli.main import run as command
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Weights on huge pages: a pass reads every weight once, and looking up small pages is a sixth of its time on a CPU."""
+"""Weights on huge pages: a pass reads every weight once, and looking up small pages is a part of its time on a CPU."""
 
 from __future__ import annotations
 

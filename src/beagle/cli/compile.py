@@ -20,8 +20,9 @@ from beagle.drafters.tree import TreeDrafter
 from beagle.errors import BeagleError
 from beagle.model import DRAFTERS, load_drafter, names_head, resolve_draft
 from beagle.targets import compiled as passes
-from beagle.targets import loading
+from beagle.targets import loading, packages
 from beagle.targets.loading import EMBEDDED
+from beagle.targets.quantize import check_kind
 from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
 
@@ -48,6 +49,9 @@ def compile(
     BEAGLE_COMPILED=0 leaves them aside. Answers one at a time gain; batches run as before. What is compiled already
     stays: after training another head this takes seconds.
     """
+    check_kind(quantize)
+    if packages.left_aside():
+        raise BeagleError("BEAGLE_COMPILED=0 is set, so nothing that is compiled would be used; unset it")
     o.quiet_transformers()
     folder = loading.compiled_dir()
     draft = resolve_draft(draft, target)
@@ -61,8 +65,6 @@ def compile(
         o.console.print(f"the pass of {target} is compiled already")
     del model, known
     loaded = o.load_target(target, quantize=quantize, **engine)
-    if loaded.compiled is None:
-        raise BeagleError("BEAGLE_COMPILED=0 is set: what is compiled won't be used")
     for rows, (eager, fast) in compare(loaded).items():
         show(f"{rows:>3} row{'s' * (rows > 1)}", eager, fast)
     if not names_head(draft):

@@ -27,7 +27,9 @@ def eval(
     suite: Annotated[str | None, typer.Option(help="quick (ships with the package), paper or spec-bench.")] = None,
     questions: Annotated[
         list[str] | None,
-        typer.Option(help="Question file, .jsonl, or a hub data set, owner/name[/config][:split] (repeatable)."),
+        typer.Option(
+            help="Question file, .jsonl, or a hub data set, owner/name/config:split (config and split where there are several; repeatable)."
+        ),
     ] = None,
     json: Annotated[
         Path | None, typer.Option("--json", help="Write figures and every answer here, as they come.")

@@ -160,7 +160,7 @@ def accept(
     Returns:
         The accepted nodes (the root first), the tokens chosen at each of them, and whether the last ends the answer.
     """
-    greedy = logits.max(-1).indices.tolist() if not sampler.temperature else None  # argmax: four times as long in bf16
+    greedy = logits.max(-1).indices.tolist() if not sampler.temperature else None  # argmax takes far longer in bf16
     walk = Walk(draft, ended, left)
     while walk.goes_on:
         node = walk.path[-1]

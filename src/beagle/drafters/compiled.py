@@ -90,10 +90,7 @@ class CompiledLevels:
         Raises:
             BeagleError: the package can't be read.
         """
-        about = packages.about(place)
-        if "appends" not in about:
-            raise packages.unreadable(place)
-        self._appends: dict[str, bool] = about["appends"]  # whether a level's nodes write keys
+        self._appends: dict[str, bool] = packages.about(place, "appends")  # whether a level's nodes write keys
         self._run = {name: packages.load(place / name) for name in (ROOT, BELOW)}
 
     def takes(self, beams: Beams, nodes: int) -> bool:

@@ -1,6 +1,6 @@
 """The target's pass as one compiled graph, made once by ``beagle compile`` and kept in the user's cache.
 
-Eager layers spend a third of a small pass between their products: norms, RoPE, masks and the interpreter that
+Eager layers spend much of a small pass between their products: norms, RoPE, masks and the interpreter that
 calls them. AOTInductor turns the whole pass, for any number of rows up to ``MOST_ROWS`` and of keys, into one
 library without Python, guards or tracing at load. The cache's tensors are inputs that it writes in place.
 
@@ -100,7 +100,7 @@ class CompiledPass:
     """A package of one model.
 
     Attributes:
-        has_exact: whether it holds the pass of exact mode, too.
+        place: its folder. has_exact: whether it holds the pass of exact mode, too.
     """
 
     def __init__(self, place: Path) -> None:
@@ -108,17 +108,15 @@ class CompiledPass:
         Raises:
             BeagleError: the package can't be read.
         """
-        about = packages.about(place)
-        if "windows" not in about:
-            raise packages.unreadable(place)
-        self._place = place
-        self._windows: list[int | None] = about["windows"]  # of sliding layers (None: the whole context)
+        self.place = place
+        # of sliding layers (None: the whole context)
+        self._windows: list[int | None] = packages.about(place, "windows")
         self.has_exact = (place / EXACT).is_file()
         self._run = packages.load(place / PASS)
 
     @cached_property
     def _run_exact(self) -> Callable[[list[Tensor]], list[Tensor]]:
-        return packages.load(self._place / EXACT)  # with weights of its own, so not before it is asked for
+        return packages.load(self.place / EXACT)  # with weights of its own, so not before it is asked for
 
     def __call__(self, embeddings: Tensor, plan: Pass) -> Tensor:
         """``[1, rows, hidden]``, embeddings to states; fresh keys and values are written where ``plan`` says."""

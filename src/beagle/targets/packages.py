@@ -42,9 +42,14 @@ def place(folder: Path, kind: str, weights: Mapping[str, Tensor]) -> Path:
     return folder / f"{kind}-{digest.hexdigest()[:16]}"
 
 
+def left_aside() -> bool:
+    """Whether ``BEAGLE_COMPILED=0`` asks for the eager pass."""
+    return os.environ.get("BEAGLE_COMPILED") == "0"
+
+
 def find(folder: Path, kind: str, weights: Callable[[], Mapping[str, Tensor]]) -> Path | None:
-    """The package, if there is one; ``BEAGLE_COMPILED=0`` finds nothing."""
-    if os.environ.get("BEAGLE_COMPILED") == "0" or not any(folder.glob(f"{kind}-*")):
+    """The package, if there is one and it isn't left aside."""
+    if left_aside() or not any(folder.glob(f"{kind}-*")):
         return None
     found = place(folder, kind, weights())
     return found if found.is_dir() else None
@@ -100,16 +105,16 @@ def export(graph: nn.Module, inputs: tuple[Any, ...], shapes: tuple[Any, ...], l
         ) from error
 
 
-def about(place: Path) -> dict[str, Any]:
-    """
+def about(place: Path, what: str) -> Any:
+    """An entry of what ``fresh`` was given.
+
     Raises:
         BeagleError: the package is broken.
     """
     try:
-        content: dict[str, Any] = json.loads((place / ABOUT).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise unreadable(place) from error
-    return content
+        return json.loads((place / ABOUT).read_text(encoding="utf-8"))[what]
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(place) from error
 
 
 def load(library: Path) -> Callable[[list[Tensor]], list[Tensor]]:
@@ -121,11 +126,11 @@ def load(library: Path) -> Callable[[list[Tensor]], list[Tensor]]:
     try:
         run: Callable[[list[Tensor]], list[Tensor]] = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1).run
     except (OSError, RuntimeError) as error:
-        raise unreadable(library.parent) from error
+        raise _unreadable(library.parent) from error
     return run
 
 
-def unreadable(place: Path) -> BeagleError:
+def _unreadable(place: Path) -> BeagleError:
     return BeagleError(f"the compiled graphs in {place} can't be read; delete the folder")
 
 

@@ -117,7 +117,7 @@ class Target:
 
     @torch.no_grad()
     def use(self, compiled: CompiledPass) -> None:
-        """Let trees run in a compiled pass from now on.
+        """Let trees run in a compiled pass from now on; exact mode's is compared when it is first asked for.
 
         Raises:
             BeagleError: it isn't this target's: its states are others.
@@ -128,10 +128,19 @@ class Target:
         self.prefill(ids[None, :6], cache)
         expected = self.verify(cache, ids[6:], chain)
         self.compiled = compiled
-        gap = (self.verify(cache, ids[6:], chain) - expected).abs().max() / expected.abs().max()
-        if not gap < 0.1:
+        try:
+            self._refuse_others(compiled, self.verify(cache, ids[6:], chain), expected)
+        except BeagleError:
             self.compiled = None
-            raise BeagleError(f"{self.name}: the compiled pass computes something else; run `beagle compile` again")
+            raise
+
+    def _refuse_others(self, compiled: CompiledPass, states: Tensor, expected: Tensor) -> None:
+        gap = (states - expected).abs().max() / expected.abs().max()
+        if not gap < 0.1:  # also catches NaN
+            raise BeagleError(
+                f"{self.name}: the compiled pass computes something else; delete {compiled.place} and run "
+                "`beagle compile` again"
+            )
 
     def _forward(self, ids: Tensor, positions: Tensor, plan: Pass) -> Tensor:
         token = current_pass.set(plan)
@@ -308,6 +317,13 @@ class Target:
         self.prefill(ids[None, :8], cache)
         chain = list(range(-1, EXACT_ROWS - 1))
         whole = self._verify_exact(cache, ids[8:], TreeShape(chain), EXACT_ROWS, keys)
+        if compiled := self._compiled_exact:
+            self.compiled = None
+            try:
+                expected = self._verify_exact(cache, ids[8:], TreeShape(chain), EXACT_ROWS, keys)
+            finally:
+                self.compiled = compiled
+            self._refuse_others(compiled, whole, expected)
         logits = self.logits(whole)
         least = 2 if self._compiled_exact else 1  # a graph of any number of rows is no graph of one
         for n in range(EXACT_ROWS - 1, least - 1, -1):

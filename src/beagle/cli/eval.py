@@ -28,7 +28,8 @@ def eval(
     questions: Annotated[
         list[str] | None,
         typer.Option(
-            help="Question file, .jsonl, or a hub data set, owner/name/config:split (config and split where there are several; repeatable)."
+            help="Question file, .jsonl, or a hub data set, owner/name/config:split (config and split where there are "
+            "several; repeatable)."
         ),
     ] = None,
     json: Annotated[

@@ -37,6 +37,7 @@ def test_it_can_be_left_aside(monkeypatch):
 def test_who_measures_waits(monkeypatch):
     done = []
     monkeypatch.setenv("BEAGLE_HUGE_PAGES", "1")
+    monkeypatch.setattr(memory, "PATIENCE", 1e6)
     monkeypatch.setattr(memory, "collapse", lambda: (time.sleep(0.05), done.append(1)))
     memory.use_huge_pages()
     memory.settle()

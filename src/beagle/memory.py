@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 HUGE = 2 << 20  # bytes of a huge page
 LEAST = 16 * HUGE  # of a region worth the while
@@ -15,25 +15,34 @@ MADV_COLLAPSE = 25  # linux/mman.h, since Linux 6.1
 _ANONYMOUS = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p [0-9a-f]+ 00:00 0\s*(?:\[heap\])?\s*$")
 
 
-_under_way: list[Thread] = []
+PATIENCE = 5.0  # seconds: moving pages holds up whoever asks for memory, and a short command is over by then
+_under_way: list[tuple[Thread, Event]] = []
 
 
 def use_huge_pages() -> None:
-    """Put this process's large private memory on huge pages, beside whatever it does next; some seconds.
+    """Put this process's large private memory on huge pages in a while, beside whatever it does then; some seconds.
 
     Elsewhere than on Linux, or with ``BEAGLE_HUGE_PAGES=0``, nothing happens; an older Linux refuses and nothing
     is lost.
     """
     if not sys.platform.startswith("linux") or os.environ.get("BEAGLE_HUGE_PAGES") == "0":
         return
-    _under_way.append(Thread(target=collapse, name="huge pages", daemon=True))
-    _under_way[-1].start()
+    hurry = Event()
+
+    def work() -> None:
+        hurry.wait(PATIENCE)
+        collapse()
+
+    _under_way.append((Thread(target=work, name="huge pages", daemon=True), hurry))
+    _under_way[-1][0].start()
 
 
 def settle() -> None:
-    """Wait until all that was asked for is done: what is timed beside it is slow."""
+    """Do at once all that was asked for, and wait until it is done: what is timed beside it is slow."""
     while _under_way:
-        _under_way.pop().join()
+        thread, hurry = _under_way.pop()
+        hurry.set()
+        thread.join()
 
 
 def collapse() -> int:

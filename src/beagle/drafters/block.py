@@ -73,7 +73,8 @@ class Block(nn.Module):
         super().__init__()
         self.config = config
         self.dropout = 0.0
-        frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+        steps = torch.arange(0, config.head_dim, 2, device="cpu") / config.head_dim  # on meta, too: it isn't loaded
+        frequencies = config.rope_theta**-steps
         self.register_buffer("frequencies", frequencies, persistent=False)
         size = config.draft_vocab_size or config.target_vocab_size
         self.register_buffer("draft_vocab", torch.arange(size))

@@ -96,7 +96,8 @@ def load_head(folder: str | Path, target: Any) -> Block:
         if unknown := set(settings) - known:
             raise BeagleError(f"draft '{folder}': unknown setting {sorted(unknown)}; it needs a newer beagle")
         config = kind.config_class(**settings)
-        head = kind(config)
+        with torch.device("meta"):  # no time for weights that are replaced at once
+            head = kind(config)
     except (KeyError, TypeError, ValueError) as error:
         raise BeagleError(f"draft '{folder}': config.json is incomplete ({error}); train or copy it again") from error
     for what, ours, theirs in (
@@ -111,7 +112,7 @@ def load_head(folder: str | Path, target: Any) -> Block:
     try:
         tensors = load_file(folder / "model.safetensors")
         tensors["draft_vocab"] = tensors["draft_vocab"].long()
-        head.load_state_dict(tensors)
+        head.load_state_dict(tensors, assign=True)
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         reason = (
             str(error).strip().split("\n")[:2][-1].strip()

@@ -52,7 +52,7 @@ class Served:
         draft = exported(options.target, options.draft, options.dtype, False) if mode == "beagle" else None
         launch = Launch(resolve(options.target), draft, options.depth, extra=tuple(extra))
         self.log = options.json.with_name(f".{options.json.stem}_{mode}.log")
-        self.line = shlex.join(["python", *map(portable, launch.arguments)])
+        self.line = shlex.join(["python", *map(portable, launch.arguments)]).replace(str(Path.home()), "~")
         environment = {**os.environ, **launch.environment}
         self.preload = [Path(path).name for path in environment.get("LD_PRELOAD", "").split(":") if path]
         if launch.advice and mode == MODES[0]:

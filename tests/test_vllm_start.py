@@ -65,6 +65,13 @@ def test_threads_set_by_the_user_stay(monkeypatch):
     assert Launch("m", "d", cpu=True).environment["VLLM_CPU_OMP_THREADS_BIND"] == "0-3"
 
 
+@pytest.mark.parametrize(("cores", "threads"), [(8, "7"), (1, "1")])
+def test_a_core_is_left_to_the_engine(monkeypatch, cores, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert Launch("m", "d", cpu=True).environment["OMP_NUM_THREADS"] == threads
+
+
 # what is preloaded
 
 

@@ -66,7 +66,7 @@ def test_its_states_are_the_eager_ones(fast, shape):
 
 
 def test_trees_run_in_it(fast, monkeypatch):
-    monkeypatch.setattr(fast, "_forward", None)  # the eager pass
+    monkeypatch.setattr(fast, "forward", None)  # the eager pass
     cache = fast.new_cache(1, 20)
     cache.lengths = [5]
     assert fast.verify(cache, torch.arange(5, 12), TREE).shape == (7, fast.hidden_size)
@@ -85,15 +85,15 @@ def test_exact_answers_are_bitwise_plain_ones(fast, monkeypatch):
     eager = states_of(target_of(model()), TREE)
     cache = fast.new_cache(1, 96)
     fast.prefill(torch.tensor([PROMPT]), cache)
-    assert fast.exact_least >= 2
-    monkeypatch.setattr(fast, "_forward", None)  # the eager pass
+    assert fast.exact.least >= 2
+    monkeypatch.setattr(fast, "forward", None)  # the eager pass
     tokens = torch.arange(5, 5 + len(TREE.parents))
-    states = fast.verify_exact(cache, tokens, TREE, 64)
+    states = fast.exact.verify(cache, tokens, TREE, 64)
     assert torch.allclose(states, eager[:-1], atol=1e-4)
     path = [0, 1, 4, 6]
     alone = []
     for node in path:
-        alone.append(fast.verify_exact(cache, tokens[[node]], TreeShape([-1]), 64)[0])
+        alone.append(fast.exact.verify(cache, tokens[[node]], TreeShape([-1]), 64)[0])
         cache.compact([0])
     assert torch.equal(states[path], torch.stack(alone))
 

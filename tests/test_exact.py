@@ -10,7 +10,8 @@ from beagle.decoding.sampling import Sampler
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.model import Model
-from beagle.targets.target import EXACT_BLOCK, EXACT_ROWS, TreeShape
+from beagle.targets.exact import EXACT_BLOCK, EXACT_ROWS
+from beagle.targets.shape import TreeShape
 from conftest import Oracle, tiny_drafter, tiny_target
 
 FAMILIES = ["llama", "qwen3", "gemma3_text"]
@@ -25,7 +26,7 @@ def bf16(request):
     target = tiny_target(family, dtype=torch.bfloat16)
     target.eos_ids = frozenset()
     if padded:
-        target.exact_least = EXACT_ROWS  # as where kernels differ by number of rows
+        target.exact.least = EXACT_ROWS  # as where kernels differ by number of rows
     return target
 
 
@@ -75,7 +76,7 @@ def test_one_tree_is_bitwise_its_paths_alone(bf16):
     keys = EXACT_BLOCK
     cache = bf16.new_cache(1, keys)
     bf16.prefill(torch.tensor([CONTEXT]), cache)
-    tree = bf16.verify_exact(cache, torch.tensor(TOKENS), TreeShape(PARENTS), keys)
+    tree = bf16.exact.verify(cache, torch.tensor(TOKENS), TreeShape(PARENTS), keys)
     for leaf in (4, 7, 8, 9):
         path = [leaf]
         while PARENTS[path[0]] >= 0:
@@ -83,7 +84,7 @@ def test_one_tree_is_bitwise_its_paths_alone(bf16):
         alone = bf16.new_cache(1, keys)
         bf16.prefill(torch.tensor([CONTEXT]), alone)
         for node in path:
-            state = bf16.verify_exact(alone, torch.tensor([TOKENS[node]]), TreeShape([-1]), keys)
+            state = bf16.exact.verify(alone, torch.tensor([TOKENS[node]]), TreeShape([-1]), keys)
             alone.compact([0])
             assert torch.equal(state[0], tree[node])
 
@@ -97,8 +98,6 @@ def test_generate_exact_with_and_without_drafter(bf16):
 
 def test_kernels_that_differ_by_number_of_rows_are_found_out(monkeypatch):
     target = tiny_target(dtype=torch.bfloat16)
-    ordinary = target._forward
-    monkeypatch.setattr(
-        target, "_forward", lambda ids, *rest: ordinary(ids, *rest) * (1.02 if ids.shape[1] == 7 else 1)
-    )
-    assert target.exact_least == 8
+    ordinary = target.forward
+    monkeypatch.setattr(target, "forward", lambda ids, *rest: ordinary(ids, *rest) * (1.02 if ids.shape[1] == 7 else 1))
+    assert target.exact.least == 8

@@ -12,8 +12,8 @@ from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.evaluation.stock import Stock
 from beagle.targets.chat import encode
+from beagle.targets.exact import EXACT_ROWS
 from beagle.targets.loading import load_model
-from beagle.targets.target import EXACT_ROWS
 from conftest import REAL_CACHE
 
 QUESTIONS = (

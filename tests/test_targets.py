@@ -9,7 +9,8 @@ import torch
 from transformers import AutoConfig
 
 from beagle.errors import BeagleError
-from beagle.targets.target import Target, TreeShape, refuse_unsupported
+from beagle.targets.family import refuse_unsupported
+from beagle.targets.target import Target, TreeShape
 from conftest import FAMILIES, tiny_model, tiny_target, tiny_tokenizer
 
 CONTEXT = [5, 9, 33, 12, 60, 41, 7, 7, 28, 50, 19]  # longer than every sliding window of FAMILIES
@@ -61,7 +62,7 @@ def test_exact_form_agrees_with_the_ordinary_one(family):
     target.prefill(torch.tensor([CONTEXT]), cache)
     tokens, shape = torch.tensor(TOKENS), TreeShape(PARENTS)
     plain = target.verify(cache, tokens, shape)
-    exact = target.verify_exact(cache, tokens, shape, 64)
+    exact = target.exact.verify(cache, tokens, shape, 64)
     torch.testing.assert_close(exact, plain, atol=1e-4, rtol=1e-4)
 
 

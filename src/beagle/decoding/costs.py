@@ -19,8 +19,9 @@ import torch
 from beagle.drafters.base import Drafter, TreePlan
 from beagle.files import write_json
 from beagle.memory import settle
+from beagle.targets.exact import EXACT_BLOCK, EXACT_ROWS
 from beagle.targets.loading import cache_dir
-from beagle.targets.target import EXACT_BLOCK, EXACT_ROWS, Target, TreeShape
+from beagle.targets.target import Target, TreeShape
 
 SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
@@ -99,7 +100,7 @@ def measure(
             shape = TreeShape([-1, *([0] * (n - 1))])
             began = time.perf_counter()
             if exact:
-                target.exact_logits(target.verify_exact(cache, tokens, shape, keys)).max(-1).indices.tolist()
+                target.exact.logits(target.exact.verify(cache, tokens, shape, keys)).max(-1).indices.tolist()
             else:
                 target.logits(target.verify(cache, tokens, shape)).max(-1).indices.tolist()
             times[n].append(time.perf_counter() - began)

@@ -18,7 +18,8 @@ from beagle.decoding.sampling import Sampler
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import Draft, Drafter, TreePlan
 from beagle.errors import BeagleError
-from beagle.targets.target import EXACT_BLOCK, EXACT_ROWS, Target, TreeShape
+from beagle.targets.exact import EXACT_BLOCK, EXACT_ROWS
+from beagle.targets.target import Target, TreeShape
 
 MOST_NODES = 64  # candidates of a tree, besides the root
 
@@ -109,8 +110,8 @@ def decode(
 
         shape = TreeShape([-1, *(parent + 1 for parent in draft.parents)])
         tokens = torch.tensor([root, *draft.tokens], device=target.device)
-        states = target.verify_exact(cache, tokens, shape, keys) if exact else target.verify(cache, tokens, shape)
-        logits = target.exact_logits(states) if exact else target.logits(states)
+        states = target.exact.verify(cache, tokens, shape, keys) if exact else target.verify(cache, tokens, shape)
+        logits = target.exact.logits(states) if exact else target.logits(states)
         if target.device.type == "cuda":
             torch.cuda.synchronize(target.device)  # acceptance waits for the logits anyhow: time them where they belong
         verified_at = clock()

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from beagle.errors import BeagleError
-from beagle.targets.attention import NAME, ExactPass, Pass, ShapeProbe, current_pass
+from beagle.targets.attention import NAME, Pass, ShapeProbe, current_pass
 from beagle.targets.cache import KVCache
 from beagle.targets.compiled import MOST_ROWS, CompiledPass
+from beagle.targets.exact import ExactPasses
+from beagle.targets.family import eos_ids, refuse_unsupported, weights_of_a_pass
 from beagle.targets.packing import pack_linears, packed
 from beagle.targets.quantize import BITS, RowQuantizer, check_kind, quantize_linears, quantized
 from beagle.targets.ragged import RaggedPass
 from beagle.targets.shape import TreeShape
-
-EXACT_ROWS = 16  # most rows of a pass of exact mode; all of them, where kernels differ by number of rows
-EXACT_BLOCK = 32  # exact mode: the keys of a query's own block and the one before are gathered per row
 
 
 class Target:
@@ -29,7 +27,7 @@ class Target:
 
     Attributes:
         pass_weights: weights that a pass multiplies each row with: layers and LM head. pass_bytes: what they take
-            in memory, read once a pass.
+            in memory, read once a pass. exact: passes of exact mode.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, name: str, quantize: str | None = None) -> None:
@@ -73,6 +71,7 @@ class Target:
         linear = isinstance(self.head, nn.Linear)
         self._apply_head = packed(self.head.weight.detach(), self.head.bias) if linear else self.head
         self.compiled: CompiledPass | None = None
+        self.exact = ExactPasses(self)
         self._layers = self._probe()
         self.layer_count = len(self._layers)
         if quantize:  # after the probe, which compares with the model's own LM head
@@ -88,7 +87,7 @@ class Target:
         """Learn the cache's shape, and that a token at a time gives what one pass gives."""
         ids = torch.arange(1, 7, device=self.device)[None] % self.vocab_size
         probe = ShapeProbe()
-        whole = self._forward(ids, torch.arange(6, device=self.device)[None], probe)
+        whole = self.forward(ids, torch.arange(6, device=self.device)[None], probe)
         layers = [probe.layers[i] for i in sorted(probe.layers)]
         expected = int(getattr(self.config, "num_hidden_layers", len(layers)))
         self._layers = layers
@@ -129,12 +128,16 @@ class Target:
         expected = self.verify(cache, ids[6:], chain)
         self.compiled = compiled
         try:
-            self._refuse_others(compiled, self.verify(cache, ids[6:], chain), expected)
+            self.refuse_others(compiled, self.verify(cache, ids[6:], chain), expected)
         except BeagleError:
             self.compiled = None
             raise
 
-    def _refuse_others(self, compiled: CompiledPass, states: Tensor, expected: Tensor) -> None:
+    def refuse_others(self, compiled: CompiledPass, states: Tensor, expected: Tensor) -> None:
+        """
+        Raises:
+            BeagleError: the compiled pass gave other states than the eager one, beyond rounding.
+        """
         gap = (states - expected).abs().max() / expected.abs().max()
         if not gap < 0.1:  # also catches NaN
             raise BeagleError(
@@ -142,7 +145,8 @@ class Target:
                 "`beagle compile` again"
             )
 
-    def _forward(self, ids: Tensor, positions: Tensor, plan: Pass) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor, plan: Pass) -> Tensor:
+        """The eager pass: ``[batch, n]`` ids and positions to true states ``[batch, n, hidden]``."""
         token = current_pass.set(plan)
         try:
             return self.base(input_ids=ids, position_ids=positions, use_cache=False)[0]
@@ -213,7 +217,7 @@ class Target:
             query_positions=positions,
             visible=positions[:, :, None] >= positions[:, None, :],
         )
-        states = self._forward(ids, positions, plan)
+        states = self.forward(ids, positions, plan)
         cache.lengths = list(lengths) if lengths is not None else [n] * ids.shape[0]
         return states
 
@@ -235,7 +239,7 @@ class Target:
             query_positions=lengths[:, None],
             visible=(keys <= lengths[:, None])[:, None],
         )
-        states = self._forward(ids[:, None], lengths[:, None], plan)
+        states = self.forward(ids[:, None], lengths[:, None], plan)
         cache.lengths = [n + 1 for n in cache.lengths]
         return states[:, 0]
 
@@ -266,7 +270,7 @@ class Target:
         )
         if self.compiled is not None and n - done <= MOST_ROWS and cache.batch == 1:
             return self.compiled(self.embed(tokens[None]), plan)[0]
-        return self._forward(tokens[None], positions[:, done:], plan)[0]
+        return self.forward(tokens[None], positions[:, done:], plan)[0]
 
     @torch.no_grad()
     def verify_rows(self, cache: KVCache, tokens: Tensor, shapes: list[TreeShape], first: int = 0) -> Tensor:
@@ -280,118 +284,4 @@ class Target:
             True states ``[nodes of all rows, hidden]``.
         """
         plan = RaggedPass(cache, first, shapes, self.device)
-        return self._forward(tokens[None], plan.positions, plan)[0]
-
-    @torch.no_grad()
-    def verify_exact(self, cache: KVCache, tokens: Tensor, shape: TreeShape, keys: int) -> Tensor:
-        """``verify`` in the shape-stable form: states bit-equal to those of one node at a time.
-
-        Args:
-            tokens: ``[nodes]``, at most ``EXACT_ROWS`` of them.
-            keys: padded number of keys of every pass of this generation.
-        Returns:
-            True states ``[nodes, hidden]``.
-        """
-        n = len(shape.parents)
-        return self._verify_exact(cache, tokens, shape, max(n, self.exact_least), keys)
-
-    @torch.no_grad()
-    def exact_logits(self, states: Tensor) -> Tensor:
-        """``logits`` of ``[nodes, hidden]`` in the shape-stable form."""
-        missing = self.exact_least - len(states)
-        if missing <= 0:
-            return self.logits(states)
-        return self.logits(torch.cat([states, states.new_zeros(missing, states.shape[1])]))[: len(states)]
-
-    @cached_property
-    def exact_least(self) -> int:
-        """Rows from which on a row's bits are the same however many share an exact pass, on this machine.
-
-        Packed CPU kernels differ for a single row at most, GPU libraries for every number (then it is
-        ``EXACT_ROWS``: all passes have as many). Tried out on a chain, for every number of rows.
-        """
-        random = torch.Generator().manual_seed(0)
-        ids = torch.randint(self.vocab_size, (EXACT_ROWS + 8,), generator=random).to(self.device)
-        keys = 2 * EXACT_BLOCK
-        cache = self.new_cache(1, keys)
-        self.prefill(ids[None, :8], cache)
-        chain = list(range(-1, EXACT_ROWS - 1))
-        whole = self._verify_exact(cache, ids[8:], TreeShape(chain), EXACT_ROWS, keys)
-        if compiled := self._compiled_exact:
-            self.compiled = None
-            try:
-                expected = self._verify_exact(cache, ids[8:], TreeShape(chain), EXACT_ROWS, keys)
-            finally:
-                self.compiled = compiled
-            self._refuse_others(compiled, whole, expected)
-        logits = self.logits(whole)
-        least = 2 if self._compiled_exact else 1  # a graph of any number of rows is no graph of one
-        for n in range(EXACT_ROWS - 1, least - 1, -1):
-            part = self._verify_exact(cache, ids[8 : 8 + n], TreeShape(chain[:n]), n, keys)
-            if not torch.equal(part, whole[:n]) or not torch.equal(self.logits(part), logits[:n]):
-                return n + 1
-        return least
-
-    @property
-    def _compiled_exact(self) -> CompiledPass | None:
-        return self.compiled if self.compiled is not None and self.compiled.has_exact else None
-
-    def _verify_exact(self, cache: KVCache, tokens: Tensor, shape: TreeShape, rows: int, keys: int) -> Tensor:
-        """An exact pass of ``rows`` rows; missing nodes are padded."""
-        start, n = cache.length, len(shape.parents)
-        depths = torch.tensor(shape.depths())
-        positions = torch.zeros(rows, dtype=torch.long)  # padding rows stand at position 0 and see slot 0
-        positions[:n] = start + depths
-        cuts = (positions // EXACT_BLOCK - 1).clamp(min=0) * EXACT_BLOCK
-        slots = (cuts[:, None] + torch.arange(2 * EXACT_BLOCK)).clamp_(max=cache.capacity - 1)
-        for node in range(1, n):
-            at = node
-            while at > 0:
-                slots[node, start + depths[at] - cuts[node]] = start + at
-                at = shape.parents[at]
-        padded = torch.cat([tokens, tokens.new_zeros(rows - n)])
-        where = positions[None].to(self.device)
-        plan = ExactPass(
-            cache,
-            keys=keys,
-            tail_slots=slots.to(self.device),
-            cuts=cuts.to(self.device),
-            slots=slice(start, start + rows),
-            key_positions=where,
-            query_positions=where,
-            visible=torch.ones(1, 1, cache.capacity, dtype=torch.bool, device=self.device),
-        )
-        if self._compiled_exact:
-            return self._compiled_exact(self.embed(padded[None]), plan)[0, :n]
-        return self._forward(padded[None], where, plan)[0, :n]
-
-
-def weights_of_a_pass(base: nn.Module, head: nn.Module, embed: nn.Module) -> tuple[int, int]:
-    """Number and bytes of a pass's weights; embeddings are looked up, a row a token, and don't count."""
-    looked_up = {id(parameter) for parameter in embed.parameters()}
-    used = [p for p in base.parameters() if id(p) not in looked_up] + list(head.parameters())
-    return sum(p.numel() for p in used), sum(p.numel() * p.element_size() for p in used)
-
-
-def refuse_unsupported(config: Any, name: str) -> None:
-    """Refuse, by config alone, families that have no plain KV cache."""
-    if getattr(config, "is_encoder_decoder", False):
-        raise BeagleError(f"{name}: encoder-decoder models can't be served; choose a causal (decoder-only) LM")
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    recurrent = {"mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "xlstm", "jamba", "bamba", "zamba"}
-    if kinds or config.model_type in recurrent:
-        what = ", ".join(sorted(kinds)) or config.model_type
-        raise BeagleError(
-            f"{name}: layers of kind '{what}' keep a recurrent or chunked state that can't be rolled back; "
-            "choose a model with plain attention in every layer"
-        )
-
-
-def eos_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
-    """Every token that ends an answer, by the generation config, else config, else tokenizer."""
-    generation = getattr(model, "generation_config", None)
-    for source in (generation, model.config, tokenizer):
-        ids = getattr(source, "eos_token_id", None)
-        if ids is not None:
-            return frozenset(ids if isinstance(ids, list) else [ids])
-    return frozenset()
+        return self.forward(tokens[None], plan.positions, plan)[0]

@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from beagle.drafters.base import Draft
 from beagle.drafters.block import Block
 from beagle.drafters.checkpoint import HEADS
+from beagle.drafters.named import DRAFTERS
 from beagle.drafters.tree import TreeDrafter
 from beagle.evaluation import run
-from beagle.model import DRAFTERS
 from beagle.targets.loading import cache_dir
 from beagle.targets.target import Target
 

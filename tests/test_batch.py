@@ -14,9 +14,10 @@ from beagle.decoding.sampling import Sampler
 from beagle.drafters.base import Draft, TreePlan, cut
 from beagle.drafters.combined import CombinedDrafter
 from beagle.drafters.lookup import LookupDrafter
+from beagle.drafters.named import DRAFTERS
 from beagle.drafters.small import SmallModelDrafter
 from beagle.errors import BeagleError
-from beagle.model import DRAFTERS, Model
+from beagle.model import Model
 from beagle.targets.target import TreeShape
 from conftest import FAMILIES, LIVELY, tiny_drafter, tiny_target
 

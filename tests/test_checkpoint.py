@@ -164,3 +164,15 @@ def test_finding_heads(folder):
         find_head("head", "a-target-nobody-ships-a-head-for")
     with pytest.raises(BeagleError, match="no such folder"):
         find_head(str(folder / "none"), "any")
+
+
+@pytest.mark.parametrize(
+    ("target", "found"),
+    [("smollm2-135m", True), ("HuggingFaceTB/SmolLM2-135M-Instruct", True),
+     ("models/SmolLM2-135M-Instruct.Q4_1.gguf", True),
+     ("smollm2-135m-instruct-q4_k_m.gguf", True), ("SmolLM2-135M-Instruct-bf16.gguf", True),
+     ("models/smollm2-135m-instruct/", True), ("HuggingFaceTB/SmolLM2-135M", False), ("SmolLM2-360M-Instruct", False),
+     ("SmolLM2-135M-Instruct-mine.gguf", False), ("..", False), ("", False)],
+)  # fmt: skip
+def test_one_model_has_many_names(target, found):
+    assert (shipped_head(target) is not None) == found

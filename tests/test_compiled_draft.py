@@ -9,9 +9,9 @@ import torch
 from beagle.cli.compile import compare_drafts
 from beagle.drafters import compiled
 from beagle.drafters.base import TreePlan
+from beagle.drafters.named import DRAFTERS
 from beagle.drafters.tree import TreeDrafter
 from beagle.errors import BeagleError
-from beagle.model import DRAFTERS
 from beagle.targets.target import Target
 from conftest import LIVELY, SMALL, tiny_head, tiny_model, tiny_tokenizer
 

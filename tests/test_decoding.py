@@ -8,8 +8,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
+from beagle.drafters.named import DRAFTERS
 from beagle.errors import BeagleError
-from beagle.model import DRAFTERS, Model
+from beagle.model import Model
 from beagle.targets.target import Target
 from conftest import FAMILIES, Oracle, tiny_drafter, tiny_model, tiny_target, tiny_tokenizer
 

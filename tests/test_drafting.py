@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from beagle.drafters.base import HOPE, STATIC_PATHS, Draft, TreePlan
-from beagle.model import DRAFTERS
+from beagle.drafters.named import DRAFTERS
 from conftest import LIVELY, tiny_drafter, tiny_head, tiny_target
 
 CONTEXT = [5, 9, 33, 12, 60, 41, 7]

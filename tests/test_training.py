@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.drafters.checkpoint import load_head
+from beagle.drafters.named import DRAFTERS
 from beagle.errors import BeagleError
-from beagle.model import DRAFTERS, Model
+from beagle.model import Model
 from beagle.training import stages
 from beagle.training import trainer as trainer_module
 from beagle.training.answers import AnswerGenerator, Sample

@@ -13,21 +13,12 @@ from beagle.decoding.costs import Costs, cached_costs
 from beagle.decoding.loop import Emitted, Step, decode, room
 from beagle.decoding.sampling import Sampler
 from beagle.decoding.stats import Stats
-from beagle.drafters import compiled
 from beagle.drafters.base import Drafter, TreePlan
-from beagle.drafters.beagle import BeagleDrafter
-from beagle.drafters.checkpoint import find_head, load_head, shipped_head
-from beagle.drafters.combined import CombinedDrafter
-from beagle.drafters.eagle import EagleDrafter
-from beagle.drafters.lookup import LookupDrafter
-from beagle.drafters.small import PREFIX, load_small
-from beagle.drafters.tree import TreeDrafter
+from beagle.drafters.named import load_drafter, resolve_draft
 from beagle.errors import BeagleError
 from beagle.targets.chat import Message, encode
-from beagle.targets.loading import EMBEDDED, compiled_dir, load_target
+from beagle.targets.loading import EMBEDDED, load_target
 from beagle.targets.target import Target
-
-DRAFTERS: dict[str, type[TreeDrafter]] = {"beagle": BeagleDrafter, "eagle": EagleDrafter}
 
 
 @dataclass(frozen=True)
@@ -282,49 +273,3 @@ def load(
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     loaded = load_target(target, quantize=quantize, **options)
     return Model(loaded, load_drafter(draft, loaded, **options), plan)
-
-
-def resolve_draft(draft: str | None, target_name: str) -> str:
-    """A ``draft`` (see ``load``) with ``auto`` and None replaced by what they stand for.
-
-    Raises:
-        BeagleError: it names a head that isn't there: found out before a target is loaded.
-    """
-    if draft == "auto":
-        draft = "head+lookup" if shipped_head(target_name) else "none"
-    draft = "none" if draft is None else draft
-    if names_head(draft):
-        find_head(draft.removesuffix("+lookup"), target_name)
-    return draft
-
-
-def names_head(draft: str) -> bool:
-    """Whether a ``draft`` other than ``auto`` has a head in it."""
-    base = draft.removesuffix("+lookup")
-    return base not in ("none", "lookup") and not base.startswith(PREFIX)
-
-
-def load_drafter(draft: str, target: Target, **options: Any) -> Drafter | None:
-    """The drafter that ``draft`` names (see ``load``; ``none`` is plain decoding) on a loaded target.
-
-    Args:
-        options: how a small model is loaded, as of ``targets.loading.load_target``.
-    Raises:
-        BeagleError: it can't be loaded or doesn't fit the target.
-    """
-    draft = resolve_draft(draft, target.name)
-    base = draft.removesuffix("+lookup")
-    drafter: Drafter | None = None
-    if names_head(draft):
-        head = load_head(find_head(base, target.name), target)
-        fast = compiled.find(compiled_dir(), target, head)  # before its weights are packed
-        drafter = headed = DRAFTERS[head.architecture](target, head)
-        if fast is not None:
-            headed.use(fast)
-    elif base == "lookup":
-        drafter = LookupDrafter()
-    elif base.startswith(PREFIX):
-        drafter = load_small(base.removeprefix(PREFIX), target, **options)
-    if drafter is not None and base != draft:
-        drafter = CombinedDrafter(drafter, LookupDrafter())
-    return drafter

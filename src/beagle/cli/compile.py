@@ -16,9 +16,9 @@ from beagle.cli import options as o
 from beagle.drafters import compiled as levels
 from beagle.drafters.base import TreePlan
 from beagle.drafters.checkpoint import find_head, load_head
+from beagle.drafters.named import DRAFTERS, load_drafter, names_head, resolve_draft
 from beagle.drafters.tree import TreeDrafter
 from beagle.errors import BeagleError
-from beagle.model import DRAFTERS, load_drafter, names_head, resolve_draft
 from beagle.targets import compiled as passes
 from beagle.targets import loading, packages
 from beagle.targets.loading import EMBEDDED

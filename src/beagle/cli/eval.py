@@ -10,6 +10,7 @@ import typer
 from beagle.cli import options as o
 from beagle.cli.tables import follow, show
 from beagle.decoding.costs import Costs
+from beagle.drafters.named import resolve_draft
 from beagle.errors import BeagleError
 from beagle.evaluation import suites
 from beagle.evaluation.figures import figures
@@ -17,7 +18,6 @@ from beagle.evaluation.meta import command_line, describe, portable
 from beagle.evaluation.modes import Contender, Drafts, Options, available, check_modes, load_contenders
 from beagle.evaluation.records import SHOWN, Record, read_records, read_result, write_result
 from beagle.evaluation.run import run
-from beagle.model import resolve_draft
 from beagle.training.prompts import Prompt
 
 Sets = dict[str, list[Prompt]]

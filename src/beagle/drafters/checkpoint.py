@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from beagle.errors import BeagleError
 
 HEADS: dict[str, type[Block]] = {"beagle": BeagleHead, "eagle": EagleHead}  # by the config's model_type
 SHIPPED = Path(__file__).parent.parent / "heads"
-SAME_TARGET = {"HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2-135m"}  # names of one target
+MODELS = {"smollm2-135m": "smollm2-135m-instruct"}  # what names of ours stand for
+GGUF_ENDING = re.compile(r"([-._](i?q\d\w*|bf16|f16|f32))?\.gguf$")
 
 
 def save_head(head: Block, folder: str | Path, *, target: str, dtype: torch.dtype, meta: dict[str, Any]) -> None:
@@ -47,9 +49,15 @@ def save_head(head: Block, folder: str | Path, *, target: str, dtype: torch.dtyp
 
 
 def shipped_head(target_name: str) -> Path | None:
-    """The folder of the head that ships with this package for a target, if there is one."""
-    known = {folder.name: folder for folder in SHIPPED.glob("*") if (folder / "config.json").is_file()}
-    return known.get(SAME_TARGET.get(target_name, target_name))
+    """The folder of the head that ships with this package for a target, if there is one.
+
+    A hub id, a folder and a GGUF file of one model share the last part of their names, but for the file's quantisation.
+    """
+    name = MODELS.get(target_name) or Path(target_name).name.lower()
+    if name.endswith(".gguf"):
+        name = GGUF_ENDING.sub("", name)
+    folder = SHIPPED / name
+    return folder if name and (folder / "config.json").is_file() else None
 
 
 def find_head(draft: str, target_name: str) -> Path:

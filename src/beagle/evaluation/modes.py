@@ -10,11 +10,12 @@ from beagle.decoding.costs import Costs
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.drafters.eagle import EagleDrafter
+from beagle.drafters.named import load_drafter, names_head
 from beagle.drafters.small import PREFIX, refuse_other_vocabulary
 from beagle.errors import BeagleError
 from beagle.evaluation.meta import reset_peak_memory
 from beagle.evaluation.stock import STOCK_MODES, Stock
-from beagle.model import Model, load_drafter, names_head
+from beagle.model import Model
 from beagle.targets.chat import Message, encode
 from beagle.targets.loading import load_model
 from beagle.targets.target import Target
@@ -39,7 +40,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Drafts:
-    """What the modes draft with, as ``beagle.model.load_drafter`` takes it.
+    """What the modes draft with, as ``beagle.drafters.named.load_drafter`` takes it.
 
     Attributes:
         beagle: of mode ``beagle``, whatever kind of draft it is; mode ``chain`` drafts with the same, one
@@ -106,7 +107,7 @@ def available(drafts: Drafts, draft: str, *, quick: bool = False) -> list[str]:
     """Every mode that can run with what was named, and says something of its own.
 
     Args:
-        draft: what ``drafts.beagle`` stands for, see ``beagle.model.resolve_draft``.
+        draft: what ``drafts.beagle`` stands for, see ``beagle.drafters.named.resolve_draft``.
         quick: do without a second prompt lookup.
     """
     missing = {"beagle": draft == "none", "eagle": not drafts.eagle, "small": not drafts.small}

@@ -31,11 +31,12 @@ from beagle.decoding.loop import decode
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.drafters.checkpoint import shipped_head
+from beagle.drafters.named import load_drafter
 from beagle.drafters.small import PREFIX
 from beagle.errors import BeagleError
 from beagle.integrations.checks import refuse_arguments, refuse_batch, refuse_model, refuse_request, unpadded
 from beagle.integrations.row import Row, of_row
-from beagle.model import Model, load_drafter
+from beagle.model import Model
 from beagle.targets.target import Target
 
 _GENERATE = inspect.signature(GenerationMixin.generate)

@@ -9,6 +9,7 @@ from typing import Any
 
 from beagle.drafters.base import TreePlan
 from beagle.drafters.checkpoint import load_head
+from beagle.drafters.named import DRAFTERS
 from beagle.evaluation.compare.one import quiet
 from beagle.evaluation.figures import by, summary
 from beagle.evaluation.modes import Contender, Options
@@ -16,7 +17,7 @@ from beagle.evaluation.records import Record
 from beagle.evaluation.run import run as side_by_side
 from beagle.evaluation.suites import unique
 from beagle.files import write_json
-from beagle.model import DRAFTERS, Model
+from beagle.model import Model
 from beagle.targets.loading import load_target
 from beagle.training.prompts import Prompt
 

@@ -129,7 +129,7 @@ def test_any_number_of_rows_serves_any_number_of_prompts(rows):
 def test_trees_sized_by_costs_share_one_pass():
     target = ending()
     model = Model(target, drafter("head+lookup", target))
-    model.costs = lambda exact=False: Costs([0.01 + 0.001 * n for n in range(65)], 0.001, 5)
+    model.costs = lambda exact=False, batch=False: Costs([0.01 + 0.001 * n for n in range(65)], 0.001, 5)
     alone = [model.generate(prompt, max_new_tokens=20).token_ids for prompt in PROMPTS]
     together = model.generate_batch(PROMPTS, rows=4, max_new_tokens=20)
     assert [answer.token_ids for answer in together] == alone

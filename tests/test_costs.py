@@ -43,9 +43,25 @@ def test_more_candidates_than_measured_rows():
 
 
 def test_another_level_must_earn_its_time():
-    assert Costs([0.0, 2.0], draft=2.5, depth=5).min_gain == pytest.approx(0.5)
+    assert Costs([2.0, 2.0], draft=2.5, depth=5).min_gain() == pytest.approx(0.5)
     rows = [1.9 + 0.1 * n for n in range(65)]  # each row more costs 0.1
-    assert Costs(rows, draft=2.5, depth=5).min_gain == pytest.approx(0.6)
+    assert Costs(rows, draft=2.5, depth=5).min_gain() == pytest.approx(0.6)
+
+
+def test_several_contexts_share_a_level_and_ask_more_of_it():
+    costs = Costs([float(n) for n in range(65)], draft=2.5, depth=5, draft_more=1.5)  # a row costs what a token does
+    assert costs.drafting(4) == 7.0
+    assert costs.min_gain(4) == pytest.approx(2 * (7.0 / 5 / 4 + 1.0))
+    shared_level = Costs([4.0] * 65, draft=2.5, depth=5)
+    assert shared_level.min_gain(4) == pytest.approx(2 * (2.5 / 5 / 4) / 1.0)
+
+
+def test_drafting_time_of_all_contexts_counts():
+    """The dearer the draft that is done already, the more candidates pay."""
+    rows = [1.0 + 0.5 * n for n in range(65)]
+    cheap, dear = (Costs(rows, draft=0.1, depth=5, draft_more=more) for more in (0.0, 5.0))
+    scores = [-1.0] * 20
+    assert dear.best_size(scores, 4) > cheap.best_size(scores, 4)
 
 
 @given(st.dictionaries(st.integers(1, 64), st.floats(0, 10), min_size=1))
@@ -67,6 +83,15 @@ def test_costs_are_measured_once(target, monkeypatch):
     assert min(first.verify) > 0
     monkeypatch.setattr("beagle.decoding.costs.measure", lambda *_: pytest.fail("measured again"))
     assert cached_costs(target, drafter, plan) == first
+
+
+def test_batches_have_costs_of_their_own(target, monkeypatch):
+    drafter, plan = tiny_drafter(target), TreePlan()
+    single = cached_costs(target, drafter, plan)
+    monkeypatch.setattr(target, "verify", None)
+    shared = cached_costs(target, drafter, plan, batch=True)
+    assert shared != single
+    assert cached_costs(target, drafter, plan) == single
 
 
 def test_each_drafter_has_its_own_costs(target):

@@ -51,14 +51,14 @@ class Model:
         self.target = target
         self.drafter = drafter
         self.plan = plan or TreePlan()
-        self._costs: dict[bool, Costs] = {}
+        self._costs: dict[tuple[bool, bool], Costs] = {}
 
-    def costs(self, exact: bool = False, fresh: bool = False) -> Costs:
+    def costs(self, exact: bool = False, fresh: bool = False, batch: bool = False) -> Costs:
         """Measured costs of this machine; the first call takes some seconds, later ones are cached (not if ``fresh``)."""
         assert self.drafter is not None
-        if fresh or exact not in self._costs:
-            self._costs[exact] = cached_costs(self.target, self.drafter, self.plan, exact, fresh)
-        return self._costs[exact]
+        if fresh or (exact, batch) not in self._costs:
+            self._costs[exact, batch] = cached_costs(self.target, self.drafter, self.plan, exact, fresh, batch)
+        return self._costs[exact, batch]
 
     def fork(self) -> Model:
         """The same weights with a drafter of its own, so that answers of several forks can take turns."""
@@ -171,7 +171,7 @@ class Model:
             slots=max(len(job.ids) + job.max_new_tokens for job in jobs),
             drafter=drafter,
             plan=self.plan,
-            costs=self._costs_of_sizes(drafter, False),
+            costs=self._costs_of_sizes(drafter, batch=True),
         )
         texts: dict[Row, str] = {}
         for job, emitted in batch.run(deque(jobs)):
@@ -183,10 +183,10 @@ class Model:
                 batch.leave(job)
         return [Answer(texts[job] if job in texts else self._decode(job.tokens), job.tokens, job.stats) for job in jobs]
 
-    def _costs_of_sizes(self, drafter: Drafter | None, exact: bool) -> Costs | None:
+    def _costs_of_sizes(self, drafter: Drafter | None, exact: bool = False, batch: bool = False) -> Costs | None:
         """Costs, where they choose the tree's size."""
         open_size = self.plan.nodes is None and self.plan.kind == "dynamic"
-        return self.costs(exact) if drafter is not None and open_size else None
+        return self.costs(exact, batch=batch) if drafter is not None and open_size else None
 
     def _texts(self, steps: Iterator[Emitted], stops: list[str], stats: Stats) -> Iterator[Piece]:
         """Decode incrementally; hold back half characters and what may become a stop string."""

@@ -209,7 +209,7 @@ class Batch:
             [row.drafter for row in rows if row.drafter],
             [row.tokens[-1] for row in rows],
             replace(self._plan, depth=max(reach), nodes=None),
-            self._costs.min_gain if self._costs else 0.0,
+            self._costs.min_gain(len(self.live)) if self._costs else 0.0,
         )
         made = [cut(draft, depth, self._plan.nodes or MOST_NODES) for draft, depth in zip(made, reach, strict=True)]
         if self._costs is not None and self._plan.nodes is None and self._plan.kind == "dynamic":

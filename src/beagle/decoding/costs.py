@@ -10,7 +10,7 @@ import json
 import math
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
 
@@ -23,16 +23,27 @@ from beagle.targets.exact import EXACT_BLOCK, EXACT_ROWS
 from beagle.targets.loading import cache_dir
 from beagle.targets.target import Target, TreeShape
 
+SEVERAL = 4  # contexts that draft at once while drafting is timed
 SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds: ``verify[n]`` for a pass of n rows (n up to 64, in exact mode 16), ``draft`` for a whole draft of ``depth`` levels."""
+    """Seconds on this machine.
+
+    Attributes:
+        verify: by a pass's rows, up to 64, in exact mode 16. draft: a whole draft of ``depth`` levels.
+        draft_more: what each further context adds to it that drafts beside the first.
+    """
 
     verify: list[float]
     draft: float
     depth: int
+    draft_more: float = 0.0
+
+    def drafting(self, contexts: int) -> float:
+        """A draft of so many contexts at once."""
+        return self.draft + (contexts - 1) * self.draft_more
 
     def best_size(self, scores: list[float], roots: int = 1) -> int:
         """Candidates worth verifying, given their cumulative log-probabilities, best first.
@@ -41,10 +52,10 @@ class Costs:
             roots: answers that share the pass, and their candidates its cost: each brings its root.
         """
         best, expected = 0, float(roots)
-        best_rate = expected / (self._pass(roots) + self.draft)
+        best_rate = expected / (self._pass(roots) + self.drafting(roots))
         for n, score in enumerate(scores[: roots * (len(self.verify) - 2)], 1):
             expected += math.exp(score)
-            rate = expected / (self._pass(roots + n) + self.draft)
+            rate = expected / (self._pass(roots + n) + self.drafting(roots))
             if rate > best_rate:
                 best, best_rate = n, rate
         return best
@@ -56,16 +67,16 @@ class Costs:
             return self.verify[rows]
         return self.verify[last] + (rows - last) * (self.verify[last] - self.verify[last // 2]) / (last - last // 2)
 
-    @property
-    def min_gain(self) -> float:
+    def min_gain(self, contexts: int = 1) -> float:
         """Chance that some node of the beam is right, below which another level isn't worth its time.
 
-        A level costs its own time and that of a row to verify; at the speed of plain decoding that is
-        so many tokens. Where the beam is right, the level is about half the time.
+        A level costs its own time, a share of it where several contexts draft at once, and that of a row to verify;
+        at the speed of plain decoding that is so many tokens. Where the beam is right, the level is about half
+        the time.
         """
-        few = min(8, len(self.verify) - 1)
-        row = (self.verify[few] - self.verify[1]) / max(1, few - 1)
-        return 2 * (self.draft / self.depth + row) / self.verify[1]
+        plain = self._pass(contexts)
+        row = (self._pass(contexts + 7) - plain) / 7
+        return 2 * (self.drafting(contexts) / contexts / self.depth + row) / (plain / contexts)
 
 
 def interpolate(points: dict[int, float]) -> list[float]:
@@ -81,9 +92,19 @@ def interpolate(points: dict[int, float]) -> list[float]:
 
 
 def measure(
-    target: Target, drafter: Drafter, plan: TreePlan, exact: bool = False, context: int = 256, repeats: int = 7
+    target: Target,
+    drafter: Drafter,
+    plan: TreePlan,
+    exact: bool = False,
+    batch: bool = False,
+    context: int = 256,
+    repeats: int = 7,
 ) -> Costs:
-    """Time verification by size and drafting by level, interleaved, medians."""
+    """Time verification by size, and drafting for one context and for several, interleaved, medians.
+
+    Args:
+        exact: passes of exact mode. batch: passes that several contexts can share.
+    """
     settle()
     context = max(1, min(context, target.context_limit - SIZES[-1] - 1))
     sizes = [n for n in SIZES if context + n <= target.context_limit and (not exact or n <= EXACT_ROWS)]
@@ -91,9 +112,12 @@ def measure(
     ids = [1 + i % (target.vocab_size - 1) for i in range(context)]
     cache = target.new_cache(1, keys)
     states = target.prefill(torch.tensor([ids], device=target.device), cache)[0]
-    drafter.begin(ids, states)
+    several = [drafter.fork() for _ in range(SEVERAL)]
+    for each in (drafter, *several):
+        each.begin(ids, states)
     times: dict[int, list[float]] = {n: [] for n in sizes}
     drafts: list[float] = []
+    drafts_of_several: list[float] = []
     for _ in range(repeats):
         for n in sizes:
             tokens = torch.ones(n, dtype=torch.long, device=target.device)
@@ -101,16 +125,30 @@ def measure(
             began = time.perf_counter()
             if exact:
                 target.exact.logits(target.exact.verify(cache, tokens, shape, keys)).max(-1).indices.tolist()
+            elif batch:
+                target.logits(target.verify_rows(cache, tokens, [shape])).max(-1).indices.tolist()
             else:
                 target.logits(target.verify(cache, tokens, shape)).max(-1).indices.tolist()
             times[n].append(time.perf_counter() - began)
         began = time.perf_counter()
         drafter.draft(ids[0], plan)
         drafts.append(time.perf_counter() - began)
-    return Costs(interpolate({n: median(t) for n, t in times.items()}), median(drafts), plan.depth)
+        began = time.perf_counter()
+        drafter.draft_rows(several, [ids[0]] * SEVERAL, plan)
+        drafts_of_several.append(time.perf_counter() - began)
+    one = median(drafts)
+    more = max(0.0, median(drafts_of_several) - one) / (SEVERAL - 1)
+    return Costs(interpolate({n: median(t) for n, t in times.items()}), one, plan.depth, more)
 
 
-def cached_costs(target: Target, drafter: Drafter, plan: TreePlan, exact: bool = False, fresh: bool = False) -> Costs:
+def cached_costs(
+    target: Target,
+    drafter: Drafter,
+    plan: TreePlan,
+    exact: bool = False,
+    fresh: bool = False,
+    batch: bool = False,
+) -> Costs:
     """Costs of this machine, target, drafter, dtype, quantisation, threads and plan, from the user's cache if known.
 
     Args:
@@ -124,18 +162,19 @@ def cached_costs(target: Target, drafter: Drafter, plan: TreePlan, exact: bool =
         "layers": target.layer_count,
         "dtype": str(target.dtype),
         "quantize": target.quantize,
-        "compiled": target.compiled is not None and (target.compiled.has_exact or not exact),
+        "compiled": target.compiled is not None and (target.compiled.has_exact or not exact) and not batch,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "plan": [plan.kind, plan.depth, plan.top_k],
         "exact": exact,
+        "batch": batch,
     }
     path = cache_dir() / "costs.json"
     known = _read(path)
     for entry in known if not fresh else ():
-        if entry.get("key") == key and set(entry.get("costs", ())) == {"verify", "draft", "depth"}:
+        if entry.get("key") == key and set(entry.get("costs", ())) == {field.name for field in fields(Costs)}:
             return Costs(**entry["costs"])
-    costs = measure(target, drafter, plan, exact)
+    costs = measure(target, drafter, plan, exact, batch)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         others = [entry for entry in known if entry.get("key") != key]

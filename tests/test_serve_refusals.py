@@ -18,6 +18,8 @@ import pytest
 from hypothesis.errors import Unsatisfiable
 
 import test_cli
+from beagle.cli import options
+from beagle.errors import BeagleError
 from beagle.serving.engine import Limits
 from beagle.serving.server import bind
 from serving import MESSAGES, serving, wait_for
@@ -322,3 +324,13 @@ def test_no_request_brings_the_server_down(served):
     assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics"} <= set(statuses)
     assert 400 in statuses["/v1/chat/completions"]
     assert served.post().status_code == 200
+
+
+def test_the_engines_thread_loads_the_model(folders, beagle, monkeypatch):
+    """Another one would leave it half as fast: see ``beagle.threads.Owner``."""
+
+    def load(*arguments):
+        raise BeagleError(f"loaded by {threading.current_thread().name}")
+
+    monkeypatch.setattr(options, "load_model", load)
+    beagle("serve", *folders.options, "--port", "0").refusal("loaded by beagle-engine")

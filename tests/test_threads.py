@@ -1,6 +1,10 @@
-"""What threads do while they wait."""
+"""What threads do while they wait, and who computes."""
 
-from beagle.threads import SPINS, wait_briefly
+import threading
+
+import pytest
+
+from beagle.threads import SPINS, Owner, wait_briefly
 
 
 def test_they_spin_a_little(monkeypatch):
@@ -15,3 +19,18 @@ def test_what_the_user_set_stays(monkeypatch):
     monkeypatch.setattr("os.environ", settings)
     wait_briefly()
     assert settings == {"OMP_WAIT_POLICY": "ACTIVE"}
+
+
+def test_an_owner_is_one_thread_for_all():
+    owner = Owner("mine")
+    first, second = (owner.submit(threading.current_thread) for _ in range(2))
+    assert first.result(10) is second.result(10)
+    assert first.result().name == "mine"
+    assert first.result().daemon
+
+
+def test_an_owner_survives_what_fails():
+    owner = Owner("mine")
+    with pytest.raises(ZeroDivisionError):
+        owner.submit(lambda: 1 // 0).result(10)
+    assert owner.submit(lambda: 7).result(10) == 7

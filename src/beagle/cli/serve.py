@@ -11,6 +11,8 @@ import typer
 from beagle.cli import options as o
 from beagle.cli import serve_vllm
 from beagle.errors import BeagleError
+from beagle.model import Model
+from beagle.threads import Owner
 
 
 def serve(
@@ -69,13 +71,18 @@ def serve(
         ) from error
     listener = bind(host, port)
     with listener:
-        model = o.load_model(
-            target, draft, dtype, device, o.tree_plan(tree, depth, beam, nodes), trust_remote_code, quantize
-        )
-        with o.console.status("warming up"):
-            model.generate("Hello", max_new_tokens=8, exact=exact)  # and measures this machine's costs, once
+        plan = o.tree_plan(tree, depth, beam, nodes)
+
+        def load() -> Model:
+            model = o.load_model(target, draft, dtype, device, plan, trust_remote_code, quantize)
+            with o.console.status("warming up"):
+                model.generate("Hello", max_new_tokens=8, exact=exact)  # and measures this machine's costs, once
+            return model
+
+        owner = Owner("beagle-engine")
+        model = owner.submit(load).result()
         limits = Limits(live, queue, seconds, context or None, max_new_tokens, grace=grace)
-        running = Engine(model, limits, exact=exact)
+        running = Engine(model, limits, exact=exact, owner=owner)
         served = name or (Path(target).resolve().name if Path(target).exists() else target)
         app = create_app(running, name=served, api_key=api_key or None)
         address = listener.getsockname()

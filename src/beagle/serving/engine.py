@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
 from beagle.decoding.stats import Stats
@@ -17,6 +18,7 @@ from beagle.serving.metrics import Metrics
 from beagle.serving.watching import Watcher
 from beagle.serving.work import ChoiceEnd, Delta, Done, Event, Failed, Job, ServeError, Work
 from beagle.targets.chat import encode
+from beagle.threads import Owner
 
 log = logging.getLogger("beagle.serving")
 
@@ -51,7 +53,13 @@ class Engine:
     more turns, and holds no more memory, than one with a single choice.
     """
 
-    def __init__(self, model: Model, limits: Limits | None = None, *, exact: bool = False) -> None:
+    def __init__(
+        self, model: Model, limits: Limits | None = None, *, exact: bool = False, owner: Owner | None = None
+    ) -> None:
+        """
+        Args:
+            owner: the thread that has loaded the model; one of its own if not given.
+        """
         self.model, self.limits, self.exact = model, limits or Limits(), exact
         self.context = min(model.target.context_limit, self.limits.context or model.target.context_limit)
         self.metrics = Metrics(self)
@@ -61,14 +69,15 @@ class Engine:
         self._closing = False
         self._close_at = math.inf
         self._mean_seconds = 1.0  # of a request; what Retry-After is told from
-        self._thread = threading.Thread(target=self._run, name="beagle-engine", daemon=True)
+        self._owner = owner or Owner("beagle-engine")
+        self._ended: Future[None] | None = None
 
     def start(self) -> None:
-        self._thread.start()
+        self._ended = self._owner.submit(self._run)
 
     @property
     def healthy(self) -> bool:
-        return self._thread.is_alive() and not self._closing
+        return self._ended is not None and not self._ended.done() and not self._closing
 
     @property
     def live(self) -> int:
@@ -102,10 +111,8 @@ class Engine:
             self._lock.notify()
 
     def join(self, timeout: float | None = None) -> bool:
-        """Wait for the thread's end after ``close``; False if it hasn't ended in time."""
-        if self._thread.ident is not None:
-            self._thread.join(timeout)
-        return not self._thread.is_alive()
+        """Wait for the last turn after ``close``; False if it hasn't ended in time."""
+        return self._ended is None or bool(wait([self._ended], timeout).done)
 
     def _busy(self, message: str) -> Failed:
         ahead = (len(self._waiting) + 1) / self.limits.live

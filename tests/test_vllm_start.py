@@ -15,7 +15,7 @@ import pytest
 import test_cli
 from beagle.cli import serve_vllm
 from beagle.vllm import greedy, launch
-from beagle.vllm.launch import Launch
+from beagle.vllm.launch import CPU_DEPTH, Launch
 
 folders, beagle = test_cli.folders, test_cli.beagle
 
@@ -150,7 +150,7 @@ def test_serve_starts_vllm(folders, beagle, started, monkeypatch):
         assert ended.code == 0, ended
         return started["arguments"]
 
-    arguments = call("--port", 1234, "--name", "mine", "--depth", 2, "--context", 99, "--dtype", "float32")
+    arguments = call("--port", 1234, "--name", "mine", "--depth", 4, "--context", 99, "--dtype", "float32")
     assert arguments[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     for name, value in (
         ("--model", str(folders.target)),
@@ -162,7 +162,7 @@ def test_serve_starts_vllm(folders, beagle, started, monkeypatch):
     ):
         assert option(arguments, name) == value
     settings = json.loads(option(arguments, "--speculative-config"))
-    assert settings["num_speculative_tokens"] == 2
+    assert settings["num_speculative_tokens"] == 4
     assert os.listdir(settings["model"])
     with monkeypatch.context() as patch:  # the next start finds it exported
         patch.setattr(serve_vllm, "export", None)
@@ -171,6 +171,11 @@ def test_serve_starts_vllm(folders, beagle, started, monkeypatch):
     assert "secret" not in " ".join(again)
     assert started["environment"]["VLLM_API_KEY"] == "secret"
     assert "--speculative-config" not in call("--draft", "none")
+    depths = []
+    for there in (False, True):
+        monkeypatch.setattr("torch.cuda.is_available", lambda there=there: there)
+        depths.append(json.loads(option(call("--dtype", "float32"), "--speculative-config"))["num_speculative_tokens"])
+    assert depths == [CPU_DEPTH, 5]
 
 
 def test_serve_refuses(folders, beagle, started, monkeypatch):

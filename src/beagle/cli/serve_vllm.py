@@ -14,7 +14,7 @@ from beagle.drafters.checkpoint import find_head, load_head, shipped_head
 from beagle.errors import BeagleError
 from beagle.targets.loading import cache_dir, pick_dtype, resolve, sha256
 from beagle.vllm.export import export
-from beagle.vllm.launch import Launch, require_vllm
+from beagle.vllm.launch import CPU_DEPTH, Launch, require_vllm
 
 TAKEN = {
     "engine", "target", "draft", "host", "port", "api_key", "name", "live", "context", "dtype", "depth",
@@ -30,10 +30,11 @@ def serve(context: typer.Context) -> None:
     """
     given: dict[str, Any] = context.params
     for name in given.keys() - TAKEN:
-        source = context.get_parameter_source(name)
-        if source is not None and not source.name.startswith("DEFAULT"):
+        if _asked(context, name):
             raise BeagleError(f"--{name.replace('_', '-')} means nothing with --engine vllm; leave it out")
     require_vllm()
+    if not _asked(context, "depth") and not torch.cuda.is_available():
+        given = given | {"depth": CPU_DEPTH}
     launch = prepare(given)
     o.console.print(f"starting {launch.line}", highlight=False, markup=False, soft_wrap=True)
     if launch.advice:
@@ -41,6 +42,12 @@ def serve(context: typer.Context) -> None:
     if not given["api_key"] and given["host"] not in ("127.0.0.1", "::1", "localhost"):
         o.console.print("[yellow]anyone who reaches this address can use it: no --api-key is set[/yellow]")
     launch.start({"VLLM_API_KEY": given["api_key"]} if given["api_key"] else {})
+
+
+def _asked(context: typer.Context, name: str) -> bool:
+    """Whether the user gave an option, by command line or environment."""
+    source = context.get_parameter_source(name)
+    return source is not None and not source.name.startswith("DEFAULT")
 
 
 def prepare(given: dict[str, Any]) -> Launch:

@@ -22,6 +22,9 @@ from beagle.vllm.config import METHOD
 GREEDY_ONLY = "beagle.vllm.greedy.GreedyOnly"
 
 
+CPU_DEPTH = 2  # drafted tokens a step unless told: on a CPU each costs a pass of the head and vLLM's handling of it
+
+
 @dataclass(frozen=True)
 class Launch:
     """A start of vLLM's server.

@@ -31,7 +31,7 @@ def test_large_memory_moves_and_keeps_its_content(monkeypatch):
 def test_it_can_be_left_aside(monkeypatch):
     monkeypatch.setenv("BEAGLE_HUGE_PAGES", "0")
     memory.use_huge_pages()
-    assert not memory._under_way
+    assert not memory._asked_for
 
 
 def test_who_measures_waits(monkeypatch):

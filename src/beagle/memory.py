@@ -7,16 +7,14 @@ import os
 import re
 import sys
 from pathlib import Path
-from threading import Event, Thread
+from threading import Timer
 
 HUGE = 2 << 20  # bytes of a huge page
 LEAST = 16 * HUGE  # of a region worth the while
 MADV_COLLAPSE = 25  # linux/mman.h, since Linux 6.1
 _ANONYMOUS = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p [0-9a-f]+ 00:00 0\s*(?:\[heap\])?\s*$")
-
-
 PATIENCE = 5.0  # seconds: moving pages holds up whoever asks for memory, and a short command is over by then
-_under_way: list[tuple[Thread, Event]] = []
+_asked_for: list[Timer] = []
 
 
 def use_huge_pages() -> None:
@@ -27,22 +25,19 @@ def use_huge_pages() -> None:
     """
     if not sys.platform.startswith("linux") or os.environ.get("BEAGLE_HUGE_PAGES") == "0":
         return
-    hurry = Event()
-
-    def work() -> None:
-        hurry.wait(PATIENCE)
-        collapse()
-
-    _under_way.append((Thread(target=work, name="huge pages", daemon=True), hurry))
-    _under_way[-1][0].start()
+    timer = Timer(PATIENCE, collapse)
+    timer.daemon = True
+    timer.start()
+    _asked_for.append(timer)
 
 
 def settle() -> None:
     """Do at once all that was asked for, and wait until it is done: what is timed beside it is slow."""
-    while _under_way:
-        thread, hurry = _under_way.pop()
-        hurry.set()
-        thread.join()
+    while _asked_for:
+        timer = _asked_for.pop()
+        timer.cancel()
+        timer.join()
+        collapse()  # what lies there already costs little
 
 
 def collapse() -> int:

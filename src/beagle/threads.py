@@ -29,7 +29,7 @@ class Owner:
     """One thread, not the main one, for all that computes with a model: loading it, too.
 
     GNU OpenMP gives each thread that computes a team of its own, and lets no team spin between two products once
-    there are more threads than cores: loaded in one thread, a model answers in another one half as fast.
+    there are more threads than cores: loaded in one thread, a model answers in another one much more slowly.
     """
 
     def __init__(self, name: str) -> None:
@@ -37,7 +37,7 @@ class Owner:
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
-        """Run something after what was submitted before."""
+        """Run something after what was submitted before; the future holds its result or what it raises."""
         done: Future[T] = Future()
 
         def run() -> None:

@@ -42,7 +42,7 @@ class Costs:
     draft_more: float = 0.0
 
     def drafting(self, contexts: int) -> float:
-        """A draft of so many contexts at once."""
+        """Seconds of a draft of so many contexts at once."""
         return self.draft + (contexts - 1) * self.draft_more
 
     def best_size(self, scores: list[float], roots: int = 1) -> int:

@@ -36,7 +36,7 @@ def kind(*made_of: object) -> str:
 
 def place(folder: Path, kind: str, weights: Mapping[str, Tensor]) -> Path:
     """Where the package of a kind and of these very weights is."""
-    with ThreadPoolExecutor() as pool:  # half of a second for one core, of every start
+    with ThreadPoolExecutor() as pool:  # every start waits for it
         digests = pool.map(_digest, sorted(weights.items()))
         digest = hashlib.sha256(b"".join(digests)).hexdigest()
     return folder / f"{kind}-{digest[:16]}"

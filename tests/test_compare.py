@@ -254,6 +254,21 @@ def test_every_suite_judges_what_it_trains(made, tmp_path):
         assert suite.judge(found), name
 
 
+def test_positions_that_few_drafts_reached_are_left_out_of_tables_and_verdicts():
+    def entry(name, alphas, tried):
+        record = {"step_alpha": alphas, "tried": tried, "curve": [], "seed": 0, "expected_length": 1.5}
+        return Entry(name, [record])
+
+    few = entry("beagle-early", [0.5, 0.4, 0.3, 0.0, 0.0], [900, 450, 180, 49, 3])
+    many = entry("eagle", [0.5, 0.3, 0.2, 0.1, 0.1], [900, 450, 135, 50, 50])
+    assert (few.depth, many.depth, few.alphas) == (3, 5, "0.50 0.40 0.30 - -")
+    assert Entry("", [few.records[0], many.records[0]]).depth == 3  # of the seeds, the worst
+    assert Entry("", [{"step_alpha": [0.1] * 5}]).depth == 5  # written by an older version
+    above, _ = SUITES["fig3"].judge({"beagle-early": few, "eagle": many})
+    assert above.agrees
+    assert "α_2 … α_3" in above.found
+
+
 def test_variants_are_what_their_names_say():
     recipe = Recipe(
         train=TrainConfig(window=3, steps=2, regression=0.5), head={"newest_state": "none", "num_kv_heads": 2}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -138,25 +139,35 @@ def test_live_states_train_like_stored_ones(train, losses, tmp_path):
     assert losses == pytest.approx(disk, abs=0.02)  # stored states are rounded to bfloat16
 
 
-def interrupt_after(monkeypatch, steps):
+def interrupt_after(monkeypatch, steps, how=signal.SIGINT):
     one = Trainer._one
 
     def interrupted(self, group):
         if self.step == steps:
-            raise KeyboardInterrupt
+            signal.raise_signal(how)
         return one(self, group)
 
     monkeypatch.setattr(Trainer, "_one", interrupted)
 
 
-@pytest.mark.parametrize(("steps", "head"), [(0, HEADS[0]), (6, HEADS[0]), (17, HEADS[0]), (17, HEADS[1])])
-def test_interrupted_training_goes_on(train, tmp_path, monkeypatch, steps, head):
+@pytest.mark.parametrize(
+    ("steps", "head", "how"),
+    [
+        (0, HEADS[0], signal.SIGINT),
+        (6, HEADS[0], signal.SIGTERM),
+        (17, HEADS[0], signal.SIGINT),
+        (17, HEADS[1], signal.SIGINT),
+    ],
+)
+def test_interrupted_training_goes_on(train, tmp_path, monkeypatch, steps, head, how):
+    before = signal.getsignal(signal.SIGTERM)
     train = functools.partial(train, head=head)
     assert train(tmp_path / "whole").code == 0
     with monkeypatch.context() as patched:
-        interrupt_after(patched, steps)
+        interrupt_after(patched, steps, how)
         ended = train(tmp_path / "run")
     assert ended.code == 130
+    assert signal.getsignal(signal.SIGTERM) == before
     assert "run the same command again" in ended.err
     assert "Traceback" not in ended.err
     assert (tmp_path / "run" / "checkpoint.safetensors").is_file()

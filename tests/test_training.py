@@ -82,7 +82,7 @@ def test_both_losses_fall(target, store, whole, stage, monkeypatch):
     entropy = loss(untrained)  # of the target's own distributions: no head gets below
     assert entropy < after
     assert after - entropy < 0.6 * (before - entropy)
-    assert sum(step_alpha(whole.head, target, [group], 3)) > sum(step_alpha(untrained, target, [group], 3))
+    assert sum(step_alpha(whole.head, target, [group], 3)[0]) > sum(step_alpha(untrained, target, [group], 3)[0])
 
 
 def test_run_leaves_a_log_and_a_usable_head(target, whole, tmp_path):
@@ -116,7 +116,7 @@ def test_step_alpha_is_that_of_chain_drafts(target, whole):
     truth = [0, *target.logits(states).argmax(-1).tolist()]  # truth[i]: the token after i - 1 others
     assert truth[3:-1] == tokens[3:]
     whole.head.eval()
-    found = step_alpha(whole.head, target, [[Stored("0", torch.tensor(tokens), states, 2)]], 4)
+    found, drafts = step_alpha(whole.head, target, [[Stored("0", torch.tensor(tokens), states, 2)]], 4)
     drafter = DRAFTERS[whole.head.architecture](target, copy.deepcopy(whole.head))
     tried, right = [0] * 4, [0] * 4
     for base in range(2, len(tokens) - 1):
@@ -128,6 +128,7 @@ def test_step_alpha_is_that_of_chain_drafts(target, whole):
                 break
             right[j] += 1
     assert right[0] > 0
+    assert drafts == tried
     assert found == pytest.approx([r / max(1, t) for r, t in zip(right, tried, strict=True)])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -47,9 +48,12 @@ def train(
     except OSError as error:
         raise BeagleError(f"cannot write '{out}': {error.strerror}; choose another --out") from error
     loaded = o.load_target(target, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quantize=quantize)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job's manager ends it as Ctrl-C does
     try:
         folder = train_head(loaded, questions, out, recipe, data=data, seconds=seconds, console=o.console)
     except KeyboardInterrupt:
         o.console.print(f"[yellow]stopped; nothing is lost: run the same command again to go on in {out}[/yellow]")
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     o.console.print(f'draft head written to {folder}; try: beagle generate "Hello" --target {target} --draft {folder}')

@@ -80,13 +80,14 @@ def stage_loss(
 
 
 @torch.no_grad()
-def step_alpha(head: Block, target: Target, groups: list[list[Stored]], steps: int) -> list[float]:
+def step_alpha(head: Block, target: Target, groups: list[list[Stored]], steps: int) -> tuple[list[float], list[int]]:
     """α_1 … α_steps of chain drafts from every slot of the validation samples, teacher-forced.
 
-    α_j: share of j-th drafts that equal the target's greedy choice, given that the earlier ones did.
+    α_j: share of j-th drafts that equal the target's greedy choice, given that the earlier ones did. Beside
+    them, how many drafts each is a share of.
     """
-    tried = torch.zeros(steps)
-    right = torch.zeros(steps)
+    tried = torch.zeros(steps, dtype=torch.long)
+    right = torch.zeros(steps, dtype=torch.long)
     chains = ARCHITECTURES[head.architecture].chains
     whole, small = lm_head_rows(target), lm_head_rows(target, head.draft_vocab)
     for group in groups:
@@ -102,7 +103,7 @@ def step_alpha(head: Block, target: Target, groups: list[list[Stored]], steps: i
                 alive[real] = draft == truth
                 tried[j] += int(real.sum())
                 right[j] += int(alive.sum())
-    return (right / tried.clamp(min=1)).tolist()
+    return (right / tried.clamp(min=1)).tolist(), tried.tolist()
 
 
 def lm_head_rows(target: Target, index: Tensor | None = None) -> LMHead:

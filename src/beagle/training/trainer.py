@@ -64,6 +64,7 @@ class Trainer:
         self.tokens = 0
         held = sorted(samples(store.shards()[:24], validation=True), key=lambda s: len(s.tokens))
         held = held[:: max(1, math.ceil(len(held) / config.validation_samples))]  # of every length
+        self.tried: list[int] = []  # drafts that each of the last step-α is a share of
         self.validation = [held[i : i + 16] for i in range(0, len(held), 16)]
         self.per_epoch = sum(1 for _ in batches(store, tokens=config.batch_tokens, seed=config.seed, epoch=0))
         if not self.per_epoch:
@@ -112,7 +113,7 @@ class Trainer:
                         last = self.step == self.total
                         if self.step % self.config.validate_every == 0 or last:
                             self.head.eval()
-                            alphas = step_alpha(self.head, self.target, self.validation, 5)
+                            alphas, self.tried = step_alpha(self.head, self.target, self.validation, 5)
                             self.head.train()
                             self._log(loss, alphas)
                             if report:
@@ -132,7 +133,7 @@ class Trainer:
                 raise
         self.head.eval()
         if not alphas:  # resumed at its end
-            alphas = step_alpha(self.head, self.target, self.validation, 5)
+            alphas, self.tried = step_alpha(self.head, self.target, self.validation, 5)
         return alphas
 
     def _one(self, group: list[Stored]) -> float:

@@ -171,6 +171,7 @@ def train_variant(spec: Spec) -> dict[str, Any]:
         "seconds": round(trainer.seconds, 3),
         "stages": {stage: _figures(cost) for stage, cost in trainer.costs.stages.items()},
         "step_alpha": [round(a, 4) for a in alphas],
+        "tried": trainer.tried,
         "expected_length": round(expected_length(alphas), 4),
         "curve": read_curve(spec.out / "log.csv"),
         "settings": spec.settings(),

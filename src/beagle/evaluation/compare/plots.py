@@ -14,8 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from beagle.evaluation.compare.one import ALPHAS
-from beagle.evaluation.compare.results import Entry, growth
+from beagle.evaluation.compare.results import OFTEN, Entry, growth
 
 # Okabe and Ito's palette without its yellow, told apart with every common colour blindness: blue, green
 # and grey for ours, reds for the rival's
@@ -136,22 +135,22 @@ def step_alpha(entries: dict[str, Entry], about: str, folder: Path, ordered: boo
     axes = figure.add_axes((0.09, 0.12, 0.66, 0.635))
     colour = colours(entries, ordered)
     for name, entry in entries.items():
-        columns = list(zip(*(r["step_alpha"] for r in entry.records), strict=True))
-        mean = entry.step_alpha
+        columns = list(zip(*(r["step_alpha"] for r in entry.records), strict=True))[: entry.depth]
+        mean = entry.step_alpha[: entry.depth]
         reach = [
             [m - min(c) for m, c in zip(mean, columns, strict=True)],
             [max(c) - m for m, c in zip(mean, columns, strict=True)],
         ]
         axes.errorbar(
-            range(1, ALPHAS + 1), mean, reach if len(entry.records) > 1 else None, color=colour[name], lw=2,
+            range(1, entry.depth + 1), mean, reach if len(entry.records) > 1 else None, color=colour[name], lw=2,
             marker="o", ms=5.5, elinewidth=1.2, capsize=2.5,
         )  # fmt: skip
-    axes.set_ylim(0, min(1.0, 1.12 * max(max(e.step_alpha) for e in entries.values())) or 1.0)
-    axes.set_xticks(range(1, ALPHAS + 1))
+    axes.set_ylim(0, min(1.0, 1.12 * max(max(e.step_alpha[: e.depth]) for e in entries.values())) or 1.0)
+    axes.set_xticks(range(1, max(e.depth for e in entries.values()) + 1))
     axes.set_xlabel("position of the drafted token")
     axes.set_title("step-α: accepted, given that the ones before it were", loc="left", fontsize=10.5, color="#555555")
-    label_ends(axes, {name: (ALPHAS, e.step_alpha[-1]) for name, e in entries.items()}, colour)
-    heading(figure, "Acceptance by position", about)
+    label_ends(axes, {name: (e.depth, e.step_alpha[e.depth - 1]) for name, e in entries.items()}, colour)
+    heading(figure, "Acceptance by position", f"{about}\npositions with {OFTEN} drafts at least")
     return save(figure, folder, "step_alpha")
 
 
@@ -198,9 +197,10 @@ def courses(entries: dict[str, Entry], about: str, folder: Path, ordered: bool =
     figure = Figure(figsize=(14, 4.6))
     colour = colours(entries, ordered)
     points = [p for e in entries.values() for r in e.records for p in r["curve"]]
-    top = max(max(p["step_alpha"]) for p in points)
+    deepest = min(e.depth for e in entries.values())
+    top = max(max(p["step_alpha"][:deepest]) for p in points)
     unit, word = (1e6, "million") if max(p["tokens"] for p in points) >= 1e6 else (1e3, "thousand")
-    for step in range(ALPHAS):
+    for step in range(deepest):
         axes = figure.add_axes((0.045 + 0.16 * step, 0.14, 0.135, 0.54))
         ends = {}
         for name, entry in entries.items():
@@ -216,9 +216,10 @@ def courses(entries: dict[str, Entry], about: str, folder: Path, ordered: bool =
         axes.set_xlabel(f"{word} tokens")
         if step:
             axes.set_yticklabels([])
-        if step == ALPHAS - 1:
+        if step == deepest - 1:
             label_ends(axes, ends, colour)
-    heading(figure, "Step-α on held-out answers, in the course of training", about)
+    told = f"{about}\npositions with {OFTEN} drafts at least at the end"
+    heading(figure, "Step-α on held-out answers, in the course of training", told)
     return save(figure, folder, "courses")
 
 

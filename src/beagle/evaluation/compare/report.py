@@ -81,7 +81,7 @@ def results_table(entries: dict[str, Entry]) -> str:
             name, f"{entry.parameters:,}", f"{first['bytes'] / 1e6:.1f}", of_stages(entry, "seconds_per_million_tokens"),
             of_stages(entry, "cpu_seconds_per_million_tokens"),
             f"{fmean(r['tokens'] / r['seconds'] for r in entry.records):.0f}", of_stages(entry, "memory_mb"),
-            " ".join(f"{a:.2f}" for a in entry.step_alpha), spread([r["expected_length"] for r in entry.records]),
+            entry.alphas, spread([r["expected_length"] for r in entry.records]),
         ]  # fmt: skip
         for figures in entry.decoding.values():
             row += [spread([f["tau"] for f in figures]), spread([f["speedup"] for f in figures]) + "×"]

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+OFTEN = 50  # drafts: a share of fewer says nothing
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -20,6 +22,17 @@ class Entry:
     def step_alpha(self) -> list[float]:
         """α_1 … α_5 on validation answers, mean over seeds."""
         return [fmean(column) for column in zip(*(r["step_alpha"] for r in self.records), strict=True)]
+
+    @property
+    def depth(self) -> int:
+        """How many of α_1 … α_5 are shares of ``OFTEN`` drafts at least, for every seed; one at least."""
+        tried = [r.get("tried", [OFTEN] * len(r["step_alpha"])) for r in self.records]
+        return max(1, sum(min(column) >= OFTEN for column in zip(*tried, strict=True)))
+
+    @property
+    def alphas(self) -> str:
+        """α_1 … α_5 in a table's cell, a dash for those of too few drafts."""
+        return " ".join(f"{a:.2f}" if j < self.depth else "-" for j, a in enumerate(self.step_alpha))
 
     @property
     def length(self) -> float:

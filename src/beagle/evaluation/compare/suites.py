@@ -52,15 +52,20 @@ def kind(entries: Entries) -> str:
     return "τ" if next(iter(entries.values())).decoding else "expected acceptance length"
 
 
-def tail(entry: Entry) -> float:
-    """Mean of α_2 … α_5."""
-    return fmean(entry.step_alpha[1:])
+def depth(*entries: Entry) -> int:
+    """Positions that enough drafts reached in all of them; two at least."""
+    return max(2, min(entry.depth for entry in entries))
+
+
+def named(last: int) -> str:
+    return "α_2" if last == 2 else f"α_2 … α_{last}"
 
 
 def rivals(e: Entries) -> list[Finding]:
     ours, theirs, early = e["beagle"], e["eagle"], e["beagle-early"]
     ratio = ours.acceptance / theirs.acceptance
-    later = [a - b for a, b in zip(ours.step_alpha[1:], theirs.step_alpha[1:], strict=True)]
+    last = depth(ours, theirs)
+    later = [a - b for a, b in zip(ours.step_alpha[1:last], theirs.step_alpha[1:last], strict=True)]
     pace = [x.stage("early", "tokens_per_second") or 0.0 for x in (early, theirs)]
     when = reached(ours, theirs.length, "seconds")
     spent = fmean(r["seconds"] for r in theirs.records)
@@ -68,7 +73,7 @@ def rivals(e: Entries) -> list[Finding]:
     return [
         Finding("Beagle accepts as much as EAGLE (at least 0.97 times)", "on a par: τ 4.1 to 4.0 on MT-Bench, 7B",
                 f"{kind(e)} {ours.acceptance:.2f} to {theirs.acceptance:.2f}: {ratio:.2f} times", ratio >= 0.97),
-        Finding("Beagle's α_2 … α_5 are above EAGLE's single step's", "Figure 3: above at every step but the first",
+        Finding(f"Beagle's {named(last)} are above EAGLE's single step's", "Figure 3: above at every step but the first",
                 "difference by step " + " ".join(f"{d:+.2f}" for d in later), min(later) > 0),
         Finding("Beagle's early stage trains at least as fast", "higher training efficiency",
                 f"{pace[0]:.0f} to {pace[1]:.0f} tokens/s", pace[0] >= pace[1]),
@@ -92,16 +97,19 @@ def memory(e: Entries) -> list[Finding]:
 def fig3(e: Entries) -> list[Finding]:
     """Also of the validations on the way, as the figure is of the course of training."""
     ours, theirs = e["beagle-early"], e["eagle"]
-    gain = [a - b for a, b in zip(ours.step_alpha, theirs.step_alpha, strict=True)]
+    last = depth(ours, theirs)
+    gain = [a - b for a, b in zip(ours.step_alpha[:last], theirs.step_alpha[:last], strict=True)]
     pairs = [
         pair
         for a, b in zip(ours.records, theirs.records, strict=True)
         for pair in zip(a["curve"], b["curve"], strict=False)
     ]
-    above = sum(all(x > y for x, y in zip(a["step_alpha"][1:], b["step_alpha"][1:], strict=True)) for a, b in pairs)
+    above = sum(
+        all(x > y for x, y in zip(a["step_alpha"][1:last], b["step_alpha"][1:last], strict=True)) for a, b in pairs
+    )
     return [
         Finding("Beagle's early stage is above EAGLE at every step but the first", "Figure 3: above at α_2 … α_5",
-                "difference at the end, α_1 … α_5: " + " ".join(f"{g:+.2f}" for g in gain)
+                f"difference at the end, α_1 and {named(last)}: " + " ".join(f"{g:+.2f}" for g in gain)
                 + f"; above at {above} of {len(pairs)} validations", min(gain[1:]) > 0),
         Finding("the two meet at the first step (within 0.05)", "Figure 3: the first step's curves meet",
                 f"α_1 {ours.step_alpha[0]:.2f} to {theirs.step_alpha[0]:.2f}", abs(gain[0]) <= 0.05),
@@ -111,19 +119,24 @@ def fig3(e: Entries) -> list[Finding]:
 def fig4(e: Entries) -> list[Finding]:
     best = max(e, key=lambda name: e[name].decoded("tokens_per_second") or e[name].acceptance)
     what = "speed" if kind(e) == "τ" else "expected acceptance length (no questions were decoded)"
-    wide = [tail(x) for name, x in e.items() if not name.endswith("k1")]
+    last = depth(*e.values())
+    tails = {name: fmean(x.step_alpha[1:last]) for name, x in e.items()}
+    narrow = tails["beagle-early-k1"]
     return [
         Finding("windows of k > 1 raise the later steps", "Figure 4: k > 1 bends the decline of step-α",
-                "mean of α_2 … α_5: " + listed(e, tail), min(wide) > tail(e["beagle-early-k1"])),
+                f"{'mean of ' * (last > 2)}{named(last)}: " + ", ".join(f"{name} {x:.2f}" for name, x in tails.items()),
+                all(x > narrow for name, x in tails.items() if name != "beagle-early-k1")),
         Finding("k = 3 is best", "Figure 4: best speed at k = 3", f"best {what}: {best.split('-')[-1]}", best.endswith("k3")),
     ]  # fmt: skip
 
 
 def fig5(e: Entries) -> list[Finding]:
-    gain = [b - a for a, b in zip(e["beagle-early"].step_alpha, e["beagle"].step_alpha, strict=True)]
+    early, late = e["beagle-early"], e["beagle"]
+    last = depth(early, late)
+    gain = [b - a for a, b in zip(early.step_alpha[:last], late.step_alpha[:last], strict=True)]
     return [
         Finding("in the second half the late loss improves all steps, the early loss stalls",
-                "Figure 5: better at all steps", "late minus early, α_1 … α_5: " + " ".join(f"{g:+.3f}" for g in gain),
+                "Figure 5: better at all steps", f"late minus early, α_1 and {named(last)}: " + " ".join(f"{g:+.3f}" for g in gain),
                 min(gain) > 0),
     ]  # fmt: skip
 

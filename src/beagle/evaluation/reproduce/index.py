@@ -79,7 +79,7 @@ def heads(found: Mapping[str, Entry], short: bool) -> Table:
     for name, entry in found.items():
         seconds = sum(r["seconds"] for r in entry.records)
         row = [name]
-        row += [] if short else [" ".join(f"{a:.2f}" for a in entry.step_alpha), f"{entry.length:.2f}"]
+        row += [] if short else [entry.alphas, f"{entry.length:.2f}"]
         row += [f"{sum(r['tokens'] for r in entry.records) / seconds:.0f}", f"{entry.memory_mb():.0f}"]
         for tree in trees:
             row += [f"{entry.decoded('tau', tree):.2f}", f"{entry.decoded('speedup', tree):.2f}×"]

@@ -29,6 +29,7 @@ from beagle.drafters.beagle import BeagleDrafter
 from beagle.drafters.head import BeagleHead, HeadConfig
 from beagle.evaluation.floor import floor, probe
 from beagle.evaluation.meta import describe
+from beagle.targets.captured import CapturedPass
 from beagle.targets.loading import pick_device, pick_dtype
 from beagle.targets.target import Target
 
@@ -74,8 +75,8 @@ class Right:
         return Draft(tokens, parents, [0.0] * nodes)
 
 
-def counting_target(shape: str, dtype: torch.dtype, device: torch.device) -> Target:
-    """A Llama of this shape, with random weights, that counts."""
+def counting_target(shape: str, dtype: torch.dtype, device: torch.device, graphs: bool) -> Target:
+    """A Llama of this shape, with random weights, that counts; its passes captured as ``graphs`` or eager."""
     hidden, mlp, layers, heads, kv_heads, width, vocabulary = SHAPES[shape]
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
@@ -89,7 +90,10 @@ def counting_target(shape: str, dtype: torch.dtype, device: torch.device) -> Tar
         rows = torch.nn.functional.normalize(torch.randn(vocabulary, hidden, device=device), dim=-1)
         model.get_input_embeddings().weight.copy_(100 * hidden**0.5 * rows)  # far above what the layers add
         model.get_output_embeddings().weight.copy_(rows.roll(1, 0))
-    return Target(model, None, f"llama-{shape}")
+    target = Target(model, None, f"llama-{shape}")
+    if graphs:
+        target.use(CapturedPass(target.base, target.hidden_size))
+    return target
 
 
 def answer(target: Target, drafter: Drafter | None, plan: TreePlan, tokens: int) -> tuple[list[int], Stats]:
@@ -104,7 +108,8 @@ def answer(target: Target, drafter: Drafter | None, plan: TreePlan, tokens: int)
 def measure(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Plain decoding and every size and chance, on one target; ``floor_ms`` is of a pass in the answer's middle."""
     device = pick_device(arguments.device)
-    target = counting_target(shape, pick_dtype(arguments.dtype, device), device)
+    graphs = device.type == "cuda" and not arguments.eager
+    target = counting_target(shape, pick_dtype(arguments.dtype, device), device, graphs)
     config = HeadConfig.for_target(target, draft_vocab_size=min(DRAFT_ROWS, target.vocab_size))
     head = BeagleHead(config).to(device, target.dtype).eval().requires_grad_(False)
     drafter = BeagleDrafter(target, head)
@@ -128,7 +133,13 @@ def measure(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
             )
             rows.append({name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()})
             print(shape, rows[-1], flush=True)
-    return {"weights": target.pass_weights, "dtype": str(target.dtype), "rates": vars(machine), "rows": rows}
+    return {
+        "graphs": graphs,
+        "weights": target.pass_weights,
+        "dtype": str(target.dtype),
+        "rates": vars(machine),
+        "rows": rows,
+    }
 
 
 def main(words: list[str] | None = None) -> None:
@@ -141,6 +152,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--eager", action="store_true", help="no captured graphs on a GPU, a kernel at a time")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(words)
     arguments.size, arguments.chance = arguments.size or list(SIZES), arguments.chance or [0.6, 0.8, 0.9]

@@ -180,7 +180,9 @@ def test_what_cannot_be_traced_is_refused(tmp_path, monkeypatch):
     made = model()
     monkeypatch.setattr(made.model, "forward", lambda **kwargs: [kwargs["inputs_embeds"].numpy()])
     with pytest.raises(BeagleError, match="can't be compiled here"):
-        compiled._export(compiled._Graph(made.model, [None]), made.get_input_embeddings(), [], tmp_path / "p", "tiny")
+        compiled._export(
+            compiled.PassGraph(made.model, [None]), made.get_input_embeddings(), [], tmp_path / "p", "tiny"
+        )
 
 
 def test_a_full_disk_is_named(tmp_path):

@@ -46,7 +46,7 @@ def describe(target: Target | None = None, drafters: Iterable[Drafter | None] = 
         if target.quantize:
             about["target"]["quantize"] = target.quantize
         if target.compiled is not None:
-            about["target"]["compiled"] = True
+            about["target"][target.compiled.kind] = True
     if names := sorted({getattr(drafter, "name", type(drafter).__name__) for drafter in drafters if drafter}):
         about["drafters"] = [portable(name) for name in names]
     return about

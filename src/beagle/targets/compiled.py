@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -68,7 +68,7 @@ class _TracedExactPass(ExactPass):
         return self._places.write(layer, key, value)
 
 
-class _Graph(nn.Module):
+class PassGraph(nn.Module):
     """What is compiled: ``(embeddings, positions, slots, masks, caches) -> states``, in exact mode with tail slots too."""
 
     def __init__(self, base: nn.Module, windows: list[int | None]) -> None:
@@ -96,19 +96,44 @@ class _Graph(nn.Module):
             current_pass.reset(token)
 
 
-class CompiledPass:
-    """A package of one model.
+class FastPass(Protocol):
+    """A pass over trees that does what the eager one does, faster.
 
     Attributes:
-        place: its folder. has_exact: whether it holds the pass of exact mode, too.
+        kind: for records of what was run. remedy: what to do where it goes wrong. has_exact: whether it runs the
+            passes of exact mode, too.
     """
+
+    kind: str
+    remedy: str
+    has_exact: bool
+
+    def new_cache(self, capacity: int) -> KVCache | None:
+        """A cache of one row for it; None: any will do, or there is none left."""
+
+    def takes(self, cache: KVCache, rows: int) -> bool:
+        """Whether it can run so many rows on this cache."""
+
+    def __call__(self, embeddings: Tensor, plan: Pass) -> Tensor:
+        """``[1, rows, hidden]``, embeddings to states; fresh keys and values are written where ``plan`` says."""
+
+
+class CompiledPass:
+    """A package of one model; implements ``FastPass``.
+
+    Attributes:
+        has_exact: whether it holds the pass of exact mode, too.
+    """
+
+    kind = "compiled"
 
     def __init__(self, place: Path) -> None:
         """
         Raises:
             BeagleError: the package can't be read.
         """
-        self.place = place
+        self._place = place
+        self.remedy = f"delete {place} and run `beagle compile` again"
         # of sliding layers (None: the whole context)
         self._windows: list[int | None] = packages.about(place, "windows")
         self.has_exact = (place / EXACT).is_file()
@@ -116,10 +141,15 @@ class CompiledPass:
 
     @cached_property
     def _run_exact(self) -> Callable[[list[Tensor]], list[Tensor]]:
-        return packages.load(self.place / EXACT)  # with weights of its own, so not before it is asked for
+        return packages.load(self._place / EXACT)  # with weights of its own, so not before it is asked for
+
+    def new_cache(self, capacity: int) -> None:
+        """Any cache will do."""
+
+    def takes(self, cache: KVCache, rows: int) -> bool:
+        return rows <= MOST_ROWS and cache.batch == 1
 
     def __call__(self, embeddings: Tensor, plan: Pass) -> Tensor:
-        """``[1, rows, hidden]``, embeddings to states; fresh keys and values are written where ``plan`` says."""
         assert isinstance(plan.slots, slice)
         slots = torch.arange(plan.slots.start, plan.slots.stop)
         masks = [plan.mask(window, embeddings.dtype) for window in self._windows]
@@ -155,10 +185,10 @@ def build(
     model.eval().requires_grad_(False)
     base: nn.Module = model.base_model  # type: ignore[assignment]
     embed: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    layers, windows = _probe(base)
+    layers, windows = probe(base)
     if quantize:
         quantize_linears(base, quantize)
-    graph = _Graph(base, windows)
+    graph = PassGraph(base, windows)
     with packages.fresh(place, {"target": name, "windows": windows}) as partial:
         _export(graph, embed, layers, partial / PASS, name)
         if exact:
@@ -167,7 +197,7 @@ def build(
 
 
 def _export(
-    graph: _Graph, embed: nn.Module, layers: list[LayerShape], library: Path, name: str, exact: bool = False
+    graph: PassGraph, embed: nn.Module, layers: list[LayerShape], library: Path, name: str, exact: bool = False
 ) -> None:
     weight: Tensor = embed.weight  # type: ignore[assignment]
     rows, context = 6, 10
@@ -195,7 +225,7 @@ def _export(
     packages.export(graph, (example, positions, positions[0], masks, caches, *tail), shapes, library, name)
 
 
-def _probe(base: nn.Module) -> tuple[list[LayerShape], list[int | None]]:
+def probe(base: nn.Module) -> tuple[list[LayerShape], list[int | None]]:
     """What each layer caches, and the sliding windows there are."""
     probe = ShapeProbe()
     token = current_pass.set(probe)

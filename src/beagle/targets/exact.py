@@ -15,7 +15,7 @@ from torch import Tensor
 
 from beagle.targets.attention import ExactPass
 from beagle.targets.cache import KVCache
-from beagle.targets.compiled import CompiledPass
+from beagle.targets.compiled import FastPass
 from beagle.targets.shape import TreeShape
 
 if TYPE_CHECKING:
@@ -80,13 +80,13 @@ class ExactPasses:
         return least
 
     @property
-    def _compiled(self) -> CompiledPass | None:
+    def _compiled(self) -> FastPass | None:
         compiled = self._target.compiled
         return compiled if compiled is not None and compiled.has_exact else None
 
     def _run(
         self,
-        compiled: CompiledPass | None,
+        compiled: FastPass | None,
         cache: KVCache,
         tokens: Tensor,
         shape: TreeShape,

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 
 from beagle.errors import BeagleError
 from beagle.memory import use_huge_pages
-from beagle.targets import compiled
+from beagle.targets import compiled, packages
+from beagle.targets.captured import CapturedPass
 from beagle.targets.quantize import check_kind
 from beagle.targets.target import Target
 
@@ -88,6 +89,8 @@ def load_target(
     target = Target(model, tokenizer, name, quantize)
     if fast is not None:
         target.use(fast)
+    if target.device.type == "cuda" and not packages.left_aside():
+        _capture(target)
     if target.device.type == "cpu":
         use_huge_pages()
     if left := target.unquantized:
@@ -134,6 +137,18 @@ def load_model(
             f"target '{name}' can't be loaded: {first_line(error)}; check or download it again"
         ) from error
     return model.to(where).eval(), tokenizer
+
+
+def _capture(target: Target) -> None:
+    """Let passes be replayed from graphs where the family allows it."""
+    try:
+        target.use(CapturedPass(target.base, target.hidden_size))
+    except (RuntimeError, BeagleError) as error:
+        _console.print(
+            f"[dim]{target.name}: its passes can't be captured as graphs ({first_line(error)}), so they run one kernel "
+            "at a time[/dim]",
+            highlight=False,
+        )
 
 
 def first_line(error: BaseException) -> str:

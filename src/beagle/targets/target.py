@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from beagle.errors import BeagleError
 from beagle.targets.attention import NAME, Pass, ShapeProbe, current_pass
 from beagle.targets.cache import KVCache
-from beagle.targets.compiled import MOST_ROWS, CompiledPass
+from beagle.targets.compiled import FastPass
 from beagle.targets.exact import ExactPasses
 from beagle.targets.family import eos_ids, refuse_unsupported, weights_of_a_pass
 from beagle.targets.packing import pack_linears, packed
@@ -70,7 +70,7 @@ class Target:
         pack_linears(self.base)
         linear = isinstance(self.head, nn.Linear)
         self._apply_head = packed(self.head.weight.detach(), self.head.bias) if linear else self.head
-        self.compiled: CompiledPass | None = None
+        self.compiled: FastPass | None = None
         self.exact = ExactPasses(self)
         self._layers = self._probe()
         self.layer_count = len(self._layers)
@@ -115,35 +115,34 @@ class Target:
         return layers
 
     @torch.no_grad()
-    def use(self, compiled: CompiledPass) -> None:
-        """Let trees run in a compiled pass from now on; exact mode's is compared when it is first asked for.
+    def use(self, compiled: FastPass) -> None:
+        """Let trees run in a faster pass from now on; exact mode's is compared when it is first asked for.
 
         Raises:
             BeagleError: it isn't this target's: its states are others.
         """
-        ids = torch.arange(1, 11, device=self.device) % self.vocab_size
-        chain = TreeShape.chain(4)
-        cache = self.new_cache(1, 16)
-        self.prefill(ids[None, :6], cache)
-        expected = self.verify(cache, ids[6:], chain)
+        expected = self._states_of_a_chain()
         self.compiled = compiled
         try:
-            self.refuse_others(compiled, self.verify(cache, ids[6:], chain), expected)
-        except BeagleError:
+            self.refuse_others(compiled, self._states_of_a_chain(), expected)
+        except Exception:
             self.compiled = None
             raise
 
-    def refuse_others(self, compiled: CompiledPass, states: Tensor, expected: Tensor) -> None:
+    def _states_of_a_chain(self) -> Tensor:
+        ids = torch.arange(1, 11, device=self.device) % self.vocab_size
+        cache = self.new_cache(1, 16)
+        self.prefill(ids[None, :6], cache)
+        return self.verify(cache, ids[6:], TreeShape.chain(4))
+
+    def refuse_others(self, compiled: FastPass, states: Tensor, expected: Tensor) -> None:
         """
         Raises:
             BeagleError: the compiled pass gave other states than the eager one, beyond rounding.
         """
         gap = (states - expected).abs().max() / expected.abs().max()
         if not gap < 0.1:  # also catches NaN
-            raise BeagleError(
-                f"{self.name}: the compiled pass computes something else; delete {compiled.place} and run "
-                "`beagle compile` again"
-            )
+            raise BeagleError(f"{self.name}: the {compiled.kind} pass computes something else; {compiled.remedy}")
 
     def forward(self, ids: Tensor, positions: Tensor, plan: Pass) -> Tensor:
         """The eager pass: ``[batch, n]`` ids and positions to true states ``[batch, n, hidden]``."""
@@ -173,7 +172,8 @@ class Target:
         return sum(2 * heads * (c.key_dim + c.value_dim) for c in self._layers)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
-        return KVCache(self._layers, batch=batch, capacity=capacity, dtype=self.dtype, device=self.device)
+        own = self.compiled.new_cache(capacity) if self.compiled is not None and batch == 1 else None
+        return own or KVCache(self._layers, batch=batch, capacity=capacity, dtype=self.dtype, device=self.device)
 
     @torch.no_grad()
     def logits(self, states: Tensor) -> Tensor:
@@ -268,7 +268,7 @@ class Target:
             query_positions=positions[:, done:],
             visible=visible,
         )
-        if self.compiled is not None and n - done <= MOST_ROWS and cache.batch == 1:
+        if self.compiled is not None and self.compiled.takes(cache, n - done):
             return self.compiled(self.embed(tokens[None]), plan)[0]
         return self.forward(tokens[None], positions[:, done:], plan)[0]
 

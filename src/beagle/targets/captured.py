@@ -1,0 +1,149 @@
+"""The target's pass as captured CUDA graphs: one launch for all kernels of a pass.
+
+A graph replays the same kernels on the same memory. So rows and keys come in fixed sizes, each with a graph of its own,
+recorded when it is first needed; inputs are copied to where the graph reads them; and a cache's memory outlives the
+answer, so that the next one finds its graphs. What a pass has less than its graph is padded: rows that mean nothing and
+write to a slot behind all others, and keys that no row sees.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from beagle.targets.attention import FOLDED, Pass
+from beagle.targets.cache import KVCache, LayerShape
+from beagle.targets.compiled import PassGraph, probe
+
+ROWS = (1, 2, 4, 8, 16, 24, 32, 48, FOLDED)
+LEAST_KEYS = 256
+Recording = tuple[Callable[[], None], Tensor]
+Recorder = Callable[[Callable[[], Tensor], torch.device], Recording]
+ROOMS = 4  # caches whose memory is kept; more at a time take eager passes
+
+
+def key_size(keys: int) -> int:
+    """The least size that holds so many keys: powers of two and halfway between, so at most a third is padding."""
+    size = LEAST_KEYS
+    while size < keys:
+        if size * 3 // 2 >= keys:
+            return size * 3 // 2
+        size *= 2
+    return size
+
+
+def record(run: Callable[[], Tensor], device: torch.device) -> Recording:
+    """Capture ``run``; what replays it, and the tensor that each replay writes."""
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # what libraries allocate in a first call must not be part of the graph
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on as they like
+            out = run()
+    return graph.replay, out
+
+
+class _Recorded:
+    """A graph for so many rows and keys of one cache, and the memory of its inputs."""
+
+    def __init__(self, graph: PassGraph, cache: KVCache, rows: int, keys: int, hidden: int, record: Recorder) -> None:
+        dtype, device = cache.tensors[0].dtype, cache.tensors[0].device
+        self._windows = graph.windows
+        self._embeddings = torch.zeros(1, rows, hidden, dtype=dtype, device=device)
+        self._positions = torch.zeros(1, rows, dtype=torch.long, device=device)
+        self._spare = cache.capacity  # the slot that padding is written to
+        self._slots = torch.full((rows,), self._spare, device=device)
+        self._masks = [torch.zeros(1, 1, rows, keys, dtype=dtype, device=device) for _ in graph.windows]
+        inputs = self._embeddings, self._positions, self._slots, self._masks, cache.tensors
+        self._replay, self._states = record(lambda: graph(*inputs), device)
+
+    def run(self, embeddings: Tensor, plan: Pass) -> Tensor:
+        assert isinstance(plan.slots, slice)
+        n, end = plan.visible.shape[1:]
+        self._embeddings[:, :n] = embeddings
+        self._positions[:, :n] = plan.query_positions
+        self._slots.fill_(self._spare)
+        self._slots[:n] = torch.arange(plan.slots.start, plan.slots.stop, device=self._slots.device)
+        for window, mask in zip(self._windows, self._masks, strict=True):
+            mask.fill_(torch.finfo(mask.dtype).min)
+            mask[:, :, :n, :end] = plan.mask(window, mask.dtype)
+        self._replay()
+        return self._states[:, :n].clone()  # the next replay writes over them
+
+
+@dataclass
+class _Room:
+    """Memory of a cache, the cache that has it now, and the graphs that read and write it."""
+
+    memory: KVCache
+    tenant: ref[KVCache]
+    graphs: dict[tuple[int, int], _Recorded] = field(default_factory=dict)
+
+    def let(self) -> KVCache:
+        lent = copy.copy(self.memory)
+        lent.lengths = [0]
+        self.tenant = ref(lent)
+        return lent
+
+
+class CapturedPass:
+    """Implements ``FastPass`` for a model on a GPU."""
+
+    kind = "captured"
+    has_exact = False
+    remedy = "set BEAGLE_COMPILED=0, which takes eager passes"
+
+    def __init__(self, base: nn.Module, hidden: int, record: Recorder = record) -> None:
+        """
+        Args:
+            base: the model without its LM head, with our attention. hidden: its width. record: see the function.
+        """
+        weight = next(base.parameters())
+        self._layers: list[LayerShape]
+        self._layers, windows = probe(base)
+        self._graph = PassGraph(base, windows)
+        self._hidden, self._dtype, self._device = hidden, weight.dtype, weight.device
+        self._record = record
+        self._rooms: list[_Room] = []
+
+    def new_cache(self, capacity: int) -> KVCache | None:
+        """A cache of one row that graphs can read and write; None: there are ``ROOMS`` in use."""
+        free = [room for room in self._rooms if room.tenant() is None]
+        fitting = [room for room in free if room.memory.capacity >= capacity]
+        if fitting:
+            return min(fitting, key=lambda room: room.memory.capacity).let()
+        if len(self._rooms) >= ROOMS:
+            if not free:
+                return None
+            self._rooms.remove(min(free, key=lambda room: room.memory.capacity))
+        size = key_size(capacity)
+        memory = KVCache(self._layers, batch=1, capacity=size + 1, dtype=self._dtype, device=self._device)
+        memory.capacity = size  # what lies behind takes the padding
+        room = _Room(memory, ref(memory))
+        self._rooms.append(room)
+        return room.let()
+
+    def _room(self, cache: KVCache) -> _Room | None:
+        return next((room for room in self._rooms if room.tenant() is cache), None)
+
+    def takes(self, cache: KVCache, rows: int) -> bool:
+        return rows <= ROWS[-1] and self._room(cache) is not None
+
+    @torch.no_grad()
+    def __call__(self, embeddings: Tensor, plan: Pass) -> Tensor:
+        room = self._room(plan.cache)
+        assert room is not None
+        n, end = plan.visible.shape[1:]
+        size = next(rows for rows in ROWS if rows >= n), min(key_size(end), room.memory.capacity)
+        if size not in room.graphs:
+            room.graphs[size] = _Recorded(self._graph, room.memory, *size, self._hidden, self._record)
+        return room.graphs[size].run(embeddings, plan)

@@ -1,0 +1,143 @@
+"""Captured passes: replayed on fixed memory in fixed sizes, the same states as the eager pass.
+
+A CUDA graph's place is taken by a trace to single operations, which as little as the graph asks Python anything again.
+"""
+
+import weakref
+from itertools import zip_longest
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from beagle.drafters.base import TreePlan
+from beagle.model import Model, Piece
+from beagle.targets import captured, loading
+from beagle.targets.captured import LEAST_KEYS, ROOMS, ROWS, CapturedPass, key_size
+from beagle.targets.shape import TreeShape
+from beagle.targets.target import Target
+from conftest import tiny_drafter, tiny_model, tiny_tokenizer
+
+TREE = TreeShape([-1, 0, 0, 1, 1, 2, 4])
+PROMPT = [1, *range(3, 15)]  # longer than the window
+FAMILIES = ["llama", "gemma2"]  # of gemma2 one layer slides, both cap their scores
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.made = 0
+
+    def __call__(self, run, device):
+        self.made += 1
+        trace = make_fx(run)()
+        out = torch.empty_like(trace())
+        return lambda: out.copy_(trace()), out
+
+
+def eager(family: str) -> Target:
+    return Target(tiny_model(family, num_hidden_layers=2, max_position_embeddings=1024), tiny_tokenizer(), family)
+
+
+@pytest.fixture(params=FAMILIES)
+def pair(request) -> tuple[Target, Target, Recorder]:
+    """A target as it is, and one whose passes are recorded."""
+    fast, recorder = eager(request.param), Recorder()
+    fast.use(CapturedPass(fast.base, fast.hidden_size, recorder))
+    return eager(request.param), fast, recorder
+
+
+def states_of(target: Target, shape: TreeShape, context: int = len(PROMPT)) -> torch.Tensor:
+    cache = target.new_cache(1, context + len(shape.parents) + 1)
+    ids = torch.arange(context) % 20 + 1
+    target.prefill(ids[None], cache)
+    first = target.verify(cache, torch.arange(5, 5 + len(shape.parents)) % 20, shape)
+    cache.compact([0])
+    return torch.cat([first, target.verify(cache, torch.tensor([9]), TreeShape([-1]))])  # reads what was written
+
+
+@pytest.mark.parametrize("shape", [TreeShape([-1]), TREE, TreeShape.chain(65)], ids=["root", "tree", "most"])
+@pytest.mark.parametrize("context", [len(PROMPT), LEAST_KEYS - 3, 2 * LEAST_KEYS + 5])
+def test_its_states_are_the_eager_ones(pair, shape, context):
+    plain, fast, recorder = pair
+    before = recorder.made
+    assert torch.allclose(states_of(fast, shape, context), states_of(plain, shape, context), atol=1e-4)
+    assert recorder.made > before
+
+
+def test_padding_writes_over_nothing(pair):
+    """A pass whose padding would still stand where the pass before it wrote."""
+
+    def states(target: Target) -> torch.Tensor:
+        cache = target.new_cache(1, 64)
+        target.prefill(torch.tensor([PROMPT]), cache)
+        target.verify(cache, torch.arange(5, 13), TreeShape.chain(8))
+        cache.compact([0, 1, 2])
+        return target.verify(cache, torch.arange(20, 25), TreeShape.chain(5))
+
+    plain, fast, _ = pair
+    assert torch.allclose(states(fast), states(plain), atol=1e-4)
+
+
+def test_larger_trees_take_the_eager_pass(pair):
+    plain, fast, recorder = pair
+    shape, before = TreeShape.chain(ROWS[-1] + 1), recorder.made
+    assert torch.allclose(states_of(fast, shape), states_of(plain, shape), atol=1e-4)
+    assert recorder.made == before + 1  # of the row behind it
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_answers_are_the_eager_ones_and_the_next_one_finds_its_graphs(pair, draft):
+    plain, fast, recorder = pair
+    texts = []
+    for target in (plain, fast, fast):
+        before = recorder.made
+        model = Model(target, tiny_drafter(target), TreePlan(nodes=6, top_k=3, depth=3))
+        texts.append([model.generate("w5 w9 w33", raw=True, max_new_tokens=40, draft=draft).token_ids for _ in "ab"])
+    assert texts[0] == texts[1] == texts[2]
+    assert recorder.made == before
+    assert len(fast.compiled._rooms) == 1
+
+
+def test_answers_that_take_turns_have_memory_of_their_own(pair):
+    plain, fast, _ = pair
+    prompts = [f"w{5 + i} w9 w33" for i in range(ROOMS + 2)]  # the last ones take eager passes
+    streams = [Model(fast).stream(prompt, raw=True, max_new_tokens=12) for prompt in prompts]
+    found = [[] for _ in prompts]
+    for pieces in zip_longest(*streams, fillvalue=Piece("")):  # in turn
+        for ids, piece in zip(found, pieces, strict=True):
+            ids += piece.token_ids
+    assert len(fast.compiled._rooms) == ROOMS
+    assert found == [Model(plain).generate(prompt, raw=True, max_new_tokens=12).token_ids for prompt in prompts]
+
+
+def test_a_free_room_that_is_too_small_makes_way(pair):
+    _, fast, _ = pair
+    caches = [fast.new_cache(1, 20) for _ in range(ROOMS)]
+    assert fast.compiled.new_cache(20) is None
+    rooms = [weakref.ref(room) for room in fast.compiled._rooms]
+    caches.pop(2)
+    larger = fast.new_cache(1, LEAST_KEYS + 1)
+    assert larger.capacity == key_size(LEAST_KEYS + 1) == LEAST_KEYS * 3 // 2
+    assert [room() is None for room in rooms] == [False, False, True, False]
+    assert larger.lengths == [0]
+    assert all(cache.capacity == LEAST_KEYS for cache in caches)
+
+
+def test_sizes_of_keys_waste_a_third_at_most():
+    sizes = [key_size(n) for n in range(1, 5000)]
+    assert all(n <= size for n, size in enumerate(sizes, 1))
+    assert all(size <= 1.5 * n + 1 for n, size in enumerate(sizes, 1) if n > LEAST_KEYS)
+    assert len(set(sizes)) == 10
+
+
+def test_a_family_that_cannot_be_captured_runs_as_before(monkeypatch, capsys):
+    def fail(self, embeddings, plan):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(captured.CapturedPass, "__call__", fail)
+    target = eager("llama")
+    loading._capture(target)
+    assert target.compiled is None
+    said = " ".join(capsys.readouterr().err.split())
+    assert "can't be captured as graphs (operation not permitted when stream is capturing)" in said
+    assert torch.equal(states_of(target, TREE), states_of(eager("llama"), TREE))

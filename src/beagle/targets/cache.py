@@ -56,6 +56,12 @@ class KVCache:
         self.keys = self.tensors[0::2]  # per layer [batch, kv_heads, capacity, head_dim]
         self.values = self.tensors[1::2]
 
+    def clear(self) -> None:
+        """Zeros everywhere, nothing committed."""
+        for stack in self._stacks.values():
+            stack.zero_()
+        self.lengths = [0] * self.batch
+
     @property
     def length(self) -> int:
         """Committed tokens of a one-row cache."""

@@ -11,20 +11,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from threading import Lock
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
 from beagle.targets.attention import FOLDED, Pass
-from beagle.targets.cache import KVCache, LayerShape
+from beagle.targets.cache import KVCache
 from beagle.targets.compiled import PassGraph, probe
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, FOLDED)
 LEAST_KEYS = 256
 Recording = tuple[Callable[[], None], Tensor]
-Recorder = Callable[[Callable[[], Tensor], torch.device], Recording]
-ROOMS = 4  # caches whose memory is kept; more at a time take eager passes
+Recorder = Callable[[Callable[[], Tensor]], Recording]
+ROOMS = 8  # caches that have graphs; more at a time take eager passes
 
 
 def key_size(keys: int) -> int:
@@ -37,19 +38,34 @@ def key_size(keys: int) -> int:
     return size
 
 
-def record(run: Callable[[], Tensor], device: torch.device) -> Recording:
-    """Capture ``run``; what replays it, and the tensor that each replay writes."""
-    with torch.cuda.device(device):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what libraries allocate in a first call must not be part of the graph
-            for _ in range(2):
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on as they like
-            out = run()
-    return graph.replay, out
+class GraphRecorder:
+    """Captures on one stream into one pool of memory; graphs of one recorder must not replay at the same time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Tensor]) -> Recording:
+        with torch.cuda.device(self._device):
+            before = torch.cuda.get_sync_debug_mode()
+            here = torch.cuda.current_stream()
+            self._stream.wait_stream(here)
+            try:
+                with torch.cuda.stream(self._stream):
+                    run()  # what libraries allocate in a first call must not be part of the graph
+                    torch.cuda.set_sync_debug_mode("error")  # a pass that asks the GPU back can't be captured,
+                    run()  # and a capture that fails harms the process: so refuse it before
+                    torch.cuda.set_sync_debug_mode(before)
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(
+                        graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                    ):
+                        out = run()
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+                here.wait_stream(self._stream)
+        return graph.replay, out
 
 
 class _Recorded:
@@ -64,12 +80,13 @@ class _Recorded:
         self._slots = torch.full((rows,), self._spare, device=device)
         self._masks = [torch.zeros(1, 1, rows, keys, dtype=dtype, device=device) for _ in graph.windows]
         inputs = self._embeddings, self._positions, self._slots, self._masks, cache.tensors
-        self._replay, self._states = record(lambda: graph(*inputs), device)
+        self._replay, self._states = record(lambda: graph(*inputs))
 
     def run(self, embeddings: Tensor, plan: Pass) -> Tensor:
         assert isinstance(plan.slots, slice)
         n, end = plan.visible.shape[1:]
         self._embeddings[:, :n] = embeddings
+        self._positions.zero_()  # some kinds of RoPE look at the largest
         self._positions[:, :n] = plan.query_positions
         self._slots.fill_(self._spare)
         self._slots[:n] = torch.arange(plan.slots.start, plan.slots.stop, device=self._slots.device)
@@ -80,70 +97,82 @@ class _Recorded:
         return self._states[:, :n].clone()  # the next replay writes over them
 
 
-@dataclass
+@dataclass(eq=False)
 class _Room:
     """Memory of a cache, the cache that has it now, and the graphs that read and write it."""
 
     memory: KVCache
     tenant: ref[KVCache]
-    graphs: dict[tuple[int, int], _Recorded] = field(default_factory=dict)
+    graphs: dict[tuple[int, int], _Recorded | None] = field(default_factory=dict)
 
     def let(self) -> KVCache:
+        self.memory.clear()
         lent = copy.copy(self.memory)
-        lent.lengths = [0]
+        lent.lengths = [0]  # a list of its own
         self.tenant = ref(lent)
         return lent
 
 
 class CapturedPass:
-    """Implements ``FastPass`` for a model on a GPU."""
+    """Implements ``FastPass`` for a model on a GPU.
+
+    Attributes:
+        failure: what went wrong where a graph could not be recorded; passes of its size are eager from then on.
+    """
 
     kind = "captured"
     has_exact = False
     remedy = "set BEAGLE_COMPILED=0, which takes eager passes"
 
-    def __init__(self, base: nn.Module, hidden: int, record: Recorder = record) -> None:
+    def __init__(self, base: nn.Module, hidden: int, record: Recorder | None = None) -> None:
         """
         Args:
-            base: the model without its LM head, with our attention. hidden: its width. record: see the function.
+            base: the model without its LM head, with our attention. hidden: its width. record: takes a CUDA graph's place.
         """
         weight = next(base.parameters())
-        self._layers: list[LayerShape]
         self._layers, windows = probe(base)
         self._graph = PassGraph(base, windows)
         self._hidden, self._dtype, self._device = hidden, weight.dtype, weight.device
-        self._record = record
+        self._record = record or GraphRecorder(weight.device)
         self._rooms: list[_Room] = []
+        self._lock = Lock()
+        self.failure: RuntimeError | None = None
 
     def new_cache(self, capacity: int) -> KVCache | None:
         """A cache of one row that graphs can read and write; None: there are ``ROOMS`` in use."""
-        free = [room for room in self._rooms if room.tenant() is None]
-        fitting = [room for room in free if room.memory.capacity >= capacity]
-        if fitting:
-            return min(fitting, key=lambda room: room.memory.capacity).let()
-        if len(self._rooms) >= ROOMS:
-            if not free:
+        with self._lock, torch.inference_mode(False):
+            free = [room for room in self._rooms if room.tenant() is None]
+            fitting = [room for room in free if room.memory.capacity >= capacity]
+            if fitting:
+                return min(fitting, key=lambda room: room.memory.capacity).let()
+            self._rooms = [room for room in self._rooms if room not in free]  # larger ones serve for small ones, too
+            if len(self._rooms) >= ROOMS:
                 return None
-            self._rooms.remove(min(free, key=lambda room: room.memory.capacity))
-        size = key_size(capacity)
-        memory = KVCache(self._layers, batch=1, capacity=size + 1, dtype=self._dtype, device=self._device)
-        memory.capacity = size  # what lies behind takes the padding
-        room = _Room(memory, ref(memory))
-        self._rooms.append(room)
-        return room.let()
+            size = key_size(capacity)
+            memory = KVCache(self._layers, batch=1, capacity=size + 1, dtype=self._dtype, device=self._device)
+            memory.capacity = size  # what lies behind takes the padding
+            room = _Room(memory, ref(memory))
+            self._rooms.append(room)
+            return room.let()
 
-    def _room(self, cache: KVCache) -> _Room | None:
-        return next((room for room in self._rooms if room.tenant() is cache), None)
+    def takes(self, cache: KVCache, rows: int, keys: int) -> bool:
+        return rows <= ROWS[-1] and self._recorded(cache, rows, keys) is not None
 
-    def takes(self, cache: KVCache, rows: int) -> bool:
-        return rows <= ROWS[-1] and self._room(cache) is not None
-
-    @torch.no_grad()
     def __call__(self, embeddings: Tensor, plan: Pass) -> Tensor:
-        room = self._room(plan.cache)
-        assert room is not None
-        n, end = plan.visible.shape[1:]
-        size = next(rows for rows in ROWS if rows >= n), min(key_size(end), room.memory.capacity)
+        recorded = self._recorded(plan.cache, *plan.visible.shape[1:])
+        assert recorded is not None
+        return recorded.run(embeddings, plan)
+
+    def _recorded(self, cache: KVCache, rows: int, keys: int) -> _Recorded | None:
+        """The graph for a pass of this size; None: the cache has no room, or it could not be recorded."""
+        room = next((room for room in self._rooms if room.tenant() is cache), None)
+        if room is None:
+            return None
+        size = next(n for n in ROWS if n >= rows), min(key_size(keys), room.memory.capacity)
         if size not in room.graphs:
-            room.graphs[size] = _Recorded(self._graph, room.memory, *size, self._hidden, self._record)
-        return room.graphs[size].run(embeddings, plan)
+            try:
+                with torch.inference_mode(False), torch.no_grad():
+                    room.graphs[size] = _Recorded(self._graph, room.memory, *size, self._hidden, self._record)
+            except RuntimeError as error:  # no memory left, for one
+                self.failure, room.graphs[size] = error, None
+        return room.graphs[size]

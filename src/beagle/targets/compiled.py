@@ -111,8 +111,8 @@ class FastPass(Protocol):
     def new_cache(self, capacity: int) -> KVCache | None:
         """A cache of one row for it; None: any will do, or there is none left."""
 
-    def takes(self, cache: KVCache, rows: int) -> bool:
-        """Whether it can run so many rows on this cache."""
+    def takes(self, cache: KVCache, rows: int, keys: int) -> bool:
+        """Whether it can run so many rows on this cache, over so many keys."""
 
     def __call__(self, embeddings: Tensor, plan: Pass) -> Tensor:
         """``[1, rows, hidden]``, embeddings to states; fresh keys and values are written where ``plan`` says."""
@@ -146,7 +146,7 @@ class CompiledPass:
     def new_cache(self, capacity: int) -> None:
         """Any cache will do."""
 
-    def takes(self, cache: KVCache, rows: int) -> bool:
+    def takes(self, cache: KVCache, rows: int, keys: int) -> bool:
         return rows <= MOST_ROWS and cache.batch == 1
 
     def __call__(self, embeddings: Tensor, plan: Pass) -> Tensor:

@@ -142,8 +142,12 @@ def load_model(
 def _capture(target: Target) -> None:
     """Let passes be replayed from graphs where the family allows it."""
     try:
-        target.use(CapturedPass(target.base, target.hidden_size))
-    except (RuntimeError, BeagleError) as error:
+        passes = CapturedPass(target.base, target.hidden_size)
+        target.use(passes)
+        if passes.failure is not None:
+            target.compiled = None
+            raise passes.failure
+    except Exception as error:  # whatever a model does that a graph can't
         _console.print(
             f"[dim]{target.name}: its passes can't be captured as graphs ({first_line(error)}), so they run one kernel "
             "at a time[/dim]",

@@ -268,7 +268,7 @@ class Target:
             query_positions=positions[:, done:],
             visible=visible,
         )
-        if self.compiled is not None and self.compiled.takes(cache, n - done):
+        if self.compiled is not None and self.compiled.takes(cache, n - done, start + n):
             return self.compiled(self.embed(tokens[None]), plan)[0]
         return self.forward(tokens[None], positions[:, done:], plan)[0]
 

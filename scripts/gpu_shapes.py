@@ -29,8 +29,7 @@ from beagle.drafters.beagle import BeagleDrafter
 from beagle.drafters.head import BeagleHead, HeadConfig
 from beagle.evaluation.floor import floor, probe
 from beagle.evaluation.meta import describe
-from beagle.targets.captured import CapturedPass
-from beagle.targets.loading import pick_device, pick_dtype
+from beagle.targets.loading import capture, pick_device, pick_dtype
 from beagle.targets.target import Target
 
 # hidden, MLP, layers, heads, KV heads, head width, vocabulary
@@ -92,7 +91,7 @@ def counting_target(shape: str, dtype: torch.dtype, device: torch.device, graphs
         model.get_output_embeddings().weight.copy_(rows.roll(1, 0))
     target = Target(model, None, f"llama-{shape}")
     if graphs:
-        target.use(CapturedPass(target.base, target.hidden_size))
+        capture(target)
     return target
 
 
@@ -134,7 +133,7 @@ def measure(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
             rows.append({name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()})
             print(shape, rows[-1], flush=True)
     return {
-        "graphs": graphs,
+        "graphs": target.compiled is not None,
         "weights": target.pass_weights,
         "dtype": str(target.dtype),
         "rates": vars(machine),

@@ -47,6 +47,11 @@ class GraphRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Tensor]) -> Recording:
+        """What replays ``run``, and the tensor that each replay writes.
+
+        Raises:
+            RuntimeError: it can't be captured, or there is no memory left.
+        """
         with torch.cuda.device(self._device):
             before = torch.cuda.get_sync_debug_mode()
             here = torch.cuda.current_stream()
@@ -136,7 +141,7 @@ class CapturedPass:
         self._record = record or GraphRecorder(weight.device)
         self._rooms: list[_Room] = []
         self._lock = Lock()
-        self.failure: RuntimeError | None = None
+        self.failure: str | None = None
 
     def new_cache(self, capacity: int) -> KVCache | None:
         """A cache of one row that graphs can read and write; None: there are ``ROOMS`` in use."""
@@ -174,5 +179,5 @@ class CapturedPass:
                 with torch.inference_mode(False), torch.no_grad():
                     room.graphs[size] = _Recorded(self._graph, room.memory, *size, self._hidden, self._record)
             except RuntimeError as error:  # no memory left, for one
-                self.failure, room.graphs[size] = error, None
+                self.failure, room.graphs[size] = str(error), None  # its traceback would hold the cache
         return room.graphs[size]

@@ -90,7 +90,7 @@ def load_target(
     if fast is not None:
         target.use(fast)
     if target.device.type == "cuda" and not packages.left_aside():
-        _capture(target)
+        capture(target)
     if target.device.type == "cpu":
         use_huge_pages()
     if left := target.unquantized:
@@ -139,14 +139,14 @@ def load_model(
     return model.to(where).eval(), tokenizer
 
 
-def _capture(target: Target) -> None:
-    """Let passes be replayed from graphs where the family allows it."""
+def capture(target: Target) -> None:
+    """Let passes on a GPU be replayed from graphs; a line says why where they can't, and ``compiled`` stays None."""
     try:
         passes = CapturedPass(target.base, target.hidden_size)
         target.use(passes)
         if passes.failure is not None:
             target.compiled = None
-            raise passes.failure
+            raise RuntimeError(passes.failure)
     except Exception as error:  # whatever a model does that a graph can't
         _console.print(
             f"[dim]{target.name}: its passes can't be captured as graphs ({first_line(error)}), so they run one kernel "

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from beagle.decoding.loop import decode
 from beagle.decoding.sampling import Sampler
 from beagle.decoding.stats import Stats
+from beagle.drafters import captured
 from beagle.drafters.base import Draft, Drafter, TreePlan
 from beagle.drafters.beagle import BeagleDrafter
 from beagle.drafters.head import BeagleHead, HeadConfig
@@ -112,6 +113,8 @@ def measure(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
     config = HeadConfig.for_target(target, draft_vocab_size=min(DRAFT_ROWS, target.vocab_size))
     head = BeagleHead(config).to(device, target.dtype).eval().requires_grad_(False)
     drafter = BeagleDrafter(target, head)
+    if graphs:
+        captured.capture(drafter)
     machine = probe(target)
     rows = []
     for chance in [None, *arguments.chance]:

@@ -10,12 +10,13 @@ import torch
 
 from beagle.errors import BeagleError
 from beagle.model import Model
+from beagle.targets.target import Target
 from beagle.training import states as states_module
 from beagle.training.answers import AnswerGenerator, Sample
 from beagle.training.data import batches, collate, frequent_tokens, is_validation, samples
 from beagle.training.prompts import Prompt
 from beagle.training.states import Fingerprint, StateStore, read_shard
-from conftest import tiny_target
+from conftest import tiny_model, tiny_target, tiny_tokenizer
 
 LIMIT = 10
 PROMPTS = [
@@ -115,11 +116,28 @@ def test_what_was_made_before_a_failure_is_kept(target, tmp_path):
 
 def test_other_targets_states_are_not_mixed_in(target, tmp_path):
     StateStore(tmp_path, fingerprint(target))
-    for change in ({"target": "other"}, {"template": "x"}, {"max_new_tokens": 11}, {"hidden_size": 8}):
+    StateStore(tmp_path, replace(fingerprint(target), target="the same elsewhere"))
+    for change in ({"weights": "other"}, {"template": "x"}, {"max_new_tokens": 11}, {"hidden_size": 8}):
         with pytest.raises(BeagleError, match=next(iter(change))) as caught:
             StateStore(tmp_path, replace(fingerprint(target), **change))
         assert str(tmp_path) in str(caught.value)
         assert "choose another folder" in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["embed_tokens", "layers.1.mlp.down_proj", "norm"])
+def test_a_target_fine_tuned_in_place_is_another(part):
+    model = tiny_model()
+    before = Fingerprint.of(Target(model, tiny_tokenizer(), "mine"), 40, LIMIT)
+    model = tiny_model()
+    model.get_submodule(f"model.{part}").weight.data *= 1.1
+    after = Fingerprint.of(Target(model, tiny_tokenizer(), "mine"), 40, LIMIT)
+    assert replace(before, weights=after.weights) == after != before
+
+
+def test_a_target_in_another_dtype_is_the_same():
+    models = tiny_model().to(torch.bfloat16), tiny_model().to(torch.bfloat16).float()
+    one, other = (Target(model, tiny_tokenizer(), str(model.dtype)) for model in models)
+    assert one.digest == other.digest != tiny_target(seed=1).digest
 
 
 @pytest.fixture

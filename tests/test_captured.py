@@ -8,7 +8,6 @@ from itertools import zip_longest
 
 import pytest
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from beagle.drafters.base import TreePlan
 from beagle.model import Model, Piece
@@ -16,22 +15,11 @@ from beagle.targets import captured, loading
 from beagle.targets.captured import LEAST_KEYS, ROOMS, ROWS, CapturedPass, key_size
 from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
-from conftest import tiny_drafter, tiny_model, tiny_tokenizer
+from conftest import Recorder, tiny_drafter, tiny_model, tiny_tokenizer
 
 TREE = TreeShape([-1, 0, 0, 1, 1, 2, 4])
 PROMPT = [1, *range(3, 15)]  # longer than the window
 FAMILIES = ["llama", "gemma2"]  # of gemma2 one layer slides, both cap their scores
-
-
-class Recorder:
-    def __init__(self) -> None:
-        self.made = 0
-
-    def __call__(self, run):
-        self.made += 1
-        trace = make_fx(run)()
-        out = torch.empty_like(trace())
-        return lambda: out.copy_(trace()), out
 
 
 def eager(family: str) -> Target:

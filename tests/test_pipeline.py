@@ -239,7 +239,7 @@ def test_other_settings_are_refused(train, tmp_path):
     train(tmp_path / "run", train={"noise": 0.1}).refusal(tmp_path / "run", "other settings")
     train(tmp_path / "run", answers={"max_new_tokens": 25}).refusal("max_new_tokens 24", "25")
     manifest = tmp_path / "run" / "data" / "manifest.json"
-    for key, value in (("target", "another"), ("template", "0123456789abcdef")):
+    for key, value in (("weights", "another"), ("template", "0123456789abcdef")):
         kept = manifest.read_text()
         manifest.write_text(json.dumps({**json.loads(kept), key: value}))
         train(tmp_path / "run").refusal(tmp_path / "run" / "data", f"{key} '{value}'", "another folder")

@@ -18,7 +18,7 @@ from beagle.targets.packing import PackedLinear
 from beagle.targets.quantize import FINE, KINDS, RowQuantizer, dequantized, quantize_linears, quantized
 from beagle.targets.target import Target
 from beagle.training.states import Fingerprint, StateStore
-from conftest import FAMILIES, tiny_drafter, tiny_model, tiny_target, tiny_tokenizer
+from conftest import FAMILIES, tiny_drafter, tiny_model, tiny_tokenizer
 
 CONTEXT = [5, 9, 33, 12, 60, 41, 7, 7, 28, 50, 19]
 HALF, FULL = torch.bfloat16, torch.float32
@@ -166,7 +166,7 @@ def test_kernels_that_are_missing_or_wrong_are_refused(kind, where, name, broken
 
 
 def test_costs_and_states_are_told_from_the_plain_target(tmp_path, monkeypatch):
-    plain, ours = tiny_target(), tiny("int8", FULL)
+    plain, ours = tiny(None, FULL), tiny("int8", FULL)
     assert plain.name == ours.name
     plan = TreePlan("chain", depth=1)
     measured = []

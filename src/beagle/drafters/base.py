@@ -31,6 +31,11 @@ class TreePlan:
         if min(self.depth, self.top_k, self.nodes or 1) < 1:
             raise ValueError("depth, top_k and nodes of a tree are at least 1")
 
+    @property
+    def width(self) -> int:
+        """Most candidates expanded a level."""
+        return 1 if self.kind == "chain" else self.top_k
+
 
 # Static tree: children kept per rank path; the k-th best child of a node at rank path r is kept if
 # the path (r, k) is here. Wide at the top, a chain at the bottom, 25 candidates.

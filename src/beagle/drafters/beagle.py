@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from beagle.drafters.beams import Beams, Rotation
 from beagle.drafters.head import BeagleHead
-from beagle.drafters.tree import Beams, Rotation, TreeDrafter
+from beagle.drafters.tree import TreeDrafter
 
 
 class BeagleDrafter(TreeDrafter):

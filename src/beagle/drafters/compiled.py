@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from beagle.drafters.beams import Beams, Rotation
 from beagle.drafters.block import Block
-from beagle.drafters.tree import Beams, Rotation, TreeDrafter
+from beagle.drafters.tree import TreeDrafter
 from beagle.targets import packages
 from beagle.targets.quantize import quantize_linears
 from beagle.targets.target import Target

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from beagle.drafters.beams import Beams, Rotation
 from beagle.drafters.eagle_head import EagleHead
-from beagle.drafters.tree import Beams, Rotation, TreeDrafter
+from beagle.drafters.tree import TreeDrafter
 
 
 class EagleDrafter(TreeDrafter):

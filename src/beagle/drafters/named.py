@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from beagle.drafters import compiled
+from beagle.drafters import captured, compiled
 from beagle.drafters.base import Drafter
 from beagle.drafters.beagle import BeagleDrafter
 from beagle.drafters.checkpoint import find_head, load_head, shipped_head
@@ -56,6 +56,7 @@ def load_drafter(draft: str, target: Target, **options: Any) -> Drafter | None:
         drafter = headed = DRAFTERS[head.architecture](target, head)
         if fast is not None:
             headed.use(fast)
+        captured.capture(headed)
     elif base == "lookup":
         drafter = LookupDrafter()
     elif base.startswith(PREFIX):

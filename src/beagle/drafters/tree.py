@@ -10,19 +10,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from beagle.drafters.base import HOPE, STATIC_PATHS, Draft, Drafter, TreePlan, best_first
+from beagle.drafters.beams import Beams, Rotation
 from beagle.drafters.block import Block
 from beagle.targets.packing import pack_linears, packed
 from beagle.targets.quantize import RowQuantizer, quantize_linears, quantized
 from beagle.targets.target import Target
 
 if TYPE_CHECKING:
+    from beagle.drafters.captured import CapturedDraft
     from beagle.drafters.compiled import CompiledLevels
-
-Rotation = tuple[Tensor, Tensor]
 
 
 class TreeDrafter(Drafter):
@@ -56,6 +55,7 @@ class TreeDrafter(Drafter):
         self.newest = torch.zeros(0, head.config.hidden_size, dtype=self.lm_head.dtype, device=self.device)
         self._cache = torch.zeros(2, head.config.num_kv_heads, 0, head.config.head_dim)
         self.compiled: CompiledLevels | None = None
+        self.captured: CapturedDraft | None = None
 
     def use(self, compiled: CompiledLevels) -> None:
         """Let the levels of one context's tree be computed by compiled graphs from now on."""
@@ -128,15 +128,26 @@ class TreeDrafter(Drafter):
 
     @torch.no_grad()
     def draft_rows(self, rows: Sequence[Self], roots: list[int], plan: TreePlan, min_gain: float = 0.0) -> list[Draft]:
-        width = 1 if plan.kind == "chain" else plan.top_k
-        beams = Beams(self, rows, plan.depth, max(width, len(STATIC_PATHS)))
+        least = math.log(HOPE * min_gain) if min_gain > 0 else -math.inf
+        found = self.captured(rows[0], roots[0], plan) if self.captured is not None and len(rows) == 1 else None
+        if found is None:
+            beams = Beams(self, rows, plan.depth, max(plan.width, len(STATIC_PATHS)))
+            tokens = torch.tensor(roots, device=self.device)[:, None]
+            found = self.grow(beams, tokens, torch.stack([row.newest for row in rows]), plan, min_gain)
+        return ranked_drafts(found, len(rows), plan, least)
+
+    def grow(self, beams: Beams, tokens: Tensor, newest: Tensor, plan: TreePlan, min_gain: float = 0.0) -> list[Level]:
+        """All levels; nothing of it waits for the device, unless the tree is static or ``min_gain`` above 0.
+
+        Args:
+            tokens: ``[contexts, 1]``, the roots. newest: ``[contexts, 1, hidden]``, the state before each.
+        """
+        width = plan.width
         found: list[Level] = []
         paths: list[tuple[int, ...]] = []  # rank paths, static trees only
-        live = list(range(len(rows)))  # contexts that still grow
-        tokens = torch.tensor(roots, device=self.device)[:, None]
-        scores = torch.zeros(len(rows), 1, device=self.device)
-        ids = torch.full((len(rows), 1), -1, device=self.device)  # candidate index of each beam node
-        newest = torch.stack([row.newest for row in rows])
+        live = list(range(len(tokens)))  # contexts that still grow
+        scores = torch.zeros(len(tokens), 1, device=self.device)
+        ids = torch.full((len(tokens), 1), -1, device=self.device)  # candidate index of each beam node
         total = 0
         least = math.log(HOPE * min_gain) if min_gain > 0 else -math.inf
         for level in range(1, plan.depth + 1):
@@ -187,7 +198,7 @@ class TreeDrafter(Drafter):
                     live = [live[i] for i in on]
                     tokens, scores, newest, ids = tokens[on], scores[on], newest[on], ids[on]
                     beams.keep(on)
-        return ranked_drafts(found, len(rows), plan, least)
+        return found
 
     def _computed(self, beams: Beams, tokens: Tensor, newest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``_level``, its fp32 logits ``[contexts * beam, vocabulary]`` and the log of the sum of their exponentials."""
@@ -212,90 +223,6 @@ class TreeDrafter(Drafter):
         if self.keys:
             fresh[:, :, : self.keys] = self._cache[:, :, : self.keys]
         self._cache = fresh
-
-
-class Beams:
-    """The trees of several contexts while they grow, level by level: what their nodes see.
-
-    Attributes:
-        level: the level under way, the root's being 1.
-    """
-
-    def __init__(self, drafter: TreeDrafter, rows: Sequence[TreeDrafter], depth: int, width: int) -> None:
-        """
-        Args:
-            depth: most levels. width: most nodes of a level.
-        """
-        self.level = 1
-        self._head = drafter.head
-        self._rows = list(rows)
-        for row in rows:
-            row._reserve(row.length + 1 + depth * width)
-        dtype = drafter.lm_head.dtype
-        slots = [list(range(row.length - 1, row.length - 1 + depth)) for row in rows]  # one a level
-        self._cos, self._sin = drafter.head.rotation(torch.tensor(slots, device=drafter.device), dtype)
-        # additive [contexts, beam, appended]: which of the appended keys each node sees
-        self._mask = torch.zeros(len(rows), 1, 0, dtype=dtype, device=drafter.device)
-
-    def rotation(self) -> Rotation:
-        """RoPE of the one slot at which all nodes of a context's level stand, ``[contexts, 1, 1, head_dim]``."""
-        level = slice(self.level - 1, self.level)
-        return self._cos[:, :, level], self._sin[:, :, level]
-
-    def append(self, k: Tensor, v: Tensor) -> None:
-        """Write a key and value of each node of the beams, ``[contexts, kv_heads, beam, head_dim]``, that
-        only it sees among its beam."""
-        for row, key, value in zip(self._rows, k, v, strict=True):
-            row._write(key, value, row.keys + self._mask.shape[2])
-        self._see_own(k.shape[2])
-
-    def _see_own(self, beam: int) -> None:
-        least = torch.finfo(self._mask.dtype).min
-        own = torch.full((beam, beam), least, dtype=self._mask.dtype, device=self._mask.device).fill_diagonal_(0.0)
-        self._mask = torch.cat([self._mask, own.expand(len(self._rows), -1, -1)], dim=2)
-
-    @property
-    def contexts(self) -> int:
-        return len(self._rows)
-
-    def places(self, appended: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``append`` and ``attend`` of one context, left to the caller.
-
-        Args:
-            appended: nodes that write a key; 0 or all of the beam.
-        Returns:
-            The cache's keys and values ``[kv_heads, capacity, head_dim]``; the slots to write, ``[appended]``; the
-            whole additive mask ``[beam, keys]``.
-        """
-        (row,) = self._rows
-        known, at = row.keys, row.keys + self._mask.shape[2]
-        if appended:
-            self._see_own(appended)
-        (mask,) = F.pad(self._mask, (known, 0))
-        return row._cache[0], row._cache[1], torch.arange(at, at + appended, device=mask.device), mask
-
-    def attend(self, q: Tensor) -> Tensor:
-        """Attention of ``q [contexts, heads, beam, head_dim]`` over the contexts and what nodes see of the rest."""
-        out = []
-        for row, query, mask in zip(self._rows, q, self._mask, strict=True):
-            keys, values = row._cache[:, None, :, : row.keys + mask.shape[1]]
-            whole = None
-            if mask.shape[1]:
-                whole = torch.cat([mask.new_zeros(len(mask), row.keys), mask], dim=1)[None, None]
-            out.append(self._head.attend(query[None], keys, values, whole))
-        return torch.cat(out)
-
-    def descend(self, parents: Tensor) -> None:
-        """The next level's beams: parents ``[contexts, beam]`` among this level's nodes."""
-        if self._mask.shape[2]:
-            self._mask = self._mask.gather(1, parents[..., None].expand(-1, -1, self._mask.shape[2]))
-        else:
-            self._mask = self._mask.new_zeros(*parents.shape, 0)
-
-    def keep(self, contexts: list[int]) -> None:
-        """Only these go on."""
-        self._rows = [self._rows[i] for i in contexts]
-        self._cos, self._sin, self._mask = self._cos[contexts], self._sin[contexts], self._mask[contexts]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from beagle.targets.attention import NAME, Pass, ShapeProbe, current_pass
 from beagle.targets.cache import KVCache
 from beagle.targets.compiled import FastPass
 from beagle.targets.exact import ExactPasses
-from beagle.targets.family import eos_ids, refuse_unsupported, weights_of_a_pass
+from beagle.targets.family import eos_ids, refuse_unsupported, weights_digest, weights_of_a_pass
 from beagle.targets.packing import pack_linears, packed
 from beagle.targets.quantize import BITS, RowQuantizer, check_kind, quantize_linears, quantized
 from beagle.targets.ragged import RaggedPass
@@ -27,7 +27,8 @@ class Target:
 
     Attributes:
         pass_weights: weights that a pass multiplies each row with: layers and LM head. pass_bytes: what they take
-            in memory, read once a pass. exact: passes of exact mode.
+            in memory, read once a pass. digest: of the model's weights, however they are kept here. exact: passes of
+            exact mode.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, name: str, quantize: str | None = None) -> None:
@@ -62,6 +63,7 @@ class Target:
         model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
+        self.digest = weights_digest(model)
         self.pass_weights, self.pass_bytes = weights_of_a_pass(self.base, self.head, self.embed)
         self.quantize = quantize
         self.unquantized = quantize_linears(self.base, quantize) if quantize else []  # layers whose shape can't be

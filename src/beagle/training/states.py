@@ -27,9 +27,10 @@ SHARD_TOKENS = 65_536
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What stored states depend on; a folder never holds two kinds."""
+    """What stored states depend on; a folder never holds two kinds. ``target`` alone is a name, which may change."""
 
     target: str
+    weights: str
     hidden_size: int
     vocab_size: int
     layers: int
@@ -43,6 +44,7 @@ class Fingerprint:
         template = str(getattr(target.tokenizer, "chat_template", None))
         return cls(
             target.name,
+            target.digest,
             target.hidden_size,
             target.vocab_size,
             target.layer_count,
@@ -72,10 +74,10 @@ class StateStore:
             if manifest.is_file():
                 found = _read_manifest(manifest)
                 for key, value in asdict(fingerprint).items():
-                    if found.get(key) != value:
+                    if key != "target" and found.get(key) != value:
                         raise BeagleError(
-                            f"{self.folder} holds states made with {key} {found.get(key)!r}, not {value!r}; "
-                            "choose another folder or delete this one"
+                            f"{self.folder} holds states of {found.get('target')} made with {key} {found.get(key)!r}, "
+                            f"not {value!r}; choose another folder or delete this one"
                         )
             else:
                 write_json(manifest, asdict(fingerprint))

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from beagle.drafters import captured
 from beagle.drafters.base import TreePlan
 from beagle.drafters.checkpoint import load_head
 from beagle.drafters.named import DRAFTERS
@@ -63,6 +64,7 @@ def decode(work: Work) -> dict[str, Any]:
     for name, folder in work.heads.items():
         head = load_head(folder, target)
         drafters[name] = DRAFTERS[head.architecture](target, head)
+        captured.capture(drafters[name])
     places = {f"{tree} {name}": (tree, name) for tree in work.plans for name in drafters}
     contenders = [
         Contender(mode, Model(target, drafters[name], work.plans[tree])) for mode, (tree, name) in places.items()

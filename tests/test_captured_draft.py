@@ -1,0 +1,125 @@
+"""Captured drafts: all levels replayed on memory of their own, the same candidates as eager ones.
+
+A CUDA graph's place is taken by a trace, as in ``test_captured``.
+"""
+
+from itertools import zip_longest
+
+import pytest
+import torch
+
+from beagle.drafters.base import TreePlan
+from beagle.drafters.captured import CapturedDraft, capture
+from beagle.drafters.tree import TreeDrafter
+from beagle.model import Model, Piece
+from beagle.targets.captured import LEAST_KEYS
+from conftest import LIVELY, SMALL, Recorder, tiny_drafter, tiny_target
+
+PLANS = {
+    "dynamic": TreePlan("dynamic", 4, 4, 20),
+    "chain": TreePlan("chain", 4),
+    "root": TreePlan("dynamic", 1, 3, 3),
+    "wider than the vocabulary": TreePlan("dynamic", 3, 100, 60),
+}
+
+
+def states(n: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(n, SMALL["hidden_size"], generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=["beagle", "eagle"])
+def pair(request) -> tuple[TreeDrafter, TreeDrafter, Recorder]:
+    """An eager drafter, and one whose drafts are recorded."""
+    target, recorder = tiny_target(), Recorder()
+    eager, fast = (
+        tiny_drafter(target, architecture=request.param, scale=LIVELY[request.param], draft_vocab_size=48)
+        for _ in range(2)
+    )
+    fast.captured = CapturedDraft(fast, recorder)
+    return eager, fast, recorder
+
+
+def drafts(drafter: TreeDrafter, plan: TreePlan, context: int, min_gain: float = 0.0) -> list:
+    """Of a context, after its growth, and of another shorter one in the same memory."""
+    tokens = [3 + i % 40 for i in range(context)]
+    drafter.begin(tokens, states(context))
+    found = [drafter.draft(12, plan, min_gain)]
+    drafter.extend([12, 13], states(2, 2))
+    found.append(drafter.draft(14, plan, min_gain))
+    drafter.begin(tokens[:5], states(5, 3))
+    return [*found, drafter.draft(15, plan, min_gain)]
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=list(PLANS))
+@pytest.mark.parametrize("context", [9, LEAST_KEYS, LEAST_KEYS + 44])
+def test_its_drafts_are_the_eager_ones(pair, plan, context):
+    eager, fast, recorder = pair
+    for one, other in zip(drafts(fast, plan, context), drafts(eager, plan, context), strict=True):
+        assert (one.tokens, one.parents) == (other.tokens, other.parents)
+        assert one.scores == pytest.approx(other.scores, abs=1e-4)
+    assert recorder.made == (1 if context == 9 else 2)  # one for each size of context, whatever it holds
+
+
+def test_candidates_not_worth_a_row_are_left_out(pair):
+    eager, fast, _ = pair
+    plan = TreePlan("dynamic", 2, 4, 20)
+    whole, some = (drafts(fast, plan, 9, gain)[0] for gain in (0.0, 0.3))
+    assert len(some.tokens) < len(whole.tokens)
+    assert some.tokens == drafts(eager, plan, 9, 0.3)[0].tokens
+
+
+def test_static_trees_and_several_contexts_are_drafted_eagerly(pair):
+    eager, fast, recorder = pair
+    assert drafts(fast, TreePlan("static", 5), 9) == drafts(eager, TreePlan("static", 5), 9)
+    found = []
+    for drafter in (eager, fast):
+        rows = [drafter.fork() for _ in range(2)]
+        for i, row in enumerate(rows):
+            row.begin(list(range(3, 12 - i)), states(9 - i))
+        found.append(drafter.draft_rows(rows, [12, 13], PLANS["dynamic"]))
+    assert found[0] == found[1]
+    assert recorder.made == 0
+
+
+def test_answers_that_take_turns_share_the_graphs(pair):
+    eager, fast, recorder = pair
+    plan = TreePlan(nodes=6, top_k=3, depth=3)
+    prompts = [f"w{5 + i} w9 w33" for i in range(3)]
+    found = []
+    for drafter in (eager, fast):
+        model = Model(tiny_target(), drafter, plan)
+        answers = [[] for _ in prompts]
+        streams = [model.stream(prompt, raw=True, max_new_tokens=24) for prompt in prompts]
+        for pieces in zip_longest(*streams, fillvalue=Piece("")):  # in turn
+            for answer, piece in zip(answers, pieces, strict=True):
+                answer.append(piece.token_ids)  # as many a step: the drafts were equal, too
+        found.append(answers)
+    assert found[0] == found[1]
+    assert recorder.made == 1  # the shorter drafts at the end of an answer, too
+
+
+def test_nothing_of_the_last_context_is_left(pair):
+    """A NaN behind a mask is a NaN."""
+    _, fast, _ = pair
+    plan = PLANS["dynamic"]
+    fast.begin(list(range(3, 40)), torch.full((37, SMALL["hidden_size"]), torch.nan))
+    fast.draft(12, plan)
+    assert all(score <= 0 for draft in drafts(fast, plan, 9) for score in draft.scores)
+
+
+def test_a_draft_that_cannot_be_recorded_is_eager_and_says_so_once(pair, capsys):
+    eager, fast, _ = pair
+
+    def full(run):
+        raise torch.OutOfMemoryError("CUDA out of memory\nmore")
+
+    fast.captured._record = full
+    assert drafts(fast, PLANS["dynamic"], 9) == drafts(eager, PLANS["dynamic"], 9)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("a draft of 4 levels can't be captured as a graph (CUDA out of memory), so it runs") == 1
+
+
+def test_on_a_cpu_nothing_is_captured():
+    drafter = tiny_drafter(tiny_target())
+    capture(drafter)
+    assert drafter.captured is None

@@ -45,7 +45,7 @@ DRAFT_ROWS = 8192  # tokens that the draft head can propose
 PROMPT = 256
 
 
-class Right:
+class Right(Drafter):
     """Implements ``Drafter``: costs what ``inner`` costs, and is right with probability ``chance`` at each level."""
 
     def __init__(self, inner: Drafter, vocabulary: int, chance: float, seed: int = 0) -> None:
@@ -81,7 +81,8 @@ def counting_target(shape: str, dtype: torch.dtype, device: torch.device, graphs
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=kv_heads, head_dim=width, vocab_size=vocabulary, max_position_embeddings=4096,
-        tie_word_embeddings=False, bos_token_id=None, eos_token_id=None, rope_theta=500_000.0,
+        tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device(device):
@@ -116,7 +117,7 @@ def measure(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
     if graphs:
         captured.capture(drafter)
     machine = probe(target)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for chance in [None, *arguments.chance]:
         for size in arguments.size if chance is not None else [0]:  # candidates; the root comes on top
             inner = None if chance is None else Right(drafter.fork(), target.vocab_size, chance)

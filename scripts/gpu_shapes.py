@@ -30,6 +30,7 @@ from beagle.drafters.beagle import BeagleDrafter
 from beagle.drafters.head import BeagleHead, HeadConfig
 from beagle.evaluation.floor import floor, probe
 from beagle.evaluation.meta import describe
+from beagle.targets import packages
 from beagle.targets.loading import capture, pick_device, pick_dtype
 from beagle.targets.target import Target
 
@@ -109,20 +110,21 @@ def answer(target: Target, drafter: Drafter | None, plan: TreePlan, tokens: int)
 def measure(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Plain decoding and every size and chance, on one target; ``floor_ms`` is of a pass in the answer's middle."""
     device = pick_device(arguments.device)
-    graphs = device.type == "cuda" and not arguments.eager
+    graphs = device.type == "cuda" and not arguments.eager and not packages.left_aside()
     target = counting_target(shape, pick_dtype(arguments.dtype, device), device, graphs)
     config = HeadConfig.for_target(target, draft_vocab_size=min(DRAFT_ROWS, target.vocab_size))
     head = BeagleHead(config).to(device, target.dtype).eval().requires_grad_(False)
     drafter = BeagleDrafter(target, head)
-    if graphs:
-        captured.capture(drafter)
     machine = probe(target)
     rows: list[dict[str, Any]] = []
     for chance in [None, *arguments.chance]:
         for size in arguments.size if chance is not None else [0]:  # candidates; the root comes on top
-            inner = None if chance is None else Right(drafter.fork(), target.vocab_size, chance)
+            own = drafter.fork()
+            if graphs:
+                captured.capture(own)  # anew: a graph drafts as many levels as it was recorded for
+            inner = None if chance is None else Right(own, target.vocab_size, chance)
             plan = TreePlan(depth=min(arguments.depth, size or 1), top_k=arguments.beam, nodes=size or None)
-            answer(target, inner, plan, min(16, arguments.tokens))  # warm-up
+            answer(target, inner, plan, arguments.tokens)  # warm-up, with graphs for all its contexts
             ids, stats = answer(target, inner, plan, arguments.tokens)
             if ids != [(PROMPT + i) % target.vocab_size for i in range(arguments.tokens)]:
                 raise SystemExit(f"{shape}: the target does not count, so its drafts' quality is not what was asked")

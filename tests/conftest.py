@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from weakref import ref
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "100000")  # see beagle.threads
@@ -70,7 +71,10 @@ LIVELY = {"beagle": 15.0, "eagle": 8.0}
 
 
 class Recorder:
-    """Takes a CUDA graph's place: a trace to single operations, which as little as the graph asks Python anything again."""
+    """Takes a CUDA graph's place: a trace to single operations, which as little as the graph asks Python anything again.
+
+    As little as the graph it keeps what was there before: only views keep their base.
+    """
 
     def __init__(self) -> None:
         self.made = 0
@@ -79,7 +83,20 @@ class Recorder:
         self.made += 1
         trace = make_fx(run)()
         out = torch.empty_like(trace())
-        return lambda: out.copy_(trace()), out
+        read = {node.target: ref(getattr(trace, node.target)) for node in trace.graph.nodes if node.op == "get_attr"}
+
+        def replay() -> None:
+            for name, tensor in read.items():
+                setattr(trace, name, tensor())
+            out.copy_(trace())
+            forget()
+
+        def forget() -> None:
+            for name in read:
+                setattr(trace, name, None)
+
+        forget()
+        return replay, out
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -100,11 +100,12 @@ def test_answers_that_take_turns_share_the_graphs(pair):
 
 def test_nothing_of_the_last_context_is_left(pair):
     """A NaN behind a mask is a NaN."""
-    _, fast, _ = pair
+    eager, fast, _ = pair
     plan = PLANS["dynamic"]
+    drafts(fast, plan, 9)  # what is recorded with a NaN is refused
     fast.begin(list(range(3, 40)), torch.full((37, SMALL["hidden_size"]), torch.nan))
     fast.draft(12, plan)
-    assert all(score <= 0 for draft in drafts(fast, plan, 9) for score in draft.scores)
+    assert [draft.tokens for draft in drafts(fast, plan, 9)] == [draft.tokens for draft in drafts(eager, plan, 9)]
 
 
 def test_a_draft_that_cannot_be_recorded_is_eager_and_says_so_once(pair, capsys):
@@ -117,6 +118,31 @@ def test_a_draft_that_cannot_be_recorded_is_eager_and_says_so_once(pair, capsys)
     assert drafts(fast, PLANS["dynamic"], 9) == drafts(eager, PLANS["dynamic"], 9)
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("a draft of 4 levels can't be captured as a graph (CUDA out of memory), so it runs") == 1
+
+
+def test_a_deeper_plan_is_recorded_anew_and_a_refused_one_leaves_the_shallower_graph(pair):
+    eager, fast, recorder = pair
+    plans = [TreePlan("dynamic", depth, 4, 20) for depth in (2, 4, 3)]
+    assert [drafts(fast, plan, 9)[0].tokens for plan in plans] == [drafts(eager, plan, 9)[0].tokens for plan in plans]
+    assert recorder.made == 2
+    fast.captured._record = None  # whatever goes wrong
+    deeper = TreePlan("dynamic", 5, 4, 20)
+    assert drafts(fast, deeper, 9) == drafts(eager, deeper, 9)
+    fast._level = None  # the eager level
+    assert fast.captured._drafter is not fast
+    assert drafts(fast, plans[1], 9)
+
+
+def test_a_graph_that_drafts_something_else_is_refused(pair, capsys):
+    eager, fast, recorder = pair
+
+    def wrong(run):
+        replay, out = recorder(run)
+        return lambda: (replay(), out[1].mul_(3)), out
+
+    fast.captured._record = wrong
+    assert drafts(fast, PLANS["dynamic"], 9) == drafts(eager, PLANS["dynamic"], 9)
+    assert "its candidates are not the eager ones" in " ".join(capsys.readouterr().err.split())
 
 
 def test_on_a_cpu_nothing_is_captured():

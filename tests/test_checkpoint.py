@@ -45,7 +45,7 @@ def refused(folder, target) -> str:
     "overrides",
     [
         {},
-        {"newest_state": "linear", "num_kv_heads": 2, "concat": False},
+        {"newest_state": "linear", "token_in_mlp": False, "num_kv_heads": 2, "concat": False},
         {"architecture": "eagle"},
         {"architecture": "eagle", "num_kv_heads": 2},
     ],
@@ -99,7 +99,9 @@ def test_another_architectures_name(folder, target):
     config = json.loads((folder / "config.json").read_text())
     other = next(name for name in HEADS if name != config["model_type"])
     config["head"] = {
-        key: value for key, value in config["head"].items() if key not in ("newest_state", "concat", "experts")
+        key: value
+        for key, value in config["head"].items()
+        if key not in ("newest_state", "token_in_mlp", "concat", "experts")
     }
     edit_config(folder, model_type=other, head=config["head"])
     assert "model.safetensors is corrupt or incomplete" in refused(folder, target)

@@ -46,6 +46,15 @@ def drafting(request):
     return target, drafter, states
 
 
+def test_half_precision_knows_distant_positions():
+    """A head that is cast to bfloat16 must not cast the frequencies of its RoPE: they count positions."""
+    target, far = tiny_target(), torch.arange(4000, 4004)
+    head = tiny_head(target, rope_theta=100_000.0)
+    exact = head.rotation(far, torch.float32)
+    half = head.to(torch.bfloat16).rotation(far, torch.float32)
+    assert all(torch.equal(one, other) for one, other in zip(half, exact, strict=True))
+
+
 def beagle_states(target, head, states, tokens: list[int]):
     """Predicted states after each of ``tokens``, the root first: all keys anew every time, no cache."""
     newest, known, slots = states[-1:], states, torch.arange(len(states))

@@ -65,6 +65,8 @@ class AsVLLM:
             newest = self.norm("newest_norm", states)
             y = y + (newest @ self.w["model.newest_proj.weight"].T if c["newest_state"] == "linear" else newest)
         x = self.norm("mlp_norm", y)
+        if c["token_in_mlp"]:
+            x = x + self.norm("token_norm", e)
         gated = ACT2FN[c["hidden_act"]](x @ self.w["model.gate_proj.weight"].T) * (x @ self.w["model.up_proj.weight"].T)
         return y + gated @ self.w["model.down_proj.weight"].T
 
@@ -86,7 +88,7 @@ class AsVLLM:
     [
         ("llama", {}),
         ("llama", {"newest_state": "linear", "draft_vocab_size": 20}),
-        ("llama", {"newest_state": "none", "num_kv_heads": 2}),
+        ("llama", {"newest_state": "none", "num_kv_heads": 2, "token_in_mlp": False}),
         ("gemma3_text", {"draft_vocab_size": 20}),  # scaled embeddings
         ("granite", {"draft_vocab_size": 20}),  # scaled logits
         ("phi", {"draft_vocab_size": 20}),  # an LM head with a bias

@@ -16,7 +16,7 @@ HEADS = [
     {},
     {"num_kv_heads": 2},
     {"num_kv_heads": 1, "newest_state": "none"},
-    {"newest_state": "linear"},
+    {"newest_state": "linear", "token_in_mlp": False},
     {"concat": False},
     {"concat": False, "num_kv_heads": 2, "newest_state": "none"},
 ]

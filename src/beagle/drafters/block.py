@@ -67,15 +67,11 @@ class Block(nn.Module):
     config_class: ClassVar[type[BlockConfig]]
     config: BlockConfig
     draft_vocab: Tensor
-    frequencies: Tensor
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         self.config = config
         self.dropout = 0.0
-        steps = torch.arange(0, config.head_dim, 2, device="cpu") / config.head_dim  # on meta, too: it isn't loaded
-        frequencies = config.rope_theta**-steps
-        self.register_buffer("frequencies", frequencies, persistent=False)
         size = config.draft_vocab_size or config.target_vocab_size
         self.register_buffer("draft_vocab", torch.arange(size))
 
@@ -102,8 +98,12 @@ class Block(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """RoPE of ``positions [..., n]``: cosines and sines, ``[..., 1, n, head_dim]``."""
-        angle = positions[..., None, :, None].float() * self.frequencies
+        """RoPE of ``positions [..., n]``: cosines and sines, ``[..., 1, n, head_dim]``.
+
+        In fp32 throughout: rounded frequencies, as a buffer of the head would have, are far off at distant positions.
+        """
+        steps = torch.arange(0, self.config.head_dim, 2, device=positions.device) / self.config.head_dim
+        angle = positions[..., None, :, None].float() * self.config.rope_theta**-steps
         angle = torch.cat([angle, angle], dim=-1)
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
@@ -127,9 +127,8 @@ class Block(nn.Module):
         """``[..., heads, n, head_dim]`` -> ``[..., n, hidden]``."""
         return self.o_proj(self._drop(attended.transpose(-3, -2).flatten(-2)))
 
-    def _feed_forward(self, y: Tensor) -> Tensor:
-        """MLP(y) + y, ``[..., n, hidden]``."""
-        x = self.mlp_norm(y)
+    def _feed_forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """MLP(x) + y, both ``[..., n, hidden]``."""
         return y + self.down_proj(self._drop(self.activation(self.gate_proj(x)) * self.up_proj(x)))
 
     def _drop(self, x: Tensor) -> Tensor:

@@ -7,6 +7,9 @@ stop early; where a level is a few kernels of one launch, there is little to sto
 
 from __future__ import annotations
 
+import math
+from threading import Lock
+
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -19,6 +22,7 @@ from beagle.targets import packages
 from beagle.targets.captured import GraphRecorder, Recorder, key_size
 from beagle.targets.loading import first_line
 
+AGREES = 0.25  # between the log-probabilities of a level's best candidates: rounding chooses among near ties
 _console = Console(stderr=True)
 
 
@@ -68,13 +72,12 @@ class _Recorded:
         self._newest = torch.zeros(1, 1, c.hidden_size, dtype=dtype, device=device)
         self._numbers = torch.zeros(3, dtype=torch.long, device=device)  # the root, its slot, the context's keys
         self._levels: list[int] = []  # candidates of each
-        places, depths = torch.arange(keys, device=device), torch.arange(plan.depth, device=device)
 
-        def run() -> Tensor:
+        def run() -> Tensor:  # what it reads and didn't make must outlive it: the graph only knows where it lies
             root, slot, known = self._numbers.unbind()
-            rotation = drafter.head.rotation((slot + depths)[None], dtype)
+            rotation = drafter.head.rotation((slot + torch.arange(plan.depth, device=device))[None], dtype)
             context = torch.zeros(keys, dtype=dtype, device=device)
-            context = context.masked_fill(places >= known, torch.finfo(dtype).min)
+            context = context.masked_fill(torch.arange(keys, device=device) >= known, torch.finfo(dtype).min)
             beams = _FixedBeams(drafter.head, rotation, self._memory, context)
             found = drafter.grow(beams, root.view(1, 1), self._newest, plan)
             self._levels = [level.tokens.shape[1] for level in found]
@@ -87,14 +90,15 @@ class _Recorded:
         self._memory[:, :, : row.keys] = row._cache[:, :, : row.keys]
         self._memory[:, :, row.keys :].zero_()  # a NaN behind a mask is a NaN
         self._newest.copy_(row.newest[None])
-        self._numbers.copy_(torch.tensor([root, row.length - 1, row.keys]))
+        for place, number in zip(self._numbers, (root, row.length - 1, row.keys), strict=True):
+            place.fill_(number)  # a copy from the host would wait
         self._replay()
         levels = self._out.cpu().split(self._levels, dim=1)
         return [Level([0], part[:1].long(), part[1:2].float(), part[2:].long()) for part in levels]
 
 
 class CapturedDraft:
-    """Graphs of one head's drafts, for all its forks; they must not draft at the same time."""
+    """Graphs of one head's drafts, for all its forks."""
 
     def __init__(self, drafter: TreeDrafter, record: Recorder | None = None) -> None:
         """
@@ -103,27 +107,42 @@ class CapturedDraft:
         """
         self._drafter = drafter.fork()
         self._record = record or GraphRecorder(drafter.device)
-        self._graphs: dict[tuple[int, int], _Recorded | None] = {}
+        self._graphs: dict[tuple[int, int], _Recorded] = {}
+        self._refused: dict[tuple[int, int], int] = {}  # depths that could not be recorded
+        self._lock = Lock()
 
     def __call__(self, row: TreeDrafter, root: int, plan: TreePlan) -> list[Level] | None:
         """All levels, on the host; None: a static tree, or one that could not be recorded."""
         if plan.kind == "static":
             return None
         size = plan.width, key_size(row.keys)
-        graph = self._graphs.get(size)
-        if size not in self._graphs or (graph is not None and graph.depth < plan.depth):
-            graph = self._graphs[size] = self._recorded(plan, size[1])
-        return graph.run(row, root)[: plan.depth] if graph is not None else None
+        with self._lock:
+            graph = self._graphs.get(size)
+            if graph is None or graph.depth < plan.depth:
+                if plan.depth >= self._refused.get(size, math.inf):
+                    return None
+                try:
+                    graph = self._graphs[size] = self._recorded(row, root, plan, size[1])
+                except Exception as error:  # no memory left, or whatever a head does that a graph can't
+                    self._refused[size] = plan.depth
+                    _console.print(
+                        f"[dim]a draft of {plan.depth} levels can't be captured as a graph ({first_line(error)}), so it "
+                        "runs one kernel at a time[/dim]",
+                        highlight=False,
+                    )
+                    return None
+            return graph.run(row, root)[: plan.depth]
 
-    def _recorded(self, plan: TreePlan, keys: int) -> _Recorded | None:
-        try:
-            with torch.inference_mode(False), torch.no_grad():
-                return _Recorded(self._drafter, plan, keys, self._record)
-        except RuntimeError as error:  # no memory left, for one
-            reason = first_line(error)  # its traceback would hold the memory
-        _console.print(
-            f"[dim]a draft of {plan.depth} levels can't be captured as a graph ({reason}), so it runs one kernel at a "
-            "time[/dim]",
-            highlight=False,
-        )
-        return None
+    def _recorded(self, row: TreeDrafter, root: int, plan: TreePlan, keys: int) -> _Recorded:
+        """
+        Raises:
+            RuntimeError: its draft of this row is not the eager one.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            graph = _Recorded(self._drafter, plan, keys, self._record)
+        beams = Beams(self._drafter, [row], plan.depth, plan.width)
+        eager = self._drafter.grow(beams, torch.tensor([[root]], device=row.device), row.newest[None], plan)
+        for ours, theirs in zip(graph.run(row, root), eager, strict=True):
+            if not (ours.scores.max() - theirs.scores.max().cpu()).abs() < AGREES:  # NaN is no agreement either
+                raise RuntimeError("its candidates are not the eager ones")
+        return graph

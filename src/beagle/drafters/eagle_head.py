@@ -52,4 +52,5 @@ class EagleHead(Block):
 
     def finish(self, attended: Tensor, features: Tensor) -> Tensor:
         """Residual and MLP: ``[..., heads, n, head_dim]`` -> predicted states ``[..., n, hidden]``."""
-        return self._feed_forward(self._output(attended) + features)
+        y = self._output(attended) + features
+        return self._feed_forward(y, self.mlp_norm(y))

@@ -4,10 +4,11 @@ Slot i holds the key and value of the target's state h_i and the query of the em
 its output stands in for h_{i+1} and so predicts t_{i+2}:
 
     y = CrossAttn(query = e(t_{i+1}); keys, values = h_0 … h_i) + e(t_{i+1}) + newest(h_i)
-    ĥ_{i+1} = MLP(y) + y
+    ĥ_{i+1} = MLP(norm(y) + token(t_{i+1})) + y
 
-Query and key of a slot share RoPE index i. ``newest`` is ours: the newest visible state, normed and
-scaled per channel, so that the block need not spend attention on finding it.
+Query and key of a slot share RoPE index i. Ours are ``newest``, the newest visible state, and ``token``, the
+embedding, both normed and scaled per channel: so that the block need not spend attention on finding that state,
+and its MLP sees the token, which in y drowns among states several times as large.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class HeadConfig(BlockConfig):
     """Everything that fixes a Beagle head's shape."""
 
     newest_state: Newest = "scale"
+    token_in_mlp: bool = True
     concat: bool = True  # False: predicted keys are never appended (paper A.4)
     experts: int = 0  # more than 0: so many MLPs in place of one, two of them at work (an ablation of the paper)
 
@@ -52,6 +54,8 @@ class BeagleHead(Block):
             self.newest = nn.Parameter(torch.full((d,), 0.5))
         elif config.newest_state == "linear":
             self.newest_proj = nn.Linear(d, d, bias=False)
+        if config.token_in_mlp:
+            self.token = nn.Parameter(torch.full((d,), 0.5))
         if config.experts:
             self.mlp_norm = nn.RMSNorm(d, config.norm_eps)
             self.experts = Experts(config, config.experts, ACT2FN[config.hidden_act])
@@ -77,6 +81,9 @@ class BeagleHead(Block):
             normed = F.rms_norm(newest, newest.shape[-1:], eps=self.config.norm_eps)
             linear = self.config.newest_state == "linear"
             y = y + self._drop(self.newest_proj(normed) if linear else normed * self.newest)
+        x = self.mlp_norm(y)
+        if self.config.token_in_mlp:
+            x = x + self.token * F.rms_norm(embeddings, embeddings.shape[-1:], eps=self.config.norm_eps)
         if self.config.experts:
-            return y + self.experts(self.mlp_norm(y), self._drop)
-        return self._feed_forward(y)
+            return y + self.experts(x, self._drop)
+        return self._feed_forward(y, x)

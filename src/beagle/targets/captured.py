@@ -9,6 +9,7 @@ write to a slot behind all others, and keys that no row sees.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Lock
@@ -59,7 +60,8 @@ class GraphRecorder:
             try:
                 with torch.cuda.stream(self._stream):
                     run()  # what libraries allocate in a first call must not be part of the graph
-                    torch.cuda.set_sync_debug_mode("error")  # a pass that asks the GPU back can't be captured,
+                    with warnings.catch_warnings(action="ignore"):  # that the mode is a prototype
+                        torch.cuda.set_sync_debug_mode("error")  # a pass that asks the GPU back can't be captured,
                     run()  # and a capture that fails harms the process: so refuse it before
                     torch.cuda.set_sync_debug_mode(before)
                     graph = torch.cuda.CUDAGraph()

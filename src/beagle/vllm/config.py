@@ -18,7 +18,7 @@ class BeagleDraftConfig(PretrainedConfig):
 
     Attributes:
         draft_vocab_size: tokens the head can draft; None is the target's whole vocabulary.
-        newest_state: see ``drafters.head``. embedding_scale: what the target's embedding module
+        newest_state, token_in_mlp: see ``drafters.head``. embedding_scale: what the target's embedding module
             multiplies its weights by (1 but for some Gemmas). lm_head_bias: of the exported rows.
     """
 
@@ -38,6 +38,7 @@ class BeagleDraftConfig(PretrainedConfig):
         rope_parameters: dict[str, Any] | None = None,
         draft_vocab_size: int | None = None,
         newest_state: str = "scale",
+        token_in_mlp: bool = True,
         embedding_scale: float = 1.0,
         lm_head_bias: bool = False,
         **rest: Any,
@@ -60,6 +61,7 @@ class BeagleDraftConfig(PretrainedConfig):
         self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10_000.0}
         self.draft_vocab_size = draft_vocab_size
         self.newest_state = newest_state
+        self.token_in_mlp = token_in_mlp
         self.embedding_scale = embedding_scale
         self.lm_head_bias = lm_head_bias
         rest.pop("num_hidden_layers", None)

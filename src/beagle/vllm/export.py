@@ -87,6 +87,7 @@ def layer_config(head: BeagleHead, target: Target) -> dict[str, Any]:
         "vocab_size": c.target_vocab_size,
         "draft_vocab_size": c.draft_vocab_size,
         "newest_state": c.newest_state,
+        "token_in_mlp": c.token_in_mlp,
         "embedding_scale": embedding_scale(target),
         "lm_head_bias": bias is not None and c.draft_vocab_size is not None,
         "tie_word_embeddings": False,
@@ -116,11 +117,13 @@ def weights(head: BeagleHead, target: Target, embeddings: bool) -> dict[str, Ten
     """Tensors by the names of ``vllm.model``'s parameters, in the target's dtype."""
     state = head.state_dict()
     draft_vocab = state.pop("draft_vocab")
-    # rms_norm(h) * newest is a norm with that weight; the linear form has one of ones before its matrix
+    # rms_norm(h) * newest is a norm with that weight, as of token; the linear form has one of ones before its matrix
     if head.config.newest_state == "scale":
         state["newest_norm.weight"] = state.pop("newest")
     elif head.config.newest_state == "linear":
         state["newest_norm.weight"] = torch.ones(head.config.hidden_size)
+    if head.config.token_in_mlp:
+        state["token_norm.weight"] = state.pop("token")
     tensors = {f"model.{name}": tensor for name, tensor in state.items()}
     if head.config.draft_vocab_size is not None:
         rows, bias = target.head_rows(draft_vocab)

@@ -96,6 +96,9 @@ class BeagleBlock(nn.Module):
             self.newest_norm = RMSNorm(d, eps=eps)  # its weight is the head's scale
         if self.newest_state == "linear":
             self.newest_proj = ReplicatedLinear(d, d, bias=False, prefix=f"{prefix}.newest_proj")
+        self.token_in_mlp = config.token_in_mlp
+        if self.token_in_mlp:
+            self.token_norm = RMSNorm(d, eps=eps)  # its weight is the head's scale, too
         self.mlp_norm = RMSNorm(d, eps=eps)
         self.gate_up_proj = MergedColumnParallelLinear(
             d, [config.intermediate_size] * 2, bias=False, prefix=f"{prefix}.gate_up_proj"
@@ -123,7 +126,10 @@ class BeagleBlock(nn.Module):
             if self.newest_state == "linear":
                 newest, _ = self.newest_proj(newest)
             y = y + newest
-        gate, up = self.gate_up_proj(self.mlp_norm(y))[0].chunk(2, dim=-1)
+        x = self.mlp_norm(y)
+        if self.token_in_mlp:
+            x = x + self.token_norm(embeddings)
+        gate, up = self.gate_up_proj(x)[0].chunk(2, dim=-1)
         x, _ = self.down_proj(self.activation(gate) * up)
         return y + x
 

@@ -32,11 +32,12 @@ TRAIN: dict[str, dict[str, Any]] = {
 HEAD: dict[str, dict[str, Any]] = {
     "noconcat": {"concat": False},
     "nonewest": {"newest_state": "none"},
+    "notoken": {"token_in_mlp": False},
     "linear": {"newest_state": "linear"},
     "moe": {"experts": 4},
 }
 WORDS = {
-    "beagle": "early, late, kN, sN, kvN, bN, random, window, noreg, noconcat, nonewest, linear, moe",
+    "beagle": "early, late, kN, sN, kvN, bN, random, window, noreg, noconcat, nonewest, notoken, linear, moe",
     "eagle": "unrolled, late, uN, kvN, bN, noreg",
 }
 

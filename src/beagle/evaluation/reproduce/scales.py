@@ -87,7 +87,7 @@ SCALES = {
         recipe=Recipe(  # configs/paper.yaml
             AnswerConfig(rows=64, max_prompt_tokens=1024, max_new_tokens=1024, max_turns=4, sampled_share=0.0),
             TrainConfig(),
-            {"newest_state": "none"},
+            {"newest_state": "none", "token_in_mlp": False},
         ),
         prompts=None,
         tokens=None,

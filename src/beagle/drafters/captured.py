@@ -2,7 +2,7 @@
 
 All levels of a chain or a dynamic tree have fixed shapes, so the graph is ``TreeDrafter.grow`` itself, over memory of
 its own: the context's keys are copied into it, in fixed sizes, and drafted nodes append theirs behind. A graph can't
-stop early; where a level is a few kernels of one launch, there is little to stop for.
+stop early; to ask the GPU after each level would cost the one launch.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ class _Recorded:
         self._replay, self._out = record(run)
 
     def run(self, row: TreeDrafter, root: int) -> list[Level]:
+        """The row's levels after the token ``root``, on the host; its context must fit."""
         self._memory[:, :, : row.keys] = row._cache[:, :, : row.keys]
         self._memory[:, :, row.keys :].zero_()  # a NaN behind a mask is a NaN
         self._newest.copy_(row.newest[None])

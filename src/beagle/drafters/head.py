@@ -32,7 +32,7 @@ class HeadConfig(BlockConfig):
     """Everything that fixes a Beagle head's shape."""
 
     newest_state: Newest = "scale"
-    token_in_mlp: bool = True
+    token_in_mlp: bool = True  # False: the paper's block
     concat: bool = True  # False: predicted keys are never appended (paper A.4)
     experts: int = 0  # more than 0: so many MLPs in place of one, two of them at work (an ablation of the paper)
 

@@ -141,6 +141,9 @@ class TreeDrafter(Drafter):
 
         Args:
             tokens: ``[contexts, 1]``, the roots. newest: ``[contexts, 1, hidden]``, the state before each.
+            min_gain: as of ``draft``.
+        Returns:
+            Candidates of each level, all that were scored (paper §3, EAGLE-2's expansion): ``ranked_drafts`` chooses.
         """
         width = plan.width
         found: list[Level] = []

@@ -283,6 +283,15 @@ def test_variants_are_what_their_names_say():
     train, head = parse("beagle-early-k1-random-noreg-noconcat").settings(recipe, 0)
     assert (train.window, train.steps, train.early_mask, train.regression) == (1, 1, "random", 0)
     assert head["concat"] is False
+    own = Recipe(train=TrainConfig(window=3, steps=2, early_window=1))
+    windows = {
+        name: parse(name).settings(own, 0)[0]
+        for name in ("beagle-s4", "beagle-k2", "beagle-random", "beagle-onewindow")
+    }
+    assert {name: (t.early_window, t.window) for name, t in windows.items()} == {
+        "beagle-s4": (1, 4), "beagle-k2": (None, 2), "beagle-random": (None, 3), "beagle-onewindow": (None, 3),
+    }  # fmt: skip
+    assert parse("beagle-k3").plain_name(own) == "beagle-k3"
     assert parse("beagle-kv3-linear").settings(recipe, 0)[1] == {
         "architecture": "beagle",
         "newest_state": "linear",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,6 +84,49 @@ def test_both_losses_fall(target, store, whole, stage, monkeypatch):
     assert entropy < after
     assert after - entropy < 0.6 * (before - entropy)
     assert sum(step_alpha(whole.head, target, [group], 3)[0]) > sum(step_alpha(untrained, target, [group], 3)[0])
+
+
+def test_the_early_stage_can_have_a_window_of_its_own(target, store, tmp_path, monkeypatch):
+    """Every step of each stage is given that stage's window, and offsets that lie in it."""
+    seen: dict[str, set[tuple[int, int]]] = {}
+    ordinary = stages.ARCHITECTURES["beagle"]
+
+    def watched(stage, function):
+        def watch(head, batch, keys_from, window, offset, *steps):
+            seen.setdefault(stage, set()).add((window, offset))
+            return function(head, batch, keys_from, window, offset, *steps)
+
+        return watch
+
+    monkeypatch.setitem(
+        stages.ARCHITECTURES, "beagle",
+        replace(
+            ordinary, early={"blocks": watched("early", ordinary.early["blocks"])},
+            late={"next": watched("late", ordinary.late["next"])},
+        ),
+    )  # fmt: skip
+    Trainer(target, store, tmp_path, replace(CONFIG, early_window=1, early_epochs=6, late_epochs=6)).train()
+    assert seen == {"early": {(1, 0)}, "late": {(3, 0), (3, 1), (3, 2)}}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("stage", ["early", "late"])
+@pytest.mark.parametrize("fast", [True, False])
+def test_autocast_multiplies_in_bfloat16_only_where_the_machine_does(
+    target, store, tmp_path, monkeypatch, architecture, stage, fast
+):
+    monkeypatch.setattr(trainer_module, "pick_dtype", lambda *_: torch.bfloat16 if fast else torch.float32)
+    kinds: set[torch.dtype] = set()
+    losses = {}
+    for autocast in (False, True):
+        config = replace(CONFIG, autocast=autocast, dropout=0.0, early_epochs=int(stage == "early"))
+        trainer = Trainer(target, store, tmp_path / f"{autocast}", config, {"architecture": architecture})
+        trainer.head.train()
+        trainer.head.q_proj.register_forward_hook(lambda _, __, out, on=autocast: kinds.add(out.dtype) if on else None)
+        losses[autocast] = trainer._one(samples(store.shards(), validation=False)[:4])
+        assert {p.dtype for p in trainer.head.parameters()} == {torch.float32}
+    assert kinds == {torch.bfloat16 if fast else torch.float32}
+    assert losses[True] == (pytest.approx(losses[False], rel=0.02) if fast else losses[False])
 
 
 def test_run_leaves_a_log_and_a_usable_head(target, whole, tmp_path):

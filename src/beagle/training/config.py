@@ -20,11 +20,15 @@ class TrainConfig:
         early_epochs: of the architecture's parallel stage. late_epochs: of its simulated one, ``steps``
             drafted levels deep (see ``stages.ARCHITECTURES``).
         window: k. steps: s. noise: scale added to the true states that the head is given.
+        early_window: k of the early stage alone (ours). 1 trains every slot as a first draft, of which larger
+            windows train one in k; later drafts are then left to the late stage.
         regression: coefficient of the smooth-L1 term.
         dropout: ours, against overfitting where answers are few.
         early_mask: ``blocks`` is inverse block attention; ``random`` the paper's ablation of it.
         late_loss: step i bears a loss on its immediate ``next`` token (l = i), or on all from there to
             the end of the ``window`` (l = k, the paper's ablation).
+        autocast: matrix products in bfloat16 where the machine multiplies it (elsewhere nothing changes);
+            weights, optimiser and losses stay fp32.
         validation_samples: held-out answers that step-α is measured on, at most.
         beta_decay: late-stage weights are β_i = k - i + 1, normalised; off: all equal.
     """
@@ -32,6 +36,7 @@ class TrainConfig:
     early_epochs: NotNegative = 10
     late_epochs: NotNegative = 10
     window: Positive = 5
+    early_window: Positive | None = None
     steps: Positive = 4
     batch_tokens: Positive = 16 * 2048
     learning_rate: Annotated[float, Field(gt=0)] = 3e-5
@@ -52,6 +57,10 @@ class TrainConfig:
     validation_samples: Positive = 192
     checkpoint_every: Positive = 200
     seed: int = 0
+
+    def stage_window(self, stage: str) -> int:
+        """k of the ``early`` or the ``late`` stage."""
+        return self.early_window or self.window if stage == "early" else self.window
 
     def __post_init__(self) -> None:
         if self.steps > self.window:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 1024  # rows whose logits exist at a time
+CHUNK = 512  # rows whose logits exist at a time: fewer are slower products, more are slower memory
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
@@ -25,7 +25,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
             log_q = F.log_softmax(F.linear(predicted[rows], head, bias).float(), dim=-1)
             p = F.softmax(F.linear(true[rows], head, bias).float(), dim=-1)
             total += -(weights[rows] * torch.linalg.vecdot(p, log_q)).sum()
-            error = (log_q.exp_() - p) * weights[rows, None]
+            error = log_q.exp_().sub_(p).mul_(weights[rows, None])
             gradient[rows] = error.to(head.dtype) @ head
         ctx.save_for_backward(gradient)
         return total

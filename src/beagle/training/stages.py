@@ -60,12 +60,13 @@ def stage_loss(
     """Loss of one batch (cross-entropy plus regression) and its cross-entropy alone."""
     keys_from = batch.states + config.noise * noise
     architecture = ARCHITECTURES[head.architecture]
+    window = config.stage_window(stage)
     if stage == "early":
-        parts = [architecture.early[config.early_mask](head, batch, keys_from, config.window, offset)]
+        parts = [architecture.early[config.early_mask](head, batch, keys_from, window, offset)]
         shares = [1.0]
     else:
-        parts = architecture.late[config.late_loss](head, batch, keys_from, config.window, offset, config.steps)
-        betas = [config.window - i + 1 if config.beta_decay else 1 for i in range(1, config.steps + 1)]
+        parts = architecture.late[config.late_loss](head, batch, keys_from, window, offset, config.steps)
+        betas = [window - i + 1 if config.beta_decay else 1 for i in range(1, config.steps + 1)]
         shares = [b / sum(betas) for b in betas]
     predicted, true, weights = [], [], []
     for share, (states, slots, real) in zip(shares, parts, strict=True):

@@ -23,6 +23,7 @@ from torch import Tensor
 from beagle.drafters.checkpoint import save_head
 from beagle.errors import BeagleError
 from beagle.files import write_json
+from beagle.targets.loading import pick_dtype
 from beagle.targets.target import Target
 from beagle.training.config import TrainConfig
 from beagle.training.data import Stored, batches, collate, frequent_tokens, samples
@@ -51,6 +52,7 @@ class Trainer:
         if shape.draft_vocab_size:
             self.head.draft_vocab.copy_(frequent_tokens(store, shape.draft_vocab_size, target.vocab_size))
         self.lm_head = lm_head_rows(target, self.head.draft_vocab)
+        self.autocast = config.autocast and pick_dtype("auto", target.device) == torch.bfloat16
         self.optimizer = torch.optim.AdamW(
             self.head.parameters(),
             lr=config.learning_rate,
@@ -142,12 +144,12 @@ class Trainer:
         batch = collate(group, self.target)
         random = torch.Generator(device=self.target.device).manual_seed(c.seed * 1_000_003 + self.step)
         noise = torch.randn(batch.states.shape, generator=random, device=self.target.device)
-        offset = int(torch.randint(c.window, (), generator=random, device=self.target.device))
         for part in self.optimizer.param_groups:
             part["lr"] = self.learning_rate(self.step)
         stage = "early" if self.step < self.early_steps else "late"
+        offset = int(torch.randint(c.stage_window(stage), (), generator=random, device=self.target.device))
         torch.manual_seed(c.seed * 1_000_003 + self.step)  # dropout of a resumed run is that of a whole one
-        with torch.autocast(self.target.device.type, torch.bfloat16, enabled=c.autocast):
+        with torch.autocast(self.target.device.type, torch.bfloat16, enabled=self.autocast):
             loss, shown = stage_loss(self.head, batch, self.lm_head, c, stage=stage, offset=offset, noise=noise)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

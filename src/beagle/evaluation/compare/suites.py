@@ -211,6 +211,7 @@ def block(e: Entries) -> list[Finding]:
     what = {
         "beagle-nonewest": "the newest state in the residual helps (ours; the paper's block has none)",
         "beagle-notoken": "the token in the MLP's input helps (ours; the paper's block has none)",
+        "beagle-onewindow": "a window of the early stage's own helps (ours; the paper has one for both stages)",
     }
     return [
         Finding(what[name], "not tried", f"{kind(e)} {base:.3f} to {e[name].acceptance:.3f}", base > e[name].acceptance)
@@ -233,7 +234,8 @@ SUITES = {
     "fig11": Suite("Concatenation and trees (Figure 11)", "beagle,beagle-noconcat", fig11, trees=("static", "dynamic")),
     "fig12": Suite("Loss of the late stage (Figure 12)",
                    "beagle,beagle-window,beagle-noreg,beagle-window-noreg", fig12),
-    "block": Suite("What our block adds to the paper's", "beagle,beagle-notoken,beagle-nonewest,beagle-linear", block),
+    "block": Suite("What ours adds to the paper's block and stages",
+                   "beagle,beagle-notoken,beagle-nonewest,beagle-linear,beagle-onewindow", block),
 }  # fmt: skip
 
 

@@ -23,10 +23,12 @@ from beagle.training.pipeline import Recipe
 from beagle.training.stages import ARCHITECTURES
 
 PAPERS_BATCH = 16
+ONE_WINDOW = {"early_window": None}  # both stages have the recipe's ``window``
 # what a word of a name changes of the recipe: the training section, and the head's
 TRAIN: dict[str, dict[str, Any]] = {
-    "random": {"early_mask": "random"},
+    "random": {"early_mask": "random", **ONE_WINDOW},  # in a window of 1 nothing could be hidden
     "window": {"late_loss": "window"},
+    "onewindow": ONE_WINDOW,
     "noreg": {"regression": 0.0},
 }
 HEAD: dict[str, dict[str, Any]] = {
@@ -37,7 +39,7 @@ HEAD: dict[str, dict[str, Any]] = {
     "moe": {"experts": 4},
 }
 WORDS = {
-    "beagle": "early, late, kN, sN, kvN, bN, random, window, noreg, noconcat, nonewest, notoken, linear, moe",
+    "beagle": "early, late, kN, sN, kvN, bN, random, window, onewindow, noreg, noconcat, nonewest, notoken, linear, moe",
     "eagle": "unrolled, late, uN, kvN, bN, noreg",
 }
 
@@ -48,7 +50,7 @@ class Variant:
 
     Attributes:
         early, late: which stages it has; the recipe's epochs say how the budget is shared.
-        window: k, steps: s; None: the recipe's. batch: its size, the recipe's being 16.
+        window: k of both stages, steps: s; None: the recipe's. batch: its size, the recipe's being 16.
     """
 
     name: str
@@ -70,11 +72,13 @@ class Variant:
         window = self.window or max(base.window, self.steps or 1)
         steps = min(self.steps or base.steps, window)
         both = base.early_epochs + base.late_epochs
+        early_window = None if self.window else base.early_window
         early = base.early_epochs / both if self.early and self.late and both else float(self.early)
         train = replace(
-            base, seed=seed, window=window, steps=steps, early_epochs=early, late_epochs=1 - early,
-            batch_tokens=max(1, base.batch_tokens * self.batch // PAPERS_BATCH), **self.train,
+            base, seed=seed, window=window, early_window=early_window, steps=steps, early_epochs=early,
+            late_epochs=1 - early, batch_tokens=max(1, base.batch_tokens * self.batch // PAPERS_BATCH),
         )  # fmt: skip
+        train = replace(train, **self.train)
         known = {f.name for f in fields(ARCHITECTURES[self.architecture].head.config_class)}
         head = {k: v for k, v in recipe.head.items() if k in known}  # what both kinds of head have is shared
         return train, {**head, **self.head, "architecture": self.architecture}

@@ -52,7 +52,7 @@ SCALES = {
             AnswerConfig(rows=64, max_prompt_tokens=192, max_new_tokens=120, max_turns=1),
             TrainConfig(
                 early_epochs=1, late_epochs=1, batch_tokens=1024, learning_rate=2e-3, warmup_steps=20,
-                schedule="cosine", regression=10, draft_vocab_size=8192, validate_every=40, checkpoint_every=60,
+                schedule="cosine", regression=10, autocast=True, draft_vocab_size=8192, validate_every=40, checkpoint_every=60,
                 validation_samples=48,
             ),
             {"newest_state": "scale"},
@@ -70,7 +70,7 @@ SCALES = {
             AnswerConfig(rows=128, max_tokens=1_000_000),
             TrainConfig(
                 early_epochs=1, late_epochs=1, batch_tokens=1024, learning_rate=2e-3, warmup_steps=100,
-                schedule="cosine", regression=10, draft_vocab_size=8192, dropout=0.15, validate_every=500,
+                schedule="cosine", regression=10, autocast=True, draft_vocab_size=8192, dropout=0.15, validate_every=500,
                 checkpoint_every=500,
             ),
             {"newest_state": "scale"},

@@ -14,7 +14,7 @@ from torch import Tensor
 from beagle.errors import BeagleError
 from beagle.targets.target import Target
 from beagle.training.states import StateStore, read_shard
-from beagle.training.windows import Batch
+from beagle.training.windows import ROUND, Batch, round_up
 
 SHARDS_TOGETHER = 8  # samples are shuffled across this many shards at a time
 
@@ -72,7 +72,7 @@ def batches(store: StateStore, *, tokens: int, seed: int, epoch: int) -> Iterato
 
 def collate(group: list[Stored], target: Target) -> Batch:
     """Pad a group and look its embeddings up, in fp32; run the target where no states are stored."""
-    n = max(len(s.tokens) for s in group)
+    n = round_up(max(len(s.tokens) for s in group), ROUND)
     tokens = torch.zeros(len(group), n, dtype=torch.long)
     for i, sample in enumerate(group):
         tokens[i, : len(sample.tokens)] = sample.tokens

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ROUND = 64  # of rows: products of few shapes, as oneDNN keeps what it made for each
 CHUNK = 512  # rows whose logits exist at a time: fewer are slower products, more are slower memory
 
 
@@ -18,6 +19,9 @@ class _SoftCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, predicted: Tensor, true: Tensor, head: Tensor, weights: Tensor, bias: Tensor | None
     ) -> Tensor:
+        real = len(predicted)
+        predicted, true = (F.pad(x, (0, 0, 0, -real % ROUND)) for x in (predicted, true))
+        weights = F.pad(weights, (0, -real % ROUND))
         total = predicted.new_zeros(())
         gradient = torch.empty_like(predicted)
         for at in range(0, len(predicted), CHUNK):
@@ -27,7 +31,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
             total += -(weights[rows] * torch.linalg.vecdot(p, log_q)).sum()
             error = log_q.exp_().sub_(p).mul_(weights[rows, None])
             gradient[rows] = error.to(head.dtype) @ head
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(gradient[:real])
         return total
 
     @staticmethod

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from beagle.drafters.head import BeagleHead
 
+ROUND = 16  # lengths: products of few shapes, as oneDNN keeps what it made for each
+
 Part = tuple[Tensor, Tensor, Tensor]  # predicted states [batch, m, hidden], their slots [batch, m], which are real
 
 
@@ -47,7 +49,8 @@ def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
 def bases(batch: Batch, window: int, offset: int) -> Tensor:
     """The first slots of all whole windows, ``[batch, windows]``; those beyond ``last`` are padding."""
     start = batch.first + (-offset) % window
-    count = max(1, -(-int((batch.last - start).max() + 1) // window))
+    slots = round_up(max(1, int((batch.last - start).max() + 1)), ROUND)
+    count = -(-slots // window)
     return start[:, None] + torch.arange(count, device=start.device) * window
 
 
@@ -76,8 +79,12 @@ def early_random(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int,
 
 
 def span(batch: Batch) -> int:
-    """Most slots of a row that bear a loss."""
-    return int((batch.last - batch.first).max()) + 1
+    """Most slots of a row that bear a loss, rounded up."""
+    return round_up(int((batch.last - batch.first).max()) + 1, ROUND)
+
+
+def round_up(n: int, to: int) -> int:
+    return -(-n // to) * to
 
 
 def seeing(head: BeagleHead, batch: Batch, keys_from: Tensor, base: Tensor) -> Part:

@@ -32,6 +32,17 @@ def test_soft_cross_entropy_and_its_gradient(monkeypatch, rows, chunk):
     assert not true.requires_grad
 
 
+def test_products_have_few_shapes(monkeypatch):
+    """Some kernels keep what they made for every shape: hundreds of row counts would be gigabytes."""
+    shapes: set[int] = set()
+    ordinary = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, *rest: (shapes.add(len(x)), ordinary(x, *rest))[1])
+    head = torch.randn(5, 8)
+    for rows in range(1, 1200, 7):
+        soft_cross_entropy(torch.randn(rows, 8), torch.randn(rows, 8), head, torch.ones(rows))
+    assert len(shapes) <= losses.CHUNK // losses.ROUND
+
+
 def test_cross_entropy_is_least_at_the_true_state():
     random = torch.Generator().manual_seed(0)
     true, head, weights = torch.randn(4, 8, generator=random), torch.randn(21, 8, generator=random), torch.ones(4)

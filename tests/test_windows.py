@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from beagle.drafters.base import TreePlan
 from beagle.drafters.head import BeagleHead, HeadConfig
 from beagle.training.stages import ARCHITECTURES
-from beagle.training.windows import Batch, additive, early, late
+from beagle.training.windows import ROUND, Batch, additive, early, late
 from conftest import LIVELY, tiny_drafter, tiny_target
 
 HEADS = [
@@ -207,3 +207,18 @@ def test_training_and_inference_agree(overrides):
 def test_additive_mask():
     mask = additive(torch.tensor([True, False]), torch.float32)
     assert mask.tolist() == [0.0, torch.finfo(torch.float32).min]
+
+
+@pytest.mark.parametrize("stage", ["early", "late"])
+def test_answers_of_similar_length_are_computed_in_one_shape(stage):
+    """Some kernels keep what they made for every shape."""
+    head, shapes = make_head(), set()
+    for length in range(1, 2 * ROUND + 1):
+        embeddings = torch.randn(1, 3 * ROUND, 16, dtype=torch.float64)
+        batch = Batch(embeddings, torch.randn_like(embeddings), torch.tensor([2]), torch.tensor([1 + length]))
+        part = (
+            late(head, batch, batch.states, 3, 0, 1)[0] if stage == "late" else early(head, batch, batch.states, 3, 1)
+        )
+        shapes.add(part[0].shape[1])
+        assert part[2].sum() == (-(-length // 3) if stage == "late" else length)
+    assert len(shapes) == 2

@@ -13,7 +13,7 @@ from beagle.model import Model
 from beagle.targets.target import Target
 from beagle.training import states as states_module
 from beagle.training.answers import AnswerGenerator, Sample
-from beagle.training.data import batches, collate, frequent_tokens, is_validation, samples
+from beagle.training.data import Stored, batches, collate, frequent_tokens, is_validation, samples
 from beagle.training.prompts import Prompt
 from beagle.training.states import Fingerprint, StateStore, read_shard
 from conftest import tiny_model, tiny_target, tiny_tokenizer
@@ -193,6 +193,14 @@ def test_batches_cover_every_training_sample_once(target, tmp_path, monkeypatch)
         assert torch.equal(batch.states[row, :n], sample.states.float())
         assert torch.equal(batch.embeddings[row, :n], target.embed(sample.tokens))
         assert (int(batch.first[row]), int(batch.last[row])) == (sample.answer_from, n - 2)
+
+
+@pytest.mark.parametrize(("limit", "length"), [(21, 21), (2**31, 32)])
+def test_padding_stays_within_the_context(target, monkeypatch, limit, length):
+    """A target with learned positions has no place for more."""
+    monkeypatch.setattr(target, "context_limit", limit)
+    batch = collate([Stored("a", torch.ones(21, dtype=torch.long), None, 3)], target)
+    assert batch.states.shape == batch.embeddings.shape == (1, length, target.hidden_size)
 
 
 def test_validation_share_is_fixed(tmp_path):

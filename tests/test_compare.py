@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -386,3 +390,36 @@ def test_a_variant_whose_process_is_killed():
 
     with pytest.raises(BeagleError, match="killed"):
         runs.in_fresh_process(os._exit, 9)
+
+
+WORK = """
+import os, sys, time
+from pathlib import Path
+
+from beagle.evaluation.compare.runs import in_fresh_process
+
+def work(folder):
+    try:
+        (folder / "begun").write_text(str(os.getpid()))
+        time.sleep(60)
+    except KeyboardInterrupt:
+        (folder / "saved").touch()
+        raise
+
+if __name__ == "__main__":
+    in_fresh_process(work, Path(sys.argv[1]))
+"""
+
+
+def test_what_ends_the_command_ends_its_training(tmp_path):
+    """A signal to the command alone: the process that trains must not go on writing into the run."""
+    (tmp_path / "work.py").write_text(WORK)
+    with subprocess.Popen([sys.executable, tmp_path / "work.py", tmp_path], stderr=subprocess.PIPE) as command:
+        until = time.monotonic() + 60
+        while not (tmp_path / "begun").is_file() and time.monotonic() < until:
+            time.sleep(0.05)
+        command.terminate()
+        assert b"KeyboardInterrupt" in command.communicate(timeout=30)[1]
+    assert (tmp_path / "saved").is_file()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "begun").read_text()), 0)

@@ -72,7 +72,7 @@ def batches(store: StateStore, *, tokens: int, seed: int, epoch: int) -> Iterato
 
 def collate(group: list[Stored], target: Target) -> Batch:
     """Pad a group and look its embeddings up, in fp32; run the target where no states are stored."""
-    n = round_up(max(len(s.tokens) for s in group), ROUND)
+    n = min(round_up(max(len(s.tokens) for s in group), ROUND), target.context_limit)
     tokens = torch.zeros(len(group), n, dtype=torch.long)
     for i, sample in enumerate(group):
         tokens[i, : len(sample.tokens)] = sample.tokens

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from itertools import count
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +39,7 @@ def in_fresh_process(work: Callable[..., T], *arguments: Any) -> T:
     Raises:
         BeagleError: the process was killed.
     """
+    before = signal.signal(signal.SIGTERM, _end_children)
     try:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             return pool.submit(work, *arguments).result()
@@ -45,6 +48,16 @@ def in_fresh_process(work: Callable[..., T], *arguments: Any) -> T:
             "the process of this variant was killed, as happens where memory runs out; "
             "free some or lower batch_tokens, then run the same command again"
         ) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end_children(*_: object) -> None:
+    """A job's manager ends this process as Ctrl-C does; unlike Ctrl-C, its signal doesn't reach the one that trains."""
+    for child in active_children():
+        if child.pid is not None:
+            os.kill(child.pid, signal.SIGINT)
+    raise KeyboardInterrupt
 
 
 def specs(

@@ -6,10 +6,12 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -411,10 +413,13 @@ if __name__ == "__main__":
 """
 
 
-def test_what_ends_the_command_ends_its_training(tmp_path):
+@pytest.mark.parametrize("sigint", [signal.SIG_DFL, signal.SIG_IGN])  # what a shell starts in the background ignores it
+def test_what_ends_the_command_ends_its_training(tmp_path, sigint):
     """A signal to the command alone: the process that trains must not go on writing into the run."""
     (tmp_path / "work.py").write_text(WORK)
-    with subprocess.Popen([sys.executable, tmp_path / "work.py", tmp_path], stderr=subprocess.PIPE) as command:
+    arguments = [sys.executable, tmp_path / "work.py", tmp_path]
+    start = partial(signal.signal, signal.SIGINT, sigint)
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, preexec_fn=start) as command:
         until = time.monotonic() + 60
         while not (tmp_path / "begun").is_file() and time.monotonic() < until:
             time.sleep(0.05)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
+from beagle.drafters.block import drop
 from beagle.drafters.checkpoint import load_head
 from beagle.drafters.named import DRAFTERS
 from beagle.errors import BeagleError
@@ -125,8 +126,24 @@ def test_autocast_multiplies_in_bfloat16_only_where_the_machine_does(
         trainer.head.q_proj.register_forward_hook(lambda _, __, out, on=autocast: kinds.add(out.dtype) if on else None)
         losses[autocast] = trainer._one(samples(store.shards(), validation=False)[:4])
         assert {p.dtype for p in trainer.head.parameters()} == {torch.float32}
+        assert trainer.lm_head[0].dtype == (torch.bfloat16 if autocast and fast else torch.float32)
     assert kinds == {torch.bfloat16 if fast else torch.float32}
     assert losses[True] == (pytest.approx(losses[False], rel=0.02) if fast else losses[False])
+
+
+@pytest.mark.parametrize("p", [0.15, 0.5, 0.999])
+def test_dropout_drops_its_share_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    x = torch.ones(3, 333, 101, requires_grad=True)  # no multiple of the bytes in a draw
+    out = drop(x, p)
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, out.detach())
+    kept = (out > 0).float()
+    assert float(kept.mean()) == pytest.approx(1 - p, abs=0.01)
+    assert float(out.detach().mean()) == pytest.approx(1, abs=0.01 if p < 0.9 else 0.1)
+    beside = (kept - kept.mean())[..., :-1] * (kept - kept.mean())[..., 1:]
+    assert float(beside.mean()) == pytest.approx(0, abs=0.005)  # eight to a draw, each on its own
+    assert not torch.equal(out, drop(x, p))
 
 
 def test_run_leaves_a_log_and_a_usable_head(target, whole, tmp_path):

@@ -123,7 +123,7 @@ def test_late_stage_memory_does_not_grow_with_steps_and_eagles_does(kv_heads):
     theirs = EagleHead(EagleConfig(**SHAPE, num_kv_heads=kv_heads))
     beagle = {s: saved_bytes(ours, s) for s in (1, 2, 4, 8)}
     eagle = {s: saved_bytes(theirs, s) for s in (1, 2, 4, 8)}
-    assert beagle[8] < 1.1 * beagle[2]
+    assert beagle[8] < 1.1 * beagle[1]
     assert beagle[8] < 1.5 * saved_bytes(ours, 4, stage="early")
     for steps in (2, 4, 8):
         assert 0.7 * steps < eagle[steps] / eagle[1] < 1.5 * steps

@@ -27,7 +27,7 @@ from beagle.targets.loading import pick_dtype
 from beagle.targets.target import Target
 from beagle.training.config import TrainConfig
 from beagle.training.data import Stored, batches, collate, frequent_tokens, samples
-from beagle.training.stages import ARCHITECTURES, lm_head_rows, stage_loss, step_alpha
+from beagle.training.stages import ARCHITECTURES, LMHead, lm_head_rows, stage_loss, step_alpha
 from beagle.training.states import StateStore
 
 
@@ -51,8 +51,8 @@ class Trainer:
         self.head.dropout = config.dropout
         if shape.draft_vocab_size:
             self.head.draft_vocab.copy_(frequent_tokens(store, shape.draft_vocab_size, target.vocab_size))
-        self.lm_head = lm_head_rows(target, self.head.draft_vocab)
         self.autocast = config.autocast and pick_dtype("auto", target.device) == torch.bfloat16
+        self.lm_head = self._lm_head()
         self.optimizer = torch.optim.AdamW(
             self.head.parameters(),
             lr=config.learning_rate,
@@ -75,6 +75,11 @@ class Trainer:
         self.total = self.early_steps + round(config.late_epochs * self.per_epoch)
         out.mkdir(parents=True, exist_ok=True)
         self._resume()
+
+    def _lm_head(self) -> LMHead:
+        """In the dtype of products: autocast would cast it for each of them, since it keeps only what is trained."""
+        weight, bias = lm_head_rows(self.target, self.head.draft_vocab)
+        return (weight.bfloat16() if self.autocast else weight), bias
 
     def learning_rate(self, step: int) -> float:
         c = self.config
@@ -222,7 +227,7 @@ class Trainer:
         if saved != self.identity():
             raise BeagleError(f"'{self.out}' holds a run with other settings; choose another --out or delete it")
         self.head.load_state_dict({k[5:]: v for k, v in tensors.items() if k.startswith("head.")})
-        self.lm_head = lm_head_rows(self.target, self.head.draft_vocab)
+        self.lm_head = self._lm_head()
         states: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             if key.startswith("optimizer."):

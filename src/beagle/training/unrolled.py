@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from beagle.drafters.eagle_head import EagleHead
-from beagle.training.windows import Batch, Part, additive, attend_with_own, bases, per_query_head
+from beagle.training.windows import Batch, Part, additive, attend_with_own, bases
 
 
 def single(head: EagleHead, batch: Batch, keys_from: Tensor, window: int, offset: int) -> Part:
@@ -48,11 +48,9 @@ def chains(head: EagleHead, batch: Batch, keys_from: Tensor, window: int, offset
     everywhere = torch.arange(true.shape[1], device=base.device)
     k, v = head.keys_values(true, head.rotation(everywhere[None], true.dtype))
     k, v = k.contiguous(), v.contiguous()  # as in ``windows.simulated``
-    groups = head.config.num_heads // k.shape[1]
-    k_each, v_each = per_query_head(k, groups), per_query_head(v, groups)
     mask = additive(everywhere <= base[..., None], k.dtype)[:, None]  # [batch, 1, bases, n - 1]
     features = batch.pick(true, base)
-    own_k: list[Tensor] = []  # of each step but the first, [batch, heads, bases, head_dim]
+    own_k: list[Tensor] = []  # of each step but the first, [batch, kv_heads, bases, head_dim]
     own_v: list[Tensor] = []
     out: list[Part] = []
     for step in range(1, steps + 1):
@@ -61,9 +59,9 @@ def chains(head: EagleHead, batch: Batch, keys_from: Tensor, window: int, offset
         if step > 1:
             features = head.features(batch.pick(batch.embeddings, slots + 1), out[-1][0])
             key, value = head.keys_values(features, rotation)
-            own_k.append(per_query_head(key, groups))
-            own_v.append(per_query_head(value, groups))
+            own_k.append(key)
+            own_v.append(value)
         q = head.queries(features, rotation)
-        attended = attend_with_own(q, k_each, v_each, mask, own_k, own_v) if own_k else head.attend(q, k, v, mask)
+        attended = attend_with_own(q, k, v, mask, own_k, own_v) if own_k else head.attend(q, k, v, mask)
         out.append((head.finish(attended, features), slots, slots <= batch.last[:, None]))
     return out

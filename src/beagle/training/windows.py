@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from beagle.drafters.head import BeagleHead
 
@@ -134,11 +135,9 @@ def simulated(
     everywhere = torch.arange(n, device=base.device)
     k, v = head.keys_values(keys_from, head.rotation(everywhere[None], keys_from.dtype))
     k, v = k.contiguous(), v.contiguous()  # a product with anything else copies it, and autograd keeps each copy
-    groups = head.config.num_heads // k.shape[1]
-    k_each, v_each = per_query_head(k, groups), per_query_head(v, groups)
     mask = additive(everywhere <= base[..., None], k.dtype)[:, None]  # [batch, 1, windows, n]
     newest = batch.pick(keys_from, base)  # [batch, windows, hidden]
-    own_k: list[Tensor] = []  # of each earlier step, [batch, heads, windows, head_dim]
+    own_k: list[Tensor] = []  # of each earlier step, [batch, kv_heads, windows, head_dim]
     own_v: list[Tensor] = []
     out: list[Part] = []
     for step, ahead in enumerate(reach, 1):
@@ -148,12 +147,12 @@ def simulated(
         q = head.queries(embeddings, head.rotation(slots, embeddings.dtype))
         if step > 1 and head.config.concat:
             key, value = head.keys_values(newest, head.rotation(base + step - 1, newest.dtype))  # predicted for b+i-1
-            own_k.append(per_query_head(key, groups))
-            own_v.append(per_query_head(value, groups))
+            own_k.append(key)
+            own_v.append(value)
         whose = mask if ahead == 1 else mask.repeat_interleave(ahead, 2)
         if own_k:
             mine = ([x if ahead == 1 else x.repeat_interleave(ahead, 2) for x in own] for own in (own_k, own_v))
-            attended = attend_with_own(q, k_each, v_each, whose, *mine)
+            attended = attend_with_own(q, k, v, whose, *mine)
         else:
             attended = head.attend(q, k, v, whose)
         predicted = head.finish(attended, embeddings, newest if ahead == 1 else newest.repeat_interleave(ahead, 1))
@@ -162,27 +161,36 @@ def simulated(
     return out
 
 
-def per_query_head(x: Tensor, groups: int) -> Tensor:
-    """Keys or values ``[batch, kv_heads, n, head_dim]`` as ``[batch, heads, n, head_dim]``: made once, for all steps."""
-    return x if groups == 1 else x.repeat_interleave(groups, 1)
-
-
 def attend_with_own(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, own_k: list[Tensor], own_v: list[Tensor]) -> Tensor:
     """Attention over shared true keys and, per query, the predicted keys of its own window.
 
-    Own keys are taken one by one, never stacked: autograd would keep a stack for every step, and
-    memory would grow with the square of their number.
+    As in a fused kernel, the scores of all keys are computed anew in the backward pass and not kept for it.
 
     Args:
-        q: ``[batch, heads, windows, head_dim]``. k, v: ``[batch, heads, n, head_dim]``.
-        own_k, own_v: per earlier step ``[batch, heads, windows, head_dim]``.
+        q: ``[batch, heads, windows, head_dim]``. k, v: ``[batch, kv_heads, n, head_dim]``.
+        mask: additive, ``[batch, 1, windows, n]``.
+        own_k, own_v: per earlier step ``[batch, kv_heads, windows, head_dim]``.
+    Returns:
+        ``[batch, heads, windows, head_dim]``.
     """
+    own = tuple(own_k), tuple(own_v)  # the caller's lists grow before the backward pass
+    out: Tensor = checkpoint(_attend, q, k, v, mask, *own, use_reentrant=False, preserve_rng_state=False)
+    return out
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, own_k: tuple[Tensor, ...], own_v: tuple[Tensor, ...]
+) -> Tensor:
+    """Own keys are taken one by one: a stack of them would be as large as all keys of the windows together."""
+    if (groups := q.shape[1] // k.shape[1]) > 1:
+        k, v, *own = (x.repeat_interleave(groups, 1) for x in (k, v, *own_k, *own_v))
+        own_k, own_v = tuple(own[: len(own_k)]), tuple(own[len(own_k) :])
     q = q * q.shape[-1] ** -0.5
     scores = torch.stack([(q * key).sum(-1) for key in own_k], dim=-1)
     scores = torch.cat([q @ k.transpose(-1, -2) + mask, scores], dim=-1)
     chances = F.softmax(scores.float(), dim=-1).to(v.dtype)
     n = k.shape[2]
-    own = chances[..., n, None] * own_v[0]
-    for i, value in enumerate(own_v[1:], n + 1):
-        own = own + chances[..., i, None] * value
-    return chances[..., :n] @ v + own
+    out = chances[..., :n] @ v
+    for i, value in enumerate(own_v, n):
+        out = out + chances[..., i, None] * value
+    return out

@@ -134,13 +134,16 @@ class Block(nn.Module):
     def _drop(self, x: Tensor) -> Tensor:
         if not (self.dropout and self.training):
             return x
-        return F.dropout(x, self.dropout) if x.is_cuda else drop(x, self.dropout)
+        return drop(x, self.dropout) if x.device.type == "cpu" else F.dropout(x, self.dropout)
 
 
 def drop(x: Tensor, p: float) -> Tensor:
-    """Dropout for CPUs, ``p`` in steps of 1/256: a random byte for an element, eight of them drawn at once.
+    """Dropout for CPUs: a random byte for an element, eight of them drawn at once.
 
-    PyTorch's own draws a number for each, one after another, which takes as long as a product.
+    PyTorch's own draws a number for each, one after another.
+
+    Args:
+        x: any shape and dtype. p: share that becomes 0, in [0, 1), rounded to 1/256; what stays is scaled to the mean.
     """
     kept = max(1, round(256 * (1 - p)))
     drawn = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device).random_(-(2**63), None)

@@ -49,15 +49,19 @@ def drafts(draw: st.DrawFn) -> Draft:
 
 
 @given(drafts(), drafts())
-def test_merged_tree_holds_every_path_once_with_its_better_score(one, other):
-    expected = paths(one)
-    for path, score in paths(other).items():
-        expected[path] = max(score, expected.get(path, -math.inf))
+def test_merged_tree_holds_every_path_once_and_trusts_what_both_propose(one, other):
+    alone = [paths(one), paths(other)]
     merged = merge(one, other, 64)
-    assert paths(merged) == expected
+    found = paths(merged)
+    assert set(found) == set(alone[0]) | set(alone[1])
+    for path, score in found.items():
+        # given that its parent is right, a candidate is wrong where all that propose it are
+        wrong = [1 - math.exp(own[path] - own.get(path[:-1], 0.0)) for own in alone if path in own]
+        assert math.exp(score - found.get(path[:-1], 0.0)) == pytest.approx(1 - math.prod(wrong), abs=1e-6)
+        assert score >= max(own[path] for own in alone if path in own) - 1e-6
     assert merged.scores == sorted(merged.scores, reverse=True)
     assert all(parent < child for child, parent in enumerate(merged.parents))
-    assert len(merge(one, other, 3).tokens) == min(3, len(expected))
+    assert len(merge(one, other, 3).tokens) == min(3, len(found))
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 4}], ids=str)

@@ -16,7 +16,7 @@ SURE = math.log(0.6)  # a looked-up chain that likely to hold to its end needs n
 class CombinedDrafter(Drafter):
     """Implements ``Drafter``: the candidates of both, merged where they agree.
 
-    A candidate's score is the better of the two: both estimate its chance of acceptance.
+    Both scores estimate a candidate's chance of acceptance, and where both propose it, it is likelier than either says.
     """
 
     def __init__(self, head: Drafter, lookup: LookupDrafter) -> None:
@@ -63,20 +63,27 @@ def depth_of(draft: Draft, least: float) -> int:
 
 
 def merge(one: Draft, other: Draft, most: int) -> Draft:
-    """The ``most`` best candidates of two drafts, each path once, with the better of its scores."""
+    """The ``most`` best candidates of two drafts, each path once.
+
+    A candidate that both propose fails where both are wrong: their chances of it given its parent are joined as those
+    of independent causes. What a draft says of it besides, it says relative to its own parent.
+    """
     tokens: list[int] = []
     parents: list[int] = []
-    scores: list[float] = []
+    misses: list[float] = []  # chance that a candidate is wrong, given that its parent is right
     nodes: dict[tuple[int, int], int] = {}
     for draft in (one, other):
         place: list[int] = []
         for token, old, score in zip(draft.tokens, draft.parents, draft.scores, strict=True):
-            parent = place[old] if old >= 0 else -1
+            parent, above = (place[old], draft.scores[old]) if old >= 0 else (-1, 0.0)
             node = nodes.setdefault((parent, token), len(tokens))
             if node == len(tokens):
                 tokens.append(token)
                 parents.append(parent)
-                scores.append(score)
-            scores[node] = max(scores[node], score)
+                misses.append(1.0)
+            misses[node] *= -math.expm1(min(score - above, 0.0))
             place.append(node)
+    scores: list[float] = []
+    for parent, miss in zip(parents, misses, strict=True):
+        scores.append((scores[parent] if parent >= 0 else 0.0) + math.log1p(-min(miss, 1 - 1e-9)))
     return best_first(tokens, parents, scores, most)

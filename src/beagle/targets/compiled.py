@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from beagle.targets import packages
 from beagle.targets.attention import FOLDED, NAME, ExactPass, Pass, ShapeProbe, current_pass
 from beagle.targets.cache import KVCache, LayerShape
+from beagle.targets.joining import join_linears
 from beagle.targets.quantize import quantize_linears
 
 MOST_ROWS = FOLDED  # of a compiled pass: a tree with its root
@@ -186,6 +187,7 @@ def build(
     base: nn.Module = model.base_model  # type: ignore[assignment]
     embed: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
     layers, windows = probe(base)
+    join_linears(base, lambda: probe(base))
     if quantize:
         quantize_linears(base, quantize)
     graph = PassGraph(base, windows)

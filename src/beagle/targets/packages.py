@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from beagle.errors import BeagleError
 from beagle.files import write_json
 
-FORMAT = 3  # of a package; another one is another key
+FORMAT = 4  # of a package; another one is another key
 OPTIONS = {"freezing": True}  # weights become constants, packed for the products
 ABOUT = "about.json"
 

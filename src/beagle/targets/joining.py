@@ -52,7 +52,8 @@ def join_linears(module: nn.Module, run: Callable[[], object]) -> None:
     For a pass that is about to be traced: the joined layers must be called in the same order ever after.
 
     Args:
-        run: calls ``module`` once, so that it shows which layers these are.
+        run: calls ``module`` once, so that it shows which layers these are; what it raises comes through, and then
+            nothing is joined.
     """
     where = {
         child: (parent, name)

@@ -38,7 +38,7 @@ def target_of(made) -> Target:
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compiled")
-    compiled.build(folder, model(), "tiny-gemma2", exact=True)
+    compiled.build(folder, model(), "tiny-gemma2", exact=True, rows=True)
     return folder
 
 
@@ -70,6 +70,60 @@ def test_trees_run_in_it(fast, monkeypatch):
     cache = fast.new_cache(1, 20)
     cache.lengths = [5]
     assert fast.verify(cache, torch.arange(5, 12), TREE).shape == (7, fast.hidden_size)
+
+
+def rows_of(target: Target, shapes: list[TreeShape]) -> torch.Tensor:
+    cache = target.new_cache(4, 60)
+    prompts = [PROMPT, PROMPT[:2], PROMPT * 2, PROMPT[:5]]
+    flat = torch.tensor([token for prompt in prompts for token in prompt])
+    target.verify_rows(cache, flat, [TreeShape.chain(len(prompt)) for prompt in prompts])
+    cache.lengths = [len(prompt) for prompt in prompts]
+    counts = [len(shape.parents) for shape in shapes]
+    first = target.verify_rows(cache, torch.arange(5, 5 + sum(counts)) % 29, shapes)
+    cache.compact_rows([[0]] * len(shapes))
+    return torch.cat([first, target.verify_rows(cache, torch.arange(9, 9 + len(shapes)), [TreeShape([-1])] * len(shapes))])
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [[TREE], [TreeShape([-1])] * 4, [TREE, TreeShape([-1]), TreeShape.chain(20)]],
+    ids=["one row", "roots", "three of four rows"],
+)
+def test_states_of_rows_are_the_eager_ones(fast, shapes, monkeypatch):
+    expected = rows_of(target_of(model()), shapes)
+    rows_of(fast, shapes)  # compares itself with the eager pass
+    monkeypatch.setattr(fast, "forward", None)
+    assert torch.allclose(rows_of(fast, shapes), expected, atol=1e-4)
+
+
+def test_long_prompts_and_later_rows_are_eager(fast):
+    cache = fast.new_cache(3, 80)
+    ids = torch.arange(66) % 29
+    eager = target_of(model())
+    assert torch.equal(
+        fast.verify_rows(cache, ids, [TreeShape.chain(66)]),
+        eager.verify_rows(eager.new_cache(3, 80), ids, [TreeShape.chain(66)]),
+    )
+    assert torch.equal(
+        fast.verify_rows(cache, ids[:20], [TreeShape.chain(20)], first=1),
+        eager.verify_rows(eager.new_cache(3, 80), ids[:20], [TreeShape.chain(20)], first=1),
+    )
+
+
+def test_another_models_pass_over_rows_is_refused(fast, monkeypatch):
+    run = fast.compiled._run_rows
+    monkeypatch.setitem(vars(fast.compiled), "_run_rows", lambda inputs: [states + 1.0 for states in run(inputs)])
+    with pytest.raises(BeagleError, match="computes something else"):
+        Model(fast).generate_batch([PROMPT, PROMPT[:4]], max_new_tokens=2)
+
+
+def test_batched_answers_equal_plain_ones(fast):
+    prompts = [PROMPT, PROMPT[:3], PROMPT[4:], PROMPT[:7]]
+    plain = Model(target_of(model()))
+    expected = [plain.generate(prompt, max_new_tokens=24).token_ids for prompt in prompts]
+    drafted = Model(fast, tiny_drafter(fast, scale=15.0), TreePlan("dynamic", 4, 4, 12))
+    assert [answer.token_ids for answer in drafted.generate_batch(prompts, max_new_tokens=24, rows=3)] == expected
+    assert [answer.token_ids for answer in Model(fast).generate_batch(prompts, max_new_tokens=24, rows=3)] == expected
 
 
 def test_drafted_answers_equal_plain_ones(fast):

@@ -36,7 +36,10 @@ def compile(
     draft: o.DraftName = "auto",
     dtype: o.DType = "auto",
     quantize: o.Quantize = None,
-    exact: Annotated[bool, typer.Option("--exact", help="The pass of exact mode, too: twice the time.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="The pass of exact mode, too: as much time again.")] = False,
+    batch: Annotated[
+        bool, typer.Option("--batch", help="The pass of batches, too, which makes training's answers: as much time again.")
+    ] = False,
     trust_remote_code: o.Trust = False,
 ) -> None:
     """Compile a target's pass and its head's levels for this machine's CPU, once; every later command uses them.
@@ -46,8 +49,7 @@ def compile(
     [bold]beagle compile -t Qwen/Qwen2.5-0.5B-Instruct --draft runs/mine/head[/bold]
 
     They serve as long as the weights, the dtype, the number of threads and PyTorch stay the same;
-    BEAGLE_COMPILED=0 leaves them aside. Answers one at a time gain; batches run as before. What is compiled already
-    stays: after training another head this takes seconds.
+    BEAGLE_COMPILED=0 leaves them aside. What is compiled already stays: after training another head this takes seconds.
     """
     check_kind(quantize)
     if packages.left_aside():
@@ -58,9 +60,11 @@ def compile(
     engine: dict[str, Any] = {"dtype": dtype, "device": "cpu", "trust_remote_code": trust_remote_code}
     model, _ = loading.load_model(target, **engine)
     known = passes.find(folder, model, quantize)
-    if known is None or (exact and not known.has_exact):
+    if known is not None:  # what there is besides is made again with it
+        exact, batch = exact or known.has_exact, batch or known.has_rows
+    if known is None or (exact, batch) != (known.has_exact, known.has_rows):
         with o.console.status(f"compiling the pass of {target} (some minutes)"):
-            told(*passes.build(folder, model, target, quantize, exact))
+            told(*passes.build(folder, model, target, quantize, exact, batch))
     else:
         o.console.print(f"the pass of {target} is compiled already")
     del model, known

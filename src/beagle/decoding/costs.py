@@ -162,7 +162,8 @@ def cached_costs(
         "layers": target.layer_count,
         "dtype": str(target.dtype),
         "quantize": target.quantize,
-        "compiled": target.compiled is not None and (target.compiled.has_exact or not exact) and not batch,
+        "compiled": (fast := target.compiled) is not None
+        and (fast.has_exact if exact else fast.has_rows if batch else True),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "plan": [plan.kind, plan.depth, plan.top_k],

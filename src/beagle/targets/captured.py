@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from beagle.targets.attention import FOLDED, Pass
 from beagle.targets.cache import KVCache
-from beagle.targets.compiled import PassGraph, probe
+from beagle.targets.traced import PassGraph, probe
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, FOLDED)
 LEAST_KEYS = 256
@@ -87,7 +87,7 @@ class _Recorded:
         self._slots = torch.full((rows,), self._spare, device=device)
         self._masks = [torch.zeros(1, 1, rows, keys, dtype=dtype, device=device) for _ in graph.windows]
         inputs = self._embeddings, self._positions, self._slots, self._masks, cache.tensors
-        self._replay, self._states = record(lambda: graph(*inputs))
+        self._replay, self._states = record(lambda: graph(*inputs, []))
 
     def run(self, embeddings: Tensor, plan: Pass) -> Tensor:
         assert isinstance(plan.slots, slice)
@@ -128,7 +128,7 @@ class CapturedPass:
     """
 
     kind = "captured"
-    has_exact = False
+    has_exact = has_rows = False
     remedy = "set BEAGLE_COMPILED=0, which takes eager passes"
 
     def __init__(self, base: nn.Module, hidden: int, record: Recorder | None = None) -> None:

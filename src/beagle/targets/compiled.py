@@ -4,8 +4,8 @@ Eager layers spend much of a small pass between their products: norms, RoPE, mas
 calls them. AOTInductor turns the whole pass, for any number of rows up to ``MOST_ROWS`` and of keys, into one
 library without Python, guards or tracing at load. The cache's tensors are inputs that it writes in place.
 
-Weights are part of the package, in the order that its products read them, so they lie in memory twice: the eager
-pass, which prompts and batches take, has its own.
+Weights are part of each graph, in the order that its products read them, so they lie in memory twice: the eager
+pass, which prompts take, has its own.
 """
 
 from __future__ import annotations
@@ -21,80 +21,17 @@ import transformers
 from torch import Tensor, nn
 
 from beagle.targets import packages
-from beagle.targets.attention import FOLDED, NAME, ExactPass, Pass, ShapeProbe, current_pass
+from beagle.targets.attention import FOLDED, NAME, ExactPass, Pass
 from beagle.targets.cache import KVCache, LayerShape
 from beagle.targets.joining import join_linears
 from beagle.targets.quantize import quantize_linears
+from beagle.targets.ragged import RaggedPass
+from beagle.targets.traced import ExactGraph, PassGraph, RowsGraph, probe
 
 MOST_ROWS = FOLDED  # of a compiled pass: a tree with its root
-PASS, EXACT = "pass.so", "exact.so"
+PASS, EXACT, ROWS = "pass.so", "exact.so", "rows.so"
 TAIL = 64  # keys that each row of an exact pass gathers for itself
-
-
-class _Places:
-    """Where a traced pass writes: tensors and slots that are inputs of a graph."""
-
-    def __init__(self, caches: list[Tensor], slots: Tensor) -> None:
-        self._caches = caches
-        self._slots = slots
-
-    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store ``[1, kv_heads, rows, head_dim]``; all keys and values that there are."""
-        keys, values = self._caches[2 * layer : 2 * layer + 2]
-        keys[:, :, self._slots] = key
-        values[:, :, self._slots] = value
-        return keys, values
-
-
-class _TracedPass(Pass):
-    def __init__(self, places: _Places, masks: dict[int | None, Tensor]) -> None:
-        self._places = places
-        self._masks = masks
-        self._folded_masks = {}
-
-    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self._places.write(layer, key, value)
-        end = next(iter(self._masks.values())).shape[-1]
-        return keys[:, :, :end], values[:, :, :end]
-
-
-class _TracedExactPass(ExactPass):
-    def __init__(self, places: _Places, masks: dict[int | None, Tensor], tail_slots: Tensor) -> None:
-        self._places = places
-        self._masks = masks
-        self.tail_slots = tail_slots
-        self._keys = next(iter(masks.values())).shape[-1] - tail_slots.shape[1]
-
-    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        return self._places.write(layer, key, value)
-
-
-class PassGraph(nn.Module):
-    """What is compiled: ``(embeddings, positions, slots, masks, caches) -> states``, in exact mode with tail slots too."""
-
-    def __init__(self, base: nn.Module, windows: list[int | None]) -> None:
-        super().__init__()
-        self.base = base
-        self.windows = windows
-
-    def forward(
-        self,
-        embeddings: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        masks: list[Tensor],
-        caches: list[Tensor],
-        tail_slots: Tensor | None = None,
-    ) -> Tensor:
-        by_window = dict(zip(self.windows, masks, strict=True))
-        places = _Places(caches, slots)
-        plan = _TracedPass(places, by_window) if tail_slots is None else _TracedExactPass(places, by_window, tail_slots)
-        token = current_pass.set(plan)
-        try:
-            states: Tensor = self.base(inputs_embeds=embeddings, position_ids=positions, use_cache=False)[0]
-            return states
-        finally:
-            current_pass.reset(token)
+Run = Callable[[list[Tensor]], list[Tensor]]
 
 
 class FastPass(Protocol):
@@ -102,12 +39,14 @@ class FastPass(Protocol):
 
     Attributes:
         kind: for records of what was run. remedy: what to do where it goes wrong. has_exact: whether it runs the
-            passes of exact mode, too.
+            passes of exact mode, too; has_rows: those over several rows (``RaggedPass``, from a cache's first row on
+            and with trees of at most ``MOST_ROWS`` nodes).
     """
 
     kind: str
     remedy: str
     has_exact: bool
+    has_rows: bool
 
     def new_cache(self, capacity: int) -> KVCache | None:
         """A cache of one row for it; None: any will do, or there is none left."""
@@ -120,11 +59,7 @@ class FastPass(Protocol):
 
 
 class CompiledPass:
-    """A package of one model; implements ``FastPass``.
-
-    Attributes:
-        has_exact: whether it holds the pass of exact mode, too.
-    """
+    """A package of one model; implements ``FastPass``."""
 
     kind = "compiled"
 
@@ -138,11 +73,18 @@ class CompiledPass:
         # of sliding layers (None: the whole context)
         self._windows: list[int | None] = packages.about(place, "windows")
         self.has_exact = (place / EXACT).is_file()
+        self.has_rows = (place / ROWS).is_file()
         self._run = packages.load(place / PASS)
 
+    # with weights of their own, so not before they are asked for
+
     @cached_property
-    def _run_exact(self) -> Callable[[list[Tensor]], list[Tensor]]:
-        return packages.load(self._place / EXACT)  # with weights of its own, so not before it is asked for
+    def _run_exact(self) -> Run:
+        return packages.load(self._place / EXACT)
+
+    @cached_property
+    def _run_rows(self) -> Run:
+        return packages.load(self._place / ROWS)
 
     def new_cache(self, capacity: int) -> None:
         """Any cache will do."""
@@ -151,11 +93,16 @@ class CompiledPass:
         return rows <= MOST_ROWS and cache.batch == 1
 
     def __call__(self, embeddings: Tensor, plan: Pass) -> Tensor:
-        assert isinstance(plan.slots, slice)
-        slots = torch.arange(plan.slots.start, plan.slots.stop)
+        run, positions, own = self._run, plan.query_positions, []
+        if isinstance(plan, RaggedPass):
+            run, positions, own = self._run_rows, plan.positions, plan.places
+        elif isinstance(plan, ExactPass):
+            run, own = self._run_exact, [plan.tail_slots]
+        slots = plan.slots
+        if isinstance(slots, slice):
+            slots = torch.arange(slots.start, slots.stop)
         masks = [plan.mask(window, embeddings.dtype) for window in self._windows]
-        inputs = [embeddings, plan.query_positions, slots, *masks, *plan.cache.tensors]
-        (states,) = self._run_exact([*inputs, plan.tail_slots]) if isinstance(plan, ExactPass) else self._run(inputs)
+        (states,) = run([embeddings, positions, slots, *masks, *plan.cache.tensors, *own])
         return states
 
 
@@ -169,12 +116,13 @@ def find(folder: Path, model: nn.Module, quantize: str | None) -> CompiledPass |
 
 @torch.no_grad()
 def build(
-    folder: Path, model: nn.Module, name: str, quantize: str | None = None, exact: bool = False
+    folder: Path, model: nn.Module, name: str, quantize: str | None = None, exact: bool = False, rows: bool = False
 ) -> tuple[Path, float]:
     """Compile a freshly loaded model's pass; the model is of no use afterwards.
 
     Args:
-        folder: of all packages. name: of the target, for errors. exact: the pass of exact mode, too.
+        folder: of all packages. name: of the target, for errors. exact, rows: the passes of exact mode and over
+            several rows, too.
     Returns:
         The package's folder and the seconds it took.
     Raises:
@@ -190,53 +138,40 @@ def build(
     join_linears(base, lambda: probe(base))
     if quantize:
         quantize_linears(base, quantize)
-    graph = PassGraph(base, windows)
+    kinds: dict[str, type[PassGraph]] = {PASS: PassGraph}
+    if exact:
+        kinds[EXACT] = ExactGraph
+    if rows:
+        kinds[ROWS] = RowsGraph
     with packages.fresh(place, {"target": name, "windows": windows}) as partial:
-        _export(graph, embed, layers, partial / PASS, name)
-        if exact:
-            _export(graph, embed, layers, partial / EXACT, name, exact=True)
+        for file, kind in kinds.items():
+            _export(kind(base, windows), embed, layers, partial / file, name)
     return place, time.perf_counter() - began
 
 
-def _export(
-    graph: PassGraph, embed: nn.Module, layers: list[LayerShape], library: Path, name: str, exact: bool = False
-) -> None:
+def _export(graph: PassGraph, embed: nn.Module, layers: list[LayerShape], library: Path, name: str) -> None:
     weight: Tensor = embed.weight  # type: ignore[assignment]
-    rows, context = 6, 10
-    whole = KVCache(layers, batch=1, capacity=96, dtype=weight.dtype, device=weight.device)
+    rows, nodes, context = (3, 2, 10) if isinstance(graph, RowsGraph) else (1, 6, 10)
+    tokens, auto = rows * nodes, torch.export.Dim.AUTO
+    whole = KVCache(layers, batch=rows + 1 if rows > 1 else 1, capacity=96, dtype=weight.dtype, device=weight.device)
     caches = [tensor.clone() for tensor in whole.tensors]  # parts of one tensor take minutes to be proven apart
-    positions = torch.arange(context, context + rows)[None]
-    auto = torch.export.Dim.AUTO
-    tail: list[Tensor] = []
-    if exact:
-        masks = [torch.zeros(rows, 1, 32 + TAIL) for _ in graph.windows]
-        tail = [torch.arange(rows * TAIL).view(rows, TAIL) % 32]
+    cache_shape, mask_shape = {2: auto}, {2: auto, 3: auto}
+    own: list[Tensor] = []
+    own_shapes: list[dict[int, Any]] = []
+    masks = [torch.zeros(rows, 1, nodes, context + nodes, dtype=weight.dtype) for _ in graph.windows]
+    if isinstance(graph, ExactGraph):
+        masks = [torch.zeros(tokens, 1, 32 + TAIL) for _ in graph.windows]
+        own, own_shapes = [torch.arange(tokens * TAIL).view(tokens, TAIL) % 32], [{0: auto}]
         mask_shape = {0: auto, 2: auto}
-    else:
-        masks = [torch.zeros(1, 1, rows, context + rows, dtype=weight.dtype) for _ in graph.windows]
-        mask_shape = {2: auto, 3: auto}
-    example = embed(torch.ones(1, rows, dtype=torch.long))
-    shapes = (
-        {1: auto},
-        {1: auto},
-        {0: auto},
-        [mask_shape for _ in masks],
-        [{2: auto} for _ in caches],
-        *({0: auto} for _ in tail),
-    )
-    packages.export(graph, (example, positions, positions[0], masks, caches, *tail), shapes, library, name)
-
-
-def probe(base: nn.Module) -> tuple[list[LayerShape], list[int | None]]:
-    """What each layer caches, and the sliding windows there are."""
-    probe = ShapeProbe()
-    token = current_pass.set(probe)
-    try:
-        device = next(base.parameters()).device
-        base(input_ids=torch.ones(1, 2, dtype=torch.long, device=device), use_cache=False)
-    finally:
-        current_pass.reset(token)
-    return [probe.layers[i] for i in sorted(probe.layers)], list(probe.windows)
+    if isinstance(graph, RowsGraph):
+        places = torch.arange(tokens)
+        own, own_shapes = [places // nodes, places.view(rows, nodes), places], [{0: auto}, {0: auto, 1: auto}, {0: auto}]
+        cache_shape, mask_shape = {0: auto, 2: auto}, {0: auto, 2: auto, 3: auto}
+    example = embed(torch.ones(1, tokens, dtype=torch.long))
+    positions = (context + torch.arange(tokens) % nodes)[None]
+    slots = positions[0]
+    shapes = ({1: auto}, {1: auto}, {0: auto}, [mask_shape] * len(masks), [cache_shape] * len(caches), own_shapes)
+    packages.export(graph, (example, positions, slots, masks, caches, own), shapes, library, name)
 
 
 def _kind(model: nn.Module, quantize: str | None) -> str:

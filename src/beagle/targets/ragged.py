@@ -19,6 +19,8 @@ class RaggedPass(Pass):
 
     Attributes:
         positions: ``[1, tokens]``, of all rows' tokens end to end.
+        places: each token's row ``[tokens]``; the tokens of each row ``[rows, longest]``, padded with its last; where in
+            that table, laid out flat, each token stands ``[tokens]``.
     """
 
     def __init__(self, cache: KVCache, first: int, shapes: list[TreeShape], device: torch.device) -> None:
@@ -38,8 +40,10 @@ class RaggedPass(Pass):
             queries[row, :n] = keys[row, start : start + n] = depths
             visible[row, :n, start : start + n] = shape.ancestors()
         counted = torch.tensor(counts)
+        before = counted.cumsum(0) - counted  # tokens of the rows above
         rows = torch.arange(len(shapes)).repeat_interleave(counted)
-        behind = torch.arange(len(rows)) - (counted.cumsum(0) - counted)[rows]  # how far into its row a token stands
+        behind = torch.arange(len(rows)) - before[rows]  # how far into its row a token stands
+        padding = before[:, None] + torch.arange(most).clamp(max=counted[:, None] - 1)
         super().__init__(
             cache,
             slots=(torch.tensor(starts)[rows] + behind).to(device),
@@ -48,17 +52,16 @@ class RaggedPass(Pass):
             visible=visible.to(device),
         )
         self.positions = queries[rows, behind][None].to(device)
+        self.places = [x.to(device) for x in (first + rows, padding, rows * most + behind)]
         self._side_by_side = slice(first, first + len(shapes))
-        self._rows = (first + rows).to(device)
-        self._full = len(rows) == len(shapes) * most  # nothing to pad
-        self._places = (rows * most + behind).to(device)
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store ``[1, kv_heads, tokens, head_dim]``; return the rows' keys and values in view."""
         self.layers_seen += 1
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self._rows, :, self.slots] = key[0].transpose(0, 1)
-        values[self._rows, :, self.slots] = value[0].transpose(0, 1)
+        rows = self.places[0]
+        keys[rows, :, self.slots] = key[0].transpose(0, 1)
+        values[rows, :, self.slots] = value[0].transpose(0, 1)
         end = self.visible.shape[-1]
         return keys[self._side_by_side, :, :end], values[self._side_by_side, :, :end]
 
@@ -72,10 +75,7 @@ class RaggedPass(Pass):
         softcap: float | None,
     ) -> Tensor:
         """``[1, heads, tokens, head_dim]`` to ``[1, heads, tokens, value_dim]``."""
-        rows, most = self.visible.shape[:2]
-        flat = query[0].transpose(0, 1)  # [tokens, heads, head_dim]
-        if not self._full:
-            flat = flat.new_zeros(rows * most, *flat.shape[1:]).index_copy_(0, self._places, flat)
-        padded = flat.unflatten(0, (rows, most)).transpose(1, 2)
-        out = super().attend(padded, key, value, scaling, window, softcap).transpose(1, 2).flatten(0, 1)
-        return (out if self._full else out[self._places]).transpose(0, 1)[None]
+        _, padding, places = self.places
+        padded = query[0].transpose(0, 1)[padding].transpose(1, 2)  # [rows, heads, longest, head_dim]
+        out = super().attend(padded, key, value, scaling, window, softcap)
+        return out.transpose(1, 2).flatten(0, 1)[places].transpose(0, 1)[None]

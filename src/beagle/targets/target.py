@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from beagle.errors import BeagleError
 from beagle.targets.attention import NAME, Pass, ShapeProbe, current_pass
 from beagle.targets.cache import KVCache
-from beagle.targets.compiled import FastPass
+from beagle.targets.compiled import MOST_ROWS, FastPass
 from beagle.targets.exact import ExactPasses
 from beagle.targets.family import eos_ids, refuse_unsupported, weights_digest, weights_of_a_pass
 from beagle.targets.packing import pack_linears, packed
@@ -73,6 +73,7 @@ class Target:
         linear = isinstance(self.head, nn.Linear)
         self._apply_head = packed(self.head.weight.detach(), self.head.bias) if linear else self.head
         self.compiled: FastPass | None = None
+        self._rows_compared = False  # the compiled pass over several rows with the eager one
         self.exact = ExactPasses(self)
         self._layers = self._probe()
         self.layer_count = len(self._layers)
@@ -118,7 +119,8 @@ class Target:
 
     @torch.no_grad()
     def use(self, compiled: FastPass) -> None:
-        """Let trees run in a faster pass from now on; exact mode's is compared when it is first asked for.
+        """Let trees run in a faster pass from now on; those of exact mode and over several rows
+        are compared when they are first asked for.
 
         Raises:
             BeagleError: it isn't this target's: its states are others.
@@ -286,4 +288,11 @@ class Target:
             True states ``[nodes of all rows, hidden]``.
         """
         plan = RaggedPass(cache, first, shapes, self.device)
-        return self.forward(tokens[None], plan.positions, plan)[0]
+        small = first == 0 and max(len(shape.parents) for shape in shapes) <= MOST_ROWS
+        if self.compiled is None or not self.compiled.has_rows or not small:
+            return self.forward(tokens[None], plan.positions, plan)[0]
+        states = self.compiled(self.embed(tokens[None]), plan)
+        if not self._rows_compared:
+            self.refuse_others(self.compiled, states, self.forward(tokens[None], plan.positions, plan))
+            self._rows_compared = True
+        return states[0]

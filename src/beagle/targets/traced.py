@@ -1,0 +1,124 @@
+"""The target's pass as a graph: where fresh keys go, what each token sees and the cache itself are its inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from beagle.targets.attention import ExactPass, Pass, ShapeProbe, current_pass
+from beagle.targets.cache import LayerShape
+from beagle.targets.ragged import RaggedPass
+
+Masks = dict[int | None, Tensor]
+
+
+class PassGraph(nn.Module):
+    """What is compiled or captured: ``(embeddings, positions, slots, masks, caches, own) -> states``.
+
+    ``own`` is what a kind of pass needs besides: nothing for the tree of one row.
+    """
+
+    def __init__(self, base: nn.Module, windows: list[int | None]) -> None:
+        super().__init__()
+        self.base = base
+        self.windows = windows
+
+    def plan(self, slots: Tensor, masks: Masks, caches: list[Tensor], own: list[Tensor]) -> Pass:
+        return _TracedPass(slots, masks, caches)
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        masks: list[Tensor],
+        caches: list[Tensor],
+        own: list[Tensor],
+    ) -> Tensor:
+        plan = self.plan(slots, dict(zip(self.windows, masks, strict=True)), caches, own)
+        token = current_pass.set(plan)
+        try:
+            states: Tensor = self.base(inputs_embeds=embeddings, position_ids=positions, use_cache=False)[0]
+            return states
+        finally:
+            current_pass.reset(token)
+
+
+class ExactGraph(PassGraph):
+    """A pass of exact mode; its own: the slots of each row's own keys."""
+
+    def plan(self, slots: Tensor, masks: Masks, caches: list[Tensor], own: list[Tensor]) -> Pass:
+        return _TracedExactPass(slots, masks, caches, *own)
+
+
+class RowsGraph(PassGraph):
+    """A pass over the trees of several rows; its own: ``RaggedPass.places``."""
+
+    def plan(self, slots: Tensor, masks: Masks, caches: list[Tensor], own: list[Tensor]) -> Pass:
+        return _TracedRaggedPass(slots, masks, caches, own)
+
+
+class _TracedPass(Pass):
+    def __init__(self, slots: Tensor, masks: Masks, caches: list[Tensor]) -> None:
+        self._slots = slots
+        self._caches = caches
+        self._masks = masks
+        self._folded_masks = {}
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = _written(self._caches, self._slots, layer, key, value)
+        end = _keys_of(self._masks)
+        return keys[:, :, :end], values[:, :, :end]
+
+
+class _TracedExactPass(ExactPass):
+    def __init__(self, slots: Tensor, masks: Masks, caches: list[Tensor], tail_slots: Tensor) -> None:
+        self._slots = slots
+        self._caches = caches
+        self._masks = masks
+        self.tail_slots = tail_slots
+        self._keys = _keys_of(masks) - tail_slots.shape[1]
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return _written(self._caches, self._slots, layer, key, value)
+
+
+class _TracedRaggedPass(RaggedPass):
+    def __init__(self, slots: Tensor, masks: Masks, caches: list[Tensor], places: list[Tensor]) -> None:
+        self._slots = slots
+        self.places = places
+        self._caches = caches
+        self._masks = masks
+        self._folded_masks = {}
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self._caches[2 * layer : 2 * layer + 2]
+        rows, padding, _ = self.places
+        keys[rows, :, self._slots] = key[0].transpose(0, 1)
+        values[rows, :, self._slots] = value[0].transpose(0, 1)
+        live, end = padding.shape[0], _keys_of(self._masks)
+        return keys[:live, :, :end], values[:live, :, :end]
+
+
+def _keys_of(masks: Masks) -> int:
+    return next(iter(masks.values())).shape[-1]
+
+
+def _written(caches: list[Tensor], slots: Tensor, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Store ``[1, kv_heads, rows, head_dim]``; all keys and values that there are."""
+    keys, values = caches[2 * layer : 2 * layer + 2]
+    keys[:, :, slots] = key
+    values[:, :, slots] = value
+    return keys, values
+
+
+def probe(base: nn.Module) -> tuple[list[LayerShape], list[int | None]]:
+    """What each layer caches, and the sliding windows there are."""
+    probe = ShapeProbe()
+    token = current_pass.set(probe)
+    try:
+        device = next(base.parameters()).device
+        base(input_ids=torch.ones(1, 2, dtype=torch.long, device=device), use_cache=False)
+    finally:
+        current_pass.reset(token)
+    return [probe.layers[i] for i in sorted(probe.layers)], list(probe.windows)

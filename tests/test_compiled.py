@@ -81,7 +81,9 @@ def rows_of(target: Target, shapes: list[TreeShape]) -> torch.Tensor:
     counts = [len(shape.parents) for shape in shapes]
     first = target.verify_rows(cache, torch.arange(5, 5 + sum(counts)) % 29, shapes)
     cache.compact_rows([[0]] * len(shapes))
-    return torch.cat([first, target.verify_rows(cache, torch.arange(9, 9 + len(shapes)), [TreeShape([-1])] * len(shapes))])
+    return torch.cat(
+        [first, target.verify_rows(cache, torch.arange(9, 9 + len(shapes)), [TreeShape([-1])] * len(shapes))]
+    )
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,8 @@ def compile(
     quantize: o.Quantize = None,
     exact: Annotated[bool, typer.Option("--exact", help="The pass of exact mode, too: as much time again.")] = False,
     batch: Annotated[
-        bool, typer.Option("--batch", help="The pass of batches, too, which makes training's answers: as much time again.")
+        bool,
+        typer.Option("--batch", help="The pass of batches, too, which makes training's answers: as much time again."),
     ] = False,
     trust_remote_code: o.Trust = False,
 ) -> None:

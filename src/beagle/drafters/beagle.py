@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from beagle.drafters.beams import Beams, Rotation
+from beagle.drafters.beams import Beams
+from beagle.drafters.block import Rotation
 from beagle.drafters.head import BeagleHead
 from beagle.drafters.tree import TreeDrafter
 

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from beagle.drafters.block import Rotation
+
 if TYPE_CHECKING:
     from beagle.drafters.tree import TreeDrafter
-
-Rotation = tuple[Tensor, Tensor]
 
 
 class Beams:
@@ -34,7 +34,8 @@ class Beams:
             row._reserve(row.length + 1 + depth * width)
         dtype = drafter.lm_head.dtype
         slots = [list(range(row.length - 1, row.length - 1 + depth)) for row in rows]  # one a level
-        self._cos, self._sin = drafter.head.rotation(torch.tensor(slots, device=drafter.device), dtype)
+        end = max(row.length for row in rows) - 1 + depth
+        self._cos, self._sin = drafter.rotations(torch.tensor(slots, device=drafter.device), end)
         # additive [contexts, beam, appended]: which of the appended keys each node sees
         self._mask = torch.zeros(len(rows), 1, 0, dtype=dtype, device=drafter.device)
 

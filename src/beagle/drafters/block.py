@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+Rotation = tuple[Tensor, Tensor]
+
 
 @dataclass(frozen=True)
 class BlockConfig:
@@ -97,7 +99,7 @@ class Block(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
         """RoPE of ``positions [..., n]``: cosines and sines, ``[..., 1, n, head_dim]``.
 
         In fp32 throughout: rounded frequencies, as a buffer of the head would have, are far off at distant positions.
@@ -107,12 +109,12 @@ class Block(nn.Module):
         angle = torch.cat([angle, angle], dim=-1)
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
-    def queries(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def queries(self, x: Tensor, rotation: Rotation) -> Tensor:
         """``[..., n, hidden]`` -> ``[..., heads, n, head_dim]``."""
         q = self.q_proj(x)
         return rotate(q.unflatten(-1, (self.config.num_heads, -1)).transpose(-3, -2), rotation)
 
-    def keys_values(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def keys_values(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """``[..., n, hidden]`` -> two of ``[..., kv_heads, n, head_dim]``."""
         k = self.k_proj(x).unflatten(-1, (self.config.num_kv_heads, -1)).transpose(-3, -2)
         v = self.v_proj(x).unflatten(-1, (self.config.num_kv_heads, -1)).transpose(-3, -2)
@@ -137,6 +139,24 @@ class Block(nn.Module):
         return drop(x, self.dropout) if x.device.type == "cpu" else F.dropout(x, self.dropout)
 
 
+class Rotations:
+    """``Block.rotation`` of slots, looked up: a draft asks for few, and computing them takes a dozen small operations."""
+
+    def __init__(self, head: Block, dtype: torch.dtype, device: torch.device) -> None:
+        self._head, self._dtype, self._device = head, dtype, device
+        self._known: Rotation | None = None
+
+    def __call__(self, slots: Tensor, end: int) -> Rotation:
+        """Of ``slots [..., n]``, all below ``end``: cosines and sines, ``[..., 1, n, head_dim]``."""
+        known = self._known
+        if known is None or len(known[0]) < end:
+            size = max(512, 2 * end)
+            cos, sin = self._head.rotation(torch.arange(size, device=self._device), self._dtype)
+            known = self._known = cos[0], sin[0]
+        cos, sin = (of[slots].unsqueeze(-3) for of in known)
+        return cos, sin
+
+
 def drop(x: Tensor, p: float) -> Tensor:
     """Dropout for CPUs: a random byte for an element, eight of them drawn at once.
 
@@ -150,7 +170,7 @@ def drop(x: Tensor, p: float) -> Tensor:
     return x * (drawn.view(torch.uint8)[: x.numel()].view(x.shape) < kept) * (256 / kept)
 
 
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Apply RoPE to ``[..., heads, n, head_dim]``."""
     cos, sin = rotation
     a, b = x.chunk(2, dim=-1)

@@ -15,8 +15,8 @@ from rich.console import Console
 from torch import Tensor
 
 from beagle.drafters.base import TreePlan
-from beagle.drafters.beams import Beams, Rotation
-from beagle.drafters.block import Block
+from beagle.drafters.beams import Beams
+from beagle.drafters.block import Block, Rotation
 from beagle.drafters.tree import Level, TreeDrafter
 from beagle.targets import packages
 from beagle.targets.captured import GraphRecorder, Recorder, key_size

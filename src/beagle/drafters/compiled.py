@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from beagle.drafters.beams import Beams, Rotation
-from beagle.drafters.block import Block
+from beagle.drafters.beams import Beams
+from beagle.drafters.block import Block, Rotation
 from beagle.drafters.tree import TreeDrafter
 from beagle.targets import packages
 from beagle.targets.quantize import quantize_linears

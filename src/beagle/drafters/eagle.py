@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from beagle.drafters.beams import Beams, Rotation
+from beagle.drafters.beams import Beams
+from beagle.drafters.block import Rotation
 from beagle.drafters.eagle_head import EagleHead
 from beagle.drafters.tree import TreeDrafter
 
@@ -13,7 +14,7 @@ from beagle.drafters.tree import TreeDrafter
 class EagleDrafter(TreeDrafter):
     """A slot's key needs the token behind its state, so the newest slot waits for the next token.
 
-    Its key with the root token is a draft's first entry; ``extend`` makes it again.
+    Its key with the root token is a draft's first entry; once that token is known to the target, it is made again.
     """
 
     head: EagleHead

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from beagle.drafters.base import HOPE, STATIC_PATHS, Draft, Drafter, TreePlan, best_first
-from beagle.drafters.beams import Beams, Rotation
-from beagle.drafters.block import Block
+from beagle.drafters.beams import Beams
+from beagle.drafters.block import Block, Rotation, Rotations
 from beagle.targets.packing import pack_linears, packed
 from beagle.targets.quantize import RowQuantizer, quantize_linears, quantized
 from beagle.targets.target import Target
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 class TreeDrafter(Drafter):
     """Implements ``Drafter`` for heads of one block over cached keys; key i is that of slot i.
 
-    Between drafts the cache holds keys of true states only (paper §4.1). While drafting, each node of
-    the beam may append a key of its own behind them, which it and its descendants see; the next
-    ``extend`` writes over those.
+    When a draft begins the cache holds keys of true states only (paper §4.1), those of the newest made just then:
+    where another drafter is sure, none is read. While drafting, each node of the beam may append a key of its own
+    behind them, which it and its descendants see; later ones are written over those.
 
     A subclass says how a context is remembered and how one level is computed.
     """
@@ -52,8 +52,10 @@ class TreeDrafter(Drafter):
         self.logits = whole or packed(self.lm_head, bias)
         self.length = 0  # tokens of the context
         self.keys = 0  # of true states, in the cache
+        self._unread: list[tuple[list[int], Tensor]] = []  # what the slots behind those are made of
         self.newest = torch.zeros(0, head.config.hidden_size, dtype=self.lm_head.dtype, device=self.device)
         self._cache = torch.zeros(2, head.config.num_kv_heads, 0, head.config.head_dim)
+        self.rotations = Rotations(head, self.lm_head.dtype, self.device)
         self.compiled: CompiledLevels | None = None
         self.captured: CapturedDraft | None = None
 
@@ -64,7 +66,7 @@ class TreeDrafter(Drafter):
 
     @abstractmethod
     def _known(self, tokens: list[int], states: Tensor) -> tuple[list[int], Tensor]:
-        """What the slots from ``self.keys`` on are made of, now that the target has run ``tokens`` too.
+        """What the next slots are made of, now that the target has run ``tokens`` too.
 
         Args:
             states: true states ``[n, hidden]`` of the tokens; ``self.newest`` is the state before them.
@@ -91,37 +93,39 @@ class TreeDrafter(Drafter):
 
     def begin(self, tokens: list[int], states: Tensor) -> None:
         self.length = self.keys = 0
+        self._unread = []
         self._cache = self._cache[:, :, :0]  # fresh: forks must not share it
         self.newest = states[:0]
         self.extend(tokens, states)
+        self._catch_up([self])
 
     def extend(self, tokens: list[int], states: Tensor) -> None:
-        self.extend_rows([self], [tokens], [states])
+        self._unread.append(self._known(tokens, states))
+        self.length += len(tokens)
+        self.newest = states[-1:]
 
     @torch.no_grad()
-    def extend_rows(self, rows: Sequence[Self], tokens: list[list[int]], states: list[Tensor]) -> None:
-        known: list[int] = []
-        before: list[Tensor] = []
+    def _catch_up(self, rows: Sequence[Self]) -> None:
+        """Write the keys that the rows' next draft reads and the cache lacks."""
+        tokens: list[int] = []
+        states: list[Tensor] = []
         slots: list[int] = []
-        for row, own, true in zip(rows, tokens, states, strict=True):
-            made_of, state = row._known(own, true)
-            known += made_of
-            before.append(state)
-            slots += range(row.keys, row.keys + len(made_of))
-            row.length += len(own)
-            row.newest = true[-1:]
+        counts: list[int] = []
+        for row in rows:
+            known = [token for own, _ in row._unread for token in own]
+            tokens += known
+            states += [state for _, state in row._unread]
+            slots += range(row.keys, row.keys + len(known))
+            counts.append(len(known))
+            row._unread = []
             row._reserve(row.length)
-        if not known:
+        if not tokens:
             return
-        index = torch.tensor([known, slots], device=self.device)
-        rotation = self.head.rotation(index[1], self.lm_head.dtype)
-        k, v = self._remember(index[0], torch.cat(before), rotation)
-        at = 0
-        for row, state in zip(rows, before, strict=True):
-            n = len(state)
-            row._write(k[:, at : at + n], v[:, at : at + n], row.keys)
+        index = torch.tensor([tokens, slots], device=self.device)
+        k, v = self._remember(index[0], torch.cat(states), self.rotations(index[1], max(slots) + 1))
+        for row, key, value, n in zip(rows, k.split(counts, 1), v.split(counts, 1), counts, strict=True):
+            row._write(key, value, row.keys)
             row.keys += n
-            at += n
 
     def draft(self, root: int, plan: TreePlan, min_gain: float = 0.0) -> Draft:
         return self.draft_rows([self], [root], plan, min_gain)[0]
@@ -129,6 +133,7 @@ class TreeDrafter(Drafter):
     @torch.no_grad()
     def draft_rows(self, rows: Sequence[Self], roots: list[int], plan: TreePlan, min_gain: float = 0.0) -> list[Draft]:
         least = math.log(HOPE * min_gain) if min_gain > 0 else -math.inf
+        self._catch_up(rows)
         found = self.captured(rows[0], roots[0], plan) if self.captured is not None and len(rows) == 1 else None
         if found is None:
             beams = Beams(self, rows, plan.depth, max(plan.width, len(STATIC_PATHS)))

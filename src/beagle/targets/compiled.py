@@ -165,7 +165,10 @@ def _export(graph: PassGraph, embed: nn.Module, layers: list[LayerShape], librar
         mask_shape = {0: auto, 2: auto}
     if isinstance(graph, RowsGraph):
         places = torch.arange(tokens)
-        own, own_shapes = [places // nodes, places.view(rows, nodes), places], [{0: auto}, {0: auto, 1: auto}, {0: auto}]
+        own, own_shapes = (
+            [places // nodes, places.view(rows, nodes), places],
+            [{0: auto}, {0: auto, 1: auto}, {0: auto}],
+        )
         cache_shape, mask_shape = {0: auto, 2: auto}, {0: auto, 2: auto, 3: auto}
     example = embed(torch.ones(1, tokens, dtype=torch.long))
     positions = (context + torch.arange(tokens) % nodes)[None]

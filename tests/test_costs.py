@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beagle.decoding.costs import Costs, cached_costs, interpolate
+from beagle.decoding.costs import SEVERAL, Costs, cached_costs, interpolate, measure, spread
 from beagle.drafters.base import TreePlan
 from beagle.drafters.lookup import LookupDrafter
 from beagle.drafters.small import SmallModelDrafter
@@ -92,6 +92,29 @@ def test_batches_have_costs_of_their_own(target, monkeypatch):
     shared = cached_costs(target, drafter, plan, batch=True)
     assert shared != single
     assert cached_costs(target, drafter, plan) == single
+
+
+@given(st.integers(1, 64), st.integers(1, 8))
+def test_nodes_are_spread_evenly(nodes, rows):
+    counts = spread(nodes, rows)
+    assert sum(counts) == nodes
+    assert len(counts) == min(nodes, rows)
+    assert max(counts) - min(counts) <= 1
+
+
+def test_the_rows_of_a_batch_have_contexts_of_their_own(target, monkeypatch):
+    """A pass over several contexts takes longer than one of as many nodes behind a single one."""
+    seen: set[tuple[tuple[int, ...], int]] = set()
+    run = target.verify_rows
+
+    def noted(cache, tokens, shapes, first=0):
+        seen.add((tuple(cache.lengths), sum(len(shape.parents) for shape in shapes)))
+        return run(cache, tokens, shapes, first)
+
+    monkeypatch.setattr(target, "verify_rows", noted)
+    measure(target, tiny_drafter(target), TreePlan(depth=1), batch=True, context=20, repeats=1)
+    assert {lengths for lengths, _ in seen} == {(20,) * SEVERAL}
+    assert {nodes for _, nodes in seen} >= {1, 4, 64}
 
 
 def test_each_drafter_has_its_own_costs(target):

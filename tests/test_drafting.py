@@ -150,6 +150,23 @@ def test_long_contexts_grow_the_cache(target, architecture):
     assert piecewise.scores == pytest.approx(at_once.scores, abs=1e-4)
 
 
+@pytest.mark.parametrize("architecture", DRAFTERS)
+def test_keys_are_made_when_a_draft_reads_them(target, monkeypatch, architecture):
+    drafter = tiny_drafter(target, architecture=architecture, scale=LIVELY[architecture])
+    tokens = [3 + i for i in range(20)]
+    states = target.prefill(torch.tensor([tokens]), target.new_cache(1, 20))[0]
+    drafter.begin(tokens[:8], states[:8])
+    made = []
+    remember = drafter._remember
+    monkeypatch.setattr(drafter, "_remember", lambda own, *rest: made.append(own.tolist()) or remember(own, *rest))
+    for at, end in ((8, 9), (9, 14), (14, 20)):
+        drafter.extend(tokens[at:end], states[at:end])
+    assert made == []
+    drafter.draft(ROOT, PLANS[0])
+    drafter.draft(ROOT, PLANS[0])
+    assert made == [tokens[8:]]
+
+
 def test_levels_that_gain_too_little_are_not_drafted(drafting):
     drafter = drafting[1]
     draft = drafter.draft(ROOT, TreePlan("dynamic", depth=5, top_k=4), min_gain=2.0)

@@ -37,10 +37,7 @@ def compile(
     dtype: o.DType = "auto",
     quantize: o.Quantize = None,
     exact: Annotated[bool, typer.Option("--exact", help="The pass of exact mode, too: as much time again.")] = False,
-    batch: Annotated[
-        bool,
-        typer.Option("--batch", help="The pass of batches, too, which makes training's answers: as much time again."),
-    ] = False,
+    batch: Annotated[bool, typer.Option("--batch", help="The pass of batches, too: as much time again.")] = False,
     trust_remote_code: o.Trust = False,
 ) -> None:
     """Compile a target's pass and its head's levels for this machine's CPU, once; every later command uses them.

@@ -148,11 +148,11 @@ class Batch:
         walks = self._accept(logits, drafts)
         self._cache.compact_rows([walk.path for walk in walks])
         first = 0
-        kept: list[Tensor] = []
+        kept: list[Tensor] = []  # copies: the pass's states need not stay
         for walk, tree in zip(walks, nodes, strict=True):
             path = walk.path
             whole = path == list(range(len(path)))
-            kept.append(states[first : first + len(path)] if whole else states[[first + node for node in path]])
+            kept.append(states[first : first + len(path)].clone() if whole else states[[first + node for node in path]])
             first += len(tree)
         if self._drafter is not None:
             known = [[row.tokens[-1], *walk.chosen[:-1]] for row, walk in zip(rows, walks, strict=True)]
@@ -163,7 +163,7 @@ class Batch:
         for row, draft, walk, own in zip(rows, drafts, walks, kept, strict=True):
             row.tokens += walk.chosen
             if self._keep_states:
-                row.states.append(own.clone())  # the pass's states need not stay
+                row.states.append(own)
             row.stats.tokens += len(walk.chosen)
             row.stats.passed_tokens += len(walk.chosen)
             row.stats.drafted += len(draft.tokens)

@@ -1,7 +1,7 @@
 """What a pass costs on this machine, measured once, and the tree size that follows from it.
 
-Expected speed of a tree of n candidates: (1 + Σ_{i<=n} P_i) / (T_draft + T_verify(n)), where P_i,
-the cumulative draft probability of candidate i, estimates its chance of acceptance (EAGLE-2).
+A tree of n candidates is worth (1 + Σ_{i<=n} P_i) / T_verify(n), where P_i, the cumulative draft probability of
+candidate i, estimates its chance of acceptance (EAGLE-2). The draft's own time is spent by then.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class Costs:
             roots: answers that share the pass, and their candidates its cost: each brings its root.
         """
         best, expected = 0, float(roots)
-        best_rate = expected / (self._pass(roots) + self.drafting(roots))
+        best_rate = expected / self._pass(roots)
         for n, score in enumerate(scores[: roots * (len(self.verify) - 2)], 1):
             expected += math.exp(score)
-            rate = expected / (self._pass(roots + n) + self.drafting(roots))
+            rate = expected / self._pass(roots + n)
             if rate > best_rate:
                 best, best_rate = n, rate
         return best
@@ -72,7 +72,7 @@ class Costs:
 
         A level costs its own time, a share of it where several contexts draft at once, and that of a row to verify;
         at the speed of plain decoding that is so many tokens. Where the beam is right, the level is about half
-        the time.
+        the time. Above 1 not even the first level is worth it, whose beam is the root.
         """
         plain = self._pass(contexts)
         row = (self._pass(contexts + 7) - plain) / 7

@@ -112,8 +112,8 @@ class Drafter(Protocol):
     def draft(self, root: int, plan: TreePlan, min_gain: float = 0.0) -> Draft:
         """Candidates for what follows ``root``, the newest token, which the target has not run.
 
-        ``min_gain``: expected accepted tokens below which another level is not worth its time; a candidate with
-        less than ``HOPE`` of it is not worth a row, and nothing that follows it is.
+        ``min_gain``: expected accepted tokens below which another level is not worth its time (above 1, none is); a
+        candidate with less than ``HOPE`` of it is not worth a row, and nothing that follows it is.
         """
 
     # for several contexts at once; a drafter that has something to share among them does better

@@ -132,6 +132,8 @@ class TreeDrafter(Drafter):
 
     @torch.no_grad()
     def draft_rows(self, rows: Sequence[Self], roots: list[int], plan: TreePlan, min_gain: float = 0.0) -> list[Draft]:
+        if min_gain > 1:
+            return [Draft([], [], []) for _ in rows]
         least = math.log(HOPE * min_gain) if min_gain > 0 else -math.inf
         self._catch_up(rows)
         found = self.captured(rows[0], roots[0], plan) if self.captured is not None and len(rows) == 1 else None

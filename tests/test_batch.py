@@ -108,7 +108,8 @@ def test_heads_draft_for_each_context_what_they_would_alone(kind, plan, stopping
     forks = [one.fork() for _ in contexts]
     for fork, ids, states in zip(forks, contexts, all_states, strict=True):
         fork.begin(ids[:-1], states[:-1])
-    one.extend_rows(forks, [ids[-1:] for ids in contexts], [states[-1:] for states in all_states])
+    for fork, ids, states in zip(forks, contexts, all_states, strict=True):
+        fork.extend(ids[-1:], states[-1:])
     together, single = one.draft_rows(forks, [9] * 4, plan, min_gain), alone(min_gain)
     for draft, own in zip(together, single, strict=True):
         assert (draft.tokens, draft.parents) == (own.tokens, own.parents)

@@ -98,7 +98,8 @@ def test_states_of_rows_are_the_eager_ones(fast, shapes, monkeypatch):
     assert torch.allclose(rows_of(fast, shapes), expected, atol=1e-4)
 
 
-def test_long_prompts_and_later_rows_are_eager(fast):
+def test_long_prompts_and_later_rows_are_eager(fast, monkeypatch):
+    monkeypatch.setitem(vars(fast.compiled), "_run_rows", None)
     cache = fast.new_cache(3, 80)
     ids = torch.arange(66) % 29
     eager = target_of(model())
@@ -117,6 +118,34 @@ def test_another_models_pass_over_rows_is_refused(fast, monkeypatch):
     monkeypatch.setitem(vars(fast.compiled), "_run_rows", lambda inputs: [states + 1.0 for states in run(inputs)])
     with pytest.raises(BeagleError, match="computes something else"):
         Model(fast).generate_batch([PROMPT, PROMPT[:4]], max_new_tokens=2)
+
+
+def test_grouped_heads_without_a_cap(tmp_path):
+    """They take the fused attention, for whose sake heads of a group become rows."""
+    compiled.build(tmp_path, tiny_model("llama", num_hidden_layers=2), "tiny-llama", rows=True)
+    made = tiny_model("llama", num_hidden_layers=2)
+    target = Target(made, tiny_tokenizer(), "tiny-llama")
+    eager = Target(tiny_model("llama", num_hidden_layers=2), tiny_tokenizer(), "tiny-llama")
+    found = compiled.find(tmp_path, tiny_model("llama", num_hidden_layers=2), None)
+    assert found is not None
+    target.use(found)
+    for shapes in ([TREE, TreeShape([-1]), TreeShape.chain(9)], [TreeShape([-1])]):
+        assert torch.allclose(rows_of(target, shapes), rows_of(eager, shapes), atol=1e-4)
+    (alone,) = Model(target).generate_batch([PROMPT], max_new_tokens=12)
+    assert alone.token_ids == Model(eager).generate(PROMPT, max_new_tokens=12).token_ids
+
+
+def test_what_is_there_already_stays(packages, tmp_path, monkeypatch):
+    folder = tmp_path / "compiled"
+    shutil.copytree(packages, folder)
+    (place,) = folder.iterdir()
+    (place / compiled.ROWS).unlink()
+    kept = {name: (place / name).stat().st_ino for name in (compiled.PASS, compiled.EXACT)}
+    made = []
+    monkeypatch.setattr(compiled, "_export", lambda *given: made.append(given[3].name) or given[3].write_bytes(b""))
+    compiled.build(folder, model(), "tiny-gemma2", rows=True)
+    assert made == [compiled.ROWS]
+    assert {name: (place / name).stat().st_ino for name in kept} == kept
 
 
 def test_batched_answers_equal_plain_ones(fast):
@@ -196,7 +225,7 @@ def test_the_command_leaves_what_is_compiled(packages, beagle, monkeypatch):
     ended = beagle("compile", "-t", "tiny-gemma2", "--exact", "--draft", "none")
     assert ended.code == 0, ended.err
     assert "compiled already" in ended.err
-    assert ended.err.count("×") == len(SIZES)
+    assert ended.err.count("×") == len(SIZES) + 1  # and batches
 
 
 def test_the_command_needs_leave(beagle, monkeypatch):

@@ -27,6 +27,7 @@ from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
 
 SIZES = (1, 8, 16)
+BATCH = 8
 CONTEXT = 256
 REPEATS = 9
 
@@ -58,9 +59,7 @@ def compile(
     engine: dict[str, Any] = {"dtype": dtype, "device": "cpu", "trust_remote_code": trust_remote_code}
     model, _ = loading.load_model(target, **engine)
     known = passes.find(folder, model, quantize)
-    if known is not None:  # what there is besides is made again with it
-        exact, batch = exact or known.has_exact, batch or known.has_rows
-    if known is None or (exact, batch) != (known.has_exact, known.has_rows):
+    if known is None or (exact and not known.has_exact) or (batch and not known.has_rows):
         with o.console.status(f"compiling the pass of {target} (some minutes)"):
             told(*passes.build(folder, model, target, quantize, exact, batch))
     else:
@@ -69,6 +68,8 @@ def compile(
     loaded = o.load_target(target, quantize=quantize, **engine)
     for rows, (eager, fast) in compare(loaded).items():
         show(f"{rows:>3} row{'s' * (rows > 1)}", eager, fast)
+    if loaded.compiled is not None and loaded.compiled.has_rows:
+        show(f"a row of each of {BATCH} answers", *compare_batch(loaded))
     if not names_head(draft):
         return
     place = find_head(draft.removesuffix("+lookup"), target)
@@ -108,6 +109,19 @@ def compare(target: Target) -> dict[int, tuple[float, float]]:
         found[rows] = in_turn(run)
     target.compiled = fast
     return found
+
+
+def compare_batch(target: Target) -> tuple[float, float]:
+    """Median seconds of an eager and a compiled pass over a token of each of ``BATCH`` answers."""
+    fast = target.compiled
+    cache = target.new_cache(BATCH, CONTEXT + 1)
+    cache.lengths = [CONTEXT] * BATCH
+
+    def run(compiled: bool) -> None:
+        target.compiled = fast if compiled else None
+        target.verify_rows(cache, torch.ones(BATCH, dtype=torch.long), [TreeShape([-1])] * BATCH)
+
+    return in_turn(run)
 
 
 def compare_drafts(drafter: TreeDrafter) -> tuple[float, float]:

@@ -154,9 +154,9 @@ class Batch:
             whole = path == list(range(len(path)))
             kept.append(states[first : first + len(path)].clone() if whole else states[[first + node for node in path]])
             first += len(tree)
-        if self._drafter is not None:
-            known = [[row.tokens[-1], *walk.chosen[:-1]] for row, walk in zip(rows, walks, strict=True)]
-            self._drafter.extend_rows([row.drafter for row in rows if row.drafter], known, kept)
+        for row, walk, own in zip(rows, walks, kept, strict=True):
+            if row.drafter is not None:
+                row.drafter.extend([row.tokens[-1], *walk.chosen[:-1]], own)
         accepted_at = clock()
 
         emitted = []

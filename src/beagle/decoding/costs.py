@@ -32,7 +32,7 @@ class Costs:
     """Seconds on this machine.
 
     Attributes:
-        verify: by a pass's rows, up to 64, in exact mode 16. draft: a whole draft of ``depth`` levels.
+        verify: by a pass's rows, up to 64, in exact mode 16; those of a batch belong to up to ``SEVERAL`` contexts. draft: a whole draft of ``depth`` levels.
         draft_more: what each further context adds to it that drafts beside the first.
     """
 
@@ -118,8 +118,9 @@ def measure(
     ids = [1 + i % (target.vocab_size - 1) for i in range(context)]
     cache = target.new_cache(1, keys)
     states = target.prefill(torch.tensor([ids], device=target.device), cache)[0]
-    shared = target.new_cache(SEVERAL, keys)
-    shared.lengths = [context] * SEVERAL  # of zeros, which take as long to read as anything
+    if batch:
+        cache = target.new_cache(SEVERAL, keys)
+        cache.lengths = [context] * SEVERAL  # of zeros, which take as long to read as anything
     several = [drafter.fork() for _ in range(SEVERAL)]
     for each in (drafter, *several):
         each.begin(ids, states)
@@ -135,10 +136,12 @@ def measure(
             if exact:
                 target.exact.logits(target.exact.verify(cache, tokens, shape, keys)).max(-1).indices.tolist()
             elif batch:
-                target.logits(target.verify_rows(shared, tokens, rows)).max(-1).indices.tolist()
+                target.logits(target.verify_rows(cache, tokens, rows)).max(-1).indices.tolist()
             else:
                 target.logits(target.verify(cache, tokens, shape)).max(-1).indices.tolist()
             times[n].append(time.perf_counter() - began)
+        for each in (drafter, *several):
+            each.extend(ids[-1:], states[-1:])  # a draft begins with what the last pass brought
         began = time.perf_counter()
         drafter.draft(ids[0], plan)
         drafts.append(time.perf_counter() - began)
@@ -177,7 +180,7 @@ def cached_costs(
         "torch": torch.__version__,
         "plan": [plan.kind, plan.depth, plan.top_k],
         "exact": exact,
-        "batch": batch,
+        "batch": SEVERAL if batch else 0,
     }
     path = cache_dir() / "costs.json"
     known = _read(path)

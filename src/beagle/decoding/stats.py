@@ -17,8 +17,8 @@ class Stats:
         accepted_at: iterations by number of accepted draft tokens.
         accepted: the same pass by pass, of a single answer (``add`` leaves it alone: it would grow for ever).
         drafted: candidates verified, roots not counted.
-        verify_seconds: the target's passes and LM head. accept_seconds: the walk through the tree, the
-            cache's compaction, and handing the true states to the drafter.
+        draft_seconds: drafts, with what the drafter makes of the last pass's states. verify_seconds: the target's
+            passes and LM head. accept_seconds: the walk through the tree and the cache's compaction.
     """
 
     tokens: int = 0

@@ -118,11 +118,6 @@ class Drafter(Protocol):
 
     # for several contexts at once; a drafter that has something to share among them does better
 
-    def extend_rows(self, rows: Sequence[Any], tokens: list[list[int]], states: list[Tensor]) -> None:
-        """``extend`` for each of some forks."""
-        for row, own, true in zip(rows, tokens, states, strict=True):
-            row.extend(own, true)
-
     def draft_rows(self, rows: Sequence[Any], roots: list[int], plan: TreePlan, min_gain: float = 0.0) -> list[Draft]:
         """``draft`` for each of some forks."""
         return [row.draft(root, plan, min_gain) for row, root in zip(rows, roots, strict=True)]

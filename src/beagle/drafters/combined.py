@@ -38,10 +38,6 @@ class CombinedDrafter(Drafter):
     def draft(self, root: int, plan: TreePlan, min_gain: float = 0.0) -> Draft:
         return self.draft_rows([self], [root], plan, min_gain)[0]
 
-    def extend_rows(self, rows: Sequence[CombinedDrafter], tokens: list[list[int]], states: list[Tensor]) -> None:
-        self.head.extend_rows([row.head for row in rows], tokens, states)
-        self.lookup.extend_rows([row.lookup for row in rows], tokens, states)
-
     def draft_rows(
         self, rows: Sequence[CombinedDrafter], roots: list[int], plan: TreePlan, min_gain: float = 0.0
     ) -> list[Draft]:

@@ -87,7 +87,7 @@ class SmallModelDrafter(Drafter):
         return states[-1:]
 
     def draft(self, root: int, plan: TreePlan, min_gain: float = 0.0) -> Draft:
-        if not self._can_run([*self.pending, root]):
+        if min_gain > 1 or not self._can_run([*self.pending, root]):
             return Draft([], [], [])
         length = self.cache.length + len(self.pending)
         depth = min(plan.depth, self.small.context_limit - length)

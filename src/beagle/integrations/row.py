@@ -39,7 +39,7 @@ class Row(Sampler):
         self.logits: tuple[Tensor, ...] | None = () if kept and config.output_logits else None
         self._sample = bool(config.do_sample)
         plain = not processors and not self._sample and self.scores is None and self.logits is None
-        super().__init__(temperature=0.0 if plain else 1.0)  # 0: the likeliest token, of all nodes at once
+        super().__init__(temperature=0.0 if plain else 1.0)  # 0: the likeliest token, as it is
         self._ids = torch.cat([prompt, prompt.new_zeros(new)])[None]
         self._length = len(prompt)
         self._processors, self._criteria, self._streamer = processors, criteria, streamer

@@ -1,15 +1,16 @@
 """The target's pass as one compiled graph, made once by ``beagle compile`` and kept in the user's cache.
 
 Eager layers spend much of a small pass between their products: norms, RoPE, masks and the interpreter that
-calls them. AOTInductor turns the whole pass, for any number of rows up to ``MOST_ROWS`` and of keys, into one
+calls them. AOTInductor turns the whole pass, for any number of keys and of rows (a tree has at most ``MOST_ROWS``), into one
 library without Python, guards or tracing at load. The cache's tensors are inputs that it writes in place.
 
-Weights are part of each graph, in the order that its products read them, so they lie in memory twice: the eager
-pass, which prompts take, has its own.
+Weights are part of each graph, in the order that its products read them, so they lie in memory once more for each that
+is in use: the eager pass, which all but the shortest prompts take, has its own.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from functools import cached_property
@@ -122,7 +123,7 @@ def build(
 
     Args:
         folder: of all packages. name: of the target, for errors. exact, rows: the passes of exact mode and over
-            several rows, too.
+            several rows, too. What there is of them already stays.
     Returns:
         The package's folder and the seconds it took.
     Raises:
@@ -138,14 +139,16 @@ def build(
     join_linears(base, lambda: probe(base))
     if quantize:
         quantize_linears(base, quantize)
-    kinds: dict[str, type[PassGraph]] = {PASS: PassGraph}
-    if exact:
-        kinds[EXACT] = ExactGraph
-    if rows:
-        kinds[ROWS] = RowsGraph
+    kinds: dict[str, type[PassGraph]] = {PASS: PassGraph, EXACT: ExactGraph, ROWS: RowsGraph}
+    for file, wanted in ((EXACT, exact), (ROWS, rows)):
+        if not wanted and not (place / file).is_file():
+            del kinds[file]
     with packages.fresh(place, {"target": name, "windows": windows}) as partial:
         for file, kind in kinds.items():
-            _export(kind(base, windows), embed, layers, partial / file, name)
+            if (place / file).is_file():  # made before, of the very same
+                os.link(place / file, partial / file)
+            else:
+                _export(kind(base, windows), embed, layers, partial / file, name)
     return place, time.perf_counter() - began
 
 

@@ -6,12 +6,18 @@ queries of a row to those of the longest and looks at the rows' slices of the ca
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from beagle.targets.attention import Pass
+from beagle.targets.attention import FOLDED, Pass
 from beagle.targets.cache import KVCache
 from beagle.targets.shape import TreeShape
+
+if TYPE_CHECKING:
+    from beagle.targets.compiled import FastPass
+    from beagle.targets.target import Target
 
 
 class RaggedPass(Pass):
@@ -53,6 +59,7 @@ class RaggedPass(Pass):
         )
         self.positions = queries[rows, behind][None].to(device)
         self.places = [x.to(device) for x in (first + rows, padding, rows * most + behind)]
+        self._full = len(rows) == len(shapes) * most  # nothing to pad
         self._side_by_side = slice(first, first + len(shapes))
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,6 +83,49 @@ class RaggedPass(Pass):
     ) -> Tensor:
         """``[1, heads, tokens, head_dim]`` to ``[1, heads, tokens, value_dim]``."""
         _, padding, places = self.places
-        padded = query[0].transpose(0, 1)[padding].transpose(1, 2)  # [rows, heads, longest, head_dim]
-        out = super().attend(padded, key, value, scaling, window, softcap)
-        return out.transpose(1, 2).flatten(0, 1)[places].transpose(0, 1)[None]
+        flat = query[0].transpose(0, 1)  # [tokens, heads, head_dim]
+        padded = flat.unflatten(0, padding.shape) if self._full else flat[padding]
+        out = super().attend(padded.transpose(1, 2), key, value, scaling, window, softcap).transpose(1, 2).flatten(0, 1)
+        return (out if self._full else out[places]).transpose(0, 1)[None]
+
+
+class RaggedPasses:
+    """Passes over several rows of one target, compiled ones where there are any and they agree with the eager ones."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._agrees: FastPass | None = None
+
+    def verify(self, cache: KVCache, tokens: Tensor, shapes: list[TreeShape], first: int) -> Tensor:
+        """As of ``Target.verify_rows``.
+
+        Raises:
+            BeagleError: the compiled pass computes something else.
+        """
+        compiled = self._target.compiled
+        small = first == 0 and max(len(shape.parents) for shape in shapes) <= FOLDED
+        if compiled is None or not compiled.has_rows or not small:
+            return self._run(None, cache, tokens, shapes, first)
+        if compiled is not self._agrees:  # not when it is loaded: it has weights of its own
+            self._target.refuse_others(compiled, self._states_of_trees(compiled), self._states_of_trees(None))
+            self._agrees = compiled
+        return self._run(compiled, cache, tokens, shapes, first)
+
+    def _run(
+        self, compiled: FastPass | None, cache: KVCache, tokens: Tensor, shapes: list[TreeShape], first: int = 0
+    ) -> Tensor:
+        target = self._target
+        plan = RaggedPass(cache, first, shapes, target.device)
+        if compiled is not None:
+            return compiled(target.embed(tokens[None]), plan)[0]
+        return target.forward(tokens[None], plan.positions, plan)[0]
+
+    def _states_of_trees(self, compiled: FastPass | None) -> Tensor:
+        """A chain, a tree and a root behind contexts of unequal length, in a cache with a row to spare."""
+        target = self._target
+        contexts = [3, 7, 5]
+        cache = target.new_cache(len(contexts) + 1, 16)
+        ids = torch.arange(1, 23, device=target.device) % target.vocab_size
+        self._run(None, cache, ids[:15], [TreeShape.chain(n) for n in contexts])
+        cache.lengths = [*contexts, 0]
+        return self._run(compiled, cache, ids[15:], [TreeShape.chain(2), TreeShape([-1, 0, 0, 1]), TreeShape([-1])])

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from beagle.errors import BeagleError
 from beagle.targets.attention import NAME, Pass, ShapeProbe, current_pass
 from beagle.targets.cache import KVCache
-from beagle.targets.compiled import MOST_ROWS, FastPass
+from beagle.targets.compiled import FastPass
 from beagle.targets.exact import ExactPasses
 from beagle.targets.family import eos_ids, refuse_unsupported, weights_digest, weights_of_a_pass
 from beagle.targets.packing import pack_linears, packed
 from beagle.targets.quantize import BITS, RowQuantizer, check_kind, quantize_linears, quantized
-from beagle.targets.ragged import RaggedPass
+from beagle.targets.ragged import RaggedPasses
 from beagle.targets.shape import TreeShape
 
 
@@ -73,8 +73,8 @@ class Target:
         linear = isinstance(self.head, nn.Linear)
         self._apply_head = packed(self.head.weight.detach(), self.head.bias) if linear else self.head
         self.compiled: FastPass | None = None
-        self._rows_compared = False  # the compiled pass over several rows with the eager one
         self.exact = ExactPasses(self)
+        self._ragged = RaggedPasses(self)
         self._layers = self._probe()
         self.layer_count = len(self._layers)
         if quantize:  # after the probe, which compares with the model's own LM head
@@ -287,12 +287,4 @@ class Target:
         Returns:
             True states ``[nodes of all rows, hidden]``.
         """
-        plan = RaggedPass(cache, first, shapes, self.device)
-        small = first == 0 and max(len(shape.parents) for shape in shapes) <= MOST_ROWS
-        if self.compiled is None or not self.compiled.has_rows or not small:
-            return self.forward(tokens[None], plan.positions, plan)[0]
-        states = self.compiled(self.embed(tokens[None]), plan)
-        if not self._rows_compared:
-            self.refuse_others(self.compiled, states, self.forward(tokens[None], plan.positions, plan))
-            self._rows_compared = True
-        return states[0]
+        return self._ragged.verify(cache, tokens, shapes, first)

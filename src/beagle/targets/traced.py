@@ -87,6 +87,7 @@ class _TracedRaggedPass(RaggedPass):
     def __init__(self, slots: Tensor, masks: Masks, caches: list[Tensor], places: list[Tensor]) -> None:
         self._slots = slots
         self.places = places
+        self._full = False  # a graph is for any rows
         self._caches = caches
         self._masks = masks
         self._folded_masks = {}

@@ -10,7 +10,7 @@ is in use: the eager pass, which all but the shortest prompts take, has its own.
 
 from __future__ import annotations
 
-import os
+import shutil
 import time
 from collections.abc import Callable
 from functools import cached_property
@@ -146,7 +146,7 @@ def build(
     with packages.fresh(place, {"target": name, "windows": windows}) as partial:
         for file, kind in kinds.items():
             if (place / file).is_file():  # made before, of the very same
-                os.link(place / file, partial / file)
+                shutil.copy2(place / file, partial / file)
             else:
                 _export(kind(base, windows), embed, layers, partial / file, name)
     return place, time.perf_counter() - began

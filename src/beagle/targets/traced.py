@@ -13,10 +13,7 @@ Masks = dict[int | None, Tensor]
 
 
 class PassGraph(nn.Module):
-    """What is compiled or captured: ``(embeddings, positions, slots, masks, caches, own) -> states``.
-
-    ``own`` is what a kind of pass needs besides: nothing for the tree of one row.
-    """
+    """What is compiled or captured: a pass over the tree of one row, or in a subclass of another kind."""
 
     def __init__(self, base: nn.Module, windows: list[int | None]) -> None:
         super().__init__()
@@ -24,6 +21,7 @@ class PassGraph(nn.Module):
         self.windows = windows
 
     def plan(self, slots: Tensor, masks: Masks, caches: list[Tensor], own: list[Tensor]) -> Pass:
+        """The pass that layers find under way; arguments as of ``forward``, ``masks`` by window."""
         return _TracedPass(slots, masks, caches)
 
     def forward(
@@ -35,6 +33,15 @@ class PassGraph(nn.Module):
         caches: list[Tensor],
         own: list[Tensor],
     ) -> Tensor:
+        """
+        Args:
+            embeddings: ``[1, tokens, hidden]``. positions: ``[1, tokens]``, of RoPE. slots: ``[tokens]``, where fresh
+                keys and values go. masks: for each window, additive ``[rows, 1, nodes, keys]`` (exact mode: fp32,
+                ``[tokens, 1, keys and own keys]``). caches: keys and values of each layer in turn,
+                ``[rows, kv_heads, capacity, head_dim]``, written in place. own: what a kind of pass needs besides.
+        Returns:
+            True states ``[1, tokens, hidden]``.
+        """
         plan = self.plan(slots, dict(zip(self.windows, masks, strict=True)), caches, own)
         token = current_pass.set(plan)
         try:

@@ -29,7 +29,9 @@ def test_all_candidates_where_rows_are_free():
 
 def test_size_is_the_best_rate_between_these():
     costs = Costs([1.0 + 0.15 * n for n in range(65)], draft=0.2, depth=5)
-    rates = [(1 + sum(math.exp(s) for s in SCORES[:n])) / costs.verify[n + 1] for n in range(len(SCORES) + 1)]
+    rates = [
+        (1 + sum(math.exp(s) for s in SCORES[:n])) / (costs.verify[n + 1] + costs.draft) for n in range(len(SCORES) + 1)
+    ]
     size = costs.best_size(SCORES)
     assert size == rates.index(max(rates))
     assert 0 < size < len(SCORES)

@@ -170,7 +170,7 @@ def test_keys_are_made_when_a_draft_reads_them(target, monkeypatch, architecture
 def test_levels_that_gain_too_little_are_not_drafted(drafting):
     drafter, plan = drafting[1], TreePlan("dynamic", depth=5, top_k=4)
     assert set(drafter.draft(ROOT, plan, min_gain=1.0).parents) <= {-1}
-    assert drafter.draft(ROOT, plan, min_gain=1.1) == Draft([], [], [])
+    assert drafter.draft_rows([drafter, drafter], [ROOT, ROOT], plan, min_gain=1.1) == [Draft([], [], [])] * 2
 
 
 def test_candidates_without_hope_are_not_followed(drafting):

@@ -1,7 +1,7 @@
 """What a pass costs on this machine, measured once, and the tree size that follows from it.
 
 A tree of n candidates is worth (1 + Σ_{i<=n} P_i) / T_verify(n), where P_i, the cumulative draft probability of
-candidate i, estimates its chance of acceptance (EAGLE-2). The draft's own time is spent by then.
+candidate i, estimates its chance of acceptance (EAGLE-2). Of a single answer, T_draft is added to T_verify(n).
 """
 
 from __future__ import annotations
@@ -52,10 +52,11 @@ class Costs:
             roots: answers that share the pass, and their candidates its cost: each brings its root.
         """
         best, expected = 0, float(roots)
-        best_rate = expected / self._pass(roots)
+        spent = self.draft if roots == 1 else 0.0  # so that one noisy pass doesn't end drafting; among many it costs
+        best_rate = expected / (self._pass(roots) + spent)
         for n, score in enumerate(scores[: roots * (len(self.verify) - 2)], 1):
             expected += math.exp(score)
-            rate = expected / self._pass(roots + n)
+            rate = expected / (self._pass(roots + n) + spent)
             if rate > best_rate:
                 best, best_rate = n, rate
         return best

@@ -132,7 +132,7 @@ class TreeDrafter(Drafter):
 
     @torch.no_grad()
     def draft_rows(self, rows: Sequence[Self], roots: list[int], plan: TreePlan, min_gain: float = 0.0) -> list[Draft]:
-        if min_gain > 1:
+        if min_gain > 1 and len(rows) > 1:  # of one context it may be a busy hour's measurement
             return [Draft([], [], []) for _ in rows]
         least = math.log(HOPE * min_gain) if min_gain > 0 else -math.inf
         self._catch_up(rows)

@@ -18,13 +18,14 @@ import torch
 
 from beagle.drafters.base import Drafter, TreePlan
 from beagle.files import write_json
+from beagle.limits import MAX_NODES
 from beagle.memory import settle
 from beagle.targets.exact import EXACT_BLOCK, EXACT_ROWS
 from beagle.targets.loading import cache_dir
 from beagle.targets.target import Target, TreeShape
 
 SEVERAL = 4  # contexts that draft at once or share a pass while that is timed
-SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, MAX_NODES)
 
 
 @dataclass(frozen=True)

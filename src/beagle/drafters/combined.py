@@ -9,6 +9,7 @@ from torch import Tensor
 
 from beagle.drafters.base import Draft, Drafter, TreePlan, best_first
 from beagle.drafters.lookup import LookupDrafter
+from beagle.limits import MAX_NODES
 
 SURE = math.log(0.6)  # a looked-up chain that likely to hold to its end needs no help from the head
 
@@ -46,7 +47,7 @@ class CombinedDrafter(Drafter):
         if unsure:
             heads, own_roots = [rows[i].head for i in unsure], [roots[i] for i in unsure]
             for i, draft in zip(unsure, self.head.draft_rows(heads, own_roots, plan, min_gain), strict=True):
-                drafts[i] = merge(draft, drafts[i], plan.nodes or 64)
+                drafts[i] = merge(draft, drafts[i], plan.nodes or MAX_NODES)
         return drafts
 
 

@@ -11,6 +11,7 @@ import math
 from torch import Tensor
 
 from beagle.drafters.base import Draft, Drafter, TreePlan, best_first
+from beagle.limits import MAX_NODES
 
 
 class LookupDrafter(Drafter):
@@ -110,4 +111,4 @@ class LookupDrafter(Drafter):
         for depth in range(plan.depth):
             right.append(right[-1] + math.log(self.chance(n + depth)))
         scores = [right[depth] + math.log(weight / total) for depth, weight in zip(depths, weights, strict=True)]
-        return best_first(tokens, parents, scores, plan.nodes or 64)
+        return best_first(tokens, parents, scores, plan.nodes or MAX_NODES)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from beagle.drafters.base import STATIC_PATHS, Draft, Drafter, TreePlan, best_first
 from beagle.errors import BeagleError
+from beagle.limits import MAX_NODES
 from beagle.targets.loading import load_target
 from beagle.targets.target import Target, TreeShape
 
@@ -129,7 +130,7 @@ class SmallModelDrafter(Drafter):
             states = self.small.verify(self.cache, level_tokens, TreeShape(shape), done)
         if static:
             return Draft(tokens, parents, scores)
-        return best_first(tokens, parents, scores, plan.nodes or 64)
+        return best_first(tokens, parents, scores, plan.nodes or MAX_NODES)
 
 
 def load_small(name: str, target: Target, **options: Any) -> SmallModelDrafter:

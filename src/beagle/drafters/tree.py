@@ -15,6 +15,7 @@ from torch import Tensor
 from beagle.drafters.base import HOPE, STATIC_PATHS, Draft, Drafter, TreePlan, best_first
 from beagle.drafters.beams import Beams
 from beagle.drafters.block import Block, Rotation, Rotations
+from beagle.limits import MAX_NODES
 from beagle.targets.packing import pack_linears, packed
 from beagle.targets.quantize import RowQuantizer, quantize_linears, quantized
 from beagle.targets.target import Target
@@ -262,4 +263,4 @@ def ranked_drafts(levels: list[Level], contexts: int, plan: TreePlan, least: flo
             at += n
     if plan.kind == "static":
         return drafts
-    return [best_first(draft.tokens, draft.parents, draft.scores, plan.nodes or 64, least) for draft in drafts]
+    return [best_first(draft.tokens, draft.parents, draft.scores, plan.nodes or MAX_NODES, least) for draft in drafts]

@@ -57,7 +57,7 @@ class ExactPasses:
         """Rows from which on a row's bits are the same however many share an exact pass, on this machine.
 
         Packed CPU kernels differ for a single row at most, GPU libraries for every number (then it is
-        ``EXACT_ROWS``: all passes have as many). Tried out on a chain, for every number of rows.
+        ``EXACT_ROWS``: all passes have as many). Tried out on a chain, for every number of rows from two on.
         """
         target = self._target
         random = torch.Generator().manual_seed(0)
@@ -68,11 +68,14 @@ class ExactPasses:
         chain = list(range(-1, EXACT_ROWS - 1))
         compiled = self._compiled
         whole = self._run(compiled, cache, ids[8:], TreeShape(chain), EXACT_ROWS, keys)
+        target.refuse_difference(whole, target.verify(cache, ids[8:], TreeShape(chain)), "exact mode")
         if compiled:
             eager = self._run(None, cache, ids[8:], TreeShape(chain), EXACT_ROWS, keys)
             target.refuse_others(compiled, whole, eager)
         logits = target.logits(whole)
-        least = 2 if compiled else 1  # a graph of any number of rows is no graph of one
+        # A single row takes other kernels, which differ so rarely that few tokens don't show it (on CPUs with AMX one
+        # bf16 output in some 10,000); and a graph of any number of rows is no graph of one.
+        least = 1 if target.dtype == torch.float32 and not compiled else 2
         for n in range(EXACT_ROWS - 1, least - 1, -1):
             part = self._run(compiled, cache, ids[8 : 8 + n], TreeShape(chain[:n]), n, keys)
             if not torch.equal(part, whole[:n]) or not torch.equal(target.logits(part), logits[:n]):

@@ -30,7 +30,7 @@ def eager(family: str) -> Target:
 def pair(request) -> tuple[Target, Target, Recorder]:
     """A target as it is, and one whose passes are recorded."""
     fast, recorder = eager(request.param), Recorder()
-    fast.use(CapturedPass(fast.base, fast.hidden_size, recorder))
+    fast.use(CapturedPass(fast.base, fast.hidden_size, fast.layers, recorder))
     return eager(request.param), fast, recorder
 
 

@@ -67,25 +67,25 @@ def test_exact_form_agrees_with_the_ordinary_one(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "phi"])
-def test_ragged_batch_steps_like_single_rows(family):
+def test_sequences_that_share_passes_go_on_like_single_ones(family):
     target = tiny_target(family)
     prompts = [CONTEXT, CONTEXT[:3], CONTEXT[2:9]]
-    steps = [[20, 21, 22], [23, 24, 25], [26, 27, 28]]  # per step, one token a row
-    lengths = [len(p) for p in prompts]
-    padded = torch.zeros(3, max(lengths), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        padded[row, : len(prompt)] = torch.tensor(prompt)
     cache = target.new_cache(3, 32)
-    prefilled = target.prefill(padded, cache, lengths)
-    batched = torch.stack([target.step(torch.tensor(tokens), cache) for tokens in steps])
-    assert cache.lengths == [n + 3 for n in lengths]
-    for row, prompt in enumerate(prompts):
-        own = target.new_cache(1, 32)
+    together = target.verify_rows(
+        cache, torch.tensor([t for prompt in prompts for t in prompt]), [TreeShape.chain(len(p)) for p in prompts]
+    ).split([len(p) for p in prompts])
+    cache.lengths = [len(p) for p in prompts]
+    owns = [target.new_cache(1, 32) for _ in prompts]
+    for own, prompt, states in zip(owns, prompts, together, strict=True):
         alone = target.prefill(torch.tensor([prompt]), own)[0]
-        torch.testing.assert_close(prefilled[row, : len(prompt)], alone, atol=1e-4, rtol=1e-4)
-        for i, tokens in enumerate(steps):
-            state = target.step(torch.tensor(tokens[row : row + 1]), own)[0]
-            torch.testing.assert_close(batched[i, row], state, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(states, alone, atol=1e-4, rtol=1e-4)
+    for tokens in ([20, 21, 22], [23, 24, 25], [26, 27, 28]):
+        states = target.verify_rows(cache, torch.tensor(tokens), [TreeShape([-1])] * 3)
+        cache.compact_rows([[0]] * 3)
+        for own, token, state in zip(owns, tokens, states, strict=True):
+            alone = target.verify(own, torch.tensor([token]), TreeShape([-1]))[0]
+            own.compact([0])
+            torch.testing.assert_close(state, alone, atol=1e-4, rtol=1e-4)
 
 
 def test_copied_row_goes_on_like_its_source():
@@ -93,8 +93,9 @@ def test_copied_row_goes_on_like_its_source():
     source, cache = target.new_cache(1, 16), target.new_cache(2, 32)
     target.prefill(torch.tensor([CONTEXT]), source)
     cache.copy_row(1, source, 0)
-    expected = target.step(torch.tensor([20]), source)[0]
-    torch.testing.assert_close(target.step(torch.tensor([3, 20]), cache)[1], expected, atol=1e-5, rtol=1e-5)
+    expected = target.verify(source, torch.tensor([20]), TreeShape([-1]))[0]
+    states = target.verify_rows(cache, torch.tensor([3, 20]), [TreeShape([-1])] * 2)
+    torch.testing.assert_close(states[1], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_tree_shape_knows_depths_and_ancestors():

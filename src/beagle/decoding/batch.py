@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from beagle.decoding.costs import Costs
-from beagle.decoding.loop import MOST_NODES, Emitted, Walk
+from beagle.decoding.loop import Emitted, Walk
 from beagle.decoding.sampling import Sampler, choose_rows
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import Draft, Drafter, TreePlan, cut
+from beagle.limits import MAX_NODES
 from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
 
@@ -79,7 +80,7 @@ class Batch:
         self.target = target
         self.size = rows
         self.live: list[Row] = []
-        self._cache = target.new_cache(rows, slots + (MOST_NODES + 1 if drafter else 1))
+        self._cache = target.new_cache(rows, slots + (MAX_NODES + 1 if drafter else 1))
         self._cache.lengths = [0] * rows
         self._drafter, self._plan, self._costs = drafter, plan or TreePlan(), costs
         self._keep_states = keep_states
@@ -106,7 +107,10 @@ class Batch:
         first = len(self.live)
         lengths = [len(row.ids) for row in rows]
         tokens = torch.tensor([token for row in rows for token in row.ids], device=self.target.device)
-        states = self.target.verify_rows(self._cache, tokens, [TreeShape.chain(n) for n in lengths], first)
+        if len(rows) == 1 and lengths[0] > MAX_NODES:  # no mask of n²
+            states = self.target.prefill(tokens[None], self._cache.sequence(first))[0]
+        else:
+            states = self.target.verify_rows(self._cache, tokens, [TreeShape.chain(n) for n in lengths], first)
         parts = states.split(lengths)
         logits = self.target.logits(torch.stack([part[-1] for part in parts]))
         chosen = choose_rows([row.sampler for row in rows], logits, [0] * len(rows))
@@ -211,7 +215,7 @@ class Batch:
             replace(self._plan, depth=max(reach), nodes=None),
             self._costs.min_gain(len(self.live)) if self._costs else 0.0,
         )
-        made = [cut(draft, depth, self._plan.nodes or MOST_NODES) for draft, depth in zip(made, reach, strict=True)]
+        made = [cut(draft, depth, self._plan.nodes or MAX_NODES) for draft, depth in zip(made, reach, strict=True)]
         if self._costs is not None and self._plan.nodes is None and self._plan.kind == "dynamic":
             made = shared(made, self._costs, len(self.live))
         for i, draft in zip(drafting, made, strict=True):

@@ -18,10 +18,9 @@ from beagle.decoding.sampling import Sampler
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import Draft, Drafter, TreePlan
 from beagle.errors import BeagleError
+from beagle.limits import MAX_NODES
 from beagle.targets.exact import EXACT_BLOCK, EXACT_ROWS
 from beagle.targets.target import Target, TreeShape
-
-MOST_NODES = 64  # candidates of a tree, besides the root
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def decode(
     plan = plan or TreePlan()
     ended = ended or target.eos_ids.__contains__
     max_new_tokens = room(target, ids, max_new_tokens)
-    most = EXACT_ROWS - 1 if exact else MOST_NODES
+    most = EXACT_ROWS - 1 if exact else MAX_NODES
     slack = EXACT_ROWS if exact else most + 1
     keys = -(-(len(ids) + max_new_tokens + slack) // EXACT_BLOCK) * EXACT_BLOCK
     cache = target.new_cache(1, keys)
@@ -148,6 +147,11 @@ def room(target: Target, ids: list[int], max_new_tokens: int, name: str = "the p
         raise BeagleError(f"{name} has {len(ids)} tokens, the context of {target.name} {limit}; shorten the prompt")
     if max_new_tokens < 1:
         raise BeagleError("max_new_tokens must be at least 1")
+    if target.context_ends and len(ids) + max_new_tokens > limit:
+        raise BeagleError(
+            f"{name} and its answer may take {len(ids) + max_new_tokens} tokens, {target.name} ends at {limit}, since "
+            f"{target.context_ends}; lower max_new_tokens to {limit - len(ids)}"
+        )
     return min(max_new_tokens, limit - len(ids))
 
 

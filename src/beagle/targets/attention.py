@@ -16,14 +16,18 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from beagle.errors import BeagleError
-from beagle.targets.cache import KVCache, LayerShape
+from beagle.limits import MAX_NODES
+from beagle.targets.cache import KVCache
 
 NAME = "beagle"
-FOLDED = 65  # queries, a tree's at most: prompts have masks too large to repeat
+WINDOW = "beagle_window"  # attribute of an attention module: its sliding window, None for the whole context
+FOLDED = MAX_NODES + 1  # queries, a tree's at most: prompts have masks too large to repeat
 
 
 class Pass:
     """One forward pass: where fresh keys go, and which keys each query sees."""
+
+    _is_prompt = False  # a whole prompt and nothing before it
 
     def __init__(
         self,
@@ -32,38 +36,39 @@ class Pass:
         slots: slice | Tensor,
         key_positions: Tensor,
         query_positions: Tensor,
-        visible: Tensor,
+        visible: Tensor | None = None,
     ) -> None:
         """
         Args:
             cache: written in place.
-            slots: where the fresh keys of every row go: one slice for all rows, or one slot per row
-                ``[batch]`` (then each row brings one query).
+            slots: where the fresh keys of every sequence go.
             key_positions: RoPE positions of the key slots, ``[batch or 1, keys]``.
             query_positions: RoPE positions of the queries, ``[batch or 1, queries]``.
-            visible: bool ``[batch or 1, queries, keys]``; sliding windows are added per layer.
+            visible: bool ``[batch or 1, queries, keys]``; None: keys at the query's position and before it.
+                Sliding windows are added per layer.
         """
         self.cache = cache
         self.slots = slots
         self.key_positions = key_positions
         self.query_positions = query_positions
-        self.visible = visible
-        self.layers_seen = 0
+        self._visible = visible
+        self._is_prompt = visible is None and key_positions.shape[1] == query_positions.shape[1]
         self._masks: dict[int | None, Tensor] = {}
         self._folded_masks: dict[tuple[int | None, int], Tensor] = {}
 
+    @property
+    def visible(self) -> Tensor:
+        """Bool ``[batch or 1, queries, keys]``; of a prompt it is made when a mask is asked for."""
+        if self._visible is None:
+            self._visible = self.key_positions[:, None] <= self.query_positions[:, :, None]
+        return self._visible
+
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store ``[batch, kv_heads, queries, head_dim]``; return all keys and values in view."""
-        self.layers_seen += 1
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        if isinstance(self.slots, slice):
-            keys[:, :, self.slots] = key
-            values[:, :, self.slots] = value
-        else:
-            rows = torch.arange(keys.shape[0], device=keys.device)
-            keys[rows, :, self.slots] = key[:, :, 0]
-            values[rows, :, self.slots] = value[:, :, 0]
-        end = self.visible.shape[-1]
+        keys[:, :, self.slots] = key
+        values[:, :, self.slots] = value
+        end = (self.key_positions if self._visible is None else self._visible).shape[-1]
         return keys[:, :, :end], values[:, :, :end]
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
@@ -71,8 +76,7 @@ class Pass:
         if window not in self._masks:
             seen = self.visible
             if window is not None:
-                age = self.query_positions[:, :, None] - self.key_positions[:, None, :]
-                seen = seen & (age < window)
+                seen = seen & (self.key_positions[:, None, :] > self.query_positions[:, :, None] - window)
             mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
             self._masks[window] = mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
         return self._masks[window]
@@ -93,10 +97,14 @@ class Pass:
         softcap: float | None,
     ) -> Tensor:
         """Attention output ``[batch, heads, queries, value_dim]``."""
-        mask = self.mask(window, query.dtype)
         batch, heads, n, dim = query.shape
         kv_heads = key.shape[1]
         groups = heads // kv_heads
+        if self._is_prompt and softcap is None and (window is None or n <= window):  # no mask, no memory of n²
+            return F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=scaling, enable_gqa=groups > 1
+            )
+        mask = self.mask(window, query.dtype)
         if softcap is None and groups > 1 and n <= FOLDED:
             # the query heads of a group become rows, so that keys are read once, not once a head
             folded = query.reshape(batch, kv_heads, groups * n, dim)
@@ -163,7 +171,7 @@ class ExactPass(Pass):
         kv_heads, n, tail = key.shape[1], self._keys, self.tail_slots.shape[1]
         groups = heads // kv_heads
         # products in fp32 where the cache is half: the CPU's small half-precision ones take twice as long
-        whole = query[0].float().view(kv_heads, groups, rows, dim)
+        whole = query[0].float().reshape(kv_heads, groups, rows, dim)
         grouped = whole.transpose(1, 2)  # [kv_heads, rows, groups, head_dim]
         flat = grouped.reshape(kv_heads, rows * groups, dim)  # shared keys: one product a head
         own = self.tail_slots.flatten()
@@ -181,32 +189,6 @@ class ExactPass(Pass):
         out = torch.matmul(below, value[0, :, :n].float()).view(kv_heads, rows, groups, -1)
         out = out + torch.matmul(chances[..., n:], own_values)
         return out.transpose(1, 2).reshape(1, heads, rows, -1).to(query.dtype)
-
-
-class ShapeProbe(Pass):
-    """Finds out what each layer caches, with a plain causal pass."""
-
-    def __init__(self) -> None:
-        self.layers: dict[int, LayerShape] = {}
-        self.windows: dict[int | None, None] = {}  # sliding windows there are, in the order of layers
-        self.layers_seen = 0
-
-    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        self.layers_seen += 1
-        self.layers[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
-        return key, value
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        self.windows[window] = None
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
 
 
 def unfused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float | None) -> Tensor:
@@ -234,17 +216,22 @@ def attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface; ``query`` is ``[batch, heads, queries, head_dim]``."""
+    """transformers' attention interface; ``query`` is ``[batch, heads, queries, head_dim]``.
+
+    What a layer sees is what its own mask says (``targets.probe`` reads it at load and leaves the window on the
+    module); the mask that comes with a call, where there is one, is not read again.
+    """
     if s_aux is not None:
         raise BeagleError("this target uses attention sinks, which are not supported yet")
-    under_way = current_pass.get()
+    plan = current_pass.get()
     layer = module.layer_idx
     assert isinstance(layer, int)
-    keys, values = under_way.write(layer, key, value)
+    keys, values = plan.write(layer, key, value)
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    out = under_way.attend(query, keys, values, scaling, sliding_window, softcap)
-    return out.transpose(1, 2), None
+    window = module.__dict__.get(WINDOW, sliding_window)
+    out = plan.attend(query, keys, values, scaling, window, softcap)
+    return out.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, attention)

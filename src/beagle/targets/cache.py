@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +62,15 @@ class KVCache:
         for stack in self._stacks.values():
             stack.zero_()
         self.lengths = [0] * self.batch
+
+    def sequence(self, row: int) -> KVCache:
+        """One sequence of the cache as a cache of its own over the same memory, with nothing committed."""
+        view = copy.copy(self)
+        view._stacks = {shape: stack[:, row : row + 1] for shape, stack in self._stacks.items()}
+        view.tensors = [tensor[row : row + 1] for tensor in self.tensors]
+        view.keys, view.values = view.tensors[0::2], view.tensors[1::2]
+        view.batch, view.lengths = 1, [0]
+        return view
 
     @property
     def length(self) -> int:

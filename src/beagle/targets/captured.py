@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from beagle.targets.attention import FOLDED, Pass
 from beagle.targets.cache import KVCache
-from beagle.targets.traced import PassGraph, probe
+from beagle.targets.probe import Layers
+from beagle.targets.traced import PassGraph
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, FOLDED)
 LEAST_KEYS = 256
@@ -131,14 +132,17 @@ class CapturedPass:
     has_exact = has_rows = False
     remedy = "set BEAGLE_COMPILED=0, which takes eager passes"
 
-    def __init__(self, base: nn.Module, hidden: int, record: Recorder | None = None) -> None:
+    def __init__(self, base: nn.Module, hidden: int, layers: Layers, record: Recorder | None = None) -> None:
         """
         Args:
-            base: the model without its LM head, with our attention. hidden: its width. record: takes a CUDA graph's place.
+            base: the model without its LM head, with our attention.
+            hidden: its width.
+            layers: what its layers cache and see.
+            record: stands in for CUDA graphs.
         """
         weight = next(base.parameters())
-        self._layers, windows = probe(base)
-        self._graph = PassGraph(base, windows)
+        self._layers = layers.shapes
+        self._graph = PassGraph(base, layers.distinct_windows)
         self._hidden, self._dtype, self._device = hidden, weight.dtype, weight.device
         self._record = record or GraphRecorder(weight.device)
         self._rooms: list[_Room] = []

@@ -21,13 +21,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from beagle.targets import packages
-from beagle.targets.attention import FOLDED, NAME, ExactPass, Pass
+from beagle.targets import packages, probe
+from beagle.targets.attention import FOLDED, ExactPass, Pass
 from beagle.targets.cache import KVCache, LayerShape
+from beagle.targets.family import base_of
 from beagle.targets.joining import join_linears
 from beagle.targets.quantize import quantize_linears
 from beagle.targets.ragged import RaggedPass
-from beagle.targets.traced import ExactGraph, PassGraph, RowsGraph, probe
+from beagle.targets.traced import ExactGraph, PassGraph, RowsGraph
 
 MOST_ROWS = FOLDED  # of a compiled pass: a tree with its root
 PASS, EXACT, ROWS = "pass.so", "exact.so", "rows.so"
@@ -131,12 +132,12 @@ def build(
     """
     began = time.perf_counter()
     place = packages.place(folder, _kind(model, quantize), model.state_dict())
-    model.set_attn_implementation(NAME)  # type: ignore[operator]
     model.eval().requires_grad_(False)
-    base: nn.Module = model.base_model  # type: ignore[assignment]
+    base = base_of(model)
     embed: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    layers, windows = probe(base)
-    join_linears(base, lambda: probe(base))
+    layers = probe.learn(model, name)
+    windows = layers.distinct_windows
+    join_linears(base, lambda: probe.learn(model, name))
     if quantize:
         quantize_linears(base, quantize)
     kinds: dict[str, type[PassGraph]] = {PASS: PassGraph, EXACT: ExactGraph, ROWS: RowsGraph}
@@ -148,7 +149,7 @@ def build(
             if (place / file).is_file():  # made before, of the very same
                 shutil.copy2(place / file, partial / file)
             else:
-                _export(kind(base, windows), embed, layers, partial / file, name)
+                _export(kind(base, windows), embed, layers.shapes, partial / file, name)
     return place, time.perf_counter() - began
 
 

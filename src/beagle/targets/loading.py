@@ -86,13 +86,18 @@ def load_target(
     check_kind(quantize)
     model, tokenizer = load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     fast = compiled.find(compiled_dir(), model, quantize)  # before the weights are packed
-    target = Target(model, tokenizer, name, quantize)
+    target = Target(model, tokenizer, name, quantize, cache_dir() / "probes")
     if fast is not None:
         target.use(fast)
     if target.device.type == "cuda" and not packages.left_aside():
         capture(target)
     if target.device.type == "cpu":
         use_huge_pages()
+    if target.context_ends:
+        _console.print(
+            f"[dim]{name}: texts end at {target.context_limit} tokens, since {target.context_ends}[/dim]",
+            highlight=False,
+        )
     if left := target.unquantized:
         _console.print(
             f"[dim]{quantize}: {len(left)} layers of {name} stay {str(target.dtype).removeprefix('torch.')}, their shapes are no "
@@ -142,7 +147,7 @@ def load_model(
 def capture(target: Target) -> None:
     """Let passes on a GPU be replayed from graphs; a line says why where they can't, and ``compiled`` stays None."""
     try:
-        passes = CapturedPass(target.base, target.hidden_size)
+        passes = CapturedPass(target.base, target.hidden_size, target.layers)
         target.use(passes)
         if passes.failure is not None:
             target.compiled = None

@@ -64,7 +64,6 @@ class RaggedPass(Pass):
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store ``[1, kv_heads, tokens, head_dim]``; return the rows' keys and values in view."""
-        self.layers_seen += 1
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         rows = self.places[0]
         keys[rows, :, self.slots] = key[0].transpose(0, 1)

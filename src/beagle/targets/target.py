@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from beagle.errors import BeagleError
-from beagle.targets.attention import NAME, Pass, ShapeProbe, current_pass
+from beagle.targets import probe
+from beagle.targets.attention import NAME, Pass, current_pass
 from beagle.targets.cache import KVCache
 from beagle.targets.compiled import FastPass
 from beagle.targets.exact import ExactPasses
-from beagle.targets.family import eos_ids, refuse_unsupported, weights_digest, weights_of_a_pass
+from beagle.targets.family import (
+    base_of,
+    context_limit,
+    difference,
+    eos_ids,
+    refuse_unsupported,
+    sample_ids,
+    weights_digest,
+    weights_of_a_pass,
+)
 from beagle.targets.packing import pack_linears, packed
-from beagle.targets.quantize import BITS, RowQuantizer, check_kind, quantize_linears, quantized
+from beagle.targets.probe import Layers
+from beagle.targets.quantize import RowQuantizer, check_kind, quantize_linears, quantized
 from beagle.targets.ragged import RaggedPasses
 from beagle.targets.shape import TreeShape
+
+PROMPT_TOKENS = 2048  # of a prompt that run in one pass, without a mask where no layer needs one
+LATER_TOKENS = 512  # in each pass behind these, whose masks have as many queries
+# by which states may differ from the model's own, as a share of their size (see ``difference``): rounding only
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.05}
 
 
 class Target:
@@ -26,40 +44,53 @@ class Target:
     distribution of the next token (paper §2).
 
     Attributes:
-        pass_weights: weights that a pass multiplies each row with: layers and LM head. pass_bytes: what they take
-            in memory, read once a pass. digest: of the model's weights, however they are kept here. exact: passes of
-            exact mode.
+        pass_weights: weights that a pass multiplies each token with: layers and LM head.
+        pass_bytes: what they take in memory, read once a pass.
+        digest: of the model's weights, however they are kept here.
+        layers: what the attention layers cache and see.
+        context_limit: most tokens of a prompt and its answer.
+        context_ends: why it ends before the model's own context; empty where it does not.
+        exact: passes of exact mode.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, name: str, quantize: str | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        name: str,
+        quantize: str | None = None,
+        probes: Path | None = None,
+    ) -> None:
         """
         Args:
+            model: a causal LM of transformers; it is changed and of no other use afterwards.
+            tokenizer: the model's own.
+            name: what errors call it.
             quantize: ``int8`` or ``int4`` linear layers and LM head (see ``targets.quantize``); the embedding,
                 and the rows of the LM head that drafters and training read, keep their dtype.
+            probes: folder that remembers which models were compared with their own attention; None: compare.
         Raises:
-            BeagleError: the family keeps no plain KV cache, or ignores what the pass needs; or there is no
-                kernel to quantise with.
+            BeagleError: the family keeps no plain KV cache, or computes something that the pass does not;
+                or there is no kernel to quantise with.
         """
         check_kind(quantize)
-        config = model.config
-        refuse_unsupported(config, name)
+        refuse_unsupported(model.config, name)
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
-        self.config: Any = config
-        self.base: nn.Module = model.base_model  # type: ignore[assignment]
+        self.config: Any = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+        self.base = base_of(model)
         self.head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
         self.embed: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
         weight: Tensor = self.embed.weight
         self.vocab_size, self.hidden_size = weight.shape
         self.device, self.dtype = weight.device, weight.dtype
-        self.context_limit = int(getattr(config, "max_position_embeddings", 0) or 2**31)
+        self.context_limit, self.context_ends = context_limit(self.config)
         self.eos_ids = eos_ids(model, tokenizer)
-        self._logit_scale = float(getattr(config, "logit_scale", 1.0) or 1.0) / float(
-            getattr(config, "logits_scaling", 1.0) or 1.0
+        self._logit_scale = float(getattr(self.config, "logit_scale", 1.0) or 1.0) / float(
+            getattr(self.config, "logits_scaling", 1.0) or 1.0
         )
-        self._logit_softcap = getattr(config, "final_logit_softcapping", None)
-        model.set_attn_implementation(NAME)  # type: ignore[operator]
+        self._logit_softcap = getattr(self.config, "final_logit_softcapping", None)
         model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -67,55 +98,100 @@ class Target:
         self.pass_weights, self.pass_bytes = weights_of_a_pass(self.base, self.head, self.embed)
         self.quantize = quantize
         self.unquantized = quantize_linears(self.base, quantize) if quantize else []  # layers whose shape can't be
-        if quantize:
-            self.pass_bytes = self.pass_weights * BITS[quantize] // 8
+        if not isinstance(self.head, nn.Linear):
+            raise BeagleError(
+                f"{name}: its LM head is a {type(self.head).__name__}, not one linear layer; choose another model"
+            )
         pack_linears(self.base)
-        linear = isinstance(self.head, nn.Linear)
-        self._apply_head = packed(self.head.weight.detach(), self.head.bias) if linear else self.head
+        self._apply_head = packed(self.head.weight.detach(), self.head.bias)
         self.compiled: FastPass | None = None
         self.exact = ExactPasses(self)
         self._ragged = RaggedPasses(self)
-        self._layers = self._probe()
-        self.layer_count = len(self._layers)
+        self.layers = self._probe(probes)
+        self.layer_count = len(self.layers.shapes)
         if quantize:  # after the probe, which compares with the model's own LM head
-            weight, bias = self.head.weight.detach(), self.head.bias
-            apply = quantized(weight, bias, quantize, RowQuantizer())
+            apply = quantized(self.head.weight.detach(), self.head.bias, quantize, RowQuantizer())
             if apply is None:
                 self.unquantized.append("LM head")
             else:
                 self._apply_head = apply
 
     @torch.no_grad()
-    def _probe(self) -> list[Any]:
-        """Learn the cache's shape, and that a token at a time gives what one pass gives."""
-        ids = torch.arange(1, 7, device=self.device)[None] % self.vocab_size
-        probe = ShapeProbe()
-        whole = self.forward(ids, torch.arange(6, device=self.device)[None], probe)
-        layers = [probe.layers[i] for i in sorted(probe.layers)]
-        expected = int(getattr(self.config, "num_hidden_layers", len(layers)))
-        self._layers = layers
-        if probe.layers_seen != expected or sorted(probe.layers) != list(range(expected)):
-            raise BeagleError(
-                f"{self.name}: only {probe.layers_seen} of {expected} layers use transformers' attention "
-                "interface, so this family can't be served; choose a model with plain attention in every layer"
-            )
-        if not isinstance(self.head, nn.Linear) or not torch.allclose(
-            self._forward_logits(ids), self.logits(whole), rtol=0.05, atol=0.05
-        ):
+    def _probe(self, folder: Path | None) -> Layers:
+        """Learn what the layers cache and see, and that every kind of pass gives what the model itself gives."""
+        model: Any = self.model
+        key = probe.key_of(model, self.digest, self.quantize) if folder is not None else ""
+        if folder is not None and (known := probe.remembered(folder, key)) is not None:
+            model.set_attn_implementation(NAME)
+            known.mark(self.base)
+            return known
+        if model.config._attn_implementation == NAME:  # a target before this one has wrapped it
+            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        own = model.config._attn_implementation
+        layers = probe.learn(model, self.name, int(self.config.num_hidden_layers))
+        model.set_attn_implementation(own)
+        finite = [w for w in layers.windows if w is not None and w <= probe.MOST_WINDOW]
+        n = min(max(finite, default=0) + probe.TOKENS, self.context_limit)
+        ids = sample_ids(model.config, self.vocab_size, n).to(self.device)
+        expected: Tensor = self.base(input_ids=ids[None], use_cache=False)[0][0]
+        few = ids[None, : min(n, 12)]
+        logits, states = model(input_ids=few, use_cache=False).logits, self.base(input_ids=few, use_cache=False)[0]
+        model.set_attn_implementation(NAME)
+        if not torch.allclose(logits, self.logits(states), rtol=0.05, atol=0.05):
             raise BeagleError(
                 f"{self.name}: its logits are more than one linear layer over the last hidden state, so this family "
                 "can't be served; choose another model"
             )
-        cache = self.new_cache(1, 8)
-        self.prefill(ids[:, :4], cache)
-        states = self.verify(cache, ids[0, 4:], TreeShape([-1, 0]))
-        gap = (states - whole[0, 4:]).abs().max() / whole.abs().max()
-        if not gap < 0.1:  # also catches NaN
-            raise BeagleError(
-                f"{self.name}: a token at a time gives other states than one pass, so this family keeps a state "
-                "that beagle doesn't know; choose a model with plain attention in every layer"
-            )
+        self.layers = layers
+        self._compare(ids, expected)
+        if folder is not None:
+            probe.remember(folder, key, layers)
         return layers
+
+    def _compare(self, ids: Tensor, expected: Tensor) -> None:
+        """
+        Args:
+            ids: ``[n]``. expected: the model's own states of them ``[n, hidden]``.
+        Raises:
+            BeagleError: prompt, single tokens or a tree give others, beyond rounding.
+        """
+        n = len(ids)
+        tree, shape = ids.new_tensor([0, 1, 2, 3, 0, 3]), TreeShape([-1, 0, 0, 2, 2, 3])  # its path: 0 2 3 5
+        steps = min(4, n - 7)
+        if steps < 0:
+            return  # a context of a few tokens: nothing to draft in
+        begin = n - steps - 5
+        cache = self.new_cache(1, n + len(tree))
+        found = {"a prompt": (self.prefill(ids[None, :begin], cache)[0], expected[:begin])}
+        singles = []
+        for at in range(begin, begin + steps):
+            singles.append(self.verify(cache, ids[at : at + 1], TreeShape([-1])))
+            cache.compact([0])
+        at, path = begin + steps, [0, 2, 3, 5]
+        tree[path] = ids[at : at + 4]
+        tree[[1, 4]] = (ids[at + 1 : at + 3] + 1) % self.vocab_size
+        drafted = self.verify(cache, tree, shape)[path]
+        cache.compact(path)
+        singles.append(self.verify(cache, ids[n - 1 :], TreeShape([-1])))
+        found["single tokens"] = torch.cat(singles), torch.cat([expected[begin:at], expected[n - 1 :]])
+        found["a tree"] = drafted, expected[at : at + 4]
+        for what, (states, own) in found.items():
+            self.refuse_difference(states, own, what)
+
+    def refuse_difference(self, states: Tensor, expected: Tensor, what: str) -> None:
+        """
+        Args:
+            states: ``[n, hidden]`` of one kind of pass. expected: the model's own. what: names the kind.
+        Raises:
+            BeagleError: they differ by more than rounding.
+        """
+        gap = difference(states, expected)
+        if not gap < TOLERANCE[self.dtype]:  # also catches NaN
+            raise BeagleError(
+                f"{self.name}: {what} gives other hidden states here than in the model itself (by {gap:.2g} of their "
+                "size), so this family keeps a state or a mask that can't be served; choose a model with plain "
+                "attention in every layer"
+            )
 
     @torch.no_grad()
     def use(self, compiled: FastPass) -> None:
@@ -156,28 +232,18 @@ class Target:
         finally:
             current_pass.reset(token)
 
-    def _forward_logits(self, ids: Tensor) -> Tensor:
-        """The model's own logits, for the probe."""
-        token = current_pass.set(ShapeProbe())
-        try:
-            positions = torch.arange(ids.shape[1], device=self.device)[None]
-            out: Tensor = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits
-            return out
-        finally:
-            current_pass.reset(token)
-
     def slot_bytes(self) -> int:
         """Bytes of one token's keys and values in the cache, all layers."""
-        return sum(c.kv_heads * (c.key_dim + c.value_dim) for c in self._layers) * self.dtype.itemsize
+        return sum(c.kv_heads * (c.key_dim + c.value_dim) for c in self.layers.shapes) * self.dtype.itemsize
 
     def slot_operations(self) -> int:
         """Operations of attention for one row and one key, all layers."""
-        heads = int(self.config.num_attention_heads)
-        return sum(2 * heads * (c.key_dim + c.value_dim) for c in self._layers)
+        shapes = zip(self.layers.heads, self.layers.shapes, strict=True)
+        return sum(2 * heads * (c.key_dim + c.value_dim) for heads, c in shapes)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         own = self.compiled.new_cache(capacity) if self.compiled is not None and batch == 1 else None
-        return own or KVCache(self._layers, batch=batch, capacity=capacity, dtype=self.dtype, device=self.device)
+        return own or KVCache(self.layers.shapes, batch=batch, capacity=capacity, dtype=self.dtype, device=self.device)
 
     @torch.no_grad()
     def logits(self, states: Tensor) -> Tensor:
@@ -203,49 +269,24 @@ class Target:
         return weight.detach(), None if bias is None else bias.detach()
 
     @torch.no_grad()
-    def prefill(self, ids: Tensor, cache: KVCache, lengths: list[int] | None = None) -> Tensor:
-        """Run prompts on an empty cache.
+    def prefill(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """Run prompts of one length on an empty cache, a long one piece by piece so that no mask grows with n².
 
         Args:
-            ids: ``[batch, n]``, padded at the right where ``lengths`` says so.
-            lengths: real tokens per row (all n if not given).
+            ids: ``[batch, n]``.
+            cache: of as many sequences.
         Returns:
-            True states ``[batch, n, hidden]``; those of padding mean nothing.
+            True states ``[batch, n, hidden]``.
         """
         n = ids.shape[1]
         positions = torch.arange(n, device=self.device)[None]
-        plan = Pass(
-            cache,
-            slots=slice(0, n),
-            key_positions=positions,
-            query_positions=positions,
-            visible=positions[:, :, None] >= positions[:, None, :],
-        )
-        states = self.forward(ids, positions, plan)
-        cache.lengths = list(lengths) if lengths is not None else [n] * ids.shape[0]
-        return states
-
-    @torch.no_grad()
-    def step(self, ids: Tensor, cache: KVCache) -> Tensor:
-        """One more token for every row of a batch, committed at once.
-
-        Args:
-            ids: ``[batch]``.
-        Returns:
-            True states ``[batch, hidden]``.
-        """
-        lengths = torch.tensor(cache.lengths, device=self.device)
-        keys = torch.arange(max(cache.lengths) + 1, device=self.device)[None]
-        plan = Pass(
-            cache,
-            slots=lengths,
-            key_positions=keys,
-            query_positions=lengths[:, None],
-            visible=(keys <= lengths[:, None])[:, None],
-        )
-        states = self.forward(ids[:, None], lengths[:, None], plan)
-        cache.lengths = [n + 1 for n in cache.lengths]
-        return states[:, 0]
+        states = []
+        for first, last in pairwise([0, *range(PROMPT_TOKENS, n, LATER_TOKENS), n]):
+            own = positions[:, first:last]
+            plan = Pass(cache, slots=slice(first, last), key_positions=positions[:, :last], query_positions=own)
+            states.append(self.forward(ids[:, first:last], own, plan))
+        cache.lengths = [n] * ids.shape[0]
+        return states[0] if len(states) == 1 else torch.cat(states, dim=1)
 
     @torch.no_grad()
     def verify(self, cache: KVCache, tokens: Tensor, shape: TreeShape, done: int = 0) -> Tensor:

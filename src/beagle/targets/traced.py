@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from beagle.targets.attention import ExactPass, Pass, ShapeProbe, current_pass
-from beagle.targets.cache import LayerShape
+from beagle.targets.attention import ExactPass, Pass, current_pass
 from beagle.targets.ragged import RaggedPass
 
 Masks = dict[int | None, Tensor]
@@ -118,15 +116,3 @@ def _written(caches: list[Tensor], slots: Tensor, layer: int, key: Tensor, value
     keys[:, :, slots] = key
     values[:, :, slots] = value
     return keys, values
-
-
-def probe(base: nn.Module) -> tuple[list[LayerShape], list[int | None]]:
-    """What each layer caches, and the sliding windows there are."""
-    probe = ShapeProbe()
-    token = current_pass.set(probe)
-    try:
-        device = next(base.parameters()).device
-        base(input_ids=torch.ones(1, 2, dtype=torch.long, device=device), use_cache=False)
-    finally:
-        current_pass.reset(token)
-    return [probe.layers[i] for i in sorted(probe.layers)], list(probe.windows)

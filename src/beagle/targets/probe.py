@@ -1,0 +1,248 @@
+"""What a model's layers cache and see, found out at load by running them: nothing is guessed from names in its config.
+
+Which keys a query sees stands in the masks that a model makes for its own attention. Here an attention function and
+a mask function of ours stand in once: the mask function reads the sliding window off the rule that transformers
+would build the mask by, and the attention function notes which layer is given which mask.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from beagle.errors import BeagleError
+from beagle.files import write_json
+from beagle.targets.attention import NAME, WINDOW
+from beagle.targets.cache import LayerShape
+from beagle.targets.family import base_of, context_limit
+
+FORMAT = 1  # of what is remembered
+PROBE = "beagle_probe"
+TOKENS = 48  # of the pass that is probed
+MOST_WINDOW = 1024  # sliding windows up to here are compared in numbers, larger ones by the rule of their mask alone
+MOST_KEYS = 2**17  # how far the rule of a mask is read
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A model's attention layers, in their order.
+
+    Attributes:
+        names: of the attention modules below the model without its LM head.
+        shapes: what each caches.
+        heads: query heads of each.
+        windows: sliding window of each in tokens, the query's own included; None: the whole context.
+    """
+
+    names: list[str]
+    shapes: list[LayerShape]
+    heads: list[int]
+    windows: list[int | None]
+
+    @property
+    def distinct_windows(self) -> list[int | None]:
+        return list(dict.fromkeys(self.windows))
+
+    def mark(self, base: nn.Module) -> None:
+        """Leave each layer's window on its module, where our attention function reads it."""
+        modules = dict(base.named_modules())
+        for name, window in zip(self.names, self.windows, strict=True):
+            setattr(modules[name], WINDOW, window)
+
+
+class _Notes:
+    """What one pass through the layers shows."""
+
+    def __init__(self, name: str, keys: int) -> None:
+        self.name, self.keys = name, keys
+        self.made: list[tuple[Tensor, int | None]] = []  # our masks, kept so that no other has their address
+        self.calls: dict[int, int] = {}
+        self.modules: dict[int, nn.Module] = {}
+        self.shapes: dict[int, LayerShape] = {}
+        self.heads: dict[int, int] = {}
+        self.windows: dict[int, int | None] = {}
+
+    def window(self, mask: Tensor | None, hint: int | None) -> int | None:
+        """The window behind the mask that a layer was given; ``hint`` is what it says of itself."""
+        if not isinstance(mask, Tensor):
+            return hint
+        for ours, window in self.made:
+            if mask.data_ptr() == ours.data_ptr() and mask.dtype == ours.dtype:
+                if window == 0:
+                    raise self._refuse("chunked attention, or tokens that see later ones")
+                return window
+        visible = mask if mask.dtype == torch.bool else mask == 0
+        hidden = ~mask if mask.dtype == torch.bool else mask < -1e4
+        n = mask.shape[-1]
+        at = torch.arange(n, device=mask.device)
+        age = at[:, None] - at
+        if mask.shape[-2] == n and bool((visible | hidden).all()):
+            found = int(visible.expand(1, 1, n, n)[0, 0, -1].sum()) if mask.shape[:2].numel() == 1 else 0
+            if found and torch.equal(visible[0, 0], (age >= 0) & (age < found)):
+                return found if found < n else hint
+        raise self._refuse("one that depends on the text")
+
+    def _refuse(self, what: str) -> BeagleError:
+        return BeagleError(
+            f"{self.name}: its layers see by a mask that is neither causal nor a sliding window ({what}); "
+            "choose a model with plain attention"
+        )
+
+
+_notes: list[_Notes] = []  # of the probe at work
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Takes notes; what it returns has the right shape and means nothing."""
+    notes = _notes[-1]
+    if s_aux is not None:
+        raise BeagleError(f"{notes.name}: it uses attention sinks, which are not served yet; choose another model")
+    layer = getattr(module, "layer_idx", None)
+    if not isinstance(layer, int):
+        raise BeagleError(
+            f"{notes.name}: its attention layers have no number (layer_idx), so it can't be served; choose another model"
+        )
+    notes.calls[layer] = notes.calls.get(layer, 0) + 1
+    notes.modules[layer] = module
+    notes.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+    notes.heads[layer] = query.shape[1]
+    notes.windows[layer] = notes.window(attention_mask, sliding_window)
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Tensor],
+    device: Any,
+    local_size: int | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """transformers' mask interface: bool ``[1, 1, queries, keys]``."""
+    notes = _notes[-1]
+    try:
+        window = window_of(mask_function, notes.keys, device)
+    except IndexError:  # it looks at the tokens of this very pass, so it can't be asked about others
+        window = window_of(mask_function, kv_length - 1, device)
+        window = local_size if window is None else window
+    mask = torch.ones(1, 1, q_length, kv_length, dtype=torch.bool, device=device).tril()
+    notes.made.append((mask, window))
+    return mask
+
+
+AttentionInterface.register(PROBE, _attention)
+AttentionMaskInterface.register(PROBE, _mask)
+
+
+def window_of(rule: Callable[..., Tensor], keys: int, device: Any = "cpu") -> int | None:
+    """The sliding window of a mask's rule, read off at positions up to ``keys``.
+
+    Args:
+        rule: transformers' mask function: batch, head, query and key positions to whether the query sees the key.
+    Returns:
+        Tokens in view, the query's own included; None: all before it; 0: no sliding window explains the rule.
+    """
+    zero = torch.zeros((), dtype=torch.long, device=device)
+    at = torch.arange(keys + 1, device=device)
+
+    def seen(query: int) -> Tensor:
+        return torch.as_tensor(rule(zero, zero, at[query], at)).expand(keys + 1)
+
+    found = int(seen(keys - 1).sum())
+    window = None if found == keys else found
+    near = [window + i for i in (-2, -1, 0, 1, 2)] if window else []
+    for query in {0, 1, 2, 3, keys // 3, keys // 2, keys - 2, keys - 1, *near}:
+        if 0 <= query < keys:
+            expected = (at <= query) & (at > query - (window or keys + 1))
+            if not torch.equal(seen(query), expected):
+                return 0
+    return window
+
+
+@torch.no_grad()
+def learn(model: Any, name: str, expected: int | None = None) -> Layers:
+    """Run a model's layers once and take notes; from then on it has our attention function.
+
+    Args:
+        model: a causal LM of transformers. name: of the target, for errors. expected: attention layers there must be.
+    Raises:
+        BeagleError: a layer computes its attention elsewhere, or what it sees is no sliding window.
+    """
+    base = base_of(model)
+    device = next(base.parameters()).device
+    limit, _ = context_limit(model.config.get_text_config(decoder=True))
+    notes = _Notes(name, max(TOKENS, min(limit, MOST_KEYS)))
+    model.set_attn_implementation(PROBE)
+    _notes.append(notes)
+    try:
+        n = min(TOKENS, limit)
+        base(input_ids=torch.ones(1, n, dtype=torch.long, device=device), use_cache=False)
+    finally:
+        _notes.pop()
+        model.set_attn_implementation(NAME)
+    order = sorted(notes.calls)
+    if expected is not None and (order != list(range(expected)) or set(notes.calls.values()) != {1}):
+        raise BeagleError(
+            f"{name}: {len(order)} of its {expected} layers use transformers' attention interface, once each as they "
+            "should, or it has others besides, so it can't be served; choose a model with plain attention in every layer"
+        )
+    names = {module: name for name, module in base.named_modules()}
+    layers = Layers(
+        [names[notes.modules[i]] for i in order],
+        [notes.shapes[i] for i in order],
+        [notes.heads[i] for i in order],
+        [notes.windows[i] for i in order],
+    )
+    layers.mark(base)
+    return layers
+
+
+def remembered(folder: Path, key: str) -> Layers | None:
+    """What ``remember`` stored under ``key``; None: nothing, or nothing that can be read."""
+    try:
+        found = json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))
+        shapes = [LayerShape(**shape) for shape in found.pop("shapes")]
+        return Layers(shapes=shapes, **found)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def remember(folder: Path, key: str, layers: Layers) -> None:
+    """Store what a probe has found, so that the next load of the same model is spared it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / f"{key}.json", asdict(layers))
+    except OSError:
+        return  # no room: the next load probes again
+
+
+def key_of(model: Any, digest: str, quantize: str | None) -> str:
+    """A name for everything that a probe's outcome depends on."""
+    settings = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
+    about = [
+        FORMAT, transformers.__version__, torch.__version__, type(model).__name__, settings, digest, quantize,
+        str(model.dtype), str(model.device.type),
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:24]

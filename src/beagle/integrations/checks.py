@@ -17,10 +17,9 @@ from transformers import (
 )
 from transformers.generation import GenerationMode, logits_process
 
+from beagle import hf
 from beagle.errors import BeagleError
 
-# model inputs that transformers prepares itself, or that change how an answer is computed but not which
-_KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 # those that look at each row alone and remember nothing, so that rows may come one after the other
 _ROW_WISE = (
     logits_process.TemperatureLogitsWarper, logits_process.TopKLogitsWarper, logits_process.TopPLogitsWarper,
@@ -46,6 +45,9 @@ def refuse_arguments(given: Mapping[str, Any]) -> None:
     for name in ("custom_generate", "assistant_model", "synced_gpus"):
         if given.get(name):
             raise _refuse(name, "leave it out")
+    for name in sorted(hf.CACHE_NAMES):  # before transformers renames it
+        if given.get(name) is not None:
+            raise _refuse(f"{name} of an earlier call", "pass the whole text as input_ids")
     cache = given.get("cache_implementation")
     if cache in ("paged", "quantized") or str(cache).startswith("offloaded"):
         raise _refuse(f"cache_implementation='{cache}'", "leave it out")
@@ -72,11 +74,8 @@ def refuse_request(config: GenerationConfig, model_kwargs: Mapping[str, Any]) ->
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise _refuse(f"decoding by '{mode.value}'", "use greedy decoding or sampling")
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length()):
-        raise _refuse("past_key_values of an earlier call", "pass the whole text as input_ids")
     for name, value in model_kwargs.items():
-        if name not in _KNOWN and value is not None and value is not False:
+        if name not in hf.PREPARED_INPUTS | hf.CACHE_NAMES and value is not None and value is not False:
             raise _refuse(name, "leave it out")
 
 

@@ -112,7 +112,7 @@ class Speculation:
         def setting(name: str) -> Any:  # transformers' order
             return options.get(name) or next((value for c in configs if (value := getattr(c, name, None))), None)
 
-        refuse_arguments({**given, "cache_implementation": setting("cache_implementation")})
+        refuse_arguments({**given, **options, "cache_implementation": setting("cache_implementation")})
         refuse_model(model)
         streamer = given.pop("streamer", None)
         tokenizer = options.pop("tokenizer", None) or self._tokenizer

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     EosTokenCriteria,
     GenerationConfig,
@@ -19,6 +19,7 @@ from transformers.generation import GenerationMode, logits_process
 
 from beagle import hf
 from beagle.errors import BeagleError
+from beagle.integrations.hooks import hooks_and_replaced_functions
 
 # those that look at each row alone and remember nothing, so that rows may come one after the other
 _ROW_WISE = (
@@ -56,12 +57,30 @@ def refuse_arguments(given: Mapping[str, Any]) -> None:
 def refuse_model(model: Any) -> None:
     """
     Raises:
-        BeagleError: the model's answers depend on more than its weights, or they aren't all here.
+        BeagleError: the model's answers depend on more than its modules and weights, or they aren't all here.
     """
     if model.training:
         raise _refuse("a model in training mode", "call model.eval()")
+    for path, module in model.named_modules():
+        if module.training and _differs_in_training(module):
+            raise _refuse(f"{path} in training mode", "call model.eval()")
+    if found := hooks_and_replaced_functions(model):
+        raise _refuse(f"a model with code put into it ({found})", "take it out")
+    if name := hf.attention_of_others(model.config):
+        raise _refuse(
+            f"attention '{name}', which isn't transformers' own", "call model.set_attn_implementation('sdpa')"
+        )
     if len({str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}) > 1:
         raise _refuse("a model spread over several devices", "load it onto one")
+
+
+def _differs_in_training(module: nn.Module) -> bool:
+    """Whether a module is of those that drop something, or normalise by what they are shown; new ones are in
+    training mode, adapters too, and most do the same in both."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return True
+    shares = [value for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]
+    return any(shares) or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
 
 
 def refuse_request(config: GenerationConfig, model_kwargs: Mapping[str, Any]) -> None:

@@ -31,11 +31,15 @@ class Target:
             exact mode.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, name: str, quantize: str | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, name: str, quantize: str | None = None, pack: bool = True
+    ) -> None:
         """
         Args:
             quantize: ``int8`` or ``int4`` linear layers and LM head (see ``targets.quantize``); the embedding,
                 and the rows of the LM head that drafters and training read, keep their dtype.
+            pack: reorder weights for the CPU's kernels (see ``targets.packing``). Without, passes read the model's
+                own weights, whatever is written to them later.
         Raises:
             BeagleError: the family keeps no plain KV cache, or ignores what the pass needs; or there is no
                 kernel to quantise with.
@@ -69,8 +73,9 @@ class Target:
         self.unquantized = quantize_linears(self.base, quantize) if quantize else []  # layers whose shape can't be
         if quantize:
             self.pass_bytes = self.pass_weights * BITS[quantize] // 8
-        pack_linears(self.base)
-        linear = isinstance(self.head, nn.Linear)
+        if pack:
+            pack_linears(self.base)
+        linear = pack and isinstance(self.head, nn.Linear)
         self._apply_head = packed(self.head.weight.detach(), self.head.bias) if linear else self.head
         self.compiled: FastPass | None = None
         self.exact = ExactPasses(self)

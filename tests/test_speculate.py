@@ -18,6 +18,7 @@ from transformers import (
 )
 
 import beagle
+from beagle import hf
 from beagle.drafters.checkpoint import save_head
 from beagle.errors import BeagleError
 from beagle.targets.loading import load_model
@@ -262,7 +263,7 @@ def test_the_dictionary_of_results(model, fast, sampling):
         assert len(ours) == len(theirs)
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
-    assert answer.past_key_values is None
+    assert all(answer.get(name) is None for name in hf.CACHE_NAMES)
     short = model.generate(PROMPT, max_new_tokens=4, return_dict_in_generate=True)
     assert (short.scores, short.logits) == (None, None)
 
@@ -332,7 +333,8 @@ REFUSED = {
     "assisted_generation": {"prompt_lookup_num_tokens": 4},
     "assistant_model": {"assistant_model": tiny_model()},
     "custom_generate": {"custom_generate": print},
-    "past_key_values": {"past_key_values": past()},
+    "past_key_values of an earlier call": {"past_key_values": past()},
+    "cache of an earlier call": {"cache": past()},
     "cache_implementation='quantized'": {"cache_implementation": "quantized"},
     "cache_implementation='paged'": {"cache_implementation": "paged"},
     "output_attentions": {"output_attentions": True, "return_dict_in_generate": True},

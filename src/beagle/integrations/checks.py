@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     EosTokenCriteria,
     GenerationConfig,
@@ -17,10 +17,10 @@ from transformers import (
 )
 from transformers.generation import GenerationMode, logits_process
 
+from beagle import hf
 from beagle.errors import BeagleError
+from beagle.integrations.hooks import hooks_and_replaced_functions
 
-# model inputs that transformers prepares itself, or that change how an answer is computed but not which
-_KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 # those that look at each row alone and remember nothing, so that rows may come one after the other
 _ROW_WISE = (
     logits_process.TemperatureLogitsWarper, logits_process.TopKLogitsWarper, logits_process.TopPLogitsWarper,
@@ -46,6 +46,9 @@ def refuse_arguments(given: Mapping[str, Any]) -> None:
     for name in ("custom_generate", "assistant_model", "synced_gpus"):
         if given.get(name):
             raise _refuse(name, "leave it out")
+    for name in sorted(hf.CACHE_NAMES):  # before transformers renames it
+        if given.get(name) is not None:
+            raise _refuse(f"{name} of an earlier call", "pass the whole text as input_ids")
     cache = given.get("cache_implementation")
     if cache in ("paged", "quantized") or str(cache).startswith("offloaded"):
         raise _refuse(f"cache_implementation='{cache}'", "leave it out")
@@ -54,12 +57,30 @@ def refuse_arguments(given: Mapping[str, Any]) -> None:
 def refuse_model(model: Any) -> None:
     """
     Raises:
-        BeagleError: the model's answers depend on more than its weights, or they aren't all here.
+        BeagleError: the model's answers depend on more than its modules and weights, or they aren't all here.
     """
     if model.training:
         raise _refuse("a model in training mode", "call model.eval()")
+    for path, module in model.named_modules():
+        if module.training and _differs_in_training(module):
+            raise _refuse(f"{path} in training mode", "call model.eval()")
+    if found := hooks_and_replaced_functions(model):
+        raise _refuse(f"a model with code put into it ({found})", "take it out")
+    if name := hf.attention_of_others(model.config):
+        raise _refuse(
+            f"attention '{name}', which isn't transformers' own", "call model.set_attn_implementation('sdpa')"
+        )
     if len({str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}) > 1:
         raise _refuse("a model spread over several devices", "load it onto one")
+
+
+def _differs_in_training(module: nn.Module) -> bool:
+    """Whether a module is of those that drop something, or normalise by what they are shown; new ones are in
+    training mode, adapters too, and most do the same in both."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return True
+    shares = [value for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]
+    return any(shares) or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
 
 
 def refuse_request(config: GenerationConfig, model_kwargs: Mapping[str, Any]) -> None:
@@ -72,11 +93,8 @@ def refuse_request(config: GenerationConfig, model_kwargs: Mapping[str, Any]) ->
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise _refuse(f"decoding by '{mode.value}'", "use greedy decoding or sampling")
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length()):
-        raise _refuse("past_key_values of an earlier call", "pass the whole text as input_ids")
     for name, value in model_kwargs.items():
-        if name not in _KNOWN and value is not None and value is not False:
+        if name not in hf.PREPARED_INPUTS | hf.CACHE_NAMES and value is not None and value is not False:
             raise _refuse(name, "leave it out")
 
 

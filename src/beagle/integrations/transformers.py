@@ -9,11 +9,9 @@ The caller's model is left as it is: ours is a twin, modules and config of its o
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Sequence
 from functools import partial
-from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -35,7 +33,9 @@ from beagle.drafters.named import load_drafter
 from beagle.drafters.small import PREFIX
 from beagle.errors import BeagleError
 from beagle.integrations.checks import refuse_arguments, refuse_batch, refuse_model, refuse_request, unpadded
+from beagle.integrations.hooks import has_adapters_of_one_call
 from beagle.integrations.row import Row, of_row
+from beagle.integrations.twin import Parts, own_logits, refuse_otherwise, twin
 from beagle.model import Model
 from beagle.targets.target import Target
 
@@ -53,7 +53,7 @@ def speculate(
     """Let ``model.generate`` draft from here on; its answers stay what they were.
 
     Args:
-        model: a causal LM of transformers; it is not changed but for ``generate``.
+        model: a causal LM of transformers, or peft's model around one; it is not changed but for ``generate``.
         draft: as of ``beagle.load``, except that ``auto`` is prompt lookup alone where no head is shipped.
         name: the target that a shipped head is looked up for (by default what the model was loaded from).
         tokenizer: the model's own, needed for a small model's drafts alone.
@@ -63,10 +63,14 @@ def speculate(
     Raises:
         BeagleError: the draft can't be loaded, or the model's family can't be served.
     """
+    if hasattr(model, "get_base_model"):  # a PeftModel, which asks the model that its adapters are in
+        model = model.get_base_model()
     if not isinstance(model, nn.Module) or not isinstance(model, GenerationMixin):
         raise BeagleError(f"a {type(model).__name__} has no generate of transformers; pass a causal LM")
     speculation = Speculation(model, draft, name=name, tokenizer=tokenizer, plan=plan)
-    model.__dict__["generate"] = partial(speculation.generate, model)  # as transformers installs its own
+    generate = partial(speculation.generate, model)
+    generate.speculates = True  # type: ignore[attr-defined]
+    model.__dict__["generate"] = generate  # as transformers installs its own
     return speculation
 
 
@@ -88,6 +92,7 @@ class Speculation:
             raise BeagleError(f"draft '{draft}' needs the model's tokenizer; pass tokenizer=")
         self._draft, self._tokenizer, self._plan = draft, tokenizer, plan
         self._model = model
+        self._wrapped: tuple[Parts | None, Model | None] = (None, None)
         refuse_model(model)
         self._wrap(model)
 
@@ -104,6 +109,9 @@ class Speculation:
         Raises:
             BeagleError: something is asked for that drafting would answer otherwise; it is named.
         """
+        if has_adapters_of_one_call(model):  # without drafts: peft would leave its hooks behind if this call failed
+            self.stats = Stats()
+            return type(model).generate(model, *args, **kwargs)
         given = _GENERATE.bind(model, *args, **kwargs).arguments
         options: dict[str, Any] = given.pop("kwargs", {})
         del given["self"]
@@ -112,7 +120,7 @@ class Speculation:
         def setting(name: str) -> Any:  # transformers' order
             return options.get(name) or next((value for c in configs if (value := getattr(c, name, None))), None)
 
-        refuse_arguments({**given, "cache_implementation": setting("cache_implementation")})
+        refuse_arguments({**given, **options, "cache_implementation": setting("cache_implementation")})
         refuse_model(model)
         streamer = given.pop("streamer", None)
         tokenizer = options.pop("tokenizer", None) or self._tokenizer
@@ -189,27 +197,17 @@ class Speculation:
         self.stats.add(stats)
 
     def _wrap(self, model: Any) -> Model:
-        """Our model over the caller's weights, made anew where these have changed (packed weights are copies)."""
-        state = fingerprint(model)
-        if state != getattr(self, "_state", None):
-            with torch.random.fork_rng(devices=[]):  # a fresh head draws weights; the caller's seed is not ours
-                target = Target(twin(model), self._tokenizer, self._name)
-                where = {"dtype": str(target.dtype).removeprefix("torch."), "device": str(target.device)}
-                self._ours = Model(target, load_drafter(self._draft, target, **where), self._plan)
-            self._state = state
-        return self._ours
-
-
-def twin(model: Any) -> Any:
-    """A copy of a model's modules and config around the same weights, frozen."""
-    shared: dict[int, Any] = {}
-    for tensor in chain(model.parameters(), model.buffers()):
-        plain = type(tensor) is nn.Parameter  # quantised ones are of another class and have no gradient
-        shared[id(tensor)] = nn.Parameter(tensor.detach(), requires_grad=False) if plain else tensor
-    return copy.deepcopy(model, shared)
-
-
-def fingerprint(model: Any) -> list[tuple[int, int]]:
-    """Where a model's tensors lie and how often each was written to."""
-    tensors = chain(model.parameters(), model.buffers())
-    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        """Our model around the caller's weights, made anew where the caller's is made otherwise than it was."""
+        parts = Parts(model)
+        wrapped, ours = self._wrapped
+        if ours is not None and parts == wrapped:
+            return ours
+        expected = own_logits(model)  # adapters that were merged and then disabled take themselves out here
+        parts = Parts(model)
+        with torch.random.fork_rng(devices=[]):  # a fresh head draws weights; the caller's seed is not ours
+            target = Target(twin(model, parts), self._tokenizer, self._name, pack=False)
+            refuse_otherwise(target, expected)
+            where = {"dtype": str(target.dtype).removeprefix("torch."), "device": str(target.device)}
+            ours = Model(target, load_drafter(self._draft, target, **where), self._plan)
+        self._wrapped = parts, ours
+        return ours

@@ -27,7 +27,7 @@ from beagle.targets.family import (
 )
 from beagle.targets.packing import pack_linears, packed
 from beagle.targets.probe import Layers
-from beagle.targets.quantize import RowQuantizer, check_kind, quantize_linears, quantized
+from beagle.targets.quantize import BITS, RowQuantizer, check_kind, quantize_linears, quantized
 from beagle.targets.ragged import RaggedPasses
 from beagle.targets.shape import TreeShape
 
@@ -60,6 +60,7 @@ class Target:
         name: str,
         quantize: str | None = None,
         probes: Path | None = None,
+        pack: bool = True,
     ) -> None:
         """
         Args:
@@ -69,6 +70,8 @@ class Target:
             quantize: ``int8`` or ``int4`` linear layers and LM head (see ``targets.quantize``); the embedding,
                 and the rows of the LM head that drafters and training read, keep their dtype.
             probes: folder that remembers which models were compared with their own attention; None: compare.
+            pack: reorder weights for the CPU's kernels (see ``targets.packing``). Without, passes read the model's
+                own weights, whatever is written to them later.
         Raises:
             BeagleError: the family keeps no plain KV cache, or computes something that the pass does not;
                 or there is no kernel to quantise with.
@@ -98,12 +101,16 @@ class Target:
         self.pass_weights, self.pass_bytes = weights_of_a_pass(self.base, self.head, self.embed)
         self.quantize = quantize
         self.unquantized = quantize_linears(self.base, quantize) if quantize else []  # layers whose shape can't be
-        if not isinstance(self.head, nn.Linear):
+        if quantize:
+            self.pass_bytes = self.pass_weights * BITS[quantize] // 8
+        if not isinstance(getattr(self.head, "weight", None), Tensor):
             raise BeagleError(
                 f"{name}: its LM head is a {type(self.head).__name__}, not one linear layer; choose another model"
             )
-        pack_linears(self.base)
-        self._apply_head = packed(self.head.weight.detach(), self.head.bias)
+        if pack:
+            pack_linears(self.base)
+        linear = pack and isinstance(self.head, nn.Linear)
+        self._apply_head = packed(self.head.weight.detach(), self.head.bias) if linear else self.head
         self.compiled: FastPass | None = None
         self.exact = ExactPasses(self)
         self._ragged = RaggedPasses(self)

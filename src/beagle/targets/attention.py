@@ -188,6 +188,7 @@ class ShapeProbe(Pass):
 
     def __init__(self) -> None:
         self.layers: dict[int, LayerShape] = {}
+        self.heads: list[int] = []  # query heads, in the order of layers
         self.windows: dict[int | None, None] = {}  # sliding windows there are, in the order of layers
         self.layers_seen = 0
 
@@ -206,6 +207,7 @@ class ShapeProbe(Pass):
         softcap: float | None,
     ) -> Tensor:
         self.windows[window] = None
+        self.heads.append(query.shape[1])
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
 
 

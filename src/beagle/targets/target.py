@@ -29,6 +29,7 @@ class Target:
         pass_weights: weights that a pass multiplies each row with: layers and LM head. pass_bytes: what they take
             in memory, read once a pass. digest: of the model's weights, however they are kept here. exact: passes of
             exact mode.
+        config: of the language model. heads: query heads of each layer. head_dim: of a key in the first layer.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, name: str, quantize: str | None = None) -> None:
@@ -41,7 +42,8 @@ class Target:
                 kernel to quantise with.
         """
         check_kind(quantize)
-        config = model.config
+        refuse_unsupported(model.config, name)
+        config = model.config.get_text_config()  # of a model that also sees or hears: its language model's
         refuse_unsupported(config, name)
         self.model = model
         self.tokenizer = tokenizer
@@ -93,7 +95,7 @@ class Target:
         whole = self.forward(ids, torch.arange(6, device=self.device)[None], probe)
         layers = [probe.layers[i] for i in sorted(probe.layers)]
         expected = int(getattr(self.config, "num_hidden_layers", len(layers)))
-        self._layers = layers
+        self._layers, self.heads, self.head_dim = layers, probe.heads, layers[0].key_dim if layers else 0
         if probe.layers_seen != expected or sorted(probe.layers) != list(range(expected)):
             raise BeagleError(
                 f"{self.name}: only {probe.layers_seen} of {expected} layers use transformers' attention "
@@ -172,8 +174,7 @@ class Target:
 
     def slot_operations(self) -> int:
         """Operations of attention for one row and one key, all layers."""
-        heads = int(self.config.num_attention_heads)
-        return sum(2 * heads * (c.key_dim + c.value_dim) for c in self._layers)
+        return sum(2 * heads * (c.key_dim + c.value_dim) for heads, c in zip(self.heads, self._layers, strict=True))
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         own = self.compiled.new_cache(capacity) if self.compiled is not None and batch == 1 else None

@@ -42,8 +42,9 @@ class Target:
                 kernel to quantise with.
         """
         check_kind(quantize)
-        refuse_unsupported(model.config, name)
-        config = model.config.get_text_config()  # of a model that also sees or hears: its language model's
+        whole: Any = model.config
+        refuse_unsupported(whole, name)
+        config = whole.get_text_config()  # of a model that also sees or hears: its language model's
         refuse_unsupported(config, name)
         self.model = model
         self.tokenizer = tokenizer

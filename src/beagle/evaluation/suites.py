@@ -122,7 +122,9 @@ def hub_prompts(name: str) -> list[Prompt]:
     owner, repository, *config = where.split("/")
     try:
         rows = load_dataset(f"{owner}/{repository}", *config, split=split or "test")
-        prompts = [parse_prompt(dict(row), number) for number, row in enumerate(rows, 1)]
+        prompts = [
+            replace(parse_prompt(dict(row), number), source=f"{name}: row {number}") for number, row in enumerate(rows, 1)
+        ]
     except Exception as error:  # that library has many ways to fail
         raise BeagleError(
             f"data set '{name}' can't be used: {str(error).splitlines()[0] if str(error) else error!r}; "

@@ -163,8 +163,6 @@ def _make_answers(
     if earlier:
         todo = [prompt for prompt in todo if not _taken(earlier, tuple(prompt.encode(target)))]
     if not todo:
-        if not store.shards():
-            raise BeagleError(f"{target.name} takes none of the prompts; give others")
         return store
     random.Random(config.seed).shuffle(todo)
     longest = (config.max_prompt_tokens + config.max_new_tokens) * len(todo) * config.max_turns

@@ -85,13 +85,13 @@ def has_template(target: Target) -> bool:
     return bool(getattr(target.tokenizer, "chat_template", None))
 
 
-def answerable(target: Target, prompts: Iterable[Prompt], skip_bad_lines: bool = False) -> list[Prompt]:
+def answerable(target: Target, prompts: Sequence[Prompt], skip_bad_lines: bool = False) -> list[Prompt]:
     """Prompts all of whose turns the target's tokenizer and chat template take, found out before the first is answered.
 
     Args:
         skip_bad_lines: leave out the others, each with a line on stderr.
     Raises:
-        BeagleError: one is not taken (its file and line are named).
+        BeagleError: one is not taken (its file and line are named), or none is left.
     """
     out = []
     for prompt in prompts:
@@ -101,6 +101,8 @@ def answerable(target: Target, prompts: Iterable[Prompt], skip_bad_lines: bool =
             reject(f"{prompt.name}: {error}", error, skip_bad_lines)
         else:
             out.append(prompt)
+    if prompts and not out:
+        raise BeagleError(f"{target.name} takes none of the {len(prompts)} prompts; give others")
     return out
 
 
@@ -195,7 +197,7 @@ def _rows(path: Path, file: Any) -> Iterator[tuple[int, str, Any]]:
                 raise BeagleError(
                     f"question file '{path}' begins like a JSON array but is none{where}; copy or download it again"
                 ) from error
-            lines = rest.splitlines()
+            lines = rest.split("\n")
         else:
             for n, entry in enumerate(entries, 1):
                 yield n, f"{path}: entry {n}", entry if isinstance(entry, dict) else []

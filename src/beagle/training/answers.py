@@ -121,7 +121,10 @@ class AnswerGenerator:
         )  # the last is not run: it has no state
         row = Row(ids, most, Sampler(temperature=self.temperature if sampled else 0.0, seed=seed, length=most))
         jobs[row] = job
-        waiting.append(row)
+        if job.answers:
+            waiting.appendleft(row)  # few dialogues are unfinished when a run is interrupted
+        else:
+            waiting.append(row)
         return True
 
     def _sample(self, row: Row, job: _Job) -> Sample:

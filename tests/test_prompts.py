@@ -224,3 +224,8 @@ def test_remedies_fit_what_is_wrong(tmp_path):
     for name, remedy in (("latin.jsonl", "UTF-8"), ("cut.jsonl.gz", "compress it again"), ("none", "check the path")):
         with pytest.raises(BeagleError, match=remedy):
             read_prompts(tmp_path / name)
+
+
+def test_a_command_without_the_option_does_not_name_it(write):
+    with pytest.raises(BeagleError, match=r":2: no JSON from column 2 on; mend the line or delete it$"):
+        read_prompts(write(GOOD, "{broken"), skip_bad_lines=None)

@@ -57,9 +57,13 @@ def test_a_second_run_in_one_folder_is_refused_while_the_first_lives(train, tmp_
 
 
 def test_a_second_run_that_fills_the_same_data_is_refused(train, tmp_path):
-    with alone(tmp_path / "data"):
+    with alone(tmp_path / "data", ".answers.lock"):
         train(tmp_path / "run", "--data", tmp_path / "data").refusal(tmp_path / "data", "in use by another run")
     assert train(tmp_path / "run", "--data", tmp_path / "data", "--seconds", 0).code == 0
+
+
+def test_answers_may_lie_in_the_folder_of_the_run(train, tmp_path):
+    assert train(tmp_path / "run", "--data", tmp_path / "run").code == 0
 
 
 def test_a_killed_run_leaves_no_line_twice(train, tmp_path, monkeypatch):

@@ -22,22 +22,23 @@ try:
 except ImportError:  # pragma: no cover
     fcntl = None  # type: ignore[assignment]  # Windows: two runs in one folder are the user's to avoid
 
-LOCK = ".lock"
 LOG = "log.csv"
 CHECKPOINT = "checkpoint.safetensors"
 COLUMNS = ["step", "stage", "loss", "seconds", "tokens", *(f"alpha_{j}" for j in range(1, 6))]
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, lock: str = ".run.lock") -> Iterator[None]:
     """Keep other runs out of a folder, which is made if it isn't there; a run that dies lets go of it.
 
+    Args:
+        lock: the file that is locked; it stays.
     Raises:
         BeagleError: another run is at work there (its process is named), or the folder can't be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(folder / lock, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise BeagleError(f"cannot write '{folder}': {error.strerror}; choose another --out") from error
     try:

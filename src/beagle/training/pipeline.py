@@ -127,21 +127,27 @@ def make_answers(
     folder: Path,
     config: AnswerConfig,
     console: Console,
-    skip_bad_lines: bool = False,
+    skip_bad_lines: bool | None = False,
 ) -> StateStore:
     """Fill a state store; run again after an interruption, it answers what is missing.
 
     Args:
-        skip_bad_lines: leave out prompts that the target's chat template refuses, each with a line on stderr.
+        skip_bad_lines: leave out prompts that the target's chat template refuses, each with a line on stderr; None as
+            of ``read_prompts``.
     Raises:
         BeagleError: a prompt is refused, another run fills the store, or there is not one answer.
     """
-    with alone(folder):
+    with alone(folder, ".answers.lock"):
         return _make_answers(target, prompts, folder, config, console, skip_bad_lines)
 
 
 def _make_answers(
-    target: Target, prompts: list[Prompt], folder: Path, config: AnswerConfig, console: Console, skip_bad_lines: bool
+    target: Target,
+    prompts: list[Prompt],
+    folder: Path,
+    config: AnswerConfig,
+    console: Console,
+    skip_bad_lines: bool | None,
 ) -> StateStore:
     store = StateStore(
         folder,
@@ -159,7 +165,8 @@ def _make_answers(
             "a system message",
             highlight=False,
         )
-    todo = answerable(target, todo, skip_bad_lines)
+    with console.status("checking the prompts"):
+        todo = answerable(target, todo, skip_bad_lines)
     if earlier:
         todo = [prompt for prompt in todo if not _taken(earlier, tuple(prompt.encode(target)))]
     if not todo:

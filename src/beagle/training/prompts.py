@@ -85,11 +85,11 @@ def has_template(target: Target) -> bool:
     return bool(getattr(target.tokenizer, "chat_template", None))
 
 
-def answerable(target: Target, prompts: Sequence[Prompt], skip_bad_lines: bool = False) -> list[Prompt]:
+def answerable(target: Target, prompts: Sequence[Prompt], skip_bad_lines: bool | None = False) -> list[Prompt]:
     """Prompts all of whose turns the target's tokenizer and chat template take, found out before the first is answered.
 
     Args:
-        skip_bad_lines: leave out the others, each with a line on stderr.
+        skip_bad_lines: leave out the others, each with a line on stderr; None as of ``read_prompts``.
     Raises:
         BeagleError: one is not taken (its file and line are named), or none is left.
     """
@@ -117,7 +117,7 @@ def numbered(prompts: Iterable[Prompt]) -> list[Prompt]:
     return out
 
 
-def read_prompts(path: str | Path, *, limit: int | None = None, skip_bad_lines: bool = False) -> list[Prompt]:
+def read_prompts(path: str | Path, *, limit: int | None = None, skip_bad_lines: bool | None = False) -> list[Prompt]:
     """Read a file of prompts: JSON lines or one JSON array, in UTF-8, gzipped or not.
 
     A line (or an entry of the array) holds ``turns`` (FastChat, EAGLE, Spec-Bench), ``prompt`` or ``question``,
@@ -126,7 +126,8 @@ def read_prompts(path: str | Path, *, limit: int | None = None, skip_bad_lines: 
 
     Args:
         limit: read no further than that many prompts.
-        skip_bad_lines: leave out what is no prompt, each with a line on stderr.
+        skip_bad_lines: leave out what is no prompt, each with a line on stderr. None is False without the option to
+            name in an error.
     Raises:
         BeagleError: no such file, nothing in it, or a bad line (file and number named).
     """
@@ -161,14 +162,16 @@ def read_prompts(path: str | Path, *, limit: int | None = None, skip_bad_lines: 
     return prompts
 
 
-def reject(message: str, error: Exception, skip: bool) -> None:
+def reject(message: str, error: Exception, skip: bool | None) -> None:
     """Pass over a bad prompt with a line on stderr, where that was asked for.
 
     Raises:
         BeagleError: it wasn't.
     """
     if not skip:
-        raise BeagleError(f"{message}; mend the line or pass --skip-bad-lines") from error
+        raise BeagleError(
+            f"{message}; mend the line or {'delete it' if skip is None else 'pass --skip-bad-lines'}"
+        ) from error
     Console(stderr=True).print(f"[yellow]skipped {message}[/yellow]", highlight=False)
 
 

@@ -18,7 +18,7 @@ from beagle.evaluation.records import Record
 from beagle.evaluation.run import run
 from beagle.evaluation.suites import unique
 from beagle.files import write_json
-from beagle.training.prompts import read_prompts
+from beagle.training.prompts import answerable, read_prompts
 
 
 def bench(
@@ -67,6 +67,7 @@ def bench(
     plan = o.tree_plan(tree, depth, beam, nodes)
     engine: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     loaded = o.load_target(target, quantize=quantize, **engine)
+    sets = {name: answerable(loaded, prompts, skip_bad_lines) for name, prompts in sets.items()}
     contenders = load_contenders(loaded, chosen, drafts, plan, **engine)
     settings = Options(max_new_tokens, temperature, exact, seed)
     total = sum(map(len, sets.values()))

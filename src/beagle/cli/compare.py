@@ -64,7 +64,7 @@ def compare_training(
         raise BeagleError(f"suite '{suite}' is about the time of decoding; give it --questions FILE")
     numbers = read_seeds(seeds)
     recipe = read_recipe(config)
-    sets = {path.stem: read_prompts(path, limit=limit) for path in questions or []}
+    sets = {path.stem: read_prompts(path, limit=limit, skip_bad_lines=None) for path in questions or []}
     if len(sets) < len(questions or []):
         raise BeagleError("two question files have the same name; rename one, names tell the sets apart")
     kinds = chosen.trees if chosen and chosen.trees else (tree,)

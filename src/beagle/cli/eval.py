@@ -18,7 +18,7 @@ from beagle.evaluation.meta import command_line, describe, portable
 from beagle.evaluation.modes import Contender, Drafts, Options, available, check_modes, load_contenders
 from beagle.evaluation.records import SHOWN, Record, read_records, read_result, write_result
 from beagle.evaluation.run import run
-from beagle.training.prompts import Prompt
+from beagle.training.prompts import Prompt, answerable
 
 Sets = dict[str, list[Prompt]]
 
@@ -90,6 +90,7 @@ def eval(
     records = _earlier(json, resume, arguments)
     engine: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     loaded = o.load_target(target, quantize=quantize, **engine)
+    sets = {name: answerable(loaded, prompts, skip_bad_lines) for name, prompts in sets.items()}
     contenders = load_contenders(loaded, chosen, drafts, plan, **engine)
     about = describe(loaded, (contender.model.drafter for contender in contenders))
     meta: dict[str, Any] = {**about, "command": command_line(), "arguments": arguments}

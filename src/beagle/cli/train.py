@@ -13,11 +13,14 @@ from beagle.cli import options as o
 from beagle.errors import BeagleError
 from beagle.training.pipeline import Recipe, read_recipe, train_head
 from beagle.training.prompts import read_prompts
+from beagle.training.states import refuse_without_answers
 
 
 def train(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; the head ends in OUT/head.")],
-    prompts: Annotated[Path | None, typer.Option(help="Prompts, .jsonl or .jsonl.gz; the target answers them.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts, JSON lines or an array, gzipped or not; the target answers them.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of answers and states (default: OUT/data).")] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="Recipe, YAML (see configs/).")] = None,
     target: o.TargetName = "smollm2-135m",
@@ -29,7 +32,9 @@ def train(
     seconds: Annotated[
         float | None, typer.Option(min=0.0, help="Stop training after about this long; resumable.")
     ] = None,
-    skip_bad_lines: Annotated[bool, typer.Option("--skip-bad-lines")] = False,
+    skip_bad_lines: Annotated[
+        bool, typer.Option("--skip-bad-lines", help="Leave out lines that are no prompt, or none for this target.")
+    ] = False,
     trust_remote_code: o.Trust = False,
 ) -> None:
     """Train a draft head: answers and states, early stage, late stage. Run again, it goes on.
@@ -43,6 +48,8 @@ def train(
     if max_tokens:
         recipe = replace(recipe, answers=replace(recipe.answers, max_tokens=max_tokens))
     questions = read_prompts(prompts, limit=limit, skip_bad_lines=skip_bad_lines) if prompts else None
+    if questions is None:
+        refuse_without_answers(data or out / "data")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -50,7 +57,9 @@ def train(
     loaded = o.load_target(target, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quantize=quantize)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job's manager ends it as Ctrl-C does
     try:
-        folder = train_head(loaded, questions, out, recipe, data=data, seconds=seconds, console=o.console)
+        folder = train_head(
+            loaded, questions, out, recipe, data=data, seconds=seconds, console=o.console, skip_bad_lines=skip_bad_lines
+        )
     except KeyboardInterrupt:
         o.console.print(f"[yellow]stopped; nothing is lost: run the same command again to go on in {out}[/yellow]")
         raise

@@ -35,25 +35,36 @@ class BlockConfig:
 
     @classmethod
     def for_target(cls, target: Any, **overrides: Any) -> Self:
-        """The target's own conventions, with as many KV heads as query heads (see the ablation)."""
+        """The target's own conventions, with as many KV heads as query heads (see the ablation).
+
+        Sizes are those of the loaded weights; what families name differently, or not at all, has a default.
+        """
         config = target.config
-        heads = config.num_attention_heads
-        rope = getattr(config, "rope_parameters", None) or {}
-        if "full_attention" in rope:
-            rope = rope["full_attention"]
-        act = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None) or "silu"
+        heads, head_dim = target.layers.heads[0], target.layers.shapes[0].key_dim
+        rope = setting(config, "rope_parameters") or {}
+        rope = rope.get("full_attention") or rope
+        act = setting(config, "hidden_act") or setting(config, "hidden_activation")
+        inner = setting(config, "intermediate_size")  # some families have one for each layer
         settings: dict[str, Any] = {
             "hidden_size": target.hidden_size,
             "num_heads": heads,
             "num_kv_heads": heads,
-            "head_dim": getattr(config, "head_dim", None) or target.hidden_size // heads,
-            "intermediate_size": getattr(config, "intermediate_size", None) or 4 * target.hidden_size,
+            "head_dim": head_dim + head_dim % 2,  # RoPE turns pairs
+            "intermediate_size": inner if isinstance(inner, int) else 4 * target.hidden_size,
             "target_vocab_size": target.vocab_size,
-            "hidden_act": act,
-            "norm_eps": float(getattr(config, "rms_norm_eps", 1e-6)),
-            "rope_theta": float(rope.get("rope_theta", 10_000.0)),
+            "hidden_act": act if act in ACT2FN else "silu",
+            "norm_eps": float(setting(config, "rms_norm_eps") or 1e-6),
+            "rope_theta": float(rope.get("rope_theta") or 10_000.0),
         }
         return cls(**{**settings, **overrides})
+
+
+def setting(config: Any, name: str) -> Any:
+    """What a config says, None where it doesn't, or says it for each layer apart."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return None
 
 
 class Block(nn.Module):

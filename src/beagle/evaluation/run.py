@@ -71,24 +71,18 @@ def ask(contender: Contender, name: str, prompt: Prompt, options: Options, repea
     turns: list[Turn] = []
     before = reset_peak_memory()
     for n in range(len(prompt.turns)):
-        asked: str | list[Message] = prompt.turns[0]
-        if n:
-            asked = dialogue(contender.model.target, prompt.turns[: n + 1], turns)
+        asked = question(contender.model.target, prompt, turns[:n])
         turns.append(Turn(*contender.answer(asked, options, options.seed + repeat)))
     peak = peak_memory_mb()
     growth = max(0.0, peak - before)
     return Record(name, prompt.id, prompt.category, contender.mode, repeat, turns, round(peak, 1), round(growth, 1))
 
 
-def dialogue(target: Target, asked: Sequence[str], answered: Sequence[Turn]) -> list[Message]:
-    """User turns with the answers given so far between them."""
-    messages: list[Message] = []
-    for n, text in enumerate(asked):
-        messages.append({"role": "user", "content": text})
-        if n < len(answered):
-            said = target.tokenizer.decode(answered[n].ids, skip_special_tokens=True)
-            messages.append({"role": "assistant", "content": said})
-    return messages
+def question(target: Target, prompt: Prompt, answered: Sequence[Turn]) -> str | list[Message]:
+    """The turn that comes after those answered, with all that stands before it."""
+    if not answered and not prompt.system:
+        return prompt.turns[0]
+    return prompt.messages([str(target.tokenizer.decode(turn.ids, skip_special_tokens=True)) for turn in answered])
 
 
 def compared(target: Target, prompt: Prompt, records: list[Record]) -> list[Record]:
@@ -102,8 +96,8 @@ def compared(target: Target, prompt: Prompt, records: list[Record]) -> list[Reco
             assert reference is not None
             if turn.ids == reference.turns[n].ids:
                 continue
-            asked = dialogue(target, prompt.turns[: n + 1], record.turns[:n]) if n else prompt.turns[0]
-            found = first_difference(target, encode(target, asked), turn.ids, reference.turns[n].ids)
+            asked = encode(target, question(target, prompt, record.turns[:n]))
+            found = first_difference(target, asked, turn.ids, reference.turns[n].ids)
             difference = {"turn": n, **(found or {})}
             break
         out.append(replace(record, difference=difference))
@@ -127,15 +121,16 @@ def with_pieces(target: Target, record: Record) -> Record:
 def refuse_turns_without_template(contenders: Sequence[Contender], sets: Sets) -> None:
     """
     Raises:
-        BeagleError: a question has a second turn, and the target no way to be told its first answer.
+        BeagleError: a question has a second turn or a system message, and the target has no form for them.
     """
     target = contenders[0].model.target
     if getattr(target.tokenizer, "chat_template", None):
         return
     for name, prompts in sets.items():
         for prompt in prompts:
-            if len(prompt.turns) > 1:
+            if len(prompt.turns) > 1 or prompt.system:
+                what = "several turns" if len(prompt.turns) > 1 else "a system message"
                 raise BeagleError(
-                    f"question '{prompt.id}' of {name} has several turns, but the tokenizer of {target.name} has no "
+                    f"question '{prompt.id}' of {name} has {what}, but the tokenizer of {target.name} has no "
                     "chat template; choose an instruction-tuned target or questions of one turn"
                 )

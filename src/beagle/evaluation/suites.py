@@ -32,7 +32,7 @@ def load_suite(name: str, limit: int | None = None) -> dict[str, list[Prompt]]:
     if name == "quick":
         return {"quick": take(read_prompts(QUICK), limit)}
     folder = data_folder(name)
-    sets = {Path(file).stem: read_prompts(folder / file) for file in SUITES[name]}
+    sets = {Path(file).stem: read_prompts(folder / file, skip_bad_lines=None) for file in SUITES[name]}
     if name == "spec-bench":
         parts: dict[str, list[Prompt]] = {}
         for prompt in sets["spec_bench"]:
@@ -122,7 +122,10 @@ def hub_prompts(name: str) -> list[Prompt]:
     owner, repository, *config = where.split("/")
     try:
         rows = load_dataset(f"{owner}/{repository}", *config, split=split or "test")
-        prompts = [parse_prompt(dict(row), number) for number, row in enumerate(rows, 1)]
+        prompts = [
+            replace(parse_prompt(dict(row), number), source=f"{name}: row {number}")
+            for number, row in enumerate(rows, 1)
+        ]
     except Exception as error:  # that library has many ways to fail
         raise BeagleError(
             f"data set '{name}' can't be used: {str(error).splitlines()[0] if str(error) else error!r}; "

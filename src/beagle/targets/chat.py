@@ -32,7 +32,7 @@ def encode(target: Target, prompt: str | Sequence[Message] | Sequence[int], *, r
         if not prompt.strip():
             raise BeagleError("the prompt is empty; give some text to answer")
         if raw or not getattr(tokenizer, "chat_template", None):
-            return list(tokenizer(prompt)["input_ids"])
+            return _checked(target, tokenizer(prompt)["input_ids"])
         prompt = [{"role": "user", "content": prompt}]
     if not prompt:
         raise BeagleError("the dialogue is empty; give at least one message")
@@ -45,6 +45,21 @@ def encode(target: Target, prompt: str | Sequence[Message] | Sequence[int], *, r
         raise BeagleError(f"{target.name}: the tokenizer has no chat template; pass the prompt as plain text")
     try:
         encoded = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True)
-    except TemplateError as error:  # roles in an order that the model doesn't know, say
+    except (TemplateError, TypeError, ValueError, LookupError) as error:  # roles in an unknown order, say
         raise BeagleError(f"{target.name}: its chat template refuses this dialogue ({error})") from error
-    return list(encoded["input_ids"])
+    return _checked(target, encoded["input_ids"])
+
+
+def _checked(target: Target, ids: Sequence[int]) -> list[int]:
+    """
+    Raises:
+        BeagleError: the tokenizer found nothing in the text, or a token that the model has no embedding of.
+    """
+    if not ids:
+        raise BeagleError(f"{target.name}: its tokenizer finds no token in the prompt; give other text")
+    if (largest := max(ids)) >= target.vocab_size:
+        raise BeagleError(
+            f"{target.name}: its tokenizer makes token {largest} of the prompt, but the model has embeddings of "
+            f"{target.vocab_size} tokens only; use the tokenizer that belongs to the model, or another prompt"
+        )
+    return list(ids)

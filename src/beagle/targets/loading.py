@@ -176,6 +176,12 @@ def resolve(name: str) -> str:
             raise BeagleError(f"target '{name}': no such GGUF file; check the path")
         return str(_converted(path))
     if path.is_dir():
+        if (path / "adapter_config.json").is_file() and not any(path.glob("model*.safetensors")):
+            raise BeagleError(
+                f"target '{name}' is an adapter (LoRA), not a whole model; merge it into its base model first: "
+                "peft's AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(MERGED), "
+                "then copy the tokenizer there and give MERGED"
+            )
         if not (path / "config.json").is_file():
             raise BeagleError(f"target '{name}': the folder has no config.json; point at a saved transformers model")
         return name

@@ -5,18 +5,19 @@ Rows of a fixed batch are refilled as answers end, so long answers don't hold up
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from beagle.decoding.batch import Batch, Row
 from beagle.decoding.sampling import Sampler
-from beagle.targets.chat import Message, encode
+from beagle.errors import BeagleError
 from beagle.targets.target import Target
-from beagle.training.prompts import Prompt
+from beagle.training.prompts import Prompt, has_template
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,9 @@ class Sample:
     """One answered turn.
 
     Attributes:
-        tokens: ``[n]`` int64: prompt and answer, as far as the target has run them.
+        id: the prompt's key, a slash and the number of the turn.
+        tokens: ``[n]`` int64: prompt and answer, as far as the target has run them. The token that ends the
+            answer is none of them; the state before it is there, and is what the end is learned from.
         states: ``[n, hidden]`` true states.
         answer_from: first position whose state predicts a token of the answer (prompt length - 1).
     """
@@ -40,13 +43,18 @@ class _Job:
     """A turn of a prompt, to be answered."""
 
     prompt: Prompt
-    temperature: float
-    turn: int = 0
-    before: list[Message] = field(default_factory=list)
+    answers: tuple[str, ...] = ()  # to the turns before this one
+    samples: tuple[Sample, ...] = ()  # of the turns before this one: an interrupted dialogue is answered again
 
 
 class AnswerGenerator:
-    """Batched generation with continuous refilling (greedy and sampled rows side by side)."""
+    """Batched generation with continuous refilling (greedy and sampled rows side by side).
+
+    Whether a prompt's answers are sampled, and how, depends on its content and the seed alone.
+
+    Attributes:
+        too_long: turns that were passed over since they are too long. empty: answers that ended at once.
+    """
 
     def __init__(
         self,
@@ -64,13 +72,18 @@ class AnswerGenerator:
         self.rows = rows
         self.max_prompt_tokens = max_prompt_tokens
         self.max_new_tokens = max_new_tokens
-        self.max_turns = max_turns
+        self.max_turns = max_turns if has_template(target) else 1
         self.sampled_share = sampled_share
         self.temperature = temperature
-        self.random = torch.Generator().manual_seed(seed)
+        self.seed = seed
+        self.too_long = self.empty = 0
 
     def run(self, prompts: Iterable[Prompt]) -> Iterator[Sample]:
-        """Answer every prompt, each turn a sample; prompts that are too long are passed over."""
+        """Answer every prompt, each turn a sample; turns that are too long are passed over.
+
+        Raises:
+            BeagleError: a prompt can't be encoded, or the target's states are not finite (the prompt is named).
+        """
         slots = self.max_prompt_tokens + self.max_new_tokens + 1
         batch = Batch(self.target, rows=self.rows, slots=slots, keep_states=True)
         source = iter(prompts)
@@ -80,9 +93,7 @@ class AnswerGenerator:
         for row, _ in batch.run(waiting):
             if row.ended:
                 job = jobs.pop(row)
-                if len(row.tokens) > 1 or row.tokens[0] not in self.target.eos_ids:  # an empty answer teaches nothing
-                    yield self._sample(row, job)
-                    self._next_turn(row, job, waiting, jobs)
+                yield from self._ended(row, job, waiting, jobs)
                 self._refill(waiting, jobs, source)
 
     def _refill(self, waiting: deque[Row], jobs: dict[Row, _Job], source: Iterator[Prompt]) -> None:
@@ -91,33 +102,57 @@ class AnswerGenerator:
             prompt = next(source, None)
             if prompt is None:
                 return
-            sampled = float(torch.rand((), generator=self.random)) < self.sampled_share
-            self._enqueue(_Job(prompt, self.temperature if sampled else 0.0), waiting, jobs)
+            self._enqueue(_Job(prompt), waiting, jobs)
 
-    def _enqueue(self, job: _Job, waiting: deque[Row], jobs: dict[Row, _Job]) -> None:
-        ids = encode(self.target, [*job.before, {"role": "user", "content": job.prompt.turns[job.turn]}])
+    def _enqueue(self, job: _Job, waiting: deque[Row], jobs: dict[Row, _Job]) -> bool:
+        """Whether the turn is short enough to be answered."""
+        try:
+            ids = job.prompt.encode(self.target, job.answers)
+        except BeagleError as error:
+            raise BeagleError(f"{job.prompt.name}: {error}") from error
         if len(ids) > min(self.max_prompt_tokens, self.target.context_limit - 1):
-            return
-        seed = int(torch.randint(2**62, (), generator=self.random))
+            self.too_long += 1
+            return False
+        key = f"{self.seed}/{job.prompt.key}"
+        sampled = random.Random(key).random() < self.sampled_share
+        seed = random.Random(f"{key}/{len(job.answers)}").getrandbits(62)
         most = min(
             self.max_new_tokens + 1, self.target.context_limit - len(ids)
         )  # the last is not run: it has no state
-        row = Row(ids, most, Sampler(temperature=job.temperature, seed=seed, length=most))
+        row = Row(ids, most, Sampler(temperature=self.temperature if sampled else 0.0, seed=seed, length=most))
         jobs[row] = job
-        waiting.append(row)
+        if job.answers:
+            waiting.appendleft(row)  # few dialogues are unfinished when a run is interrupted
+        else:
+            waiting.append(row)
+        return True
 
     def _sample(self, row: Row, job: _Job) -> Sample:
+        states = torch.cat(row.states).to("cpu", torch.bfloat16)
+        if not states.isfinite().all():
+            dtype = str(self.target.dtype).removeprefix("torch.")
+            remedy = "copy or download it again" if dtype == "float32" else "load it with dtype float32"
+            raise BeagleError(
+                f"{job.prompt.name}: the hidden states of {self.target.name} in {dtype} are NaN or infinite there, and "
+                f"can't be trained on; {remedy}"
+            )
         return Sample(
-            id=f"{job.prompt.id}/{job.turn}",
+            id=f"{job.prompt.key}/{len(job.answers)}",
             tokens=torch.tensor([*row.ids, *row.tokens[:-1]]),
-            states=torch.cat(row.states).to("cpu", torch.bfloat16),
+            states=states,
             answer_from=len(row.ids) - 1,
         )
 
-    def _next_turn(self, row: Row, job: _Job, waiting: deque[Row], jobs: dict[Row, _Job]) -> None:
-        turns = job.prompt.turns
-        if job.turn + 1 < min(len(turns), self.max_turns):
+    def _ended(self, row: Row, job: _Job, waiting: deque[Row], jobs: dict[Row, _Job]) -> tuple[Sample, ...]:
+        """Ask the next turn; all samples of the dialogue where there is none."""
+        sample = self._sample(row, job)
+        if len(row.tokens) == 1 and row.tokens[0] in self.target.eos_ids:
+            self.empty += 1  # which teaches nothing
+            return job.samples
+        samples = (*job.samples, sample)
+        if len(job.answers) + 1 < min(len(job.prompt.turns), self.max_turns):
             made = row.tokens[:-1] if row.tokens[-1] in self.target.eos_ids else row.tokens
             text = self.target.tokenizer.decode(made, skip_special_tokens=True)
-            said = [{"role": "user", "content": turns[job.turn]}, {"role": "assistant", "content": text}]
-            self._enqueue(_Job(job.prompt, job.temperature, job.turn + 1, [*job.before, *said]), waiting, jobs)
+            if self._enqueue(_Job(job.prompt, (*job.answers, text), samples), waiting, jobs):
+                return ()
+        return samples

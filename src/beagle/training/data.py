@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +49,14 @@ def samples(shards: list[Path], *, validation: bool) -> list[Stored]:
     return out
 
 
+def nothing_to_train_on(store: StateStore) -> str:
+    """Why a store without training samples has none, and what helps."""
+    held = len(samples(store.shards(), validation=True))
+    if held:
+        return f"holds {held} answers, all of them held out for validation; give more prompts"
+    return "holds no answer of two tokens or more; give other prompts"
+
+
 def batches(store: StateStore, *, tokens: int, seed: int, epoch: int) -> Iterator[list[Stored]]:
     """One epoch of training batches of about ``tokens`` tokens each, padding kept small."""
     shuffle = random.Random(f"{seed}/{epoch}")
@@ -80,6 +88,8 @@ def collate(group: list[Stored], target: Target) -> Batch:
     stored = [s.states for s in group if s.states is not None]
     if len(stored) < len(group):
         states = target.prefill(tokens, target.new_cache(len(group), n)).float()
+        if not all(own[: len(s.tokens)].isfinite().all() for own, s in zip(states, group, strict=True)):
+            raise BeagleError(f"the hidden states of {target.name} are NaN or infinite; load it with dtype float32")
     else:
         states = torch.zeros(len(group), n, target.hidden_size)
         for i, own in enumerate(stored):
@@ -91,12 +101,17 @@ def collate(group: list[Stored], target: Target) -> Batch:
     return Batch(embeddings, states.to(target.device), first, last)
 
 
-def frequent_tokens(store: StateStore, size: int, vocab_size: int) -> Tensor:
-    """The ``size`` most frequent tokens of the answers, ascending ids ``[size]`` (paper: whole vocabulary)."""
+def frequent_tokens(store: StateStore, size: int, vocab_size: int, always: Iterable[int] = ()) -> Tensor:
+    """The ``size`` most frequent tokens of the answers, ascending ids ``[size]`` (paper: whole vocabulary).
+
+    Args:
+        always: tokens that are among them in any case: those that end an answer, which stored answers lack.
+    """
     counts = torch.zeros(vocab_size, dtype=torch.long)
     for shard in store.shards():  # one at a time: their states need not fit into memory together
         for sample in samples([shard], validation=False):
             counts += torch.bincount(sample.tokens[sample.answer_from + 1 :], minlength=vocab_size)
     if not counts.any():
-        raise BeagleError(f"{store.folder} holds no training sample; give more prompts")
+        raise BeagleError(f"'{store.folder}' {nothing_to_train_on(store)}")
+    counts[[token for token in always if token < vocab_size]] = counts.max() + 1
     return counts.topk(min(size, vocab_size)).indices.sort().values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -19,10 +20,11 @@ from beagle.files import write_json
 from beagle.targets.target import Target
 from beagle.training.answers import AnswerGenerator, Sample
 from beagle.training.config import Positive, TrainConfig
-from beagle.training.prompts import Prompt
+from beagle.training.folder import alone
+from beagle.training.prompts import Prompt, answerable, has_template, numbered
 from beagle.training.stages import ARCHITECTURES
-from beagle.training.states import Fingerprint, StateStore
-from beagle.training.trainer import Trainer
+from beagle.training.states import Fingerprint, StateStore, refuse_without_answers
+from beagle.training.trainer import Trainer, refuse_before_answers
 
 
 @dataclass(frozen=True)
@@ -120,20 +122,56 @@ def describe_states(hidden_size: int, states: str) -> str:
 
 
 def make_answers(
-    target: Target, prompts: list[Prompt], folder: Path, config: AnswerConfig, console: Console
+    target: Target,
+    prompts: list[Prompt],
+    folder: Path,
+    config: AnswerConfig,
+    console: Console,
+    skip_bad_lines: bool | None = False,
 ) -> StateStore:
-    """Fill a state store; run again after an interruption, it answers what is missing."""
+    """Fill a state store; run again after an interruption, it answers what is missing.
+
+    Args:
+        skip_bad_lines: leave out prompts that the target's chat template refuses, each with a line on stderr; None as
+            of ``read_prompts``.
+    Raises:
+        BeagleError: a prompt is refused, another run fills the store, or there is not one answer.
+    """
+    with alone(folder, ".answers.lock"):
+        return _make_answers(target, prompts, folder, config, console, skip_bad_lines)
+
+
+def _make_answers(
+    target: Target,
+    prompts: list[Prompt],
+    folder: Path,
+    config: AnswerConfig,
+    console: Console,
+    skip_bad_lines: bool | None,
+) -> StateStore:
     store = StateStore(
         folder,
         Fingerprint.of(target, config.max_prompt_tokens, config.max_new_tokens),
         with_states=config.states == "disk",
     )
-    done = {sample_id.rsplit("/", 1)[0] for sample_id in store.done_ids()}
-    todo = [p for p in prompts if p.id not in done]
-    random.Random(config.seed).shuffle(todo)
+    done, earlier = store.answered()
+    todo = [prompt for prompt in numbered(prompts) if prompt.key not in done]
     have = store.tokens()
     if not todo or (config.max_tokens and have >= config.max_tokens):
         return store
+    if not has_template(target):
+        console.print(
+            f"{target.name} has no chat template: prompts are taken as raw text, of each the first turn alone, without "
+            "a system message",
+            highlight=False,
+        )
+    with console.status("checking the prompts"):
+        todo = answerable(target, todo, skip_bad_lines)
+    if earlier:
+        todo = [prompt for prompt in todo if not _taken(earlier, tuple(prompt.encode(target)))]
+    if not todo:
+        return store
+    random.Random(config.seed).shuffle(todo)
     longest = (config.max_prompt_tokens + config.max_new_tokens) * len(todo) * config.max_turns
     console.print(f"states: {describe_states(target.hidden_size, config.states)}", highlight=False)
     store.refuse_if_full(min(longest, (config.max_tokens or longest) - have))
@@ -145,7 +183,7 @@ def make_answers(
         max_turns=config.max_turns,
         sampled_share=config.sampled_share,
         temperature=config.temperature,
-        seed=config.seed + len(done),
+        seed=config.seed,
     )
 
     def in_chunks() -> Iterator[Prompt]:
@@ -165,7 +203,36 @@ def make_answers(
                     return
 
         store.write(counted())
+    if generator.too_long:
+        console.print(
+            f"{generator.too_long} turns are longer than {config.max_prompt_tokens} tokens with what comes before them, "
+            "and are left out (answers.max_prompt_tokens)",
+            highlight=False,
+        )
+    if not store.shards():
+        raise BeagleError(f"no prompt could be answered: {_reasons(generator, target)}")
     return store
+
+
+def _taken(counts: Counter[tuple[int, ...]], tokens: tuple[int, ...]) -> bool:
+    """Take one of ``tokens`` out, if there is one."""
+    counts[tokens] -= 1
+    return counts[tokens] >= 0
+
+
+def _reasons(generator: AnswerGenerator, target: Target) -> str:
+    reasons = []
+    if generator.too_long:
+        reasons.append(
+            f"{generator.too_long} longer than {generator.max_prompt_tokens} tokens; give shorter ones or raise "
+            "answers.max_prompt_tokens"
+        )
+    if generator.empty:
+        reasons.append(
+            f"{generator.empty} with an empty answer, which {target.name} ends at once; give other prompts, or check its "
+            "chat template and end-of-text token"
+        )
+    return "; ".join(reasons)
 
 
 def train_head(
@@ -177,30 +244,42 @@ def train_head(
     data: Path | None = None,
     seconds: float | None = None,
     console: Console,
+    skip_bad_lines: bool = False,
 ) -> Path:
     """The whole run; every part resumes.
 
     Args:
         prompts: None if the answers are already in ``data``.
         data: folder of answers and states (default: ``out/data``).
+        skip_bad_lines: see ``make_answers``.
     Returns:
         The draft checkpoint's folder.
+    Raises:
+        BeagleError: see the message; what takes no answer to find out is found out before the first.
     """
-    if (recipe.train.draft_vocab_size or 0) > target.vocab_size:
-        raise BeagleError(f"train.draft_vocab_size is larger than the vocabulary of {target.name}, {target.vocab_size}")
     folder = data or out / "data"
+    if prompts is None:
+        refuse_without_answers(folder)
+    with alone(out):
+        return _train_head(target, prompts, out, folder, recipe, seconds, console, skip_bad_lines)
+
+
+def _train_head(
+    target: Target,
+    prompts: list[Prompt] | None,
+    out: Path,
+    folder: Path,
+    recipe: Recipe,
+    seconds: float | None,
+    console: Console,
+    skip_bad_lines: bool,
+) -> Path:
+    refuse_before_answers(target, out, recipe.train, recipe.head)
     if prompts is not None:
-        store = make_answers(target, prompts, folder, recipe.answers, console)
+        store = make_answers(target, prompts, folder, recipe.answers, console, skip_bad_lines)
     else:
         fingerprint = Fingerprint.of(target, recipe.answers.max_prompt_tokens, recipe.answers.max_new_tokens)
         store = StateStore(folder, fingerprint, with_states=recipe.answers.states == "disk")
-    if not store.shards():
-        if prompts is not None:
-            limit = recipe.answers.max_prompt_tokens
-            raise BeagleError(
-                f"no prompt could be answered: all are longer than {limit} tokens; raise max_prompt_tokens"
-            )
-        raise BeagleError(f"'{folder}' holds no answers; pass --prompts FILE")
     trainer = Trainer(target, store, out, recipe.train, recipe.head)
     alphas = trainer.train(seconds=seconds, report=lambda line: console.print(line, highlight=False))
     about = describe(target)

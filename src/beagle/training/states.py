@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,6 +25,7 @@ from beagle.targets.target import Target
 from beagle.training.answers import Sample
 
 SHARD_TOKENS = 65_536
+_KEYED = re.compile(r"[0-9a-f]{24}/\d+")  # a prompt's key and the number of a turn
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class StateStore:
         Args:
             with_states: False stores tokens alone (states are then computed live, in training).
         Raises:
-            BeagleError: the folder holds states of another target, template or length.
+            BeagleError: the folder holds states of another target, template or length, or of nobody knows which.
         """
         self.folder = Path(folder)
         self.fingerprint = fingerprint
@@ -79,6 +82,8 @@ class StateStore:
                             f"{self.folder} holds states of {found.get('target')} made with {key} {found.get(key)!r}, "
                             f"not {value!r}; choose another folder or delete this one"
                         )
+            elif self.shards():
+                raise _without_manifest(self.folder)
             else:
                 write_json(manifest, asdict(fingerprint))
         except OSError as error:
@@ -91,11 +96,10 @@ class StateStore:
         Raises:
             BeagleError: there are no answers.
         """
+        refuse_without_answers(folder)
         manifest = folder / "manifest.json"
-        if not manifest.is_file() or not any(folder.glob("shard-*.safetensors")):
-            raise BeagleError(
-                f"'{folder}' holds no answers; make some with `beagle train --prompts FILE --data {folder}`"
-            )
+        if not manifest.is_file():
+            raise _without_manifest(folder)
         try:
             fingerprint = Fingerprint(**_read_manifest(manifest))
         except TypeError as error:
@@ -112,6 +116,26 @@ class StateStore:
             with open_shard(shard) as file:
                 done.update(json.loads(file.metadata()["ids"]))
         return done
+
+    def answered(self) -> tuple[set[str], Counter[tuple[int, ...]]]:
+        """What need not be answered again.
+
+        Returns:
+            Keys of the prompts answered; and the token ids of those that an earlier version stored under the ids of
+            their file, which say nothing of the content.
+        """
+        keys: set[str] = set()
+        earlier: Counter[tuple[int, ...]] = Counter()
+        for shard in self.shards():
+            with open_shard(shard) as file:
+                ids = json.loads(file.metadata()["ids"])
+                keys.update(name.partition("/")[0] for name in ids if _KEYED.fullmatch(name))
+                old = [i for i, name in enumerate(ids) if name.endswith("/0") and not _KEYED.fullmatch(name)]
+                if old:
+                    tokens, firsts = file.get_tensor("tokens"), file.get_tensor("answer_from").tolist()
+                    offsets = file.get_tensor("offsets").tolist()
+                    earlier.update(tuple(tokens[offsets[i] : offsets[i] + firsts[i] + 1].tolist()) for i in old)
+        return keys, earlier
 
     def tokens(self) -> int:
         """Tokens on disk, prompts included."""
@@ -173,10 +197,25 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     """Tensors of one shard (``states`` only where they are stored).
 
     Raises:
-        BeagleError: the file is damaged.
+        BeagleError: the file is damaged, or its states are no numbers.
     """
     with open_shard(path) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    if "states" in content and not content["states"].isfinite().all():
+        raise BeagleError(
+            f"{path} holds NaN or infinite hidden states, on which nothing can be trained; delete it and run the same "
+            "command again, with the target in float32"
+        )
+    return content
+
+
+def refuse_without_answers(folder: Path) -> None:
+    """
+    Raises:
+        BeagleError: nothing is stored there.
+    """
+    if not any(folder.glob("shard-*.safetensors")):
+        raise BeagleError(f"'{folder}' holds no answers; make some with `beagle train --prompts FILE --data {folder}`")
 
 
 @contextmanager
@@ -191,6 +230,12 @@ def open_shard(path: Path) -> Iterator[Any]:
             yield file
     except (OSError, SafetensorError, TypeError, KeyError) as error:
         raise BeagleError(f"{path} is damaged ({error}); delete it and run the same command again") from error
+
+
+def _without_manifest(folder: Path) -> BeagleError:
+    return BeagleError(
+        f"'{folder}' holds answers, but no manifest.json says of which target; put it back or choose another folder"
+    )
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +18,55 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from beagle.drafters.block import Block
 from beagle.drafters.checkpoint import save_head
 from beagle.errors import BeagleError
 from beagle.files import write_json
-from beagle.targets.loading import pick_dtype
+from beagle.targets.loading import first_line, pick_dtype
 from beagle.targets.target import Target
 from beagle.training.config import TrainConfig
-from beagle.training.data import Stored, batches, collate, frequent_tokens, samples
+from beagle.training.data import Stored, batches, collate, frequent_tokens, nothing_to_train_on, samples
+from beagle.training.folder import CHECKPOINT, append_log, cut_log, identity, read_progress
 from beagle.training.stages import ARCHITECTURES, LMHead, lm_head_rows, stage_loss, step_alpha
 from beagle.training.states import StateStore
+from beagle.training.windows import Batch
+
+
+def new_head(target: Target, config: TrainConfig, options: dict[str, Any]) -> Block:
+    """An untrained head for a target, on its device; ``options`` as of ``Trainer``."""
+    settings = dict(options)
+    kind = ARCHITECTURES[settings.pop("architecture", "beagle")].head
+    head = kind(kind.config_class.for_target(target, draft_vocab_size=config.draft_vocab_size, **settings))
+    head.dropout = config.dropout
+    return head.to(target.device)
+
+
+def refuse_before_answers(target: Target, out: Path, config: TrainConfig, options: dict[str, Any]) -> None:
+    """Find out before the target answers that what comes after it can't be done.
+
+    Raises:
+        BeagleError: ``out`` holds a run of other settings; the draft vocabulary is no size; or no head of these
+            settings can be built for this target.
+    """
+    read_progress(out, identity(config, options))
+    ends = len([token for token in target.eos_ids if token < target.vocab_size])
+    if config.draft_vocab_size is not None and not ends < config.draft_vocab_size <= target.vocab_size:
+        raise BeagleError(
+            f"train.draft_vocab_size is {config.draft_vocab_size}, but {target.name} has {target.vocab_size} tokens, "
+            f"{ends} of which end an answer and are always drafted; choose one from {ends + 1} to {target.vocab_size}"
+        )
+    try:
+        head = new_head(target, config, options)
+        zeros = torch.zeros(1, 8, target.hidden_size, device=target.device)
+        first = torch.zeros(1, dtype=torch.long, device=target.device)
+        rows = lm_head_rows(target, first)
+        for stage in ("early", "late"):
+            stage_loss(head, Batch(zeros, zeros, first, first + 6), rows, config, stage=stage, offset=0, noise=zeros)
+    except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        raise BeagleError(
+            f"no head with these settings can be built for {target.name} ({first_line(error)}); correct the head "
+            "section of the recipe"
+        ) from error
 
 
 class Trainer:
@@ -44,13 +82,9 @@ class Trainer:
         self.target, self.store, self.out, self.config = target, store, out, config
         torch.manual_seed(config.seed)
         self.head_options = head or {}
-        settings = dict(self.head_options)
-        kind = ARCHITECTURES[settings.pop("architecture", "beagle")].head
-        shape = kind.config_class.for_target(target, draft_vocab_size=config.draft_vocab_size, **settings)
-        self.head = kind(shape).to(target.device)
-        self.head.dropout = config.dropout
-        if shape.draft_vocab_size:
-            self.head.draft_vocab.copy_(frequent_tokens(store, shape.draft_vocab_size, target.vocab_size))
+        self.head = new_head(target, config, self.head_options)
+        if size := config.draft_vocab_size:
+            self.head.draft_vocab.copy_(frequent_tokens(store, size, target.vocab_size, target.eos_ids))
         self.autocast = config.autocast and pick_dtype("auto", target.device) == torch.bfloat16
         self.lm_head = self._lm_head()
         self.optimizer = torch.optim.AdamW(
@@ -70,7 +104,7 @@ class Trainer:
         self.validation = [held[i : i + 16] for i in range(0, len(held), 16)]
         self.per_epoch = sum(1 for _ in batches(store, tokens=config.batch_tokens, seed=config.seed, epoch=0))
         if not self.per_epoch:
-            raise BeagleError(f"'{store.folder}' holds no answer long enough to train on; give more prompts")
+            raise BeagleError(f"'{store.folder}' {nothing_to_train_on(store)}")
         self.early_steps = round(config.early_epochs * self.per_epoch)
         self.total = self.early_steps + round(config.late_epochs * self.per_epoch)
         out.mkdir(parents=True, exist_ok=True)
@@ -170,18 +204,12 @@ class Trainer:
         return float(shown)
 
     def _log(self, loss: float, alphas: list[float]) -> None:
-        path = self.out / "log.csv"
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(["step", "stage", "loss", "seconds", "tokens", *(f"alpha_{j}" for j in range(1, 6))])
-            stage = "early" if self.step <= self.early_steps else "late"
-            row = [f"{loss:.4f}", f"{self.seconds:.1f}", self.tokens, *(f"{a:.4f}" for a in alphas)]
-            writer.writerow([self.step, stage, *row])
+        stage = "early" if self.step <= self.early_steps else "late"
+        row = [f"{loss:.4f}", f"{self.seconds:.1f}", self.tokens, *(f"{a:.4f}" for a in alphas)]
+        append_log(self.out, [self.step, stage, *row])
 
     def identity(self) -> dict[str, Any]:
-        return json.loads(json.dumps({"train": asdict(self.config), "head": self.head_options}))
+        return identity(self.config, self.head_options)
 
     def save(self) -> None:
         """Checkpoint everything that a resumed run needs, atomically."""
@@ -194,6 +222,7 @@ class Trainer:
             "tokens": self.tokens,
             "epoch": self.epoch,
             "at": self.at,
+            "early_steps": self.early_steps,
             "identity": self.identity(),
         }
         partial = self.out / ".checkpoint.partial"
@@ -201,7 +230,7 @@ class Trainer:
             save_file(
                 {k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"progress": json.dumps(progress)}
             )
-            os.replace(partial, self.out / "checkpoint.safetensors")
+            os.replace(partial, self.out / CHECKPOINT)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
             raise BeagleError(
@@ -209,23 +238,12 @@ class Trainer:
             ) from error
 
     def _resume(self) -> None:
-        from safetensors import safe_open
-
-        path = self.out / "checkpoint.safetensors"
-        if not path.is_file():
+        progress = read_progress(self.out, self.identity())
+        if progress is None:
+            cut_log(self.out, 0)
             write_json(self.out / "run.json", self.identity())
             return
-        try:
-            with safe_open(path, framework="pt") as file:
-                progress = json.loads(file.metadata()["progress"])
-            tensors = load_file(path)
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise BeagleError(f"checkpoint '{path}' is corrupt ({error}); delete it to start over") from error
-        saved = progress["identity"]
-        defaults = json.loads(json.dumps(asdict(TrainConfig())))
-        saved["train"] = {**defaults, **saved["train"]}  # an option younger than the run stood at its default
-        if saved != self.identity():
-            raise BeagleError(f"'{self.out}' holds a run with other settings; choose another --out or delete it")
+        tensors = load_file(self.out / CHECKPOINT)
         self.head.load_state_dict({k[5:]: v for k, v in tensors.items() if k.startswith("head.")})
         self.lm_head = self._lm_head()
         states: dict[int, dict[str, Tensor]] = {}
@@ -236,6 +254,11 @@ class Trainer:
         self.optimizer.load_state_dict({"state": states, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.step, self.seconds, self.tokens = progress["step"], progress["seconds"], progress["tokens"]
         self.epoch, self.at = progress["epoch"], progress["at"]
+        begun = progress.get("early_steps", self.early_steps)
+        if self.step > begun:  # answers that came since then make no late stage early again
+            self.total += begun - self.early_steps
+            self.early_steps = begun
+        cut_log(self.out, self.step)
 
     def export(self, folder: Path, meta: dict[str, Any]) -> None:
         """Write the head as a draft checkpoint that ``beagle generate --draft`` takes."""

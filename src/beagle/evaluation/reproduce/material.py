@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Console
 
-from beagle.errors import BeagleError
 from beagle.evaluation.compare.one import quiet
 from beagle.evaluation.suites import load_suite, unique
 from beagle.targets.loading import load_target
@@ -59,7 +58,7 @@ def find_material(prompts: Path | None, with_answers: bool, count: int | None, q
     found = Path(root) / "train" / "prompts.jsonl.gz" if root else None
     path = prompts or (found if found and found.is_file() else None)
     if path is not None:
-        read = unique(read_prompts(path))
+        read = unique(read_prompts(path, skip_bad_lines=None))
         random.Random(0).shuffle(read)
         return Material(read[:count], sets, "; ".join(notes))
     few = [prompt for i, prompt in enumerate(own) if i % HELD_OUT]
@@ -78,9 +77,4 @@ def answer(target: dict[str, Any], prompts: list[Prompt], folder: Path, config: 
         BeagleError: no prompt could be answered.
     """
     quiet()
-    store = make_answers(load_target(**target), prompts, folder, config, Console(stderr=True))
-    if not store.shards():
-        raise BeagleError(
-            f"no prompt could be answered: all are longer than {config.max_prompt_tokens} tokens; give shorter ones"
-        )
-    return store.tokens()
+    return make_answers(load_target(**target), prompts, folder, config, Console(stderr=True), None).tokens()

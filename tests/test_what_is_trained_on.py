@@ -41,17 +41,17 @@ def target() -> Target:
 
 
 class Run:
-    """Fills one store; ``said`` is what the last call printed."""
+    """Fills one store; ``printed`` is what the last call printed."""
 
     def __init__(self, target: Target, folder) -> None:
-        self.target, self.folder, self.said = target, folder, ""
+        self.target, self.folder, self.printed = target, folder, ""
 
     def __call__(self, prompts, config=ANSWERS, **options) -> StateStore:
         out = io.StringIO()
         try:
             return make_answers(self.target, prompts, self.folder, config, Console(file=out, width=400), **options)
         finally:
-            self.said = out.getvalue()
+            self.printed = out.getvalue()
 
     def asked(self) -> list[str]:
         """Text of every stored prompt, sorted."""
@@ -173,7 +173,7 @@ def test_base_models_are_trained_on_raw_text(answers, target):
     target.tokenizer.chat_template = None
     answers([Prompt("1", ("w3 w4", "w5"), system="w9"), Prompt("2", ("w6",))])
     assert answers.asked() == ["w3 w4", "w6"]
-    assert answers.said.count("has no chat template: prompts are taken as raw text") == 1
+    assert answers.printed.count("has no chat template: prompts are taken as raw text") == 1
     expected = Model(target).generate("w6", max_new_tokens=8).token_ids
     found = [s for s in _all(StateStore.existing(answers.folder)) if s.tokens[0] == 6]
     assert found[0].tokens[1:].tolist() == expected
@@ -270,7 +270,7 @@ def test_a_draft_vocabulary_that_cannot_be_is_refused_before_the_answers(target,
 def test_reasons_of_a_run_without_answers(target, answers):
     with pytest.raises(BeagleError, match=r"1 longer than 40 tokens; .*raise answers\.max_prompt_tokens$"):
         answers([Prompt("1", ("w3 " * 50,))])
-    assert "1 turns are longer than 40 tokens" in answers.said
+    assert "1 turns are longer than 40 tokens" in answers.printed
     target.eos_ids = frozenset(range(64))
     with pytest.raises(BeagleError, match="8 with an empty answer, which tiny-llama ends at once") as caught:
         answers(PROMPTS)

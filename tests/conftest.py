@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
+import sys
+from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from weakref import ref
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -16,15 +21,18 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from beagle.cli import main
 from beagle.drafters.base import Draft
 from beagle.drafters.block import Block
-from beagle.drafters.checkpoint import HEADS
+from beagle.drafters.checkpoint import HEADS, save_head
 from beagle.drafters.named import DRAFTERS
 from beagle.drafters.tree import TreeDrafter
 from beagle.evaluation import run
+from beagle.model import Model
 from beagle.targets.loading import cache_dir
 from beagle.targets.target import Target
 
+pytest_plugins = ["training_runs"]
 collect_ignore_glob = []
 if any(find_spec(name) is None for name in ("fastapi", "uvicorn", "prometheus_client", "openai", "httpx")):
     collect_ignore_glob += ["test_serve*.py", "test_page.py"]  # the extras serve and dev are not installed
@@ -191,3 +199,97 @@ def interrupt(monkeypatch, at: str):
 
     monkeypatch.setattr(run, "ask", interrupted)
     return lambda: monkeypatch.setattr(run, "ask", ask)
+
+
+@dataclass(frozen=True)
+class Folders:
+    """A saved tiny target, and a draft head for it."""
+
+    target: Path
+    head: Path
+
+    @property
+    def options(self) -> list[str]:
+        return ["--target", str(self.target), "--draft", str(self.head), "--dtype", "float32", "--device", "cpu"]
+
+    @property
+    def plain(self) -> list[str]:
+        return ["--target", str(self.target), "--draft", "none", "--dtype", "float32", "--device", "cpu"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    def refusal(self, *names: object, code: int = 2) -> str:
+        """The one line of an error that names its input."""
+        assert self.code == code, self
+        assert "Traceback" not in self.err
+        lines = self.err.strip().splitlines()
+        assert [line for line in lines if line.startswith("error: ")] == lines[-1:], self.err
+        for name in names:
+            assert str(name) in lines[-1]
+        return lines[-1]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> Folders:
+    root = tmp_path_factory.mktemp("saved")
+    tiny_model().save_pretrained(root / "target")
+    tiny_tokenizer().save_pretrained(root / "target")
+    save_head(tiny_head(tiny_target()), root / "head", target="tiny", dtype=torch.float32, meta={})
+    return Folders(root / "target", root / "head")
+
+
+@pytest.fixture
+def beagle(monkeypatch, capsys):
+    """Runs the command in this process, as its entry point would."""
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("TERM", "dumb")
+    for name in ("FORCE_COLOR", "TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(*arguments: object, stdin: str = "") -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["beagle", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main.run()
+        return Outcome(ended.value.code or 0, *capsys.readouterr())
+
+    return call
+
+
+QUESTIONS = [
+    {"id": "a", "prompt": "w3 w4 w5"},
+    {"id": "b", "turns": ["w9", "w8"]},
+    {"id": "c", "prompt": "w30 w7"},
+    {"id": "d", "prompt": "w12"},
+]
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
+    return path
+
+
+@pytest.fixture
+def bench(folders, beagle, questions, tmp_path):
+    """Runs the command; returns its outcome and its JSON."""
+
+    def call(*extra):
+        path = tmp_path / "figures" / "out.json"
+        ended = beagle("bench", "--questions", questions, *folders.options, "-n", 8, "--json", path, *extra)
+        return ended, json.loads(path.read_text()) if path.exists() else None
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def model():
+    target = tiny_target()
+    return Model(target, tiny_drafter(target))

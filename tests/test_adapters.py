@@ -12,7 +12,7 @@ from transformers.integrations import peft as integration
 import beagle
 from beagle.errors import BeagleError
 from conftest import tiny_model
-from test_speculate import PLAN, PROMPT
+from speculating import PLAN, PROMPT
 
 MLP = ["up_proj", "down_proj"]
 

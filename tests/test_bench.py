@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import json
 
 import pytest
 
-import test_cli
 from beagle.decoding.stats import Stats
 from beagle.errors import BeagleError
 from beagle.evaluation import figures, run
@@ -19,35 +17,9 @@ from beagle.model import Model
 from beagle.targets.chat import encode
 from beagle.training import states
 from beagle.training.prompts import Prompt
-from conftest import interrupt, tiny_drafter, tiny_model, tiny_target
+from conftest import interrupt, tiny_model, tiny_target
 
-folders, beagle = test_cli.folders, test_cli.beagle
 MODES = ["plain", "beagle", "transformers"]
-QUESTIONS = [
-    {"id": "a", "prompt": "w3 w4 w5"},
-    {"id": "b", "turns": ["w9", "w8"]},
-    {"id": "c", "prompt": "w30 w7"},
-    {"id": "d", "prompt": "w12"},
-]
-
-
-@pytest.fixture
-def questions(tmp_path):
-    path = tmp_path / "mixed.jsonl"
-    path.write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
-    return path
-
-
-@pytest.fixture
-def bench(folders, beagle, questions, tmp_path):
-    """Runs the command; returns its outcome and its JSON."""
-
-    def call(*extra):
-        path = tmp_path / "figures" / "out.json"
-        ended = beagle("bench", "--questions", questions, *folders.options, "-n", 8, "--json", path, *extra)
-        return ended, json.loads(path.read_text()) if path.exists() else None
-
-    return call
 
 
 def test_json_of_a_whole_run(bench, folders, questions):
@@ -219,12 +191,6 @@ def test_identical_is_by_whole_answers():
     other = [record("beagle", "a", [3, 4]), record("beagle", "b", [5])]
     assert figures.summary(plain + other)["modes"]["beagle"]["identical"] == 0.5
     assert figures.summary(other)["modes"]["beagle"]["identical"] is None
-
-
-@pytest.fixture(scope="module")
-def model():
-    target = tiny_target()
-    return Model(target, tiny_drafter(target))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import beagle
 from beagle.errors import BeagleError
 from conftest import tiny_model
-from test_speculate import PLAN, PROMPT, both
+from speculating import PLAN, PROMPT, both
 
 DTYPES = [torch.float32, torch.bfloat16]
 

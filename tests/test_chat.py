@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import test_cli
 from beagle import model as model_module
 from beagle.errors import BeagleInternalError
 from beagle.model import Model
-
-folders, beagle = test_cli.folders, test_cli.beagle
 
 
 def test_chat_remembers_and_forgets(folders, beagle, monkeypatch):

@@ -5,81 +5,17 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 import typer
 
 from beagle import model as model_module
 from beagle.cli import main
-from beagle.drafters.checkpoint import save_head
 from beagle.errors import BeagleError
-from conftest import tiny_head, tiny_model, tiny_target, tiny_tokenizer
+from conftest import Outcome, tiny_model, tiny_tokenizer
 
 PROMPT = "w3 w4 w5"
-
-
-@dataclass(frozen=True)
-class Folders:
-    """A saved tiny target, and a draft head for it."""
-
-    target: Path
-    head: Path
-
-    @property
-    def options(self) -> list[str]:
-        return ["--target", str(self.target), "--draft", str(self.head), "--dtype", "float32", "--device", "cpu"]
-
-    @property
-    def plain(self) -> list[str]:
-        return ["--target", str(self.target), "--draft", "none", "--dtype", "float32", "--device", "cpu"]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-    def refusal(self, *names: object, code: int = 2) -> str:
-        """The one line of an error that names its input."""
-        assert self.code == code, self
-        assert "Traceback" not in self.err
-        lines = self.err.strip().splitlines()
-        assert [line for line in lines if line.startswith("error: ")] == lines[-1:], self.err
-        for name in names:
-            assert str(name) in lines[-1]
-        return lines[-1]
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory) -> Folders:
-    root = tmp_path_factory.mktemp("saved")
-    tiny_model().save_pretrained(root / "target")
-    tiny_tokenizer().save_pretrained(root / "target")
-    save_head(tiny_head(tiny_target()), root / "head", target="tiny", dtype=torch.float32, meta={})
-    return Folders(root / "target", root / "head")
-
-
-@pytest.fixture
-def beagle(monkeypatch, capsys):
-    """Runs the command in this process, as its entry point would."""
-    monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.setenv("TERM", "dumb")
-    for name in ("FORCE_COLOR", "TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"):
-        monkeypatch.delenv(name, raising=False)
-
-    def call(*arguments: object, stdin: str = "") -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["beagle", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main.run()
-        return Outcome(ended.value.code or 0, *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture

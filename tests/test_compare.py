@@ -17,7 +17,6 @@ import pytest
 import torch
 import yaml
 
-import test_cli
 from beagle.cli import compare as command
 from beagle.errors import BeagleError
 from beagle.evaluation.compare import one, runs
@@ -35,7 +34,6 @@ from beagle.training.prompts import Prompt
 from beagle.training.states import Fingerprint, StateStore
 from conftest import tiny_model, tiny_target, tiny_tokenizer
 
-beagle = test_cli.beagle
 TRAIN = {
     "early_epochs": 2, "late_epochs": 1, "window": 3, "steps": 2, "batch_tokens": 120, "learning_rate": 1e-2,
     "warmup_steps": 2, "schedule": "cosine", "noise": 0.05, "validate_every": 3, "checkpoint_every": 4,

@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 
-import test_cli
 from beagle.cli.compile import SIZES, compare
 from beagle.decoding.costs import cached_costs
 from beagle.drafters.base import TreePlan
@@ -22,7 +21,6 @@ from conftest import tiny_drafter, tiny_model, tiny_tokenizer
 pytestmark = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("g++", "clang++")), reason="there is no C++ compiler"
 )
-beagle = test_cli.beagle
 TREE = TreeShape([-1, 0, 0, 1, 1, 2, 4])
 PROMPT = [1, *range(3, 15)]  # longer than the window
 

@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-import test_cli
 from beagle.decoding.costs import Costs
 from beagle.decoding.stats import Stats
 from beagle.errors import BeagleError
@@ -18,7 +17,6 @@ from beagle.targets.chat import encode
 from beagle.training.prompts import Prompt
 from conftest import interrupt, tiny_drafter, tiny_target
 
-folders, beagle = test_cli.folders, test_cli.beagle
 QUESTIONS = [
     {"question_id": 1, "category": "x", "turns": ["w3 w4 w5", "w6"]},
     {"question_id": 2, "category": "y", "turns": ["w9 w8"]},

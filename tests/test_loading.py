@@ -16,15 +16,12 @@ import torch
 from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import test_cli
 from beagle import load
 from beagle.drafters.checkpoint import save_head
 from beagle.errors import BeagleError
 from beagle.targets import loading
 from beagle.targets.loading import EMBEDDED, EMBEDDED_WHEEL, cache_dir, load_target, pick_dtype, resolve
-from conftest import tiny_head, tiny_target, tiny_tokenizer
-
-folders, beagle = test_cli.folders, test_cli.beagle
+from conftest import Outcome, tiny_head, tiny_target, tiny_tokenizer
 
 
 @pytest.fixture
@@ -148,7 +145,7 @@ def test_hub_id_without_network_as_a_process(tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     command = [sys.executable, "-m", "beagle", "generate", "w3", "-t", "nobody/no-such-model"]
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    test_cli.Outcome(ended.returncode, ended.stdout, ended.stderr).refusal("nobody/no-such-model")
+    Outcome(ended.returncode, ended.stdout, ended.stderr).refusal("nobody/no-such-model")
 
 
 @pytest.fixture

@@ -10,79 +10,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
-import test_cli
 from beagle.errors import BeagleError
 from beagle.training import states
 from beagle.training.answers import AnswerGenerator
 from beagle.training.pipeline import Recipe, read_recipe
-from beagle.training.trainer import Trainer
+from training_runs import COUNT, interrupt_after, stored
 
-folders, beagle = test_cli.folders, test_cli.beagle
-RECIPE = {
-    "answers": {"rows": 4, "max_prompt_tokens": 20, "max_new_tokens": 24, "max_turns": 1, "sampled_share": 0},
-    "train": {
-        "early_epochs": 3, "late_epochs": 3, "window": 3, "steps": 3, "batch_tokens": 120, "learning_rate": "1e-2",
-        "warmup_steps": 4, "schedule": "cosine", "noise": 0.05, "validate_every": 5, "checkpoint_every": 4,
-    },
-}  # fmt: skip
 HEADS = [{"newest_state": "scale"}, {"architecture": "eagle"}]
-COUNT = 12
-
-
-@pytest.fixture
-def prompts(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    texts = [" ".join(f"w{3 + (5 * i + j * j) % 60}" for j in range(1 + i % 5)) for i in range(COUNT)]
-    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    return path
-
-
-@pytest.fixture
-def train(folders, beagle, prompts, tmp_path):
-    """Runs the command with the small recipe, some keys of it changed."""
-
-    def call(out, *extra, **sections):
-        recipe = tmp_path / "recipe.yaml"
-        recipe.write_text(yaml.safe_dump({k: {**RECIPE.get(k, {}), **sections.get(k, {})} for k in (*RECIPE, "head")}))
-        options = ["--config", recipe, "--target", folders.target, "--device", "cpu", "--prompts", prompts]
-        return beagle("train", "--out", out, *options, *extra)
-
-    return call
-
-
-@pytest.fixture
-def losses(monkeypatch):
-    """Loss of every step, in order."""
-    seen = []
-    one = Trainer._one
-
-    def watched(self, group):
-        seen.append(one(self, group))
-        return seen[-1]
-
-    monkeypatch.setattr(Trainer, "_one", watched)
-    return seen
 
 
 def same_weights(one, other):
     first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-
-
-def stored(out):
-    """Tokens of each answer on disk, by id."""
-    found = {}
-    for path in sorted((out / "data").glob("shard-*.safetensors")):
-        content = states.read_shard(path)
-        with states.open_shard(path) as file:
-            ids = json.loads(file.metadata()["ids"])
-        parts = content["tokens"].tensor_split(content["offsets"][1:-1])
-        assert not set(ids) & set(found)
-        found |= {i: part.tolist() for i, part in zip(ids, parts, strict=True)}
-    return found
 
 
 @pytest.mark.parametrize("head", HEADS, ids=str)
@@ -137,19 +78,6 @@ def test_live_states_train_like_stored_ones(train, losses, tmp_path):
     shards = [next((tmp_path / kind / "data").glob("shard-*")) for kind in ("disk", "live")]
     assert ["states" in states.read_shard(path) for path in shards] == [True, False]
     assert losses == pytest.approx(disk, abs=0.02)  # stored states are rounded to bfloat16
-
-
-def interrupt_after(monkeypatch, steps, how=signal.SIGINT):
-    one = Trainer._one
-
-    def interrupted(self, group):
-        if self.step == steps:
-            if how == signal.SIGINT:  # which a job in the background ignores
-                raise KeyboardInterrupt
-            signal.raise_signal(how)
-        return one(self, group)
-
-    monkeypatch.setattr(Trainer, "_one", interrupted)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 
-import test_cli
 from beagle.decoding.costs import Costs, cached_costs
 from beagle.drafters.base import TreePlan
 from beagle.drafters.lookup import LookupDrafter
@@ -15,7 +14,6 @@ from beagle.evaluation import profile as profile_module
 from beagle.evaluation.floor import Machine, floor, probe
 from conftest import SMALL, tiny_target
 
-folders, beagle = test_cli.folders, test_cli.beagle
 LAYER = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 48 + 2 * 32  # q, k, v, o; MLP; norms
 WEIGHTS = 3 * LAYER + 32 + 64 * 32  # final norm, LM head
 

@@ -9,7 +9,6 @@ from itertools import pairwise
 
 import pytest
 
-import test_cli
 from beagle.decoding.costs import Costs
 from beagle.decoding.stats import Stats
 from beagle.errors import BeagleError
@@ -18,7 +17,6 @@ from beagle.evaluation.records import Record, Turn, write_result
 from beagle.evaluation.report import answer, plots, tables, training
 from beagle.evaluation.report.write import write_report
 
-beagle = test_cli.beagle
 LOG = "step,stage,loss,seconds,tokens,alpha_1,alpha_2\n10,early,3,1,1000,0.5,0.2\n20,late,2,2,2000,0.5,0.4\n"
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-import test_cli
 from beagle.decoding.costs import Costs
 from beagle.drafters.base import TreePlan
 from beagle.evaluation import suites
@@ -26,7 +25,6 @@ from beagle.training.states import StateStore
 from conftest import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
-beagle = test_cli.beagle
 MINIATURE = Scale(
     about="as small as it gets",
     recipe=Recipe(

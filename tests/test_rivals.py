@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-import test_bench
 from beagle.drafters.base import Draft, TreePlan
 from beagle.drafters.checkpoint import save_head
 from beagle.evaluation import modes as m
@@ -13,8 +12,6 @@ from beagle.evaluation.meta import portable
 from beagle.evaluation.stock import Stock
 from conftest import tiny_head, tiny_model, tiny_target, tiny_tokenizer
 
-folders, beagle, questions = test_bench.folders, test_bench.beagle, test_bench.questions
-bench, model = test_bench.bench, test_bench.model
 RIVALS = ["plain", "beagle", "lookup", "small", "transformers", "prompt-lookup", "assisted"]
 
 

@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import test_pipeline
 from beagle.drafters.checkpoint import load_head
 from beagle.drafters.named import DRAFTERS
 from beagle.errors import BeagleError
@@ -29,11 +28,7 @@ from beagle.training.prompts import Prompt
 from beagle.training.states import Fingerprint, StateStore
 from beagle.training.trainer import Trainer
 from conftest import FAMILIES, SMALL, tiny_model, tiny_target, tiny_tokenizer
-
-folders, beagle, prompts, train, losses = (
-    getattr(test_pipeline, name) for name in ("folders", "beagle", "prompts", "train", "losses")
-)
-stored, interrupt_after = test_pipeline.stored, test_pipeline.interrupt_after
+from training_runs import interrupt_after, stored
 
 
 def log(out: Path) -> list[dict[str, str]]:

@@ -17,14 +17,11 @@ import openai
 import pytest
 from hypothesis.errors import Unsatisfiable
 
-import test_cli
 from beagle.cli import options
 from beagle.errors import BeagleError
 from beagle.serving.engine import Limits
 from beagle.serving.server import bind
 from serving import MESSAGES, serving, wait_for
-
-folders, beagle = test_cli.folders, test_cli.beagle
 
 
 @pytest.fixture(scope="module")

@@ -23,27 +23,11 @@ from beagle.drafters.checkpoint import save_head
 from beagle.errors import BeagleError
 from beagle.targets.loading import load_model
 from conftest import FAMILIES, REAL_CACHE, tiny_head, tiny_model, tiny_target, tiny_tokenizer
+from speculating import PLAN, PROMPT, both, plain
 
-PROMPT = torch.tensor([[3, 4, 5, 6, 3, 4]])
 PADDED = torch.tensor([[0, 0, 7, 8, 9, 7], [3, 4, 5, 6, 3, 4], [0, 11, 12, 13, 11, 12]])
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6, [0, 1, 1, 1, 1, 1]])
 SAMPLED = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9}
-# no passes are timed: the tree's size is given
-PLAN = beagle.TreePlan("dynamic", depth=4, top_k=4, nodes=8)
-
-
-def plain(model, *arguments, **options):
-    """``generate`` as transformers has it."""
-    return type(model).generate(model, *arguments, **options)
-
-
-def both(model, *arguments, seed=0, **options):
-    """The answer without and with drafts, from the same seed."""
-    answers = []
-    for generate in (lambda *a, **o: plain(model, *a, **o), model.generate):
-        torch.manual_seed(seed)
-        answers.append(generate(*arguments, **options))
-    return answers
 
 
 @pytest.fixture

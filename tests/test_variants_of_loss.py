@@ -11,7 +11,7 @@ from beagle.drafters.head import BeagleHead, HeadConfig
 from beagle.training.config import TrainConfig
 from beagle.training.stages import stage_loss
 from beagle.training.windows import Batch, early, early_random, late, late_window
-from test_windows import make_batch, make_head, rope
+from windows import make_batch, make_head, rope
 
 
 def alone(head: BeagleHead, batch: Batch, row: int, slot: int, base: int, predicted: dict[int, torch.Tensor]):

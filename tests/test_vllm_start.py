@@ -12,12 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
-import test_cli
 from beagle.cli import serve_vllm
 from beagle.vllm import greedy, launch
 from beagle.vllm.launch import CPU_DEPTH, Launch
-
-folders, beagle = test_cli.folders, test_cli.beagle
 
 
 @pytest.fixture

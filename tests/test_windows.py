@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from beagle.drafters.base import TreePlan
-from beagle.drafters.head import BeagleHead, HeadConfig
+from beagle.drafters.head import BeagleHead
 from beagle.training.stages import ARCHITECTURES
 from beagle.training.windows import ROUND, Batch, additive, early, late
 from conftest import LIVELY, tiny_drafter, tiny_target
+from windows import make_batch, make_head, rope
 
 HEADS = [
     {},
@@ -20,26 +21,6 @@ HEADS = [
     {"concat": False},
     {"concat": False, "num_kv_heads": 2, "newest_state": "none"},
 ]
-
-
-def make_head(**overrides) -> BeagleHead:
-    torch.manual_seed(1)
-    config = {"hidden_size": 16, "num_heads": 4, "num_kv_heads": 4, "head_dim": 4, "intermediate_size": 24}
-    head = BeagleHead(HeadConfig(**{**config, "target_vocab_size": 32, **overrides})).double()
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return head
-
-
-def rope(head: BeagleHead, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return head.rotation(positions, torch.float64)
-
-
-def make_batch(seed: int = 0) -> Batch:
-    random = torch.Generator().manual_seed(seed)
-    embeddings, states = (torch.randn(2, 14, 16, generator=random, dtype=torch.float64) for _ in range(2))
-    return Batch(embeddings, states, torch.tensor([0, 3]), torch.tensor([9, 12]))
 
 
 def pieces(head: BeagleHead, out: torch.Tensor, row: int, slot: int, weights: torch.Tensor) -> torch.Tensor:

@@ -124,7 +124,9 @@ class Batch:
             if self._keep_states:
                 row.states.append(part)
         self.live += rows
-        self._leave_if_ended()
+        for row, token in zip(rows, chosen, strict=True):
+            if row.sampler.ended(token) or row.left < 1:
+                self.leave(row)
         seconds = (time.perf_counter() - began) / len(rows)
         for row in rows:
             row.stats.prefill_seconds += seconds
@@ -173,7 +175,9 @@ class Batch:
             row.stats.drafted += len(draft.tokens)
             row.stats.note_pass(len(walk.path) - 1)
             emitted.append((row, Emitted(walk.chosen, min(len(walk.path) - 1, len(walk.chosen)))))
-        self._leave_if_ended()
+        for row, walk in zip(rows, walks, strict=True):
+            if walk.over or row.left < 1:
+                self.leave(row)
         now = clock()
         for row in rows:
             row.stats.draft_seconds += (drafted_at - began) / len(rows)
@@ -195,11 +199,6 @@ class Batch:
         self._cache.lengths[last] = 0
         self.live.pop()
         row.drafter = None  # its memory is free for others
-
-    def _leave_if_ended(self) -> None:
-        for row in list(self.live):
-            if row.left < 1 or row.tokens[-1] in self.target.eos_ids:
-                self.leave(row)
 
     def _draft(self) -> list[Draft]:
         """Each row's candidates; none where the limit leaves no room for one."""
@@ -223,19 +222,16 @@ class Batch:
         return drafts
 
     def _accept(self, logits: Tensor, drafts: list[Draft]) -> list[Walk]:
-        """Walk all trees side by side: sampled rows take a step each, in one call, until all have ended."""
-        walks = [
-            Walk(draft, self.target.eos_ids.__contains__, row.left)
-            for row, draft in zip(self.live, drafts, strict=True)
-        ]
+        """Walk all trees side by side: rows that are not greedy take a step each, in one call, until all have ended."""
+        walks = [Walk(draft, row.sampler.ended, row.left) for row, draft in zip(self.live, drafts, strict=True)]
         first, at = [], 0
         for draft in drafts:
             first.append(at)
             at += 1 + len(draft.tokens)
         samplers = [row.sampler for row in self.live]
-        greedy = [] if all(sampler.temperature for sampler in samplers) else logits.max(-1).indices.tolist()
+        greedy = [] if not any(sampler.greedy for sampler in samplers) else logits.max(-1).indices.tolist()
         for walk, start, sampler in zip(walks, first, samplers, strict=True):
-            while walk.goes_on and not sampler.temperature:
+            while walk.goes_on and sampler.greedy:
                 walk.take(greedy[start + walk.path[-1]])
         while going := [i for i, walk in enumerate(walks) if walk.goes_on]:
             own = logits[[first[i] + walks[i].path[-1] for i in going]]

@@ -57,22 +57,18 @@ def decode(
     costs: Costs | None = None,
     exact: bool = False,
     watch: Callable[[Step], None] | None = None,
-    ended: Callable[[int], bool] | None = None,
 ) -> Iterator[Emitted]:
-    """Answer ``ids``, yielding the tokens of each iteration until EOS or the limit.
+    """Answer ``ids``, yielding the tokens of each iteration until the sampler or the limit ends it.
 
     Args:
         drafter: None is plain decoding. plan: shape of the tree.
         costs: measured times that choose the tree's size where the plan leaves it open.
         exact: shape-stable passes, bit-equal to plain decoding in this mode.
         watch: called with each iteration before its tokens are yielded.
-        ended: whether the answer ends with this token; asked once for each, in order. By default it
-            does with the target's EOS.
     Raises:
         BeagleError: the prompt and the answer don't fit into the target's context.
     """
     plan = plan or TreePlan()
-    ended = ended or target.eos_ids.__contains__
     max_new_tokens = room(target, ids, max_new_tokens)
     most = EXACT_ROWS - 1 if exact else MAX_NODES
     slack = EXACT_ROWS if exact else most + 1
@@ -90,7 +86,7 @@ def decode(
     if watch is not None:
         watch(Step([ids[-1]], TreeShape([-1]), states[-1:], [0]))
     stats.prefill_seconds += clock() - began
-    over = ended(root)
+    over = sampler.ended(root)
     yield Emitted([root], 0)
 
     made = 1
@@ -115,7 +111,7 @@ def decode(
             torch.cuda.synchronize(target.device)  # acceptance waits for the logits anyhow: time them where they belong
         verified_at = clock()
 
-        path, chosen, over = accept(logits, draft, sampler, made, left, ended)
+        path, chosen, over = accept(logits, draft, sampler, made, left)
         cache.compact(path)
         if drafter is not None:
             drafter.extend([root, *chosen[:-1]], states[path])
@@ -156,7 +152,7 @@ def room(target: Target, ids: list[int], max_new_tokens: int, name: str = "the p
 
 
 def accept(
-    logits: Tensor, draft: Draft, sampler: Sampler, position: int, left: int, ended: Callable[[int], bool]
+    logits: Tensor, draft: Draft, sampler: Sampler, position: int, left: int
 ) -> tuple[list[int], list[int], bool]:
     """Walk from the root along the target's own choices while the draft has them.
 
@@ -166,9 +162,9 @@ def accept(
         The accepted nodes (the root first), the tokens chosen at each of them, and whether the last ends the answer.
     """
     best: list[int] = []
-    if not sampler.temperature and logits.is_cuda:  # one round trip; elsewhere only what the walk asks for
+    if sampler.greedy and logits.is_cuda:  # one round trip; elsewhere only what the walk asks for
         best = logits.max(-1).indices.tolist()
-    walk = Walk(draft, ended, left)
+    walk = Walk(draft, sampler.ended, left)
     while walk.goes_on:
         node = walk.path[-1]
         walk.take(best[node] if best else sampler.choose(logits[node], position + len(walk.chosen)))

@@ -39,10 +39,11 @@ class Row(Sampler):
         self.logits: tuple[Tensor, ...] | None = () if kept and config.output_logits else None
         self._sample = bool(config.do_sample)
         plain = not processors and not self._sample and self.scores is None and self.logits is None
-        super().__init__(temperature=0.0 if plain else 1.0)  # 0: the likeliest token, as it is
+        super().__init__()
+        self.greedy = plain
         self._ids = torch.cat([prompt, prompt.new_zeros(new)])[None]
         self._length = len(prompt)
-        self._processors, self._criteria, self._streamer = processors, criteria, streamer
+        self._logits_processors, self._criteria, self._streamer = processors, criteria, streamer
 
     @property
     def ids(self) -> Tensor:
@@ -55,10 +56,10 @@ class Row(Sampler):
 
     def choose(self, logits: Tensor, position: int) -> int:
         """The token after ``ids``, from the target's logits ``[vocabulary]``."""
-        if not self.temperature:
+        if self.greedy:
             return super().choose(logits, position)
         raw = logits[None].to(self._ids.device, torch.float32, copy=True)
-        scores = self._processors(self._seen, raw)
+        scores = self._logits_processors(self._seen, raw)
         if self.scores is not None:
             self.scores += (scores,)
         if self.logits is not None:

@@ -190,7 +190,6 @@ class Speculation:
             drafter=fork.drafter,
             plan=fork.plan,
             costs=fork.costs() if open_size else None,
-            ended=row.ended,
         )
         for _ in steps:
             pass

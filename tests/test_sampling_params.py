@@ -18,7 +18,7 @@ from conftest import Oracle, tiny_drafter, tiny_target
 PROMPT = [5, 9, 33, 12, 9]
 PROMPTS = [PROMPT, [7], [40, 41, 42, 9, 9, 9, 3]]
 LENGTH = 24
-EOS = frozenset({2, 17, 30})
+EOS = frozenset({2, 17, 18, 30})
 SETTINGS = {
     "repetition": {"repetition_penalty": 1.7},
     "presence": {"presence_penalty": 1.5},
@@ -70,7 +70,7 @@ def test_the_same_with_and_without_drafts(target, drafter, setting, way):
         oracle = Model(target, Oracle(answer), PLANS["chain"])
         drafted = oracle.generate(prompt, **options)
         assert drafted.token_ids == answer
-        assert drafted.stats.tau > 3 or len(answer) < 5
+        assert drafted.stats.tau > 3 or len(answer) < 12
 
 
 @pytest.mark.parametrize("setting", ["repetition", "bias", "minimum", "no end"])
@@ -135,7 +135,9 @@ def test_a_stop_token_is_in_the_tokens_but_not_in_the_text(target):
 def test_params_and_keywords(target):
     model = Model(target)
     params = beagle.SamplingParams(max_new_tokens=9, temperature=1.0, seed=3)
-    assert model.generate(PROMPT, params) == model.generate(PROMPT, max_new_tokens=9, temperature=1.0, seed=3)
+    assert model.generate(PROMPT, params).token_ids == (
+        model.generate(PROMPT, max_new_tokens=9, temperature=1.0, seed=3).token_ids
+    )
     assert model.generate(PROMPT, params, seed=5).token_ids == (
         model.generate(PROMPT, max_new_tokens=9, temperature=1.0, seed=5).token_ids
     )

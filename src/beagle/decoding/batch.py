@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from beagle.decoding.costs import Costs
-from beagle.decoding.loop import Emitted, Walk
+from beagle.decoding.loop import Emitted, Walk, finish_reason
 from beagle.decoding.sampling import Sampler, choose_rows
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import Draft, Drafter, TreePlan, cut
@@ -124,13 +124,16 @@ class Batch:
             if self._keep_states:
                 row.states.append(part)
         self.live += rows
+        emitted = []
         for row, token in zip(rows, chosen, strict=True):
-            if row.sampler.ended(token) or row.left < 1:
+            reason = finish_reason(row.sampler.ended(token), row.left)
+            emitted.append((row, Emitted([token], 0, reason)))
+            if reason is not None:
                 self.leave(row)
         seconds = (time.perf_counter() - began) / len(rows)
         for row in rows:
             row.stats.prefill_seconds += seconds
-        return [(row, Emitted([token], 0)) for row, token in zip(rows, chosen, strict=True)]
+        return emitted
 
     @torch.no_grad()
     def step(self) -> list[tuple[Row, Emitted]]:
@@ -174,9 +177,9 @@ class Batch:
             row.stats.passed_tokens += len(walk.chosen)
             row.stats.drafted += len(draft.tokens)
             row.stats.note_pass(len(walk.path) - 1)
-            emitted.append((row, Emitted(walk.chosen, min(len(walk.path) - 1, len(walk.chosen)))))
-        for row, walk in zip(rows, walks, strict=True):
-            if walk.over or row.left < 1:
+            reason = finish_reason(walk.over, row.left)
+            emitted.append((row, Emitted(walk.chosen, len(walk.path) - 1, reason)))
+            if reason is not None:
                 self.leave(row)
         now = clock()
         for row in rows:

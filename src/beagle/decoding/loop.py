@@ -7,8 +7,9 @@ are this one loop with different parts.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,13 +23,22 @@ from beagle.limits import MAX_NODES
 from beagle.targets.exact import EXACT_BLOCK, EXACT_ROWS
 from beagle.targets.target import Target, TreeShape
 
+FinishReason = Literal["stop", "length"]
+
 
 @dataclass(frozen=True)
 class Emitted:
-    """Tokens of one iteration. The first ``len(tokens) - 1`` were drafted, the last is the target's own."""
+    """Tokens of one iteration.
+
+    Attributes:
+        tokens: the first ``len(tokens) - 1`` were drafted, the last is the target's own.
+        drafted: how many of the tokens were drafted.
+        finish_reason: the answer is complete: its last token ends it, or it has all tokens it may have.
+    """
 
     tokens: list[int]
     drafted: int
+    finish_reason: FinishReason | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ def decode(
     costs: Costs | None = None,
     exact: bool = False,
     watch: Callable[[Step], None] | None = None,
-) -> Iterator[Emitted]:
+) -> Generator[Emitted, None, None]:
     """Answer ``ids``, yielding the tokens of each iteration until the sampler or the limit ends it.
 
     Args:
@@ -87,9 +97,9 @@ def decode(
         watch(Step([ids[-1]], TreeShape([-1]), states[-1:], [0]))
     stats.prefill_seconds += clock() - began
     over = sampler.ended(root)
-    yield Emitted([root], 0)
-
     made = 1
+    yield Emitted([root], 0, finish_reason(over, max_new_tokens - made))
+
     while made < max_new_tokens and not over:
         began = clock()
         draft = Draft([], [], [])
@@ -129,7 +139,16 @@ def decode(
         stats.verify_seconds += verified_at - drafted_at
         stats.accept_seconds += accepted_at - verified_at
         stats.decode_seconds += now - began
-        yield Emitted(chosen, len(path) - 1)
+        yield Emitted(chosen, len(path) - 1, finish_reason(over, max_new_tokens - made))
+
+
+def finish_reason(over: bool, left: int) -> FinishReason | None:
+    """
+    Args:
+        over: the last token ends the answer.
+        left: how many tokens may follow.
+    """
+    return "stop" if over else None if left else "length"
 
 
 def room(target: Target, ids: list[int], max_new_tokens: int, name: str = "the prompt") -> int:

@@ -104,7 +104,7 @@ class Model:
         sampling.check_vocabulary(self.target.vocab_size)
         ids = encode(self.target, prompt, raw=raw)
         drafter = self.drafter if draft else None
-        sampler = Sampler(sampling, prompt=ids, eos_ids=self.target.eos_ids)
+        sampler = Sampler(sampling, prompt=ids, eos_ids=self.target.eos_ids, name=self.target.name)
         stats = stats if stats is not None else Stats()
         steps = decode(
             self.target,
@@ -163,7 +163,7 @@ class Model:
             ids = encode(self.target, prompt, raw=raw)
             most = room(self.target, ids, sampling.max_new_tokens, f"prompt {number} of {len(prompts)}")
             own = replace(sampling, seed=own_seed)
-            jobs.append(Row(ids, most, Sampler(own, prompt=ids, eos_ids=self.target.eos_ids)))
+            jobs.append(Row(ids, most, Sampler(own, prompt=ids, eos_ids=self.target.eos_ids, name=self.target.name)))
         if not jobs:
             return []
         drafter = self.drafter if draft else None

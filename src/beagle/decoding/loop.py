@@ -23,6 +23,7 @@ from beagle.limits import MAX_NODES
 from beagle.targets.exact import EXACT_BLOCK, EXACT_ROWS
 from beagle.targets.target import Target, TreeShape
 
+FIRST_SLOTS = 4096  # of a cache behind its prompt, before it grows: a long limit need not be met
 FinishReason = Literal["stop", "length"]
 
 
@@ -76,14 +77,15 @@ def decode(
         exact: shape-stable passes, bit-equal to plain decoding in this mode.
         watch: called with each iteration before its tokens are yielded.
     Raises:
-        BeagleError: the prompt and the answer don't fit into the target's context.
+        BeagleError: the prompt doesn't fit into the target's context, or its cache into memory; or the
+            logits are no numbers.
     """
     plan = plan or TreePlan()
     max_new_tokens = room(target, ids, max_new_tokens)
     most = EXACT_ROWS - 1 if exact else MAX_NODES
     slack = EXACT_ROWS if exact else most + 1
     keys = -(-(len(ids) + max_new_tokens + slack) // EXACT_BLOCK) * EXACT_BLOCK
-    cache = target.new_cache(1, keys)
+    cache = target.new_cache(1, keys if exact else min(keys, len(ids) + FIRST_SLOTS))
 
     clock = time.perf_counter
     began = clock()
@@ -114,6 +116,7 @@ def decode(
         drafted_at = clock()
 
         shape = TreeShape([-1, *(parent + 1 for parent in draft.parents)])
+        cache = target.with_room(cache, cache.length + len(shape.parents))
         tokens = torch.tensor([root, *draft.tokens], device=target.device)
         states = target.exact.verify(cache, tokens, shape, keys) if exact else target.verify(cache, tokens, shape)
         logits = target.exact.logits(states) if exact else target.logits(states)
@@ -180,14 +183,26 @@ def accept(
     Returns:
         The accepted nodes (the root first), the tokens chosen at each of them, and whether the last ends the answer.
     """
-    best: list[int] = []
-    if sampler.greedy and logits.is_cuda:  # one round trip; elsewhere only what the walk asks for
-        best = logits.max(-1).indices.tolist()
     walk = Walk(draft, sampler.ended, left)
+    if sampler.greedy and logits.is_cuda:  # one round trip; elsewhere only what the walk asks for
+        greedy(walk, *best_of(logits), sampler)
     while walk.goes_on:
-        node = walk.path[-1]
-        walk.take(best[node] if best else sampler.choose(logits[node], position + len(walk.chosen)))
+        walk.take(sampler.choose(logits[walk.path[-1]], position + len(walk.chosen)))
     return walk.path, walk.chosen, walk.over
+
+
+def best_of(logits: Tensor) -> tuple[list[int], list[float]]:
+    """The likeliest token at each node of ``[nodes, vocabulary]``, and its logit."""
+    largest, tokens = logits.max(-1)
+    return tokens.tolist(), largest.tolist()
+
+
+def greedy(walk: Walk, tokens: list[int], largest: list[float], sampler: Sampler, first: int = 0) -> None:
+    """Walk to the end of the way along the likeliest tokens (see ``best_of``), the root's at ``first``."""
+    while walk.goes_on:
+        node = first + walk.path[-1]
+        sampler.check(largest[node])
+        walk.take(tokens[node])
 
 
 class Walk:

@@ -225,14 +225,17 @@ class Sampler:
         *,
         prompt: Sequence[int] = (),
         eos_ids: Collection[int] = (),
+        name: str = "the target",
     ) -> None:
         """
         Args:
             sampling: its length and stop strings are for others to watch.
             prompt: token ids; the repetition penalty counts them.
             eos_ids: tokens that end an answer, unless ``sampling`` ignores them.
+            name: of the target, for errors.
         """
         self.sampling = sampling or SamplingParams()
+        self.name = name
         self._ends = frozenset(self.sampling.stop_token_ids).union(() if self.sampling.ignore_eos else eos_ids)
         self._processors = processors(self.sampling, len(prompt), self._ends)
         self._context = torch.tensor([list(prompt)], dtype=torch.int64) if self._processors else None
@@ -275,8 +278,25 @@ class Sampler:
         return p
 
     def choose(self, logits: Tensor, position: int) -> int:
-        """The target's token at ``position`` of the answer, from its logits ``[vocabulary]``."""
+        """The target's token at ``position`` of the answer, from its logits ``[vocabulary]``.
+
+        Raises:
+            BeagleError: see ``check``.
+        """
         return choose_rows([self], logits[None], [position])[0]
+
+    def check(self, largest: float) -> None:
+        """
+        Args:
+            largest: of a token's logits; NaN where one of them is.
+        Raises:
+            BeagleError: it is NaN or infinite, so that no token is the likeliest.
+        """
+        if not math.isfinite(largest):
+            raise BeagleError(
+                f"{self.name}: its logits are {largest}, so no token can be chosen; load it with dtype float32, "
+                "or check its weights"
+            )
 
     def ended(self, token: int) -> bool:
         """Take the chosen token; whether the answer ends with it."""
@@ -290,6 +310,8 @@ def choose_rows(samplers: Sequence[Sampler], logits: Tensor, positions: Sequence
 
     Args:
         logits: ``[rows, vocabulary]``.
+    Raises:
+        BeagleError: see ``Sampler.check``.
     """
     if any(one._context is not None for one in samplers):
         logits = torch.stack([one.process(own.float()) for one, own in zip(samplers, logits, strict=True)])
@@ -301,12 +323,14 @@ def choose_rows(samplers: Sequence[Sampler], logits: Tensor, positions: Sequence
     for (temperature, *_), rows in alike.items():
         own = logits if len(alike) == 1 else logits[rows]
         if not temperature:
-            tokens = own.max(-1).indices  # argmax takes far longer in bf16
+            largest, tokens = own.max(-1)  # argmax takes far longer in bf16
         else:
             cumulative = samplers[rows[0]].probabilities(own).cumsum(-1)
+            largest = cumulative[:, -1]  # NaN where a logit is, or all are infinite
             drawn = cumulative.new_tensor([[samplers[row].uniform(positions[row])] for row in rows])
             found = torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True)
             tokens = found[:, 0].clamp(max=logits.shape[-1] - 1)
-        for row, token in zip(rows, tokens.tolist(), strict=True):
+        for row, token, value in zip(rows, tokens.tolist(), largest.tolist(), strict=True):
+            samplers[row].check(value)
             chosen[row] = token
     return chosen

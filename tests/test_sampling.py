@@ -82,7 +82,7 @@ class Known:
     def __init__(self, target) -> None:
         self.target, self.drafter = target, tiny_drafter(target)
         self.device, self.eos_ids, self.context_limit = target.device, target.eos_ids, target.context_limit
-        self.name, self.passes, self.drafts, self.heads = "known", {}, {}, {}
+        self.context_ends, self.name, self.passes, self.drafts, self.heads = False, "known", {}, {}, {}
 
     def new_cache(self, batch, capacity):
         return KnownCache()

@@ -262,7 +262,9 @@ class Target:
         """
         try:
             own = self.compiled.new_cache(capacity) if self.compiled is not None and batch == 1 else None
-            return own or KVCache(self.layers.shapes, batch=batch, capacity=capacity, dtype=self.dtype, device=self.device)
+            return own or KVCache(
+                self.layers.shapes, batch=batch, capacity=capacity, dtype=self.dtype, device=self.device
+            )
         except RuntimeError as error:  # PyTorch's, whichever device is out of memory
             raise BeagleError(
                 f"{self.name}: no memory for a KV cache of {capacity} tokens for {batch} answers at once; ask for fewer "

@@ -120,7 +120,8 @@ class AnswerGenerator:
             self.max_new_tokens + 1, self.target.context_limit - len(ids)
         )  # the last is not run: it has no state
         sampling = SamplingParams(temperature=self.temperature if sampled else 0.0, seed=seed)
-        row = Row(ids, most, Sampler(sampling, eos_ids=self.target.eos_ids, name=self.target.name))
+        name = f"{job.prompt.name}: {self.target.name} in {str(self.target.dtype).removeprefix('torch.')}"
+        row = Row(ids, most, Sampler(sampling, eos_ids=self.target.eos_ids, name=name))
         jobs[row] = job
         if job.answers:
             waiting.appendleft(row)  # few dialogues are unfinished when a run is interrupted

@@ -102,7 +102,7 @@ def answer(target: Target, drafter: Drafter | None, plan: TreePlan, tokens: int)
     stats = Stats()
     prompt = [i % target.vocab_size for i in range(PROMPT)]
     steps = decode(
-        target, prompt, max_new_tokens=tokens, sampler=Sampler(), stats=stats, drafter=drafter, plan=plan
+        target, prompt, max_new_tokens=tokens, sampler=Sampler(eos_ids=target.eos_ids), stats=stats, drafter=drafter, plan=plan
     )  # fmt: skip
     return [token for step in steps for token in step.tokens], stats
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from beagle.decoding.loop import decode
-from beagle.decoding.sampling import Sampler
+from beagle.decoding.sampling import Sampler, SamplingParams
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.model import Model
@@ -33,7 +33,7 @@ def bf16(request):
 def run(target, drafter, plan, *, n=40, **sampling):
     """Answer tokens, and the state of every accepted node in order."""
     states, stats = [], Stats()
-    sampler = Sampler(length=n, **sampling)
+    sampler = Sampler(SamplingParams(**sampling))
     steps = decode(
         target,
         CONTEXT,

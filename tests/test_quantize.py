@@ -9,7 +9,7 @@ from torch import nn
 
 from beagle.decoding.costs import cached_costs
 from beagle.decoding.loop import decode
-from beagle.decoding.sampling import Sampler
+from beagle.decoding.sampling import Sampler, SamplingParams
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.drafters.lookup import LookupDrafter
@@ -34,7 +34,7 @@ def tiny(kind: str | None, dtype: torch.dtype = HALF, family: str = "llama") -> 
 def answer(target, drafter, *, exact, n=40, **sampling):
     plan = TreePlan("dynamic", depth=4, top_k=6, nodes=14)
     steps = decode(
-        target, CONTEXT, max_new_tokens=n, sampler=Sampler(length=n, **sampling), stats=Stats(),
+        target, CONTEXT, max_new_tokens=n, sampler=Sampler(SamplingParams(**sampling)), stats=Stats(),
         drafter=drafter, plan=plan, exact=exact,
     )  # fmt: skip
     return [token for step in steps for token in step.tokens]

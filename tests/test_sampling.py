@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from beagle.decoding.loop import decode
-from beagle.decoding.sampling import Sampler
+from beagle.decoding.sampling import Sampler, SamplingParams
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.errors import BeagleError
@@ -67,6 +67,8 @@ def truth(small) -> dict[tuple[int, ...], float]:
 class KnownCache:
     """Stands in for the KV cache: the tokens themselves."""
 
+    length = 0
+
     def __init__(self) -> None:
         self.ids: tuple[int, ...] = ()
 
@@ -80,10 +82,13 @@ class Known:
     def __init__(self, target) -> None:
         self.target, self.drafter = target, tiny_drafter(target)
         self.device, self.eos_ids, self.context_limit = target.device, target.eos_ids, target.context_limit
-        self.name, self.passes, self.drafts, self.heads = "known", {}, {}, {}
+        self.context_ends, self.name, self.passes, self.drafts, self.heads = False, "known", {}, {}, {}
 
     def new_cache(self, batch, capacity):
         return KnownCache()
+
+    def with_room(self, cache, slots):
+        return cache
 
     def real(self, ids):
         cache = self.target.new_cache(1, 32)
@@ -123,7 +128,7 @@ class Known:
 
 
 def draw(target, drafter, plan, seed: int, stats: Stats) -> tuple[int, ...]:
-    sampler = Sampler(temperature=TEMPERATURE, top_p=TOP_P, seed=seed, length=DRAWN)
+    sampler = Sampler(SamplingParams(temperature=TEMPERATURE, top_p=TOP_P, seed=seed))
     steps = decode(
         target, PROMPT, max_new_tokens=DRAWN, sampler=sampler, stats=stats, drafter=drafter if plan else None, plan=plan
     )
@@ -179,7 +184,7 @@ uniforms = st.sampled_from([0.0, 1e-300, 0.5, 1 - 2**-53]) | st.floats(0, 1, exc
 @given(scores, st.integers(0, 14), st.floats(0.01, 1.0), st.floats(0.05, 3.0), uniforms)
 def test_only_tokens_of_the_kept_set_are_chosen(values, top_k, top_p, temperature, drawn):
     logits = torch.tensor(values)
-    sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, length=1)
+    sampler = Sampler(SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p))
     sampler._uniform = [drawn]
     p = sampler.probabilities(logits)
     token = sampler.choose(logits, 0)
@@ -198,16 +203,35 @@ def test_only_tokens_of_the_kept_set_are_chosen(values, top_k, top_p, temperatur
 def test_greedy_is_argmax(values):
     logits = torch.tensor(values)
     assert Sampler().choose(logits, 0) == int(logits.argmax())
-    assert Sampler(temperature=1.0, top_k=1, length=1).probabilities(logits)[int(logits.argmax())] > 0
+    assert Sampler(SamplingParams(temperature=1.0, top_k=1)).probabilities(logits)[int(logits.argmax())] > 0
 
 
 def test_seeds_fix_the_numbers():
-    a, b, c = (Sampler(temperature=1.0, seed=s, length=9)._uniform for s in (1, 1, 2))
+    a, b, c = ([Sampler(SamplingParams(seed=s)).uniform(i) for i in (0, 1, 300, 1000)] for s in (1, 1, 2))
     assert a == b != c
-    assert Sampler(temperature=1.0, seed=1, length=5)._uniform == a[:5]  # a longer limit changes nothing before it
+    whole = torch.rand(1001, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert a == whole[[0, 1, 300, 1000]].tolist()  # however many are drawn at once
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}], ids=str)
-def test_bad_options_are_refused(options):
-    with pytest.raises(BeagleError, match="sampling options"):
-        Sampler(**options)
+BAD = {
+    "max_new_tokens": [0, -1, 1.5, True, "8", None],
+    "temperature": [-1, float("nan"), float("inf"), "1", None, True],
+    "top_k": [-1, 1.5, float("nan")],
+    "top_p": [0, 1.1, -0.1, float("nan")],
+    "min_p": [-0.1, 1.1, float("nan")],
+    "seed": [1.5, 2**64, -(2**63) - 1, None],
+    "stop": ["", ["a", ""], 5, [5], None],
+    "stop_token_ids": [5, "5", [1.5], [-1]],
+    "ignore_eos": [1, None],
+    "min_new_tokens": [-1, 257, 0.5],
+    "repetition_penalty": [0, -1, float("nan"), float("inf")],
+    "presence_penalty": [2.1, -2.1, float("nan")],
+    "frequency_penalty": [2.1, -2.1, float("nan")],
+    "logit_bias": [[5], {"5": 1.0}, {5: float("nan")}, {-1: 1.0}, {5: "1"}, {5: float("inf")}],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
+def test_bad_options_are_refused_by_name(name, value):
+    with pytest.raises(BeagleError, match=name):
+        SamplingParams(**{name: value})

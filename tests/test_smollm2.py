@@ -79,7 +79,7 @@ def test_bf16_exact_mode_is_equal_to_the_bit(half, kind):
             target,
             ids,
             max_new_tokens=24,
-            sampler=Sampler(),
+            sampler=Sampler(eos_ids=target.eos_ids),
             stats=Stats(),
             drafter=drafter,
             plan=TreePlan(kind, 5, 6, EXACT_ROWS - 1),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from beagle.decoding.loop import Emitted
+from beagle.decoding.pieces import Pieces, Stream
 from beagle.decoding.stats import Stats
+from beagle.decoding.text import StopText
 from beagle.drafters.base import TreePlan
 from beagle.errors import BeagleError
 from beagle.model import Model
@@ -40,7 +42,11 @@ def chunked(tokenizer, tokens: list[int], sizes: list[int], stops: list[str]) ->
         if at < len(tokens):
             steps.append(Emitted(tokens[at : at + size], 0))
         at += size
-    pieces = list(Model(SimpleNamespace(tokenizer=tokenizer))._texts(iter(steps), stops, Stats()))
+    steps[-1] = replace(steps[-1], finish_reason="length")
+    stream = Stream((step for step in steps), Pieces(StopText(tokenizer, stops), Stats()))
+    pieces = list(stream)
+    assert pieces[-1].finish_reason is not None
+    assert all(p.finish_reason is None for p in pieces[:-1])
     return "".join(p.text for p in pieces), [t for p in pieces for t in p.token_ids]
 
 
@@ -88,7 +94,7 @@ def test_stop_that_ends_in_a_character_of_two_bytes():
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(0, 255), max_size=16), sizes)
+@given(st.lists(st.integers(0, 255), min_size=1, max_size=16), sizes)
 def test_bytes_that_are_no_text(tokens, sizes):
     assert chunked(BYTES, tokens, sizes, []) == (BYTES.decode(tokens), tokens)
 

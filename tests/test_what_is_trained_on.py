@@ -211,7 +211,7 @@ def test_states_that_are_no_numbers_are_refused_when_made(answers, target, value
 
     monkeypatch.setattr(target, "verify_rows", broken)
     prompt = Prompt("1", ("w3",), source="p.jsonl:1")
-    with pytest.raises(BeagleError, match=r"p\.jsonl:1: the hidden states of tiny-llama in float32 are NaN or inf"):
+    with pytest.raises(BeagleError, match=r"p\.jsonl:1: .*tiny-llama in float32"):
         answers([prompt], replace(ANSWERS, sampled_share=share))
     assert not list(answers.folder.glob("shard-*"))
 
@@ -220,7 +220,7 @@ def test_half_precision_has_float32_as_its_remedy(tmp_path):
     target = tiny_target(dtype=torch.float16)
     target.eos_ids = frozenset()
     target.model.model.norm.weight.data.fill_(60_000.0)
-    with pytest.raises(BeagleError, match=r"in float16 are NaN or infinite there, .*load it with dtype float32"):
+    with pytest.raises(BeagleError, match=r"in float16.*load it with dtype float32"):
         Run(target, tmp_path)([PROMPTS[0]])
 
 

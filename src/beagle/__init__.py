@@ -6,15 +6,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from beagle.decoding.sampling import SamplingParams
     from beagle.drafters.base import TreePlan
     from beagle.errors import BeagleError
     from beagle.integrations.transformers import Speculation, speculate
     from beagle.model import Answer, Model, Piece, load
 
 __version__ = "0.1.0"
-__all__ = ["Answer", "BeagleError", "Model", "Piece", "Speculation", "TreePlan", "__version__", "load", "speculate"]
+__all__ = [
+    "Answer",
+    "BeagleError",
+    "Model",
+    "Piece",
+    "SamplingParams",
+    "Speculation",
+    "TreePlan",
+    "__version__",
+    "load",
+    "speculate",
+]
 
 _HOMES = {
+    "SamplingParams": "decoding.sampling",
     "TreePlan": "drafters.base",
     "BeagleError": "errors",
     "Speculation": "integrations.transformers",

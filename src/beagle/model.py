@@ -4,44 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Unpack
 
 from beagle.decoding.batch import Batch, Row
 from beagle.decoding.costs import Costs, cached_costs
-from beagle.decoding.loop import Emitted, Step, decode, room
-from beagle.decoding.sampling import Sampler
+from beagle.decoding.loop import Step, decode, room
+from beagle.decoding.pieces import Answer, Piece, Pieces, Stream
+from beagle.decoding.sampling import BatchOptions, Sampler, SamplingOptions, SamplingParams, whole
 from beagle.decoding.stats import Stats
+from beagle.decoding.text import StopText
 from beagle.drafters.base import Drafter, TreePlan
 from beagle.drafters.named import load_drafter, resolve_draft
 from beagle.errors import BeagleError
 from beagle.targets.chat import Message, encode
 from beagle.targets.loading import EMBEDDED, load_target
 from beagle.targets.target import Target
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A finished answer: text without special tokens, its token ids, and what it cost."""
-
-    text: str
-    token_ids: list[int]
-    stats: Stats
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A piece of a streamed answer, empty where a pass has shown nothing yet.
-
-    Attributes:
-        text: what this step adds to the text.
-        token_ids: the step's tokens. drafted: how many of them, from the first on, were drafted.
-    """
-
-    text: str
-    token_ids: list[int] = field(default_factory=list)
-    drafted: int = 0
 
 
 class Model:
@@ -66,55 +45,71 @@ class Model:
         twin.drafter = self.drafter.fork() if self.drafter is not None else None
         return twin
 
-    def generate(self, prompt: str | Sequence[Message] | Sequence[int], **options: Any) -> Answer:
-        """Answer a question or a dialogue; options as for ``stream``.
+    def generate(
+        self,
+        prompt: str | Sequence[Message] | Sequence[int],
+        sampling: SamplingParams | None = None,
+        *,
+        raw: bool = False,
+        exact: bool = False,
+        draft: bool = True,
+        **options: Unpack[SamplingOptions],
+    ) -> Answer:
+        """Answer a question or a dialogue.
 
+        Args:
+            prompt: a question, messages ``{"role", "content"}``, or token ids.
+            sampling: how tokens are chosen and where the answer ends; by default ``SamplingParams()``.
+            raw: no chat template.
+            exact: shape-stable passes (see ``decoding.loop``).
+            draft: False decodes plainly.
+            **options: fields of ``SamplingParams``, in place of those of ``sampling``.
         Returns:
             The whole answer. With the same options it is the same with and without drafts (in half
             precision: bit for bit with ``exact=True``, else up to near-ties).
+        Raises:
+            BeagleError: the prompt or an option can't be served; it is named.
         """
         stats = Stats()
-        pieces = list(self.stream(prompt, stats=stats, **options))
-        ids = [token for piece in pieces for token in piece.token_ids]
-        return Answer("".join(piece.text for piece in pieces), ids, stats)
+        pieces = list(self.stream(prompt, sampling=sampling, raw=raw, exact=exact, draft=draft, stats=stats, **options))
+        return Answer.of(pieces, stats)
 
     def stream(
         self,
         prompt: str | Sequence[Message] | Sequence[int],
+        sampling: SamplingParams | None = None,
         *,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: str | Sequence[str] = (),
         raw: bool = False,
         exact: bool = False,
         draft: bool = True,
         stats: Stats | None = None,
         watch: Callable[[Step], None] | None = None,
-    ) -> Iterator[Piece]:
-        """Answer piece by piece, one for each pass of the target.
+        **options: Unpack[SamplingOptions],
+    ) -> Stream:
+        """Answer piece by piece, one for each pass of the target; the last has a ``finish_reason``.
 
         Args:
             prompt: a question, messages ``{"role", "content"}``, or token ids.
-            max_new_tokens: never overshot. temperature: 0 is greedy.
-            stop: the answer ends before the first of these.
-            raw: no chat template. exact: shape-stable passes (see ``decoding.loop``).
-            draft: False decodes plainly. stats: filled while the answer grows.
+            sampling: how tokens are chosen and where the answer ends; by default ``SamplingParams()``.
+            raw: no chat template.
+            exact: shape-stable passes (see ``decoding.loop``).
+            draft: False decodes plainly.
+            stats: filled while the answer grows.
             watch: see ``decoding.loop.decode``.
+            **options: fields of ``SamplingParams``, in place of those of ``sampling``.
+        Raises:
+            BeagleError: the prompt or an option can't be served; it is named.
         """
-        stops = stop_strings(stop)
-        if max_new_tokens < 1:
-            raise BeagleError("max_new_tokens must be at least 1")
+        sampling = replace(sampling or SamplingParams(), **options)
+        sampling.check_vocabulary(self.target.vocab_size)
         ids = encode(self.target, prompt, raw=raw)
         drafter = self.drafter if draft else None
-        sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, length=max_new_tokens)
+        sampler = Sampler(sampling, prompt=ids, eos_ids=self.target.eos_ids, name=self.target.name)
         stats = stats if stats is not None else Stats()
         steps = decode(
             self.target,
             ids,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=sampling.max_new_tokens,
             sampler=sampler,
             stats=stats,
             drafter=drafter,
@@ -123,45 +118,52 @@ class Model:
             exact=exact,
             watch=watch,
         )
-        yield from self._texts(steps, stops, stats)
+        return Stream(steps, Pieces(StopText(self.target.tokenizer, sampling.stop), stats))
 
     def generate_batch(
         self,
         prompts: Sequence[str | Sequence[Message] | Sequence[int]],
+        sampling: SamplingParams | None = None,
         *,
         rows: int = 8,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | Sequence[int] = 0,
-        stop: str | Sequence[str] = (),
+        seed: int | Sequence[int] | None = None,
         raw: bool = False,
         draft: bool = True,
+        **options: Unpack[BatchOptions],
     ) -> list[Answer]:
         """``generate`` for each of some prompts, ``rows`` of them at a time in shared passes.
 
         In float32 the answers are those of ``generate`` with the same options, in half precision up to near-ties.
 
         Args:
+            prompts: each as of ``generate``.
+            sampling: of all prompts; by default ``SamplingParams()``.
             rows: answers under way at once; where one ends, the next prompt takes its place.
-            seed: one for all prompts, or one for each.
+            seed: one for all prompts, or one for each; by default that of ``sampling``.
+            raw: no chat template.
+            draft: False decodes plainly.
+            **options: fields of ``SamplingParams``, in place of those of ``sampling``.
         Returns:
             Answers in the order of the prompts. Their times are shares of the passes that they were in,
             so that the sum over all answers is the run's.
+        Raises:
+            BeagleError: a prompt or an option can't be served; it is named.
         """
-        stops = stop_strings(stop)
-        if rows < 1:
-            raise BeagleError("rows of a batch must be at least 1")
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        sampling = replace(sampling or SamplingParams(), **options)
+        sampling.check_vocabulary(self.target.vocab_size)
+        rows = whole("rows", rows, 1)
+        if seed is None or not isinstance(seed, Sequence):
+            seeds = [sampling.seed if seed is None else seed] * len(prompts)
+        else:
+            seeds = list(seed)
         if len(seeds) != len(prompts):
             raise BeagleError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one seed, or one for each prompt")
         jobs: list[Row] = []
         for number, (prompt, own_seed) in enumerate(zip(prompts, seeds, strict=True), 1):
             ids = encode(self.target, prompt, raw=raw)
-            most = room(self.target, ids, max_new_tokens, f"prompt {number} of {len(prompts)}")
-            sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, seed=own_seed, length=most)
-            jobs.append(Row(ids, most, sampler))
+            most = room(self.target, ids, sampling.max_new_tokens, f"prompt {number} of {len(prompts)}")
+            own = replace(sampling, seed=own_seed)
+            jobs.append(Row(ids, most, Sampler(own, prompt=ids, eos_ids=self.target.eos_ids, name=self.target.name)))
         if not jobs:
             return []
         drafter = self.drafter if draft else None
@@ -173,75 +175,19 @@ class Model:
             plan=self.plan,
             costs=self._costs_of_sizes(drafter, batch=True),
         )
-        texts: dict[Row, str] = {}
+        makers = {job: Pieces(StopText(self.target.tokenizer, sampling.stop), job.stats) for job in jobs}
+        pieces: dict[Row, list[Piece]] = {job: [] for job in jobs}
         for job, emitted in batch.run(deque(jobs)):
-            if stopped := self._stopped(job.tokens, len(job.tokens) - len(emitted.tokens), stops):
-                texts[job], surplus = stopped
-                del job.tokens[len(job.tokens) - surplus :]
-                job.stats.tokens -= surplus
-                job.stats.passed_tokens -= surplus
+            piece = makers[job].take(emitted)
+            pieces[job].append(piece)
+            if piece.finish_reason is not None:
                 batch.leave(job)
-        return [Answer(texts[job] if job in texts else self._decode(job.tokens), job.tokens, job.stats) for job in jobs]
+        return [Answer.of(pieces[job], job.stats) for job in jobs]
 
     def _costs_of_sizes(self, drafter: Drafter | None, exact: bool = False, batch: bool = False) -> Costs | None:
         """Costs, where they choose the tree's size."""
         open_size = self.plan.nodes is None and self.plan.kind == "dynamic"
         return self.costs(exact, batch=batch) if drafter is not None and open_size else None
-
-    def _texts(self, steps: Iterator[Emitted], stops: list[str], stats: Stats) -> Iterator[Piece]:
-        """Decode incrementally; hold back half characters and what may become a stop string."""
-        tokens: list[int] = []
-        shown = 0
-        hold = max((len(s) for s in stops), default=1) - 1
-        waiting: list[int] = []
-        drafted = 0
-        for step in steps:
-            before = len(tokens)
-            tokens += step.tokens
-            waiting += step.tokens
-            drafted += step.drafted
-            if stopped := self._stopped(tokens, before, stops):
-                text, surplus = stopped
-                stats.tokens -= surplus
-                stats.passed_tokens -= surplus
-                kept = waiting[: len(waiting) - surplus]
-                yield Piece(text[shown:], kept, min(drafted, len(kept)))
-                return
-            text = self._decode(tokens)
-            safe = len(text.rstrip("\ufffd")) - hold  # the rest of an unfinished character is still to come
-            if safe > shown:
-                yield Piece(text[shown:safe], waiting, drafted)
-                shown, waiting, drafted = safe, [], 0
-            else:
-                yield Piece("")  # so that callers can pause or stop between any two passes
-        text = self._decode(tokens)
-        if waiting or len(text) > shown:
-            yield Piece(text[shown:], waiting, drafted)
-
-    def _stopped(self, tokens: list[int], before: int, stops: list[str]) -> tuple[str, int] | None:
-        """The text before the stop string that is complete first, and how many tokens come after it."""
-        if not stops:
-            return None
-        for n in range(before + 1, len(tokens) + 1):
-            text = self._decode(tokens[:n])
-            found = [at for s in stops if (at := text.find(s)) >= 0]
-            if found:
-                return text[: min(found)], len(tokens) - n
-        return None
-
-    def _decode(self, tokens: list[int]) -> str:
-        return str(self.target.tokenizer.decode(tokens, skip_special_tokens=True))
-
-
-def stop_strings(stop: str | Sequence[str]) -> list[str]:
-    """
-    Raises:
-        BeagleError: one of them is empty.
-    """
-    stops = [stop] if isinstance(stop, str) else list(stop)
-    if any(not s for s in stops):
-        raise BeagleError("a stop string is empty; leave it out")
-    return stops
 
 
 def load(

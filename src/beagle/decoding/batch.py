@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from beagle.decoding.costs import Costs
-from beagle.decoding.loop import Emitted, Walk
+from beagle.decoding.loop import FIRST_SLOTS, Emitted, Walk, best_of, finish_reason, greedy
 from beagle.decoding.sampling import Sampler, choose_rows
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import Draft, Drafter, TreePlan, cut
@@ -80,7 +80,7 @@ class Batch:
         self.target = target
         self.size = rows
         self.live: list[Row] = []
-        self._cache = target.new_cache(rows, slots + (MAX_NODES + 1 if drafter else 1))
+        self._cache = target.new_cache(rows, min(slots, FIRST_SLOTS) + (MAX_NODES + 1 if drafter else 1))
         self._cache.lengths = [0] * rows
         self._drafter, self._plan, self._costs = drafter, plan or TreePlan(), costs
         self._keep_states = keep_states
@@ -106,6 +106,7 @@ class Batch:
         began = time.perf_counter()
         first = len(self.live)
         lengths = [len(row.ids) for row in rows]
+        self._cache = self.target.with_room(self._cache, max(lengths))
         tokens = torch.tensor([token for row in rows for token in row.ids], device=self.target.device)
         if len(rows) == 1 and lengths[0] > MAX_NODES:  # no mask of n²
             states = self.target.prefill(tokens[None], self._cache.sequence(first))[0]
@@ -124,11 +125,16 @@ class Batch:
             if self._keep_states:
                 row.states.append(part)
         self.live += rows
-        self._leave_if_ended()
+        emitted = []
+        for row, token in zip(rows, chosen, strict=True):
+            reason = finish_reason(row.sampler.ended(token), row.left)
+            emitted.append((row, Emitted([token], 0, reason)))
+            if reason is not None:
+                self.leave(row)
         seconds = (time.perf_counter() - began) / len(rows)
         for row in rows:
             row.stats.prefill_seconds += seconds
-        return [(row, Emitted([token], 0)) for row, token in zip(rows, chosen, strict=True)]
+        return emitted
 
     @torch.no_grad()
     def step(self) -> list[tuple[Row, Emitted]]:
@@ -141,6 +147,8 @@ class Batch:
         drafted_at = clock()
 
         shapes = [TreeShape([-1, *(parent + 1 for parent in draft.parents)]) for draft in drafts]
+        longest = max(self._cache.lengths[i] + len(shape.parents) for i, shape in enumerate(shapes))
+        self._cache = target.with_room(self._cache, longest)
         nodes = [[row.tokens[-1], *draft.tokens] for row, draft in zip(rows, drafts, strict=True)]
         tokens = torch.tensor([token for tree in nodes for token in tree], device=target.device)
         states = target.verify_rows(self._cache, tokens, shapes)
@@ -172,8 +180,10 @@ class Batch:
             row.stats.passed_tokens += len(walk.chosen)
             row.stats.drafted += len(draft.tokens)
             row.stats.note_pass(len(walk.path) - 1)
-            emitted.append((row, Emitted(walk.chosen, min(len(walk.path) - 1, len(walk.chosen)))))
-        self._leave_if_ended()
+            reason = finish_reason(walk.over, row.left)
+            emitted.append((row, Emitted(walk.chosen, len(walk.path) - 1, reason)))
+            if reason is not None:
+                self.leave(row)
         now = clock()
         for row in rows:
             row.stats.draft_seconds += (drafted_at - began) / len(rows)
@@ -195,11 +205,6 @@ class Batch:
         self._cache.lengths[last] = 0
         self.live.pop()
         row.drafter = None  # its memory is free for others
-
-    def _leave_if_ended(self) -> None:
-        for row in list(self.live):
-            if row.left < 1 or row.tokens[-1] in self.target.eos_ids:
-                self.leave(row)
 
     def _draft(self) -> list[Draft]:
         """Each row's candidates; none where the limit leaves no room for one."""
@@ -223,20 +228,18 @@ class Batch:
         return drafts
 
     def _accept(self, logits: Tensor, drafts: list[Draft]) -> list[Walk]:
-        """Walk all trees side by side: sampled rows take a step each, in one call, until all have ended."""
-        walks = [
-            Walk(draft, self.target.eos_ids.__contains__, row.left)
-            for row, draft in zip(self.live, drafts, strict=True)
-        ]
+        """Walk all trees side by side: rows that are not greedy take a step each, in one call, until all have ended."""
+        walks = [Walk(draft, row.sampler.ended, row.left) for row, draft in zip(self.live, drafts, strict=True)]
         first, at = [], 0
         for draft in drafts:
             first.append(at)
             at += 1 + len(draft.tokens)
         samplers = [row.sampler for row in self.live]
-        greedy = [] if all(sampler.temperature for sampler in samplers) else logits.max(-1).indices.tolist()
-        for walk, start, sampler in zip(walks, first, samplers, strict=True):
-            while walk.goes_on and not sampler.temperature:
-                walk.take(greedy[start + walk.path[-1]])
+        if any(sampler.greedy for sampler in samplers):
+            best = best_of(logits)
+            for walk, start, sampler in zip(walks, first, samplers, strict=True):
+                if sampler.greedy:
+                    greedy(walk, *best, sampler, start)
         while going := [i for i, walk in enumerate(walks) if walk.goes_on]:
             own = logits[[first[i] + walks[i].path[-1] for i in going]]
             positions = [len(self.live[i].tokens) + len(walks[i].chosen) for i in going]

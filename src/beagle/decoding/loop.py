@@ -7,8 +7,9 @@ are this one loop with different parts.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,13 +23,23 @@ from beagle.limits import MAX_NODES
 from beagle.targets.exact import EXACT_BLOCK, EXACT_ROWS
 from beagle.targets.target import Target, TreeShape
 
+FIRST_SLOTS = 4096  # of a cache behind its prompt, before it grows: a long limit need not be met
+FinishReason = Literal["stop", "length"]
+
 
 @dataclass(frozen=True)
 class Emitted:
-    """Tokens of one iteration. The first ``len(tokens) - 1`` were drafted, the last is the target's own."""
+    """Tokens of one iteration.
+
+    Attributes:
+        tokens: the first ``len(tokens) - 1`` were drafted, the last is the target's own.
+        drafted: how many of the tokens were drafted.
+        finish_reason: the answer is complete: its last token ends it, or it has all tokens it may have.
+    """
 
     tokens: list[int]
     drafted: int
+    finish_reason: FinishReason | None = None
 
 
 @dataclass(frozen=True)
@@ -57,27 +68,24 @@ def decode(
     costs: Costs | None = None,
     exact: bool = False,
     watch: Callable[[Step], None] | None = None,
-    ended: Callable[[int], bool] | None = None,
-) -> Iterator[Emitted]:
-    """Answer ``ids``, yielding the tokens of each iteration until EOS or the limit.
+) -> Generator[Emitted, None, None]:
+    """Answer ``ids``, yielding the tokens of each iteration until the sampler or the limit ends it.
 
     Args:
         drafter: None is plain decoding. plan: shape of the tree.
         costs: measured times that choose the tree's size where the plan leaves it open.
         exact: shape-stable passes, bit-equal to plain decoding in this mode.
         watch: called with each iteration before its tokens are yielded.
-        ended: whether the answer ends with this token; asked once for each, in order. By default it
-            does with the target's EOS.
     Raises:
-        BeagleError: the prompt and the answer don't fit into the target's context.
+        BeagleError: the prompt doesn't fit into the target's context, or its cache into memory; or the
+            logits are no numbers.
     """
     plan = plan or TreePlan()
-    ended = ended or target.eos_ids.__contains__
     max_new_tokens = room(target, ids, max_new_tokens)
     most = EXACT_ROWS - 1 if exact else MAX_NODES
     slack = EXACT_ROWS if exact else most + 1
     keys = -(-(len(ids) + max_new_tokens + slack) // EXACT_BLOCK) * EXACT_BLOCK
-    cache = target.new_cache(1, keys)
+    cache = target.new_cache(1, keys if exact else min(keys, len(ids) + FIRST_SLOTS))
 
     clock = time.perf_counter
     began = clock()
@@ -90,10 +98,10 @@ def decode(
     if watch is not None:
         watch(Step([ids[-1]], TreeShape([-1]), states[-1:], [0]))
     stats.prefill_seconds += clock() - began
-    over = ended(root)
-    yield Emitted([root], 0)
-
+    over = sampler.ended(root)
     made = 1
+    yield Emitted([root], 0, finish_reason(over, max_new_tokens - made))
+
     while made < max_new_tokens and not over:
         began = clock()
         draft = Draft([], [], [])
@@ -108,6 +116,7 @@ def decode(
         drafted_at = clock()
 
         shape = TreeShape([-1, *(parent + 1 for parent in draft.parents)])
+        cache = target.with_room(cache, cache.length + len(shape.parents))
         tokens = torch.tensor([root, *draft.tokens], device=target.device)
         states = target.exact.verify(cache, tokens, shape, keys) if exact else target.verify(cache, tokens, shape)
         logits = target.exact.logits(states) if exact else target.logits(states)
@@ -115,7 +124,7 @@ def decode(
             torch.cuda.synchronize(target.device)  # acceptance waits for the logits anyhow: time them where they belong
         verified_at = clock()
 
-        path, chosen, over = accept(logits, draft, sampler, made, left, ended)
+        path, chosen, over = accept(logits, draft, sampler, made, left)
         cache.compact(path)
         if drafter is not None:
             drafter.extend([root, *chosen[:-1]], states[path])
@@ -133,7 +142,16 @@ def decode(
         stats.verify_seconds += verified_at - drafted_at
         stats.accept_seconds += accepted_at - verified_at
         stats.decode_seconds += now - began
-        yield Emitted(chosen, len(path) - 1)
+        yield Emitted(chosen, len(path) - 1, finish_reason(over, max_new_tokens - made))
+
+
+def finish_reason(over: bool, left: int) -> FinishReason | None:
+    """
+    Args:
+        over: the last token ends the answer.
+        left: how many tokens may follow.
+    """
+    return "stop" if over else None if left else "length"
 
 
 def room(target: Target, ids: list[int], max_new_tokens: int, name: str = "the prompt") -> int:
@@ -156,7 +174,7 @@ def room(target: Target, ids: list[int], max_new_tokens: int, name: str = "the p
 
 
 def accept(
-    logits: Tensor, draft: Draft, sampler: Sampler, position: int, left: int, ended: Callable[[int], bool]
+    logits: Tensor, draft: Draft, sampler: Sampler, position: int, left: int
 ) -> tuple[list[int], list[int], bool]:
     """Walk from the root along the target's own choices while the draft has them.
 
@@ -165,14 +183,26 @@ def accept(
     Returns:
         The accepted nodes (the root first), the tokens chosen at each of them, and whether the last ends the answer.
     """
-    best: list[int] = []
-    if not sampler.temperature and logits.is_cuda:  # one round trip; elsewhere only what the walk asks for
-        best = logits.max(-1).indices.tolist()
-    walk = Walk(draft, ended, left)
+    walk = Walk(draft, sampler.ended, left)
+    if sampler.greedy and logits.is_cuda:  # one round trip; elsewhere only what the walk asks for
+        greedy(walk, *best_of(logits), sampler)
     while walk.goes_on:
-        node = walk.path[-1]
-        walk.take(best[node] if best else sampler.choose(logits[node], position + len(walk.chosen)))
+        walk.take(sampler.choose(logits[walk.path[-1]], position + len(walk.chosen)))
     return walk.path, walk.chosen, walk.over
+
+
+def best_of(logits: Tensor) -> tuple[list[int], list[float]]:
+    """The likeliest token at each node of ``[nodes, vocabulary]``, and its logit."""
+    largest, tokens = logits.max(-1)
+    return tokens.tolist(), largest.tolist()
+
+
+def greedy(walk: Walk, tokens: list[int], largest: list[float], sampler: Sampler, first: int = 0) -> None:
+    """Walk to the end of the way along the likeliest tokens (see ``best_of``), the root's at ``first``."""
+    while walk.goes_on:
+        node = first + walk.path[-1]
+        sampler.check(largest[node])
+        walk.take(tokens[node])
 
 
 class Walk:

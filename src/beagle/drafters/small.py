@@ -52,7 +52,7 @@ class SmallModelDrafter(Drafter):
         self.pending = list(tokens)
         self._nodes = {}
         if self._can_run(tokens):
-            self._reserve(len(tokens))
+            self.cache = self.small.with_room(self.cache, len(tokens))
             self.small.prefill(torch.tensor([tokens], device=self.small.device), self.cache)
             self.pending = []
 
@@ -71,12 +71,6 @@ class SmallModelDrafter(Drafter):
         """Whether they fit into this model's own context and embedding table."""
         return self.cache.length + len(tokens) <= self.small.context_limit and max(tokens) < self.small.vocab_size
 
-    def _reserve(self, slots: int) -> None:
-        if slots > self.cache.capacity:
-            grown = self.small.new_cache(1, 2 * slots)
-            grown.copy_row(0, self.cache, 0)
-            self.cache = grown
-
     def _run_root(self, root: int) -> Tensor:
         """Run and commit what is pending, run the root after it: its state ``[1, hidden]``."""
         waiting = len(self.pending)
@@ -94,7 +88,7 @@ class SmallModelDrafter(Drafter):
         depth = min(plan.depth, self.small.context_limit - length)
         width = 1 if plan.kind == "chain" else plan.top_k
         static = plan.kind == "static"
-        self._reserve(length + 1 + depth * max(width, len(STATIC_PATHS)))
+        self.cache = self.small.with_room(self.cache, length + 1 + depth * max(width, len(STATIC_PATHS)))
         # candidates of all levels, flat
         tokens: list[int] = []
         parents: list[int] = []

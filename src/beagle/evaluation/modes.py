@@ -17,6 +17,7 @@ from beagle.evaluation.meta import reset_peak_memory
 from beagle.evaluation.stock import STOCK_MODES, Stock
 from beagle.model import Model
 from beagle.targets.chat import Message, encode
+from beagle.targets.generation import neutral
 from beagle.targets.loading import load_model
 from beagle.targets.target import Target
 
@@ -139,7 +140,7 @@ def load_contenders(
     """Load what each mode needs besides the target; options as of ``targets.loading.load_model``.
 
     All of our modes share the one target; transformers' modes share a second copy of the model, as
-    transformers loads it.
+    transformers loads it, but for its generation config, of which they too take the tokens that end an answer alone.
 
     Raises:
         BeagleError: a mode can't run, or something can't be loaded or doesn't fit the target.
@@ -151,11 +152,13 @@ def load_contenders(
     stock: dict[str, Contender] = {}
     if wanted := [mode for mode in modes if mode in STOCK_MODES]:
         copy = load_model(target.name, **options)[0]
+        copy.generation_config = neutral(copy.generation_config, target.eos_ids)  # as our modes decode
         for mode in wanted:
             assistant, weights = None, 0.0
             if mode == "assisted":
                 (assistant, tokenizer), weights = weighed(lambda: load_model(str(drafts.small), **options))
                 refuse_other_vocabulary(target, tokenizer, str(drafts.small))
+                assistant.generation_config = neutral(assistant.generation_config, target.eos_ids)
             stock[mode] = Contender(mode, Model(target), Stock(copy, assistant), weights)
     ours = {contender.mode: contender for contender in contenders}
     return [(ours | stock)[mode] for mode in modes]

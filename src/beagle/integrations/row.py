@@ -23,54 +23,54 @@ class Row(Sampler):
     def __init__(
         self,
         prompt: Tensor,
-        new: int,
         config: GenerationConfig,
         processors: LogitsProcessorList,
         criteria: StoppingCriteriaList,
         streamer: Any = None,
+        name: str = "the target",
     ) -> None:
         """
         Args:
             prompt: ``[n]``, with its padding: what processors and criteria are shown.
-            new: most tokens to come.
         """
         kept = bool(config.return_dict_in_generate)
         self.scores: tuple[Tensor, ...] | None = () if kept and config.output_scores else None
         self.logits: tuple[Tensor, ...] | None = () if kept and config.output_logits else None
         self._sample = bool(config.do_sample)
         plain = not processors and not self._sample and self.scores is None and self.logits is None
-        super().__init__(temperature=0.0 if plain else 1.0)  # 0: the likeliest token, as it is
-        self._ids = torch.cat([prompt, prompt.new_zeros(new)])[None]
-        self._length = len(prompt)
-        self._processors, self._criteria, self._streamer = processors, criteria, streamer
+        super().__init__(name=name)
+        self.greedy = plain
+        self._ids = prompt[None]
+        self._logits_processors, self._criteria, self._streamer = processors, criteria, streamer
 
     @property
     def ids(self) -> Tensor:
         """Prompt and answer so far, ``[tokens]``."""
-        return self._ids[0, : self._length]
+        return self._ids[0]
 
     @property
     def _seen(self) -> LongTensor:
-        return cast(LongTensor, self._ids[:, : self._length])
+        return cast(LongTensor, self._ids)
 
     def choose(self, logits: Tensor, position: int) -> int:
         """The token after ``ids``, from the target's logits ``[vocabulary]``."""
-        if not self.temperature:
+        if self.greedy:
             return super().choose(logits, position)
         raw = logits[None].to(self._ids.device, torch.float32, copy=True)
-        scores = self._processors(self._seen, raw)
+        scores = self._logits_processors(self._seen, raw)
+        largest, token = scores[0].max(-1)
+        self.check(float(largest))
         if self.scores is not None:
             self.scores += (scores,)
         if self.logits is not None:
             self.logits += (raw,)
         if self._sample:
             return int(torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1))
-        return int(scores.argmax())
+        return int(token)
 
     def ended(self, token: int) -> bool:
         """Take the chosen token; whether the answer ends with it."""
-        self._ids[0, self._length] = token
-        self._length += 1
+        self._ids = torch.cat([self._ids, self._ids.new_tensor([[token]])], dim=1)
         over = bool(self._criteria(self._seen, self.scores))
         if self._streamer is not None:
             self._streamer.put(torch.tensor([token]))

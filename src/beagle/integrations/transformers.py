@@ -160,7 +160,7 @@ class Speculation:
         if streamer is not None:
             streamer.put(input_ids.cpu())
         rows = [
-            Row(ids, new, generation_config, of_row(logits_processor, i), stopping_criteria, streamer)
+            Row(ids, generation_config, of_row(logits_processor, i), stopping_criteria, streamer, self._name)
             for i, ids in enumerate(input_ids)
         ]
         for row, prompt in zip(rows, prompts, strict=True):
@@ -190,7 +190,6 @@ class Speculation:
             drafter=fork.drafter,
             plan=fork.plan,
             costs=fork.costs() if open_size else None,
-            ended=row.ended,
         )
         for _ in steps:
             pass

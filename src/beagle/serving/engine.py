@@ -249,7 +249,7 @@ class Engine:
                     if not (tokens and self._complete(job, tokens)):  # else the end comes without another pass
                         yield
             finally:
-                pieces.close()  # type: ignore[attr-defined]
+                pieces.close()
                 job.stats.add(stats)
             job.send(ChoiceEnd(job.current, self._reason(job, tokens)))
 

@@ -21,6 +21,7 @@ from beagle.errors import BeagleError
 from beagle.memory import use_huge_pages
 from beagle.targets import compiled, packages
 from beagle.targets.captured import CapturedPass
+from beagle.targets.generation import left_out
 from beagle.targets.quantize import check_kind
 from beagle.targets.target import Target
 
@@ -81,7 +82,11 @@ def load_target(
     trust_remote_code: bool = False,
     quantize: str | None = None,
 ) -> Target:
-    """Load a target; ``quantize`` as of ``Target``, other arguments and errors as of ``load_model``."""
+    """Load a target; ``quantize`` as of ``Target``, other arguments and errors as of ``load_model``.
+
+    Of its generation config the tokens that end an answer are taken alone; a line on standard error names the other
+    settings that would change greedy answers.
+    """
     check_kind(quantize)
     model, tokenizer = load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     fast = compiled.find(compiled_dir(), model, quantize)  # before the weights are packed
@@ -97,6 +102,12 @@ def load_target(
             f"[dim]{name}: texts end at {target.context_limit} tokens, since {target.context_ends}[/dim]",
             highlight=False,
         )
+    if settings := left_out(getattr(model, "generation_config", None)):
+        _console.print(
+            f"{name}: its generation config sets {', '.join(settings)}, left out here: answers follow the options "
+            "that are given alone",
+            style="dim", markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
     if left := target.unquantized:
         _console.print(
             f"[dim]{quantize}: {len(left)} layers of {name} stay {str(target.dtype).removeprefix('torch.')}, their shapes are no "

@@ -144,6 +144,10 @@ class Target:
         few = ids[None, : min(n, 12)]
         logits, states = model(input_ids=few, use_cache=False).logits, self.base(input_ids=few, use_cache=False)[0]
         model.set_attn_implementation(NAME)
+        if not expected.isfinite().all():
+            raise BeagleError(
+                f"{self.name}: its states are no finite numbers; load it with dtype float32, or check its weights"
+            )
         if not torch.allclose(logits, self.logits(states), rtol=0.05, atol=0.05):
             raise BeagleError(
                 f"{self.name}: its logits are more than one linear layer over the last hidden state, so this family "
@@ -249,8 +253,33 @@ class Target:
         return sum(2 * heads * (c.key_dim + c.value_dim) for heads, c in shapes)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
-        own = self.compiled.new_cache(capacity) if self.compiled is not None and batch == 1 else None
-        return own or KVCache(self.layers.shapes, batch=batch, capacity=capacity, dtype=self.dtype, device=self.device)
+        """
+        Args:
+            batch: rows.
+            capacity: slots of each row, one for a token.
+        Raises:
+            BeagleError: there is no memory for it.
+        """
+        try:
+            own = self.compiled.new_cache(capacity) if self.compiled is not None and batch == 1 else None
+            return own or KVCache(
+                self.layers.shapes, batch=batch, capacity=capacity, dtype=self.dtype, device=self.device
+            )
+        except RuntimeError as error:  # PyTorch's, whichever device is out of memory
+            raise BeagleError(
+                f"{self.name}: no memory for a KV cache of {capacity} tokens for {batch} answers at once; ask for fewer "
+                "new tokens, a shorter prompt or fewer answers at once"
+            ) from error
+
+    def with_room(self, cache: KVCache, slots: int) -> KVCache:
+        """This cache, or a copy of it with room for ``slots`` tokens of each row and as many more."""
+        if slots <= cache.capacity:
+            return cache
+        grown = self.new_cache(cache.batch, 2 * slots)
+        grown.lengths = [0] * cache.batch
+        for row in range(cache.batch):
+            grown.copy_row(row, cache, row)
+        return grown
 
     @torch.no_grad()
     def logits(self, states: Tensor) -> Tensor:

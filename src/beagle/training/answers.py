@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from beagle.decoding.batch import Batch, Row
-from beagle.decoding.sampling import Sampler
+from beagle.decoding.sampling import Sampler, SamplingParams
 from beagle.errors import BeagleError
 from beagle.targets.target import Target
 from beagle.training.prompts import Prompt, has_template
@@ -119,7 +119,9 @@ class AnswerGenerator:
         most = min(
             self.max_new_tokens + 1, self.target.context_limit - len(ids)
         )  # the last is not run: it has no state
-        row = Row(ids, most, Sampler(temperature=self.temperature if sampled else 0.0, seed=seed, length=most))
+        sampling = SamplingParams(temperature=self.temperature if sampled else 0.0, seed=seed)
+        name = f"{job.prompt.name}: {self.target.name} in {str(self.target.dtype).removeprefix('torch.')}"
+        row = Row(ids, most, Sampler(sampling, eos_ids=self.target.eos_ids, name=name))
         jobs[row] = job
         if job.answers:
             waiting.appendleft(row)  # few dialogues are unfinished when a run is interrupted

@@ -8,7 +8,6 @@ import pytest
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import beagle
-import test_cli
 from beagle.evaluation.modes import Drafts, Options, load_contenders
 from beagle.evaluation.stock import STOCK_MODES
 from beagle.model import Model

@@ -123,7 +123,7 @@ def measure(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
             if graphs:
                 captured.capture(own)  # anew: a graph drafts as many levels as it was recorded for
             inner = None if chance is None else Right(own, target.vocab_size, chance)
-            plan = TreePlan(depth=min(arguments.depth, size or 1), top_k=arguments.beam, nodes=size or None)
+            plan = TreePlan(depth=min(arguments.depth, size or 1), top_k=arguments.tree_top_k, nodes=size or None)
             answer(target, inner, plan, arguments.tokens)  # warm-up, with graphs for all its contexts
             ids, stats = answer(target, inner, plan, arguments.tokens)
             if ids != [(PROMPT + i) % target.vocab_size for i in range(arguments.tokens)]:
@@ -153,7 +153,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--size", action="append", type=int, help=f"candidates of the tree, by default {SIZES}")
     parser.add_argument("--chance", action="append", type=float, help="that a level is right, by default 0.6, 0.8, 0.9")
     parser.add_argument("--depth", type=int, default=6)
-    parser.add_argument("--beam", type=int, default=8)
+    parser.add_argument("--tree-top-k", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="auto")

@@ -54,7 +54,7 @@ class Served:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        tree = ["--depth", str(PLAN.depth), "--beam", str(PLAN.top_k), "--nodes", str(PLAN.nodes)]
+        tree = ["--depth", str(PLAN.depth), "--tree-top-k", str(PLAN.top_k), "--nodes", str(PLAN.nodes)]
         limits = ["--live", str(live), "--queue", str(queue), "--name", "load", "--grace", "20"]
         command = [sys.executable, "-m", "beagle", "serve", "--port", str(self.port)]
         self.process = subprocess.Popen([*command, *tree, *limits, *options])

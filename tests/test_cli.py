@@ -31,7 +31,7 @@ def answer(folders, beagle) -> str:
         ["--exact"],
         ["--tree", "chain", "--depth", "3"],
         ["--tree", "static"],
-        ["--tree", "dynamic", "--nodes", "6", "--beam", "2"],
+        ["--tree", "dynamic", "--nodes", "6", "--tree-top-k", "2"],
     ],
 )
 def test_answers_are_those_of_plain_decoding(folders, beagle, answer, extra):

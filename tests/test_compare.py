@@ -17,7 +17,6 @@ import pytest
 import torch
 import yaml
 
-from beagle.cli import compare as command
 from beagle.errors import BeagleError
 from beagle.evaluation.compare import one, runs
 from beagle.evaluation.compare.plots import apart
@@ -67,7 +66,6 @@ def here(monkeypatch):
         return work(*arguments)
 
     monkeypatch.setattr(runs, "in_fresh_process", run)
-    monkeypatch.setattr(command, "in_fresh_process", run)
     return trained
 
 
@@ -201,7 +199,7 @@ def test_data_of_another_kind_or_changed_meanwhile_is_refused(compare, here, mad
         shutil.copy(shard, shard.with_name("shard-00001.safetensors"))
         return planned
 
-    monkeypatch.setattr(command, "specs", then_changed)
+    monkeypatch.setattr(runs, "specs", then_changed)
     compare(data=tmp_path / "data").refusal("has changed")
 
 

@@ -15,7 +15,6 @@ from beagle.targets.generation import CHANGES, left_out
 from beagle.targets.loading import load_target
 from conftest import tiny_model, tiny_target, tiny_tokenizer
 
-command = test_cli.beagle
 PROMPTS = ["w5 w9 w33 w12", "w7", "w40 w41 w42 w9"]
 SETTINGS = {
     "repetition_penalty": 1.3,
@@ -83,12 +82,12 @@ def test_transformers_modes_decode_as_ours_do(folder, answers):
         assert found == answers, contender.mode
 
 
-def test_bench_finds_them_identical(folder, command, tmp_path):
+def test_bench_finds_them_identical(folder, beagle, tmp_path):
     questions = tmp_path / "q.jsonl"
     questions.write_text("".join(json.dumps({"id": str(i), "prompt": p}) + "\n" for i, p in enumerate(PROMPTS)))
     out = tmp_path / "out.json"
     modes = "plain,transformers,prompt-lookup"
-    ended = command("bench", "--target", folder, "--dtype", "float32", "--questions", questions, "-n", 12,
+    ended = beagle("bench", "--target", folder, "--dtype", "float32", "--questions", questions, "-n", 12,
                     "--modes", modes, "--json", out)  # fmt: skip
     assert ended.code == 0, ended.err
     assert all(mode["identical"] == 1 for mode in json.loads(out.read_text())["modes"].values())

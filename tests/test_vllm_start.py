@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from beagle.cli import serve_vllm
+from beagle.vllm import export as vllm_export
 from beagle.vllm import greedy, launch
 from beagle.vllm.launch import CPU_DEPTH, Launch
 
@@ -162,7 +162,7 @@ def test_serve_starts_vllm(folders, beagle, started, monkeypatch):
     assert settings["num_speculative_tokens"] == 4
     assert os.listdir(settings["model"])
     with monkeypatch.context() as patch:  # the next start finds it exported
-        patch.setattr(serve_vllm, "export", None)
+        patch.setattr(vllm_export, "export", None)
         again = call("--dtype", "float32", "--api-key", "secret")
     assert json.loads(option(again, "--speculative-config"))["model"] == settings["model"]
     assert "secret" not in " ".join(again)

@@ -11,14 +11,8 @@ import typer
 from beagle.cli import options as o
 from beagle.cli.tables import follow, show
 from beagle.errors import BeagleError
-from beagle.evaluation.figures import figures
-from beagle.evaluation.meta import command_line, describe, portable
-from beagle.evaluation.modes import Drafts, Options, check_modes, load_contenders
 from beagle.evaluation.records import Record
-from beagle.evaluation.run import run
-from beagle.evaluation.suites import unique
 from beagle.files import write_json
-from beagle.training.prompts import answerable, read_prompts
 
 
 def bench(
@@ -38,8 +32,8 @@ def bench(
     quantize: o.Quantize = None,
     device: o.Device = "auto",
     tree: o.Tree = "dynamic",
-    depth: o.Depth = 5,
-    beam: o.TopK = 8,
+    depth: o.Depth = o.PLAN.depth,
+    tree_top_k: o.TreeTopK = o.PLAN.top_k,
     nodes: o.Nodes = 0,
     skip_bad_lines: Annotated[bool, typer.Option("--skip-bad-lines")] = False,
     trust_remote_code: o.Trust = False,
@@ -53,6 +47,13 @@ def bench(
     [bold]beagle bench --questions mt_bench.jsonl --target Qwen/Qwen2.5-1.5B-Instruct
     --small-model Qwen/Qwen2.5-0.5B-Instruct --modes plain,lookup,small,prompt-lookup,assisted[/bold]
     """
+    from beagle.evaluation.figures import figures
+    from beagle.evaluation.meta import command_line, describe, portable
+    from beagle.evaluation.modes import Drafts, Options, check_modes, load_contenders
+    from beagle.evaluation.run import run
+    from beagle.evaluation.suites import unique
+    from beagle.training.prompts import answerable, read_prompts
+
     if json is not None:
         o.check_writable(json)
     if len({path.stem for path in questions}) < len(questions):
@@ -64,7 +65,7 @@ def bench(
     chosen = o.split_modes(modes)
     drafts = Drafts(draft, eagle, small_model)
     check_modes(chosen, drafts)
-    plan = o.tree_plan(tree, depth, beam, nodes)
+    plan = o.tree_plan(tree, depth, tree_top_k, nodes)
     engine: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     loaded = o.load_target(target, quantize=quantize, **engine)
     sets = {name: answerable(loaded, prompts, skip_bad_lines) for name, prompts in sets.items()}
@@ -90,7 +91,7 @@ def bench(
             "questions": [path.name for path in questions], "limit": limit, "max_new_tokens": max_new_tokens,
             "temperature": temperature, "exact": exact, "quantize": quantize, "seed": seed, "draft": draft,
             "eagle": portable(eagle) if eagle else None, "small_model": portable(small_model) if small_model else None,
-            "tree": tree, "depth": depth, "beam": beam, "nodes": nodes or "by cost",
+            "tree": tree, "depth": depth, "top_k": tree_top_k, "nodes": nodes or "by cost",
         },
         "finished_questions": finished,
         "interrupted": finished < total,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -12,7 +12,9 @@ from beagle.cli import options as o
 from beagle.cli.generate import show_stats
 from beagle.decoding.stats import Stats
 from beagle.errors import BeagleError
-from beagle.model import Model, Piece
+
+if TYPE_CHECKING:
+    from beagle.model import Model, Piece
 
 
 def chat(
@@ -26,8 +28,9 @@ def chat(
     dtype: o.DType = "auto",
     quantize: o.Quantize = None,
     device: o.Device = "auto",
-    beam: o.TopK = 8,
-    depth: o.Depth = 5,
+    tree: o.Tree = "dynamic",
+    depth: o.Depth = o.PLAN.depth,
+    tree_top_k: o.TreeTopK = o.PLAN.top_k,
     nodes: o.Nodes = 0,
     trust_remote_code: o.Trust = False,
 ) -> None:
@@ -36,7 +39,7 @@ def chat(
     Example: [bold]beagle chat --target smollm2-135m[/bold]
     """
     model = o.load_model(
-        target, draft, dtype, device, o.tree_plan("dynamic", depth, beam, nodes), trust_remote_code, quantize
+        target, draft, dtype, device, o.tree_plan(tree, depth, tree_top_k, nodes), trust_remote_code, quantize
     )
     console = Console()
     start = [{"role": "system", "content": system}] if system else []

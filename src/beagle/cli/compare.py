@@ -10,15 +10,8 @@ import typer
 from beagle.cli import options as o
 from beagle.drafters.base import TreePlan
 from beagle.errors import BeagleError
-from beagle.evaluation.compare.decoding import Work, decode_once
-from beagle.evaluation.compare.runs import Budget, in_fresh_process, run_all, specs
 from beagle.evaluation.compare.suites import SUITES, Suite, find_suite
-from beagle.evaluation.compare.variants import parse_list
-from beagle.evaluation.compare.write import write_comparison
-from beagle.evaluation.meta import command_line, describe
-from beagle.training.pipeline import read_recipe
-from beagle.training.prompts import read_prompts
-from beagle.training.states import StateStore
+from beagle.limits import MAX_NODES
 
 
 def compare_training(
@@ -41,9 +34,9 @@ def compare_training(
     decode_dtype: Annotated[str, typer.Option(help="The target's dtype while decoding; as --dtype.")] = "auto",
     device: o.Device = "auto",
     tree: o.Tree = "dynamic",
-    depth: o.Depth = 5,
-    beam: o.TopK = 8,
-    nodes: Annotated[int, typer.Option(min=1, max=64, help="Candidates of a dynamic tree, for all alike.")] = 16,
+    depth: o.Depth = o.PLAN.depth,
+    tree_top_k: o.TreeTopK = o.PLAN.top_k,
+    nodes: Annotated[int, typer.Option(min=1, max=MAX_NODES, help="Candidates of a dynamic tree, for all alike.")] = 16,
     trust_remote_code: o.Trust = False,
 ) -> None:
     """Train variants on the same batches; compare time, memory, acceptance. Run again, it goes on.
@@ -54,6 +47,15 @@ def compare_training(
     [bold]beagle compare-training --data runs/mine/data --config configs/smollm2-135m.yaml
     --variants beagle,eagle --seconds 600 --out runs/minutes[/bold]
     """
+    from beagle.evaluation.compare.decoding import Work, decode_once
+    from beagle.evaluation.compare.runs import Budget, in_fresh_process, run_all, specs
+    from beagle.evaluation.compare.variants import parse_list
+    from beagle.evaluation.compare.write import write_comparison
+    from beagle.evaluation.meta import command_line, describe
+    from beagle.training.pipeline import read_recipe
+    from beagle.training.prompts import read_prompts
+    from beagle.training.states import StateStore
+
     if (tokens is None) == (seconds is None):
         raise BeagleError("give every variant the same budget: either --tokens N or --seconds N")
     if variants and suite:
@@ -68,7 +70,7 @@ def compare_training(
     if len(sets) < len(questions or []):
         raise BeagleError("two question files have the same name; rename one, names tell the sets apart")
     kinds = chosen.trees if chosen and chosen.trees else (tree,)
-    plans: dict[str, TreePlan] = {kind: o.tree_plan(kind, depth, beam, nodes) for kind in kinds}
+    plans: dict[str, TreePlan] = {kind: o.tree_plan(kind, depth, tree_top_k, nodes) for kind in kinds}
     store = StateStore.existing(data)
     o.check_writable(out / "compare.json")
     named = {"name": target, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
@@ -91,7 +93,7 @@ def compare_training(
             "variants": [v.name for v in listed], "suite": suite, "tokens": tokens, "seconds": seconds,
             "seeds": numbers, "validate_every": validate_every, "questions": [p.name for p in questions or []],
             "limit": limit, "max_new_tokens": max_new_tokens, "dtype": dtype, "decode_dtype": decode_dtype,
-            "trees": list(plans), "depth": depth, "beam": beam, "nodes": nodes, "config": config.name,
+            "trees": list(plans), "depth": depth, "top_k": tree_top_k, "nodes": nodes, "config": config.name,
         },
         "data": {"tokens": store.tokens(), "shards": len(store.shards())},
     }  # fmt: skip

@@ -6,25 +6,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from torch import Tensor
 
 from beagle.cli import options as o
-from beagle.drafters import compiled as levels
 from beagle.drafters.base import TreePlan
-from beagle.drafters.checkpoint import find_head, load_head
-from beagle.drafters.named import DRAFTERS, load_drafter, names_head, resolve_draft
-from beagle.drafters.tree import TreeDrafter
 from beagle.errors import BeagleError
-from beagle.targets import compiled as passes
-from beagle.targets import loading, packages
-from beagle.targets.loading import EMBEDDED
-from beagle.targets.quantize import check_kind
-from beagle.targets.shape import TreeShape
-from beagle.targets.target import Target
+
+if TYPE_CHECKING:
+    from beagle.drafters.tree import TreeDrafter
+    from beagle.targets.target import Target
+
 
 SIZES = (1, 8, 16)
 BATCH = 8
@@ -33,7 +26,7 @@ REPEATS = 9
 
 
 def compile(
-    target: o.TargetName = EMBEDDED,
+    target: o.TargetName = "smollm2-135m",
     draft: o.DraftName = "auto",
     dtype: o.DType = "auto",
     quantize: o.Quantize = None,
@@ -50,6 +43,14 @@ def compile(
     They serve as long as the weights, the dtype, the number of threads and PyTorch stay the same;
     BEAGLE_COMPILED=0 leaves them aside. What is compiled already stays: after training another head this takes seconds.
     """
+    from beagle.drafters import compiled as levels
+    from beagle.drafters.checkpoint import find_head, load_head
+    from beagle.drafters.named import DRAFTERS, load_drafter, names_head, resolve_draft
+    from beagle.drafters.tree import TreeDrafter
+    from beagle.targets import compiled as passes
+    from beagle.targets import loading, packages
+    from beagle.targets.quantize import check_kind
+
     check_kind(quantize)
     if packages.left_aside():
         raise BeagleError("BEAGLE_COMPILED=0 is set, so nothing that is compiled would be used; unset it")
@@ -95,6 +96,11 @@ def show(what: str, eager: float, fast: float) -> None:
 
 def compare(target: Target) -> dict[int, tuple[float, float]]:
     """Median seconds of an eager and a compiled pass, interleaved, by number of rows."""
+    import torch
+    from torch import Tensor
+
+    from beagle.targets.shape import TreeShape
+
     fast = target.compiled
     cache = target.new_cache(1, CONTEXT + SIZES[-1])
     target.prefill(torch.ones(1, CONTEXT, dtype=torch.long), cache)
@@ -113,6 +119,10 @@ def compare(target: Target) -> dict[int, tuple[float, float]]:
 
 def compare_batch(target: Target) -> tuple[float, float]:
     """Median seconds of an eager and a compiled pass over a token of each of ``BATCH`` answers."""
+    import torch
+
+    from beagle.targets.shape import TreeShape
+
     fast = target.compiled
     cache = target.new_cache(BATCH, CONTEXT + 1)
     cache.lengths = [CONTEXT] * BATCH
@@ -126,6 +136,8 @@ def compare_batch(target: Target) -> tuple[float, float]:
 
 def compare_drafts(drafter: TreeDrafter) -> tuple[float, float]:
     """Median seconds of an eager and a compiled draft of all levels."""
+    import torch
+
     fast = drafter.compiled
     random = torch.Generator().manual_seed(0)
     states = torch.randn(CONTEXT, drafter.head.config.hidden_size, generator=random).to(drafter.lm_head.dtype)

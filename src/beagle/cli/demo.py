@@ -32,6 +32,8 @@ def demo(
 
     In float32 the texts are equal as it is. In half precision (--dtype bfloat16) both sides run in the
     shape-stable mode, so that equal means bit for bit; what that costs is printed too.
+
+    Example: [bold]beagle demo --dtype bfloat16[/bold]
     """
     model = o.load_model(target, draft, dtype, device)
     if model.drafter is None:

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from beagle.cli import options as o
 from beagle.cli.tables import follow, show
-from beagle.decoding.costs import Costs
-from beagle.drafters.named import resolve_draft
 from beagle.errors import BeagleError
-from beagle.evaluation import suites
-from beagle.evaluation.figures import figures
-from beagle.evaluation.meta import command_line, describe, portable
-from beagle.evaluation.modes import Contender, Drafts, Options, available, check_modes, load_contenders
 from beagle.evaluation.records import SHOWN, Record, read_records, read_result, write_result
-from beagle.evaluation.run import run
-from beagle.training.prompts import Prompt, answerable
 
-Sets = dict[str, list[Prompt]]
+if TYPE_CHECKING:
+    from beagle.decoding.costs import Costs
+    from beagle.evaluation.modes import Contender
+    from beagle.training.prompts import Prompt
+
+    Sets = dict[str, list[Prompt]]
 
 
 def eval(
@@ -57,8 +54,8 @@ def eval(
     quantize: o.Quantize = None,
     device: o.Device = "auto",
     tree: o.Tree = "dynamic",
-    depth: o.Depth = 5,
-    beam: o.TopK = 8,
+    depth: o.Depth = o.PLAN.depth,
+    tree_top_k: o.TreeTopK = o.PLAN.top_k,
     nodes: o.Nodes = 0,
     skip_bad_lines: Annotated[bool, typer.Option("--skip-bad-lines")] = False,
     trust_remote_code: o.Trust = False,
@@ -70,6 +67,14 @@ def eval(
     [bold]beagle eval --suite paper --limit 20 --repeats 3 --json results/paper.json[/bold]
     (then the same with [bold]--resume[/bold] if it was stopped, and [bold]beagle report results/paper.json --out report[/bold])
     """
+    from beagle.drafters.named import resolve_draft
+    from beagle.evaluation import suites
+    from beagle.evaluation.figures import figures
+    from beagle.evaluation.meta import command_line, describe, portable
+    from beagle.evaluation.modes import Drafts, Options, available, check_modes, load_contenders
+    from beagle.evaluation.run import run
+    from beagle.training.prompts import answerable
+
     if (suite is None) == (not questions):
         raise BeagleError(f"give either --suite ({', '.join(suites.SUITES)}) or --questions FILE")
     if resume and json is None:
@@ -79,13 +84,13 @@ def eval(
     chosen = o.split_modes(modes) or available(drafts, resolve_draft(draft, target), quick=suite == "quick")
     check_modes(chosen, drafts)
     length = max_new_tokens or (64 if suite == "quick" else 128)
-    plan = o.tree_plan(tree, depth, beam, nodes)
+    plan = o.tree_plan(tree, depth, tree_top_k, nodes)
     arguments: dict[str, Any] = {
         "suite": suite, "questions": [portable(name) for name in questions or []], "limit": limit,
         "max_new_tokens": length, "repeats": repeats, "modes": chosen, "temperature": temperature, "exact": exact,
         "seed": seed, "target": portable(target), "draft": portable(draft), "eagle": portable(eagle) if eagle else None,
         "small_model": portable(small_model) if small_model else None, "dtype": dtype, "device": device,
-        "quantize": quantize, "tree": tree, "depth": depth, "beam": beam, "nodes": nodes or "by cost",
+        "quantize": quantize, "tree": tree, "depth": depth, "top_k": tree_top_k, "nodes": nodes or "by cost",
     }  # fmt: skip
     records = _earlier(json, resume, arguments)
     engine: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
@@ -149,6 +154,8 @@ def _earlier(path: Path | None, resume: bool, arguments: dict[str, Any]) -> list
     Raises:
         BeagleError: the file can't be written or is of another run, or would be overwritten unfinished.
     """
+    from beagle.evaluation.meta import describe
+
     if path is None:
         return []
     o.check_writable(path)

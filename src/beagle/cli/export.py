@@ -9,11 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from beagle.cli import options as o
-from beagle.drafters.checkpoint import find_head, load_head
 from beagle.errors import BeagleError
-from beagle.targets.loading import EMBEDDED, resolve
-from beagle.vllm.export import export as write
-from beagle.vllm.launch import Launch
 
 
 def export(
@@ -25,7 +21,7 @@ def export(
     target: Annotated[
         str, typer.Option("--target", "-t", help="By default the one that the head was trained for.")
     ] = "",
-    depth: o.Depth = 5,
+    depth: o.Depth = o.PLAN.depth,
     embeddings: Annotated[
         bool, typer.Option("--embeddings", help="Add the target's embeddings, for pipeline parallelism.")
     ] = False,
@@ -36,6 +32,11 @@ def export(
 
     Example: [bold]beagle export --to vllm runs/mine exported[/bold]
     """
+    from beagle.drafters.checkpoint import find_head, load_head
+    from beagle.targets.loading import resolve
+    from beagle.vllm.export import export as write
+    from beagle.vllm.launch import Launch
+
     if to not in ("vllm", "speculators"):
         raise BeagleError(f"--to '{to}' is unknown; use vllm or speculators")
     name = target or trained_for(draft)
@@ -58,6 +59,9 @@ def export(
 
 def trained_for(draft: str) -> str:
     """Name of the target of a draft, as its config has it."""
+    from beagle.drafters.checkpoint import find_head
+    from beagle.targets.loading import EMBEDDED
+
     if draft == "head":
         return EMBEDDED
     path = find_head(draft, "") / "config.json"

@@ -30,8 +30,8 @@ def generate(
     quantize: o.Quantize = None,
     device: o.Device = "auto",
     tree: o.Tree = "dynamic",
-    depth: o.Depth = 5,
-    beam: o.TopK = 8,
+    depth: o.Depth = o.PLAN.depth,
+    tree_top_k: o.TreeTopK = o.PLAN.top_k,
     nodes: o.Nodes = 0,
     trust_remote_code: o.Trust = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No figures after the answer.")] = False,
@@ -50,7 +50,7 @@ def generate(
     elif len(prompt) < 200 and prompt.endswith(".txt") and Path(prompt).is_file():
         raise BeagleError(f"'{prompt}' is a file; pipe it in: beagle generate - < {prompt}")
     model = o.load_model(
-        target, draft, dtype, device, o.tree_plan(tree, depth, beam, nodes), trust_remote_code, quantize
+        target, draft, dtype, device, o.tree_plan(tree, depth, tree_top_k, nodes), trust_remote_code, quantize
     )
     stats = Stats()
     pieces = model.stream(

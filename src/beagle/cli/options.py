@@ -5,20 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from transformers.utils.logging import disable_progress_bar
 
 from beagle.drafters.base import TreePlan
 from beagle.errors import BeagleError
 from beagle.evaluation.compare.suites import Finding
-from beagle.model import Model, load
-from beagle.targets import loading
-from beagle.targets.target import Target
+from beagle.limits import MAX_NODES
+
+if TYPE_CHECKING:
+    from beagle.model import Model
+    from beagle.targets.target import Target
+
 
 console = Console(stderr=True)
+PLAN = TreePlan()  # defaults of the tree options
 
 TargetName = Annotated[str, typer.Option("--target", "-t", help="smollm2-135m, a hub id, a folder, or a .gguf file.")]
 DraftName = Annotated[
@@ -46,9 +49,11 @@ Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of sampling.")]
 Tree = Annotated[str, typer.Option(help="dynamic, static or chain.")]
 Depth = Annotated[int, typer.Option(min=1, max=16, help="Drafted levels.")]
-TopK = Annotated[int, typer.Option("--beam", min=1, max=64, help="Candidates expanded per level of a dynamic tree.")]
+TreeTopK = Annotated[
+    int, typer.Option("--tree-top-k", min=1, max=MAX_NODES, help="Candidates expanded per level of a dynamic tree.")
+]
 Nodes = Annotated[
-    int, typer.Option(min=0, max=64, help="Candidates verified per pass; 0 chooses by this machine's costs.")
+    int, typer.Option(min=0, max=MAX_NODES, help="Candidates verified per pass; 0 chooses by this machine's costs.")
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's repository brings.")]
 
@@ -78,10 +83,10 @@ def show_findings(findings: Iterable[Finding]) -> None:
         console.print(f"{f.claim}: {f.found} (paper: {f.paper}): {verdict}", highlight=False, soft_wrap=True)
 
 
-def tree_plan(tree: str, depth: int, beam: int, nodes: int) -> TreePlan:
+def tree_plan(tree: str, depth: int, top_k: int, nodes: int) -> TreePlan:
     if tree not in ("dynamic", "static", "chain"):
         raise BeagleError(f"tree '{tree}' is unknown; use dynamic, static or chain")
-    return TreePlan(tree, depth, beam, nodes or None)  # type: ignore[arg-type]
+    return TreePlan(tree, depth, top_k, nodes or None)  # type: ignore[arg-type]
 
 
 def load_model(
@@ -93,6 +98,8 @@ def load_model(
     trust: bool = False,
     quantize: str | None = None,
 ) -> Model:
+    from beagle.model import load
+
     quiet_transformers()
     with console.status(f"loading {target}"):
         model = load(
@@ -111,12 +118,16 @@ def load_model(
 
 def load_target(target: str, **options: Any) -> Target:
     """A target alone; options as of ``targets.loading.load_target``."""
+    from beagle.targets import loading
+
     quiet_transformers()
     with console.status(f"loading {target}"):
         return loading.load_target(target, **options)
 
 
 def quiet_transformers() -> None:
+    from transformers.utils.logging import disable_progress_bar
+
     logging.getLogger("transformers").setLevel(logging.ERROR)
     disable_progress_bar()
 

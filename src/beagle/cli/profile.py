@@ -12,13 +12,7 @@ from rich.console import Console
 from beagle.cli import options as o
 from beagle.cli.tables import follow, new_table
 from beagle.errors import BeagleError
-from beagle.evaluation.meta import command_line, describe, portable
-from beagle.evaluation.modes import Options
-from beagle.evaluation.profile import CONTEXT, Profile
 from beagle.evaluation.records import Record
-from beagle.evaluation.report.profile import save_profile
-from beagle.evaluation.report.tables import PARTS, per_pass
-from beagle.evaluation.suites import load_questions, load_suite
 from beagle.files import write_json
 
 
@@ -36,8 +30,8 @@ def profile(
     dtype: o.DType = "auto",
     device: o.Device = "auto",
     tree: o.Tree = "dynamic",
-    depth: o.Depth = 5,
-    beam: o.TopK = 8,
+    depth: o.Depth = o.PLAN.depth,
+    tree_top_k: o.TreeTopK = o.PLAN.top_k,
     nodes: o.Nodes = 0,
     quantize: o.Quantize = None,
     trust_remote_code: o.Trust = False,
@@ -49,6 +43,12 @@ def profile(
 
     Example: [bold]beagle profile --dtype bfloat16 --json profile.json --plot profile.png[/bold]
     """
+    from beagle.evaluation.meta import command_line, describe, portable
+    from beagle.evaluation.modes import Options
+    from beagle.evaluation.profile import Profile
+    from beagle.evaluation.report.profile import save_profile
+    from beagle.evaluation.suites import load_questions, load_suite
+
     for path in (json, plot):
         if path is not None:
             o.check_writable(path)
@@ -58,7 +58,7 @@ def profile(
         if find_spec("matplotlib") is None:
             raise BeagleError("--plot needs matplotlib; install it: pip install 'beagle-decoding[plots]'")
     sets = load_questions(questions, limit) if questions else load_suite("quick", limit)
-    plan = o.tree_plan(tree, depth, beam, nodes)
+    plan = o.tree_plan(tree, depth, tree_top_k, nodes)
     model = o.load_model(target, draft, dtype, device, plan, trust_remote_code, quantize)
     with o.console.status("measuring memory, products, passes and drafts"):
         work = Profile(model, Options(max_new_tokens, exact=exact))
@@ -72,7 +72,7 @@ def profile(
         "arguments": {
             "questions": [portable(name) for name in questions or ["quick"]], "limit": limit,
             "max_new_tokens": max_new_tokens, "temperature": 0.0, "exact": exact, "draft": portable(draft),
-            "tree": tree, "depth": depth, "beam": beam, "nodes": nodes or "by cost",
+            "tree": tree, "depth": depth, "top_k": tree_top_k, "nodes": nodes or "by cost",
         },
     }  # fmt: skip
     if json is not None:
@@ -84,6 +84,9 @@ def profile(
 
 def show(result: dict[str, Any]) -> None:
     """Both tables, and the sentences that sum them up."""
+    from beagle.evaluation.profile import CONTEXT
+    from beagle.evaluation.report.tables import PARTS, per_pass
+
     console = Console()
     rates = result["rates"]
     console.print(

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from beagle.cli import options as o
-from beagle.evaluation.report.write import write_report
 
 
 def report(
@@ -23,5 +22,7 @@ def report(
 
     Example: [bold]beagle report results/paper.json runs/mine/log.csv --out report[/bold]
     """
+    from beagle.evaluation.report.write import write_report
+
     for path in write_report(results, out, answers):
         o.console.print(f"wrote {path}", highlight=False, soft_wrap=True)

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from beagle.cli import options as o
 from beagle.errors import BeagleError
-from beagle.evaluation.meta import command_line
-from beagle.evaluation.reproduce.index import write_index
-from beagle.evaluation.reproduce.items import ITEMS, Item, find_items
-from beagle.evaluation.reproduce.material import find_material
-from beagle.evaluation.reproduce.scales import SCALES, Scale, find_scale
-from beagle.evaluation.reproduce.session import Session
+
+if TYPE_CHECKING:
+    from beagle.evaluation.reproduce.items import Item
+    from beagle.evaluation.reproduce.scales import Scale
 
 
 def reproduce(
-    items: Annotated[list[str], typer.Argument(help=f"table1, table2, {', '.join(list(ITEMS)[1:])}, or all.")],
-    scale: Annotated[str, typer.Option(help=f"{', '.join(SCALES)}; full is the paper's own setting.")] = "tiny",
+    items: Annotated[
+        list[str],
+        typer.Argument(help="table1, table2, fig3, fig4, fig5, fig6, fig7, fig10, fig11, fig12, memory, or all."),
+    ],
+    scale: Annotated[str, typer.Option(help="tiny, small, full; full is the paper's own setting.")] = "tiny",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of results; what is finished there is kept.")] = Path(
         "runs/reproduce"
     ),
@@ -46,6 +47,13 @@ def reproduce(
 
     [bold]beagle reproduce fig4 fig10 --scale small --data runs/mine/data --out runs/small[/bold]
     """
+    from beagle.evaluation.meta import command_line
+    from beagle.evaluation.reproduce.index import write_index
+    from beagle.evaluation.reproduce.items import find_items
+    from beagle.evaluation.reproduce.material import find_material
+    from beagle.evaluation.reproduce.scales import find_scale
+    from beagle.evaluation.reproduce.session import Session
+
     chosen = find_items(items)
     size = find_scale(scale)
     if data and prompts:

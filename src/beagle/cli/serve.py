@@ -11,7 +11,6 @@ import typer
 from beagle.cli import options as o
 from beagle.cli import serve_vllm
 from beagle.errors import BeagleError
-from beagle.model import Model
 from beagle.threads import Owner
 
 
@@ -38,8 +37,8 @@ def serve(
     quantize: o.Quantize = None,
     device: o.Device = "auto",
     tree: o.Tree = "dynamic",
-    depth: o.Depth = 5,
-    beam: o.TopK = 8,
+    depth: o.Depth = o.PLAN.depth,
+    tree_top_k: o.TreeTopK = o.PLAN.top_k,
     nodes: o.Nodes = 0,
     trust_remote_code: o.Trust = False,
     engine: Annotated[
@@ -52,6 +51,8 @@ def serve(
 
     [bold]beagle serve --engine vllm[/bold]  (see docs/vllm.md)
     """
+    from beagle.model import Model
+
     if engine not in ("beagle", "vllm"):
         raise BeagleError(f"engine '{engine}' is unknown; use beagle or vllm")
     if not api_key.isascii():
@@ -71,7 +72,7 @@ def serve(
         ) from error
     listener = bind(host, port)
     with listener:
-        plan = o.tree_plan(tree, depth, beam, nodes)
+        plan = o.tree_plan(tree, depth, tree_top_k, nodes)
 
         def load() -> Model:
             model = o.load_model(target, draft, dtype, device, plan, trust_remote_code, quantize)

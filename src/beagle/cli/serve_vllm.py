@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import typer
 
 from beagle.cli import options as o
-from beagle.drafters.checkpoint import find_head, load_head, shipped_head
 from beagle.errors import BeagleError
-from beagle.targets.loading import cache_dir, pick_dtype, resolve, sha256
-from beagle.vllm.export import export
-from beagle.vllm.launch import CPU_DEPTH, Launch, require_vllm
+
+if TYPE_CHECKING:
+    from beagle.vllm.launch import Launch
+
 
 TAKEN = {
     "engine", "target", "draft", "host", "port", "api_key", "name", "live", "context", "dtype", "depth",
@@ -28,6 +27,10 @@ def serve(context: typer.Context) -> None:
     Raises:
         BeagleError: vLLM isn't there, or an option that only our own engine has was given.
     """
+    import torch
+
+    from beagle.vllm.launch import CPU_DEPTH, require_vllm
+
     given: dict[str, Any] = context.params
     for name in given.keys() - TAKEN:
         if _asked(context, name):
@@ -52,6 +55,11 @@ def _asked(context: typer.Context, name: str) -> bool:
 
 def prepare(given: dict[str, Any]) -> Launch:
     """The start that the options of ``beagle serve`` ask for, the head exported."""
+    import torch
+
+    from beagle.targets.loading import pick_dtype, resolve
+    from beagle.vllm.launch import Launch
+
     target, dtype = given["target"], given["dtype"]
     name = given["name"] or (Path(target).resolve().name if Path(target).exists() else target)
     extra = ["--host", given["host"], "--port", str(given["port"]), "--served-model-name", name]
@@ -67,6 +75,10 @@ def prepare(given: dict[str, Any]) -> Launch:
 
 def exported(target: str, draft: str, dtype: str, trust: bool) -> str | None:
     """Folder of the head that ``--draft`` names, exported once; None without drafts."""
+    from beagle.drafters.checkpoint import find_head, load_head, shipped_head
+    from beagle.targets.loading import cache_dir, resolve, sha256
+    from beagle.vllm.export import export
+
     if draft == "auto":
         draft = "head" if shipped_head(target) else "none"
     if draft == "none":

@@ -11,7 +11,6 @@ from rich.progress import Progress
 from rich.table import Table
 
 from beagle.cli import options as o
-from beagle.evaluation.figures import speed_up_text
 from beagle.evaluation.records import Record
 
 NOTE = (
@@ -33,6 +32,8 @@ def follow(parts: Iterable[list[Record]], total: int, done: int = 0) -> Iterator
 
 def show(result: dict[str, Any]) -> None:
     """Tables of every set and of all of them."""
+    from beagle.evaluation.figures import speed_up_text
+
     console = Console()
     sets = result["sets"]
     parts = [*sets.items(), *([("all", result)] if len(sets) != 1 else [])]

@@ -11,9 +11,6 @@ import typer
 
 from beagle.cli import options as o
 from beagle.errors import BeagleError
-from beagle.training.pipeline import Recipe, read_recipe, train_head
-from beagle.training.prompts import read_prompts
-from beagle.training.states import refuse_without_answers
 
 
 def train(
@@ -44,6 +41,10 @@ def train(
 
     Example: [bold]beagle train --prompts prompts.jsonl --config configs/smollm2-135m.yaml --out runs/mine[/bold]
     """
+    from beagle.training.pipeline import Recipe, read_recipe, train_head
+    from beagle.training.prompts import read_prompts
+    from beagle.training.states import refuse_without_answers
+
     recipe = read_recipe(config) if config else Recipe()
     if max_tokens:
         recipe = replace(recipe, answers=replace(recipe.answers, max_tokens=max_tokens))

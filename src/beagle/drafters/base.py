@@ -25,7 +25,7 @@ class TreePlan:
 
     kind: Literal["chain", "static", "dynamic"] = "dynamic"
     depth: int = 5
-    top_k: int = 10
+    top_k: int = 8
     nodes: int | None = None
 
     def __post_init__(self) -> None:

@@ -56,7 +56,7 @@ class Job:
         return {
             "suite": f"reproduce, {self.scale}", "max_new_tokens": self.max_new_tokens, "modes": MODES,
             "temperature": 0.0, "exact": False, "seed": 0, "draft": "head", "tree": self.tree.kind,
-            "depth": self.tree.depth, "beam": self.tree.top_k, "nodes": self.tree.nodes,
+            "depth": self.tree.depth, "top_k": self.tree.top_k, "nodes": self.tree.nodes,
             "heads": [(folder / "model.safetensors").stat().st_mtime for folder in (self.beagle, self.eagle)],
         }  # fmt: skip
 

@@ -371,7 +371,7 @@ REFUSED = {
     training_model: r"a model in training mode can't be drafted for; call model\.eval\(\)",
     differs_in_training: "other logits than the model itself",
     own_attention: "attention 'ablated'",
-    looks_at_the_last_token_alone: "other logits than the model itself",
+    looks_at_the_last_token_alone: "other hidden states here than in the model itself",
 }
 
 

@@ -2,14 +2,10 @@
 
 import time
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 import beagle
-from beagle.targets.loading import resolve
 
-folder = resolve("smollm2-135m")  # any folder or hub id does
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+# any model of AutoModelForCausalLM.from_pretrained does; this one needs no model hub
+model, tokenizer = beagle.load_model("smollm2-135m", dtype="float32", device="cpu")
 messages = [{"role": "user", "content": "Explain photosynthesis to a child in four sentences."}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
 from types import MethodType
 
 import pytest
@@ -369,7 +371,7 @@ REFUSED = {
     training_model: r"a model in training mode can't be drafted for; call model\.eval\(\)",
     differs_in_training: "other logits than the model itself",
     own_attention: "attention 'ablated'",
-    looks_at_the_last_token_alone: "other logits than the model itself",
+    looks_at_the_last_token_alone: "other hidden states here than in the model itself",
 }
 
 
@@ -431,3 +433,13 @@ def test_parts_that_cannot_be_copied_are_refused():
     model.model.layers[0].source = (number for number in range(3))
     with pytest.raises(BeagleError, match="can't be copied"):
         model.generate(PROMPT, max_new_tokens=3)
+
+
+def test_examples_need_public_names_alone():
+    for example in (Path(__file__).parent.parent / "examples").glob("*.py"):
+        names = [
+            node for node in ast.walk(ast.parse(example.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))
+        ]
+        modules = [getattr(node, "module", None) or node.names[0].name for node in names]
+        assert "beagle" in modules
+        assert not [module for module in modules if module.startswith("beagle.")]

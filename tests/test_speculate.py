@@ -321,6 +321,7 @@ REFUSED = {
     "cache of an earlier call": {"cache": past()},
     "cache_implementation='quantized'": {"cache_implementation": "quantized"},
     "cache_implementation='paged'": {"cache_implementation": "paged"},
+    "token_healing": {"token_healing": True, "tokenizer": tiny_tokenizer()},
     "output_attentions": {"output_attentions": True, "return_dict_in_generate": True},
     "output_hidden_states": {"output_hidden_states": True, "return_dict_in_generate": True},
     "attention_mask": {"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1]])},

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from beagle.errors import BeagleError
     from beagle.integrations.transformers import Speculation, speculate
     from beagle.model import Answer, Model, Piece, load
+    from beagle.targets.loading import load_model
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "TreePlan",
     "__version__",
     "load",
+    "load_model",
     "speculate",
 ]
 
@@ -36,6 +38,7 @@ _HOMES = {
     "Model": "model",
     "Piece": "model",
     "load": "model",
+    "load_model": "targets.loading",
 }
 
 

@@ -43,7 +43,7 @@ def _refuse(what: str, remedy: str) -> BeagleError:
 
 def refuse_arguments(given: Mapping[str, Any]) -> None:
     """Arguments of ``generate`` that choose another way of decoding, or a cache that ours can't stand in for."""
-    for name in ("custom_generate", "assistant_model", "synced_gpus"):
+    for name in ("custom_generate", "assistant_model", "synced_gpus", "token_healing"):
         if given.get(name):
             raise _refuse(name, "leave it out")
     for name in sorted(hf.CACHE_NAMES):  # before transformers renames it

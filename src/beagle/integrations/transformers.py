@@ -102,6 +102,7 @@ class Speculation:
     def remove(self) -> None:
         """Give the model its own ``generate`` back."""
         self._model.__dict__.pop("generate", None)
+        self._wrapped = None, None
 
     def generate(self, model: Any, /, *args: Any, **kwargs: Any) -> Any:
         """``model.generate``: the same arguments, the same result.
@@ -120,7 +121,8 @@ class Speculation:
         def setting(name: str) -> Any:  # transformers' order
             return options.get(name) or next((value for c in configs if (value := getattr(c, name, None))), None)
 
-        refuse_arguments({**given, **options, "cache_implementation": setting("cache_implementation")})
+        settings = {name: setting(name) for name in ("cache_implementation", "token_healing")}
+        refuse_arguments({**given, **options, **settings})
         refuse_model(model)
         streamer = given.pop("streamer", None)
         tokenizer = options.pop("tokenizer", None) or self._tokenizer

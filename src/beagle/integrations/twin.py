@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from beagle.errors import BeagleError
 from beagle.integrations.hooks import replaced_functions
-from beagle.targets.shape import TreeShape
+from beagle.targets.family import sample_ids
 from beagle.targets.target import Target
 
 _VALUES = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
@@ -109,7 +109,7 @@ def twin(model: Any, parts: Parts) -> Any:
 @torch.no_grad()
 def own_logits(model: Any) -> Tensor:
     """What a model itself says to a few tokens, ``[tokens, vocabulary]``."""
-    ids = _tokens(model.get_input_embeddings().weight)
+    ids = _tokens(model, model.get_input_embeddings())
     logits: Tensor = model(input_ids=ids[None], use_cache=False).logits[0]
     return logits
 
@@ -118,22 +118,21 @@ def own_logits(model: Any) -> Tensor:
 def refuse_otherwise(target: Target, expected: Tensor) -> None:
     """
     Args:
-        target: around a twin. expected: ``own_logits`` of the model.
+        target: around a twin, whose passes were found to give the same whatever they are over.
+        expected: ``own_logits`` of the model, ``[tokens, vocabulary]``.
     Raises:
-        BeagleError: passes over prompts and trees of drafts give something else.
+        BeagleError: the twin says something else.
     """
-    ids = _tokens(target.embed.weight)  # type: ignore[arg-type]
-    cache = target.new_cache(1, len(ids) + 1)
-    states = target.prefill(ids[None, :-2], cache)[0]
-    tree = torch.stack([ids[-2], ids[0], ids[-1]])  # the right token behind a wrong one, both children of the root
-    states = torch.cat([states, target.verify(cache, tree, TreeShape([-1, 0, 0]))[[0, 2]]])
-    gap = (target.logits(states) - expected).abs().max() / expected.abs().max()
+    ids = _tokens(target.model, target.embed)
+    logits = target.logits(target.prefill(ids[None], target.new_cache(1, len(ids)))[0])
+    gap = (logits - expected).abs().max() / expected.abs().max()
     if not gap < (0.01 if target.dtype == torch.float32 else 0.1):  # also catches NaN
         raise BeagleError(
-            f"{target.name}: drafted passes give other logits than the model itself, so it holds a module that looks "
-            "at more than each token and its context; take it out (or speculate(…).remove() first)"
+            f"{target.name}: drafted passes, which run in evaluation mode, give other logits than the model itself; "
+            "call model.eval() (or speculate(…).remove() first)"
         )
 
 
-def _tokens(embedding: Tensor) -> Tensor:
-    return torch.arange(1, 8, device=embedding.device) % len(embedding)
+def _tokens(model: Any, embed: nn.Module) -> Tensor:
+    weight: Tensor = embed.weight  # type: ignore[assignment]
+    return sample_ids(model.config, len(weight), 8).to(weight.device)

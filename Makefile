@@ -6,13 +6,35 @@ BIN := $(VENV)/bin
 # one torch build everywhere; elsewhere than on a GPU machine a CPU build is enough
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-browser test-vllm lint clean
+# the versions that were tested; torch is TORCH, which pulls CUDA or not
+LOCKED := -c constraints.txt
+VENV_NEWEST := .venv-newest
+VENV_OLDEST := .venv-oldest
+PIP_INSTALL := pip install --quiet --no-warn-script-location
+FAST := -m "not slow and not network and not browser and not vllm"
+# from the ranges in pyproject.toml to versions; torch and what it brings are left to TORCH
+RESOLVE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --extra data --no-header --no-annotate
+WITHOUT_TORCH := grep -vE '^(torch|triton|nvidia-|cuda-)'
+
+.PHONY: demo test test-fast test-newest test-oldest test-browser test-vllm lint docs lock release-check clean
 
 demo: $(VENV)/.ready
 	$(BIN)/beagle demo
 
 test: $(VENV)/.ready-dev lint
 	$(BIN)/python -m pytest
+
+# no compiler, no long training, no real model, no network
+test-fast: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest $(FAST)
+
+# the newest and the oldest versions that pyproject.toml allows, each in an environment of its own; torch stays TORCH,
+# since other builds for CPUs are not to be had everywhere
+test-newest: $(VENV_NEWEST)/.ready
+	$(VENV_NEWEST)/bin/python -m pytest $(FAST)
+
+test-oldest: $(VENV_OLDEST)/.ready
+	$(VENV_OLDEST)/bin/python -m pytest $(FAST)
 
 # needs a Chromium on the machine (apt-get install chromium)
 test-browser: $(VENV)/.ready-dev
@@ -23,21 +45,53 @@ test-browser: $(VENV)/.ready-dev
 test-vllm: $(VENV_VLLM)/.ready
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV_VLLM)/bin/python -m pytest -m vllm tests/vllm_engine
 
-lint: $(VENV)/.ready-dev
+lint: $(VENV)/.ready-dev docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(VENV)/.ready: pyproject.toml
+docs: $(VENV)/.ready-dev
+	$(BIN)/mkdocs build --quiet --strict
+
+# newest versions of everything into constraints.txt
+lock: $(VENV)/.ready-dev
+	$(RESOLVE) --upgrade pyproject.toml | $(WITHOUT_TORCH) > .constraints.partial
+	mv .constraints.partial constraints.txt
+
+# what users would install: built, put into an empty environment, run
+release-check: $(VENV)/.ready-dev
+	rm -rf dist .venv-release
+	$(BIN)/python -m build --outdir dist .
+	$(PYTHON) -m venv .venv-release
+	.venv-release/bin/python -m $(PIP_INSTALL) "$(TORCH)"
+	.venv-release/bin/python -m $(PIP_INSTALL) dist/*.whl
+	cd .venv-release && bin/beagle demo
+
+$(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@echo "installing PyTorch and transformers (once, some minutes)"
-	$(BIN)/python -m pip install --quiet --no-warn-script-location "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --no-warn-script-location -e .
+	$(BIN)/python -m $(PIP_INSTALL) "$(TORCH)"
+	$(BIN)/python -m $(PIP_INSTALL) $(LOCKED) -e .
 	touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --no-warn-script-location -e ".[dev]"
+	$(BIN)/python -m $(PIP_INSTALL) $(LOCKED) -e ".[dev]"
+	touch $@
+
+$(VENV_NEWEST)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV_NEWEST)
+	$(VENV_NEWEST)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV_NEWEST)/bin/python -m $(PIP_INSTALL) "$(TORCH)"
+	$(VENV_NEWEST)/bin/python -m $(PIP_INSTALL) --upgrade --upgrade-strategy eager -e ".[dev]" "$(TORCH)"
+	touch $@
+
+$(VENV_OLDEST)/.ready: pyproject.toml $(VENV)/.ready-dev
+	$(PYTHON) -m venv $(VENV_OLDEST)
+	$(VENV_OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV_OLDEST)/bin/python -m $(PIP_INSTALL) "$(TORCH)"
+	$(RESOLVE) --resolution lowest-direct pyproject.toml | $(WITHOUT_TORCH) > $(VENV_OLDEST)/oldest.txt
+	$(VENV_OLDEST)/bin/python -m $(PIP_INSTALL) -c $(VENV_OLDEST)/oldest.txt -e ".[dev]"
 	touch $@
 
 # vLLM for CPUs wants the build torch==2.13.0+cpu, which PyPI has not: where pip doesn't know PyTorch's own index
@@ -54,4 +108,4 @@ $(VENV_VLLM)/.ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV_VLLM) .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_NEWEST) $(VENV_OLDEST) .venv-release dist site .pytest_cache .ruff_cache .mypy_cache

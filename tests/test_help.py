@@ -54,3 +54,19 @@ def test_every_command_drafts_the_librarys_tree():
         assert "beam" not in defaults
         assert defaults.get("tree_top_k", plan.top_k) == plan.top_k
         assert defaults.get("depth", plan.depth) == plan.depth
+
+
+def test_errors_of_the_library_name_no_flags():
+    """What ``beagle.load`` and its neighbours raise reads well from a script; commands have flags."""
+    import re
+    from pathlib import Path
+
+    import beagle
+
+    root = Path(beagle.__file__).parent
+    for part in ("targets", "drafters", "decoding", "integrations", "model.py", "training"):
+        files = [root / part] if part.endswith(".py") else (root / part).rglob("*.py")
+        for file in files:
+            for text in re.findall(r'f?"[^"\n]*"', file.read_text(encoding="utf-8")):
+                flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - {"--no-deps", "--skip-bad-lines"}
+                assert not flags or "`beagle " in text, (file.name, text)

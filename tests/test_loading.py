@@ -76,7 +76,7 @@ def test_unknown_dtype_and_device(folders, monkeypatch):
     with pytest.raises(BeagleError, match=r"'abacus'.*cpu"):
         load_target(str(folders.target), device="abacus")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(BeagleError, match=r"'cuda:3'.*--device cpu"):
+    with pytest.raises(BeagleError, match=r"'cuda:3'.*device cpu"):
         load_target(str(folders.target), device="cuda:3")
 
 

@@ -146,7 +146,7 @@ def test_full_disk_is_refused_beforehand(train, tmp_path, monkeypatch):
     """Tokens alone fit (8 bytes each), their states (2 x 32 bytes more) do not."""
     free = 1_000_000_000 + 44 * COUNT * 30
     monkeypatch.setattr(states.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-    train(tmp_path / "disk").refusal(tmp_path / "disk", "free", "--max-tokens")
+    train(tmp_path / "disk").refusal(tmp_path / "disk", "free", "max_tokens")
     assert stored(tmp_path / "disk") == {}
     assert train(tmp_path / "live", "--seconds", 0, answers={"states": "live"}).code == 0
 

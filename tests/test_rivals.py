@@ -54,7 +54,7 @@ def test_the_draft_named_may_be_any(bench, folders):
 def test_small_models_that_are_missing_or_foreign(bench, folders, tmp_path):
     for mode in ("small", "assisted"):
         ended, result = bench("--modes", f"plain,{mode}")
-        ended.refusal(f"mode '{mode}'", "--small-model")
+        ended.refusal(f"mode '{mode}'", "small_model")
         assert "loading" not in ended.err  # found out before the work
         assert result is None
     foreign = tiny_tokenizer()

@@ -61,7 +61,7 @@ def shipped_head(target_name: str) -> Path | None:
 
 
 def find_head(draft: str, target_name: str) -> Path:
-    """The folder a ``--draft`` names: ``head`` is the one shipped for this target.
+    """The folder that a draft names: ``head`` is the one shipped for this target.
 
     Raises:
         BeagleError: there is none.
@@ -69,7 +69,9 @@ def find_head(draft: str, target_name: str) -> Path:
     if draft == "head":
         shipped = shipped_head(target_name)
         if shipped is None:
-            raise BeagleError(f"no head is shipped for {target_name}; train one with `beagle train`, or --draft lookup")
+            raise BeagleError(
+                f"no head is shipped for {target_name}; train one with `beagle train`, or draft by lookup"
+            )
         return shipped
     if not draft or not Path(draft).is_dir():
         raise BeagleError(

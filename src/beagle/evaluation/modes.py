@@ -24,8 +24,8 @@ from beagle.targets.target import Target
 T = TypeVar("T")
 OUR_MODES = ("plain", "beagle", "chain", "head", "eagle", "lookup", "small")
 MODES = (*OUR_MODES, *STOCK_MODES)
-NEEDS = {"eagle": "an EAGLE head; name its folder with --eagle"} | dict.fromkeys(
-    ("small", "assisted"), "a small model; name it with --small-model"
+NEEDS = {"eagle": "an EAGLE head; name its folder (eagle)"} | dict.fromkeys(
+    ("small", "assisted"), "a small model; name it (small_model)"
 )
 
 
@@ -124,12 +124,12 @@ def check_modes(modes: Sequence[str], drafts: Drafts) -> None:
         BeagleError: there is no mode, or one is unknown, named twice, or lacks what it drafts with.
     """
     if not modes:
-        raise BeagleError(f"--modes is empty; use some of {', '.join(MODES)}")
+        raise BeagleError(f"modes is empty; use some of {', '.join(MODES)}")
     for mode in modes:
         if mode not in MODES:
             raise BeagleError(f"mode '{mode}' is unknown; use {', '.join(MODES)}")
         if modes.count(mode) > 1:
-            raise BeagleError(f"mode '{mode}' stands twice in --modes; name it once")
+            raise BeagleError(f"mode '{mode}' stands twice in modes; name it once")
         if mode in NEEDS and not (drafts.eagle if mode == "eagle" else drafts.small):
             raise BeagleError(f"mode '{mode}' drafts with {NEEDS[mode]}")
 
@@ -167,11 +167,11 @@ def load_contenders(
 def _ours(target: Target, mode: str, draft: str, plan: TreePlan | None, options: Mapping[str, Any]) -> Contender:
     drafter, weights = weighed(lambda: load_drafter(draft, target, **options))
     if mode in ("beagle", "chain") and drafter is None:
-        raise BeagleError(f"no draft head for {target.name}; pass --draft FOLDER or leave '{mode}' out of --modes")
+        raise BeagleError(f"no draft head for {target.name}; pass a folder as draft or leave '{mode}' out of modes")
     if mode == "chain":
         plan = replace(plan or TreePlan(), kind="chain")
     if mode == "eagle" and not isinstance(drafter, EagleDrafter):
-        raise BeagleError(f"--eagle '{draft}' holds no EAGLE head; pass it as --draft, or choose another folder")
+        raise BeagleError(f"eagle '{draft}' holds no EAGLE head; pass it as draft, or choose another folder")
     return Contender(mode, Model(target, drafter, plan), weights_mb=weights)
 
 

@@ -49,7 +49,7 @@ def pick_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise BeagleError(f"device '{device}': PyTorch sees no CUDA GPU here; use --device cpu")
+        raise BeagleError(f"device '{device}': PyTorch sees no CUDA GPU here; use device cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise BeagleError(f"device '{device}' is unknown; use auto, cpu or cuda")
     return torch.device(device)

@@ -31,7 +31,7 @@ def check_kind(kind: str | None) -> None:
         BeagleError: there is no such kind of quantisation.
     """
     if kind is not None and kind not in KINDS:
-        raise BeagleError(f"--quantize '{kind}' is unknown; use {' or '.join(KINDS)}, or leave it out")
+        raise BeagleError(f"quantize '{kind}' is unknown; use {' or '.join(KINDS)}, or leave it out")
 
 
 class RowQuantizer:
@@ -182,6 +182,6 @@ def _missing(weight: Tensor, kind: str, reason: str) -> BeagleError:
     dtype = str(weight.dtype).removeprefix("torch.")
     other = KINDS[1 - KINDS.index(kind)]
     return BeagleError(
-        f"--quantize {kind}: PyTorch {torch.__version__} has no kernel for {dtype} on {weight.device.type} "
-        f"({reason}); use --quantize {other} or leave it out"
+        f"quantize {kind}: PyTorch {torch.__version__} has no kernel for {dtype} on {weight.device.type} "
+        f"({reason}); use {other} or leave it out"
     )

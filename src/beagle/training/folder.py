@@ -40,7 +40,7 @@ def alone(folder: Path, lock: str = ".run.lock") -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / lock, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise BeagleError(f"cannot write '{folder}': {error.strerror}; choose another --out") from error
+        raise BeagleError(f"cannot write '{folder}': {error.strerror}; choose another folder") from error
     try:
         if fcntl is not None:
             try:
@@ -106,5 +106,5 @@ def read_progress(out: Path, expected: dict[str, Any]) -> dict[str, Any] | None:
     saved = progress["identity"]
     saved["train"] = {**identity(TrainConfig(), {})["train"], **saved["train"]}  # what is younger stood at its default
     if saved != expected:
-        raise BeagleError(f"'{out}' holds a run with other settings; choose another --out or delete it")
+        raise BeagleError(f"'{out}' holds a run with other settings; choose another folder or delete it")
     return progress

@@ -87,7 +87,7 @@ class StateStore:
             else:
                 write_json(manifest, asdict(fingerprint))
         except OSError as error:
-            raise BeagleError(f"cannot write '{self.folder}': {error.strerror}; choose another --out") from error
+            raise BeagleError(f"cannot write '{self.folder}': {error.strerror}; choose another folder") from error
 
     @classmethod
     def existing(cls, folder: Path) -> StateStore:
@@ -156,7 +156,7 @@ class StateStore:
         if need + 1_000_000_000 > free:
             raise BeagleError(
                 f"{self.folder}: up to {need / 1e9:.1f} GB of states may be needed and {free / 1e9:.1f} GB are free; "
-                "use fewer prompts (--max-tokens) or another disk (--out)"
+                "use fewer prompts (answers.max_tokens) or a folder on another disk"
             )
 
     def write(self, samples: Iterable[Sample]) -> None:

@@ -146,6 +146,6 @@ def finished(spec: Spec) -> dict[str, Any] | None:
         raise BeagleError(f"{path} is damaged ({error}); delete its folder and run the same command again") from error
     if not same:
         raise BeagleError(
-            f"'{spec.out}' holds a run with another budget, recipe, target or data; choose another --out or delete it"
+            f"'{spec.out}' holds a run with another budget, recipe, target or data; choose another folder or delete it"
         )
     return record

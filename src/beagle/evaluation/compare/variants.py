@@ -136,7 +136,7 @@ def parse_list(text: str) -> list[Variant]:
         names += [f"{span[1]}{span[2]}{i}" for i in range(int(span[3]), int(span[4]) + 1)] if span else [word]
     names = [name for name in names if name]
     if not names:
-        raise BeagleError("--variants is empty; try --variants beagle,eagle")
+        raise BeagleError("variants is empty; try beagle,eagle")
     if twice := [name for name in names if names.count(name) > 1]:
         raise BeagleError(f"variant '{twice[0]}' is given twice; name each once")
     return [parse(name) for name in names]

@@ -49,7 +49,7 @@ def write_report(paths: Sequence[Path], out: Path, answers: int = 5) -> list[Pat
         for file, text in written.items():
             (out / file).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise BeagleError(f"cannot write '{out}': {error.strerror}; choose another --out") from error
+        raise BeagleError(f"cannot write '{out}': {error.strerror}; choose another folder") from error
     return [out / file for file in written]
 
 

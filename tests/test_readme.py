@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-import test_cli
+
 from beagle.drafters import checkpoint
 from beagle.drafters.checkpoint import save_head
 from beagle.serving import server
@@ -26,7 +26,7 @@ from conftest import tiny_head, tiny_model, tiny_target, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-beagle = test_cli.beagle
+
 
 
 # the figures

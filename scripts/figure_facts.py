@@ -1,0 +1,151 @@
+"""Single figures of the pages in docs/: what each is called, its file, and how it is read from the file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from beagle.evaluation.figures import speed_up_text
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A figure with its name.
+
+    Attributes:
+        label: what the figure says.
+        files: names below ``results/``.
+        text: makes the figure from the contents of those files.
+    """
+
+    label: str
+    files: tuple[str, ...]
+    text: Callable[..., str]
+
+
+def fact(label: str, *files: str) -> Callable[[Callable[..., str]], Fact]:
+    return lambda text: Fact(label, files, text)
+
+
+def share(result: Result, *parts: str) -> str:
+    """Of a drafted iteration's time."""
+    m = result["modes"]["beagle"]
+    whole = sum(m[f"{part}_seconds"] for part in ("draft", "verify", "accept", "other"))
+    return f"{sum(m[f'{part}_seconds'] for part in parts) / whole:.1%}"
+
+
+def speed(result: Result, mode: str, rows: int) -> float:
+    (found,) = (e for e in result["table"] if (e["mode"], e["rows"]) == (mode, rows))
+    return float(found["tokens_per_second"])
+
+
+def largest_gap(result: Result, mode: str) -> str:
+    gaps = [abs(d["gap"]) for part in result["first_differences"][mode].values() for d in part]
+    count = result["modes"][mode]["questions"]
+    return f"{len(gaps)} of {count}; largest gap {max(gaps):.3f}"
+
+
+def stage_ratio(result: Result, over: tuple[str, str], under: tuple[str, str]) -> str:
+    """Seconds per token of one variant's stage over another's, by seed."""
+    seconds = {
+        (run["variant"], stage, run["seed"]): figures["seconds_per_million_tokens"]
+        for run in result["runs"]
+        for stage, figures in run["stages"].items()
+    }
+    seeds = sorted({seed for *_, seed in seconds})
+    return ", ".join(f"{seconds[*over, seed] / seconds[*under, seed]:.2f}×" for seed in seeds)
+
+
+def overhead(part: Result) -> str:
+    return f"{part['of_all_seconds']:+.1%} ({part['lowest']:+.0%} to {part['highest']:+.0%} by question)"
+
+
+PROFILE, START, LOAD = "profile_bf16.json", "start.json", "load_test.json"
+FACTS: dict[str, list[Fact]] = {
+    "profile": [
+        fact("share of an iteration: verification", PROFILE)(lambda r: share(r, "verify")),
+        fact("share of an iteration: drafting", PROFILE)(lambda r: share(r, "draft")),
+        fact("share of an iteration: everything else", PROFILE)(lambda r: share(r, "accept", "other")),
+        fact("speed-up from drafts", PROFILE)(lambda r: f"{r['model']['achieved_speed_up']:.2f}×"),
+        fact("speed-up that the cost model expects", PROFILE)(lambda r: f"{r['model']['expected_speed_up']:.2f}×"),
+        fact("time of a one-token pass over its floor", PROFILE)(
+            lambda r: f"{r['passes'][0]['ms'] / r['passes'][0]['floor_ms']:.1f}×"
+        ),
+    ],
+    "start": [
+        fact("from `beagle generate` to the first byte of its answer", START)(
+            lambda r: f"{r['seconds_to_first_byte']['beagle generate']['median']:.1f} s"
+        ),
+        fact("of which importing PyTorch and transformers takes", START)(
+            lambda r: f"{r['seconds_to_first_byte']['import torch, transformers']['median']:.1f} s"
+        ),
+    ],
+    "batches": [
+        fact("plain decoding: 8 answers at once over one", "batch_speed.json")(
+            lambda r: f"{speed(r, 'plain', 8) / speed(r, 'plain', 1):.1f}× the tokens per second"
+        ),
+        fact("drafted decoding: 8 answers at once over one", "batch_speed.json")(
+            lambda r: f"{speed(r, 'beagle', 8) / speed(r, 'beagle', 1):.1f}× the tokens per second"
+        ),
+        fact("8 answers at once: drafted over plain", "batch_speed.json")(
+            lambda r: f"{speed(r, 'beagle', 8) / speed(r, 'plain', 8):.2f}×"
+        ),
+        fact("plain, 64 at once: compiled over eager", "batch_speed_plain.json", "batch_speed_eager.json")(
+            lambda a, b: f"{speed(a, 'plain', 64) / speed(b, 'plain', 64):.2f}×"
+        ),
+        fact("plain, 8 at once: compiled over eager", "batch_speed_plain.json", "batch_speed_eager.json")(
+            lambda a, b: f"{speed(a, 'plain', 8) / speed(b, 'plain', 8):.2f}×"
+        ),
+    ],
+    "near_ties": [
+        fact("Beagle's answers that differ from plain decoding's", "bench_bf16.json")(
+            lambda r: largest_gap(r, "beagle")
+        ),
+        fact("transformers' answers that differ from our plain decoding's", "bench_bf16.json")(
+            lambda r: largest_gap(r, "transformers")
+        ),
+        fact("the same in exact mode, Beagle", "bench_bf16_exact.json")(
+            lambda r: f"{round((1 - r['modes']['beagle']['identical']) * r['modes']['beagle']['questions'])} of "
+            f"{r['modes']['beagle']['questions']}"
+        ),
+    ],
+    "load": [
+        fact("greedy answers equal to the library's", LOAD)(
+            lambda r: f"{r['outcomes']['equal']}, with {len(r['problems'])} that differ or fail"
+        ),
+        fact("requests refused because the queue is full (429)", LOAD)(lambda r: str(r["outcomes"]["429"])),
+        fact("clients that leave early, and malformed requests", LOAD)(
+            lambda r: f"{r['outcomes']['left']} and {r['outcomes']['refused']}"
+        ),
+        fact("memory growth after warm-up", LOAD)(lambda r: f"{r['memory_mb']['growth']:.0f} MB"),
+        fact("time from SIGTERM to the end", LOAD)(lambda r: f"{r['sigterm']['seconds']:.1f} s"),
+    ],
+    "overhead": [
+        fact("whole answers over HTTP against the library", "serve_overhead.json")(
+            lambda r: overhead(r["overhead"]["whole"])
+        ),
+        fact("streamed answers over HTTP against the library", "serve_overhead.json")(
+            lambda r: overhead(r["overhead"]["streamed"])
+        ),
+    ],
+    "stages": [
+        fact("Beagle's late stage over its early stage", "stages/compare.json")(
+            lambda r: stage_ratio(r, ("beagle-late", "late"), ("beagle-early", "early"))
+        ),
+        fact("EAGLE's unrolled stage over its single step", "stages/compare.json")(
+            lambda r: stage_ratio(r, ("eagle-late", "late"), ("eagle", "early"))
+        ),
+        fact("Beagle's early stage over EAGLE's single step", "stages/compare.json")(
+            lambda r: stage_ratio(r, ("beagle-early", "early"), ("eagle", "early"))
+        ),
+    ],
+    "repeat": [
+        fact(f"τ of the quick suite, {mode}", "eval_quick_smollm2-135m.json", "quick_second_run.json")(
+            lambda a, b, mode=mode: f"{a['modes'][mode]['tau']:.2f} and {b['modes'][mode]['tau']:.2f}"
+        )
+        for mode in ("beagle", "head", "lookup")
+    ],
+}  # fmt: skip

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import AttentionInterface as AttentionInterface
+from transformers import AttentionMaskInterface as AttentionMaskInterface
 from transformers.generation import utils as _generation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -45,6 +47,20 @@ def is_of_one_call(hook: Any) -> bool:
     function = getattr(hook, "func", hook)
     name = getattr(function, "__name__", "")
     return name in _HOOKS_OF_ONE_CALL and str(function.__module__).startswith("peft.")
+
+
+# AttentionInterface: a layer calls the function registered under config._attn_implementation with (module, query, key,
+# value, attention_mask, scaling=, dropout=, and where it has them sliding_window=, softcap=, s_aux=); 5.17 and 5.24.
+# AttentionMaskInterface: the function under the same name makes attention_mask, from q_length, kv_length, mask_function
+# and local_size; without one, the mask is None (masking_utils.py: _preprocess_mask_arguments; 5.17 and 5.24).
+
+
+def own_attention(model: Any, ours: str) -> str:
+    """The attention that a model computes with, or would, had ``ours`` not been set on it."""
+    name = str(model.config._attn_implementation)
+    if name != ours:
+        return name
+    return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"  # 5.17 and 5.24: PreTrainedModel
 
 
 def attention_of_others(config: Any) -> str | None:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from beagle.errors import BeagleError
+from beagle.hf import AttentionInterface
 from beagle.limits import MAX_NODES
 from beagle.targets.cache import KVCache
 

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from beagle.errors import BeagleError
 from beagle.files import write_json
+from beagle.hf import AttentionInterface, AttentionMaskInterface
 from beagle.targets.attention import NAME, WINDOW
 from beagle.targets.cache import LayerShape
 from beagle.targets.family import base_of, context_limit

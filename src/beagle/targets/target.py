@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from beagle.errors import BeagleError
+from beagle.hf import own_attention
 from beagle.targets import probe
 from beagle.targets.attention import NAME, Pass, current_pass
 from beagle.targets.cache import KVCache
@@ -132,9 +133,7 @@ class Target:
             model.set_attn_implementation(NAME)
             known.mark(self.base)
             return known
-        if model.config._attn_implementation == NAME:  # a target before this one has wrapped it
-            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-        own = model.config._attn_implementation
+        own = own_attention(model, NAME)
         layers = probe.learn(model, self.name, int(self.config.num_hidden_layers))
         model.set_attn_implementation(own)
         finite = [w for w in layers.windows if w is not None and w <= probe.MOST_WINDOW]

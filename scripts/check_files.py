@@ -1,6 +1,6 @@
 """Check that text files end with one newline and that no line ends with spaces (a hook of pre-commit).
 
-    python scripts/check_files.py FILE...       # exit code 1 if one does not; it is named
+python scripts/check_files.py FILE...       # exit code 1 if one does not; it is named
 """
 
 from __future__ import annotations

@@ -15,9 +15,7 @@ OUTSIDE = re.compile(r"(!\[[^\]]*\]\()\.\./(results/[^)]+\.png)\)")
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the root's pages, and the plots of results/ that pages show."""
-    shown = {
-        name for page in ROOT.glob("docs/*.md") for _, name in OUTSIDE.findall(page.read_text(encoding="utf-8"))
-    }
+    shown = {name for page in ROOT.glob("docs/*.md") for _, name in OUTSIDE.findall(page.read_text(encoding="utf-8"))}
     for name in (*PAGES, *sorted(shown)):
         files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
     return files

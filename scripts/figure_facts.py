@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from beagle.evaluation.figures import speed_up_text
-
 Result = dict[str, Any]
 
 

@@ -17,7 +17,6 @@ import pytest
 import torch
 import yaml
 
-
 from beagle.drafters import checkpoint
 from beagle.drafters.checkpoint import save_head
 from beagle.serving import server
@@ -26,7 +25,6 @@ from conftest import tiny_head, tiny_model, tiny_target, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
 
 
 # the figures

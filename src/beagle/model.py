@@ -24,7 +24,13 @@ from beagle.targets.target import Target
 
 
 class Model:
-    """A target, and the drafter that speeds it up (``None``: plain decoding)."""
+    """A target, and the drafter that speeds it up. ``load`` makes one.
+
+    Attributes:
+        target: the model whose answers are wanted.
+        drafter: what proposes tokens; None is plain decoding.
+        plan: shape of the draft tree.
+    """
 
     def __init__(self, target: Target, drafter: Drafter | None = None, plan: TreePlan | None = None) -> None:
         self.target = target
@@ -33,7 +39,16 @@ class Model:
         self._costs: dict[tuple[bool, bool], Costs] = {}
 
     def costs(self, exact: bool = False, fresh: bool = False, batch: bool = False) -> Costs:
-        """Measured costs of this machine; the first call takes some seconds, later ones are cached (not if ``fresh``)."""
+        """Measured costs of this machine. The first call takes some seconds, later ones are cached.
+
+        Args:
+            exact: passes of exact mode.
+            fresh: measure again.
+            batch: passes that several answers share.
+
+        Returns:
+            Seconds of passes by size, and of drafts.
+        """
         assert self.drafter is not None
         if fresh or (exact, batch) not in self._costs:
             self._costs[exact, batch] = cached_costs(self.target, self.drafter, self.plan, exact, fresh, batch)
@@ -64,9 +79,11 @@ class Model:
             exact: shape-stable passes (see ``decoding.loop``).
             draft: False decodes plainly.
             **options: fields of ``SamplingParams``, in place of those of ``sampling``.
+
         Returns:
             The whole answer. With the same options it is the same with and without drafts (in half
             precision: bit for bit with ``exact=True``, else up to near-ties).
+
         Raises:
             BeagleError: the prompt or an option can't be served; it is named.
         """
@@ -97,6 +114,7 @@ class Model:
             stats: filled while the answer grows.
             watch: see ``decoding.loop.decode``.
             **options: fields of ``SamplingParams``, in place of those of ``sampling``.
+
         Raises:
             BeagleError: the prompt or an option can't be served; it is named.
         """
@@ -143,9 +161,11 @@ class Model:
             raw: no chat template.
             draft: False decodes plainly.
             **options: fields of ``SamplingParams``, in place of those of ``sampling``.
+
         Returns:
             Answers in the order of the prompts. Their times are shares of the passes that they were in,
             so that the sum over all answers is the run's.
+
         Raises:
             BeagleError: a prompt or an option can't be served; it is named.
         """
@@ -209,9 +229,15 @@ def load(
             (both in one tree); ``model:NAME`` (a smaller model with the same tokenizer, named as a
             target is); ``auto`` (``head+lookup`` where a head is shipped, else plain decoding);
             None for plain decoding.
-        dtype, device: see ``targets.loading.load_target``.
-        quantize: ``int8`` or ``int4``: the target and its draft head (not a smaller model) run quantised.
+        dtype: ``auto`` (bfloat16 where the hardware multiplies it), ``bfloat16``, ``float16`` or ``float32``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         plan: shape of the draft tree; by default its size follows from this machine's costs.
+        trust_remote_code: run code that comes with the model.
+        quantize: ``int8`` or ``int4``: the target and its draft head (not a smaller model) run quantised.
+
+    Returns:
+        The target with its drafter.
+
     Raises:
         BeagleError: see the message; nothing is left half loaded.
     """

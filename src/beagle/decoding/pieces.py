@@ -45,6 +45,12 @@ class Answer:
 
     @classmethod
     def of(cls, pieces: list[Piece], stats: Stats) -> Answer:
+        """Put an answer together.
+
+        Args:
+            pieces: all of them, in order.
+            stats: what they have cost.
+        """
         ids = [token for piece in pieces for token in piece.token_ids]
         return cls("".join(piece.text for piece in pieces), ids, stats, pieces[-1].finish_reason or "length")
 

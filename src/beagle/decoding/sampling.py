@@ -59,7 +59,7 @@ class SamplingParams:
         top_k: sample among the k likeliest tokens; 0 is off.
         top_p: sample among the likeliest tokens that together have this probability; 1 is off.
         min_p: leave out tokens with less than this share of the likeliest one's probability; 0 is off.
-        seed: of the random numbers, from -2**63 to 2**64 - 1.
+        seed: of the random numbers, from ``-2**63`` to ``2**64 - 1``.
         stop: a text or several; the answer ends before the first of them. Special tokens' texts count.
         stop_token_ids: tokens that end the answer as EOS does: the token is in ``token_ids``, not in the text.
         ignore_eos: EOS does not end the answer.
@@ -69,6 +69,7 @@ class SamplingParams:
         presence_penalty: subtracted from the logits of the answer's tokens so far, from -2 to 2.
         frequency_penalty: the same, once for each time that the token is in the answer.
         logit_bias: added to the logits of these token ids.
+
     Raises:
         BeagleError: a value has the wrong type or is out of range; it is named.
     """
@@ -119,9 +120,11 @@ class SamplingParams:
             object.__setattr__(self, name, value)
 
     def check_vocabulary(self, size: int) -> None:
-        """
+        """Refuse token ids that a target does not have.
+
         Args:
             size: tokens of the target's vocabulary.
+
         Raises:
             BeagleError: a token id is none of them.
         """

@@ -14,11 +14,14 @@ class Stats:
         tokens: generated tokens, EOS included, nothing past a limit.
         passes: target forward passes after prefill.
         passed_tokens: tokens those passes produced (the first token of an answer is prefill's).
-        accepted_at: iterations by number of accepted draft tokens.
-        accepted: the same pass by pass, of a single answer (``add`` leaves it alone: it would grow for ever).
         drafted: candidates verified, roots not counted.
-        draft_seconds: drafts, with what the drafter makes of the last pass's states. verify_seconds: the target's
-            passes and LM head. accept_seconds: the walk through the tree and the cache's compaction.
+        prefill_seconds: prompts, up to each answer's first token.
+        decode_seconds: everything after prefill.
+        draft_seconds: drafts, with what the drafter makes of the last pass's states.
+        verify_seconds: the target's passes and LM head.
+        accept_seconds: the walk through the tree and the cache's compaction.
+        accepted_at: iterations by number of accepted draft tokens.
+        accepted: accepted draft tokens of each pass of a single answer. ``add`` leaves it unchanged.
     """
 
     tokens: int = 0

@@ -16,9 +16,10 @@ class TreePlan:
     """How a tree of candidates is grown (paper §3, EAGLE-2).
 
     Attributes:
-        kind: ``chain`` (one candidate a level), ``static`` (fixed ranks at fixed places) or
+        kind: ``chain`` (one candidate a level), ``static`` (a fixed shape) or
             ``dynamic`` (expand the best ``top_k`` by cumulative log-probability, then re-rank).
-        depth: drafted levels. top_k: candidates expanded a level.
+        depth: drafted levels.
+        top_k: candidates that each level expands.
         nodes: candidates kept for verification, besides the root; None: whatever the measured
             costs of this machine make worth while, step by step.
     """

@@ -58,8 +58,10 @@ def speculate(
         name: the target that a shipped head is looked up for (by default what the model was loaded from).
         tokenizer: the model's own, needed for a small model's drafts alone.
         plan: shape of the draft tree; by default its size follows from this machine's costs.
+
     Returns:
         What it has done and cost, and ``remove()``.
+
     Raises:
         BeagleError: the draft can't be loaded, or the model's family can't be served.
     """
@@ -78,7 +80,7 @@ class Speculation:
     """Stands behind a model's ``generate``.
 
     Attributes:
-        stats: what the last call has cost, all its rows together.
+        stats: what the last call has cost, all its answers together.
     """
 
     def __init__(self, model: Any, draft: str, *, name: str | None, tokenizer: Any, plan: TreePlan | None) -> None:
@@ -106,6 +108,14 @@ class Speculation:
 
     def generate(self, model: Any, /, *args: Any, **kwargs: Any) -> Any:
         """``model.generate``: the same arguments, the same result.
+
+        Args:
+            model: the one that speculates.
+            *args: as of transformers' ``generate``.
+            **kwargs: as of transformers' ``generate``.
+
+        Returns:
+            What transformers' ``generate`` returns.
 
         Raises:
             BeagleError: something is asked for that drafting would answer otherwise; it is named.

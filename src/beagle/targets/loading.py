@@ -127,8 +127,10 @@ def load_model(
         dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         trust_remote_code: run code that comes with the model.
+
     Returns:
         The model in evaluation mode, and its tokenizer.
+
     Raises:
         BeagleError: nothing of this name, or a family that can't be served.
     """

@@ -130,10 +130,8 @@ PUBLIC = [name for name in beagle.__all__ if not name.startswith("_")]
 
 
 def test_the_api_page_lists_every_public_name():
-    options = yaml.safe_load(
-        (ROOT / "docs" / "api.md").read_text(encoding="utf-8").split("::: beagle\n")[1].split("\n## ")[0]
-    )["options"]
-    assert sorted(options["members"]) == sorted(PUBLIC)
+    listed = re.findall(r"^::: beagle\.(\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.M)
+    assert sorted(listed) == sorted(PUBLIC)
 
 
 def documented(doc: str, section: str) -> set[str]:

@@ -15,7 +15,7 @@ from beagle.model import Model
 from beagle.targets import probe
 from beagle.targets.family import context_limit, difference, sample_ids
 from beagle.targets.probe import window_of
-from beagle.targets.target import PROMPT_TOKENS, Target
+from beagle.targets.target import Target
 from conftest import tiny_model, tiny_target, tiny_tokenizer
 
 LONG = [11 + (7 * i * i + i) % 50 for i in range(40)]  # longer than every window below
@@ -177,11 +177,13 @@ def test_long_prompts_run_piece_by_piece(monkeypatch):
         ids = torch.tensor([LONG, LONG[::-1]])
         whole = target.prefill(ids, target.new_cache(2, 64))
         monkeypatch.setattr("beagle.targets.target.PROMPT_TOKENS", 7)
+        monkeypatch.setattr("beagle.targets.target.MASK_ENTRIES", 49)
+        monkeypatch.setattr("beagle.targets.target.LEAST_TOKENS", 5)
         cache = target.new_cache(2, 64)
         pieces = target.prefill(ids, cache)
         assert cache.lengths == [40, 40]
         assert difference(pieces[1], whole[1]) < 1e-5
-        monkeypatch.setattr("beagle.targets.target.PROMPT_TOKENS", PROMPT_TOKENS)
+        monkeypatch.undo()
 
 
 def test_a_long_prompt_takes_memory_in_proportion_to_its_length():

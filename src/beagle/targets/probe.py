@@ -26,7 +26,7 @@ from beagle.targets.attention import NAME, WINDOW
 from beagle.targets.cache import LayerShape
 from beagle.targets.family import base_of, context_limit
 
-FORMAT = 1  # of what is remembered
+FORMAT = 2  # of what is remembered
 PROBE = "beagle_probe"
 TOKENS = 48  # of the pass that is probed
 MOST_WINDOW = 1024  # sliding windows up to here are compared in numbers, larger ones by the rule of their mask alone
@@ -42,12 +42,19 @@ class Layers:
         shapes: what each caches.
         heads: query heads of each.
         windows: sliding window of each in tokens, the query's own included; None: the whole context.
+        softcaps: soft cap of each layer's scores, None for none.
     """
 
     names: list[str]
     shapes: list[LayerShape]
     heads: list[int]
     windows: list[int | None]
+    softcaps: list[float | None]
+
+    @property
+    def are_plain(self) -> bool:
+        """Whether causal attention to the whole context is all there is, so that a prompt needs no mask."""
+        return {*self.windows, *self.softcaps} == {None}
 
     @property
     def distinct_windows(self) -> list[int | None]:
@@ -71,6 +78,7 @@ class _Notes:
         self.shapes: dict[int, LayerShape] = {}
         self.heads: dict[int, int] = {}
         self.windows: dict[int, int | None] = {}
+        self.softcaps: dict[int, float | None] = {}
 
     def window(self, mask: Tensor | None, hint: int | None) -> int | None:
         """The window behind the mask that a layer was given; ``hint`` is what it says of itself."""
@@ -110,6 +118,7 @@ def _attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -127,6 +136,7 @@ def _attention(
     notes.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
     notes.heads[layer] = query.shape[1]
     notes.windows[layer] = notes.window(attention_mask, sliding_window)
+    notes.softcaps[layer] = softcap
     out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2).contiguous(), None
 
@@ -214,6 +224,7 @@ def learn(model: Any, name: str, expected: int | None = None) -> Layers:
         [notes.shapes[i] for i in order],
         [notes.heads[i] for i in order],
         [notes.windows[i] for i in order],
+        [notes.softcaps[i] for i in order],
     )
     layers.mark(base)
     return layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ from beagle.targets.quantize import BITS, RowQuantizer, check_kind, quantize_lin
 from beagle.targets.ragged import RaggedPasses
 from beagle.targets.shape import TreeShape
 
-PROMPT_TOKENS = 2048  # of a prompt that run in one pass, without a mask where no layer needs one
-LATER_TOKENS = 512  # in each pass behind these, whose masks have as many queries
+PROMPT_TOKENS = 16_384  # of a prompt that run in one pass where no layer needs a mask
+MASK_ENTRIES = 2**23  # of one pass's mask, where there is one: queries times keys
+LEAST_TOKENS = 64  # of a pass, however long the prompt
 # by which states may differ from the model's own, as a share of their size (see ``difference``): rounding only
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.05}
 
@@ -316,7 +318,8 @@ class Target:
         n = ids.shape[1]
         positions = torch.arange(n, device=self.device)[None]
         states = []
-        for first, last in pairwise([0, *range(PROMPT_TOKENS, n, LATER_TOKENS), n]):
+        whole = PROMPT_TOKENS if self.layers.are_plain else math.isqrt(MASK_ENTRIES)
+        for first, last in pairwise([0, *range(whole, n, max(LEAST_TOKENS, MASK_ENTRIES // n)), n]):
             own = positions[:, first:last]
             plan = Pass(cache, slots=slice(first, last), key_positions=positions[:, :last], query_positions=own)
             states.append(self.forward(ids[:, first:last], own, plan))

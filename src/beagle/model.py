@@ -66,6 +66,7 @@ class Model:
         sampling: SamplingParams | None = None,
         *,
         raw: bool = False,
+        continue_final_message: bool = False,
         exact: bool = False,
         draft: bool = True,
         **options: Unpack[SamplingOptions],
@@ -73,9 +74,11 @@ class Model:
         """Answer a question or a dialogue.
 
         Args:
-            prompt: a question, messages ``{"role", "content"}``, or token ids.
+            prompt: a question, messages ``{"role", "content"}``, or token ids (see ``targets.chat.encode``).
             sampling: how tokens are chosen and where the answer ends; by default ``SamplingParams()``.
             raw: no chat template.
+            continue_final_message: continue the dialogue's last message, an assistant's, instead of answering it; the
+                text is what follows. Token ids end inside that message then.
             exact: shape-stable passes (see ``decoding.loop``).
             draft: False decodes plainly.
             **options: fields of ``SamplingParams``, in place of those of ``sampling``.
@@ -88,8 +91,17 @@ class Model:
             BeagleError: the prompt or an option can't be served; it is named.
         """
         stats = Stats()
-        pieces = list(self.stream(prompt, sampling=sampling, raw=raw, exact=exact, draft=draft, stats=stats, **options))
-        return Answer.of(pieces, stats)
+        stream = self.stream(
+            prompt,
+            sampling=sampling,
+            raw=raw,
+            continue_final_message=continue_final_message,
+            exact=exact,
+            draft=draft,
+            stats=stats,
+            **options,
+        )
+        return Answer.of(list(stream), stats)
 
     def stream(
         self,
@@ -97,6 +109,7 @@ class Model:
         sampling: SamplingParams | None = None,
         *,
         raw: bool = False,
+        continue_final_message: bool = False,
         exact: bool = False,
         draft: bool = True,
         stats: Stats | None = None,
@@ -106,9 +119,11 @@ class Model:
         """Answer piece by piece, one for each pass of the target; the last has a ``finish_reason``.
 
         Args:
-            prompt: a question, messages ``{"role", "content"}``, or token ids.
+            prompt: a question, messages ``{"role", "content"}``, or token ids (see ``targets.chat.encode``).
             sampling: how tokens are chosen and where the answer ends; by default ``SamplingParams()``.
             raw: no chat template.
+            continue_final_message: continue the dialogue's last message, an assistant's, instead of answering it; the
+                text is what follows. Token ids end inside that message then.
             exact: shape-stable passes (see ``decoding.loop``).
             draft: False decodes plainly.
             stats: filled while the answer grows.
@@ -120,7 +135,7 @@ class Model:
         """
         sampling = replace(sampling or SamplingParams(), **options)
         sampling.check_vocabulary(self.target.vocab_size)
-        ids = encode(self.target, prompt, raw=raw)
+        ids = encode(self.target, prompt, raw=raw, continue_final_message=continue_final_message)
         drafter = self.drafter if draft else None
         sampler = Sampler(sampling, prompt=ids, eos_ids=self.target.eos_ids, name=self.target.name)
         stats = stats if stats is not None else Stats()
@@ -136,7 +151,8 @@ class Model:
             exact=exact,
             watch=watch,
         )
-        return Stream(steps, Pieces(StopText(self.target.tokenizer, sampling.stop), stats))
+        before = ids if continue_final_message else ()
+        return Stream(steps, Pieces(StopText(self.target.tokenizer, sampling.stop, before), stats))
 
     def generate_batch(
         self,
@@ -146,6 +162,7 @@ class Model:
         rows: int = 8,
         seed: int | Sequence[int] | None = None,
         raw: bool = False,
+        continue_final_message: bool = False,
         draft: bool = True,
         **options: Unpack[BatchOptions],
     ) -> list[Answer]:
@@ -159,6 +176,8 @@ class Model:
             rows: answers under way at once; where one ends, the next prompt takes its place.
             seed: one for all prompts, or one for each; by default that of ``sampling``.
             raw: no chat template.
+            continue_final_message: continue the dialogue's last message, an assistant's, instead of answering it; the
+                text is what follows. Token ids end inside that message then.
             draft: False decodes plainly.
             **options: fields of ``SamplingParams``, in place of those of ``sampling``.
 
@@ -180,7 +199,7 @@ class Model:
             raise BeagleError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one seed, or one for each prompt")
         jobs: list[Row] = []
         for number, (prompt, own_seed) in enumerate(zip(prompts, seeds, strict=True), 1):
-            ids = encode(self.target, prompt, raw=raw)
+            ids = encode(self.target, prompt, raw=raw, continue_final_message=continue_final_message)
             most = room(self.target, ids, sampling.max_new_tokens, f"prompt {number} of {len(prompts)}")
             own = replace(sampling, seed=own_seed)
             jobs.append(Row(ids, most, Sampler(own, prompt=ids, eos_ids=self.target.eos_ids, name=self.target.name)))
@@ -195,7 +214,10 @@ class Model:
             plan=self.plan,
             costs=self._costs_of_sizes(drafter, batch=True),
         )
-        makers = {job: Pieces(StopText(self.target.tokenizer, sampling.stop), job.stats) for job in jobs}
+        makers: dict[Row, Pieces] = {}
+        for job in jobs:
+            text = StopText(self.target.tokenizer, sampling.stop, job.ids if continue_final_message else ())
+            makers[job] = Pieces(text, job.stats)
         pieces: dict[Row, list[Piece]] = {job: [] for job in jobs}
         for job, emitted in batch.run(deque(jobs)):
             piece = makers[job].take(emitted)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+BEFORE = 8  # tokens of a text that is continued
+
 
 class StopText:
     """Decodes tokens as they come, and ends the text before the first stop string.
@@ -17,18 +19,20 @@ class StopText:
         stopped: a stop string has ended the text.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), before: Sequence[int] = ()) -> None:
         """
         Args:
             tokenizer: of transformers.
             stops: none of them empty.
+            before: tokens whose text this text continues: a space between the two is kept.
         """
         self.stopped = False
         self._tokenizer, self._stops = tokenizer, list(stops)
         self._special = special_texts(tokenizer)
-        self._window: list[int] = []  # the last tokens, enough to decode the next ones behind them
-        self._read = 0  # of the window: tokens whose text is known
-        self._known = ""  # their text
+        # the last tokens, enough to decode the next ones behind them
+        self._window = [token for token in before if token not in self._special][-BEFORE:]
+        self._read = len(self._window)  # of the window: tokens whose text is known
+        self._known = self._decode(self._window) if self._window else ""  # their text
         self._held: list[tuple[str, bool]] = []  # characters not given out yet; False: part of a special token
 
     def add(self, tokens: Sequence[int], ends: bool = False) -> tuple[str, int]:

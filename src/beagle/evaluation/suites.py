@@ -28,7 +28,7 @@ def load_suite(name: str, limit: int | None = None) -> dict[str, list[Prompt]]:
         BeagleError: no such suite, or its files are not there.
     """
     if name not in SUITES:
-        raise BeagleError(f"suite '{name}' is unknown; use {', '.join(SUITES)}, or --questions with files of your own")
+        raise BeagleError(f"suite '{name}' is unknown; use {', '.join(SUITES)}, or question files of your own")
     if name == "quick":
         return {"quick": take(read_prompts(QUICK), limit)}
     folder = data_folder(name)
@@ -51,14 +51,14 @@ def data_folder(suite: str) -> Path:
     if not root:
         raise BeagleError(
             f"suite '{suite}' reads {', '.join(SUITES[suite])}; set BEAGLE_DATA to the folder whose eval/ holds them, "
-            "or use --suite quick, which needs no file"
+            "or use suite 'quick', which needs no file"
         )
     folder = Path(root) / "eval"
     missing = [file for file in SUITES[suite] if not (folder / file).is_file()]
     if missing:
         raise BeagleError(
             f"suite '{suite}': '{folder}' lacks {', '.join(missing)}; set BEAGLE_DATA to the folder whose eval/ holds "
-            "them, or use --suite quick"
+            "them, or use suite 'quick'"
         )
     return folder
 

@@ -112,11 +112,11 @@ def hub_prompts(name: str) -> list[Prompt]:
         BeagleError: the library ``datasets`` or the data set is not to be had, or holds no prompts.
     """
     try:
-        from datasets import load_dataset  # not a dependency: most people have files
+        from datasets import load_dataset  # the extra `data`: most people have files
     except ImportError as error:
         raise BeagleError(
             f"'{name}' is no file, and data sets of the hub need the library `datasets`; correct the path, or "
-            "pip install datasets"
+            "pip install 'beagle-decoding[data]'"
         ) from error
     where, _, split = name.partition(":")
     owner, repository, *config = where.split("/")

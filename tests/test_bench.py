@@ -154,7 +154,7 @@ def test_bad_lines(bench, questions):
 def test_missing_questions_and_heads(folders, beagle, questions, tmp_path):
     missing = tmp_path / "missing.jsonl"
     beagle("bench", "--questions", missing, *folders.options).refusal(missing)
-    beagle("bench", "--questions", questions, *folders.plain).refusal(folders.target, "--draft", "--modes")
+    beagle("bench", "--questions", questions, *folders.plain).refusal(folders.target, "pass a folder as draft", "modes")
     ended = beagle("bench", "--questions", questions, *folders.plain, "--modes", "plain", "-n", 2)
     assert ended.code == 0
 
@@ -246,7 +246,7 @@ def test_unknown_mode_and_missing_head():
         load_contenders(target, ["fast"], Drafts())
     with pytest.raises(BeagleError, match="twice"):
         load_contenders(target, ["plain", "plain"], Drafts())
-    with pytest.raises(BeagleError, match="--modes"):
+    with pytest.raises(BeagleError, match="out of modes"):
         load_contenders(target, ["beagle"], Drafts())
 
 

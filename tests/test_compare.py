@@ -222,7 +222,7 @@ def test_bad_input_is_one_line(compare, beagle, here, made, tmp_path):
     compare("--variants", "eagle-s2").refusal("s2", "uN")
     compare("--variants", "beagle-k2-s3").refusal("3 steps", "k at least")
     compare("--variants", "beagle,beagle").refusal("twice")
-    compare("--variants", ",").refusal("--variants")
+    compare("--variants", ",").refusal("variants is empty")
     compare("--suite", "fig99").refusal("fig99", "fig4")
     compare("--suite", "fig11").refusal("fig11", "--questions")
     compare("--suite", "fig4", "--variants", "beagle").refusal("--suite")
@@ -231,7 +231,7 @@ def test_bad_input_is_one_line(compare, beagle, here, made, tmp_path):
     compare(data=tmp_path / "nowhere").refusal(tmp_path / "nowhere", "beagle train --prompts")
     assert here == []
     assert compare("--variants", "beagle-early", budget=("--tokens", 1)).code == 0
-    compare("--variants", "beagle-early", budget=("--tokens", 400)).refusal("another budget", "another --out")
+    compare("--variants", "beagle-early", budget=("--tokens", 400)).refusal("another budget", "another folder")
 
 
 def test_every_suite_judges_what_it_trains(made, tmp_path):

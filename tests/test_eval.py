@@ -218,3 +218,14 @@ def test_a_question_beyond_the_context_ends_the_run_with_its_name(evaluate, tmp_
     ended.refusal("question 'huge' of later", "512", "shorten")
     assert "three (3 questions)" in ended.out
     assert result["meta"]["interrupted"]
+
+
+def test_a_run_that_calls_top_k_beam_goes_on(evaluate, tmp_path):
+    """Earlier versions called the tree's breadth so."""
+    _, result = evaluate(modes="plain")
+    result["meta"]["arguments"]["beam"] = result["meta"]["arguments"].pop("top_k")
+    (tmp_path / "out.json").write_text(json.dumps(result))
+    assert evaluate("--resume", modes="plain")[0].code == 0
+    result["meta"]["arguments"]["beam"] = 3
+    (tmp_path / "out.json").write_text(json.dumps(result))
+    evaluate("--resume", modes="plain")[0].refusal("top_k 3, not 8")

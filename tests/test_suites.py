@@ -61,7 +61,7 @@ def test_missing_suites_name_the_remedy(data, monkeypatch):
     with pytest.raises(BeagleError, match=r"lacks cnn_dm\.jsonl; set BEAGLE_DATA"):
         suites.load_suite("paper")
     monkeypatch.delenv("BEAGLE_DATA")
-    with pytest.raises(BeagleError, match=r"set BEAGLE_DATA.*--suite quick"):
+    with pytest.raises(BeagleError, match=r"set BEAGLE_DATA.*suite 'quick'"):
         suites.load_suite("spec-bench")
     with pytest.raises(BeagleError, match="suite 'long' is unknown; use paper"):
         suites.load_suite("long")
@@ -88,7 +88,7 @@ def test_files(tmp_path):
 
 def test_hub_data_sets(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(BeagleError, match=r"'owner/name' is no file.*pip install datasets"):
+    with pytest.raises(BeagleError, match=r"'owner/name' is no file.*pip install 'beagle-decoding\[data]'"):
         suites.load_questions(["owner/name"])
     asked = []
 

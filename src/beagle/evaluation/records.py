@@ -120,6 +120,9 @@ def read_result(path: Path) -> dict[str, Any]:
         raise BeagleError(f"result file '{path}' can't be read: {reason}; check the path") from error
     if not isinstance(content, dict) or not {"modes", "ratios", "meta"} <= set(content):
         raise BeagleError(f"'{path}' holds no side-by-side run; give a file that `beagle eval --json` wrote")
+    arguments = content["meta"].get("arguments", {})
+    if "beam" in arguments:  # the name of earlier versions
+        arguments["top_k"] = arguments.pop("beam")
     return content
 
 

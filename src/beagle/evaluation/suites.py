@@ -28,7 +28,7 @@ def load_suite(name: str, limit: int | None = None) -> dict[str, list[Prompt]]:
         BeagleError: no such suite, or its files are not there.
     """
     if name not in SUITES:
-        raise BeagleError(f"suite '{name}' is unknown; use {', '.join(SUITES)}, or --questions with files of your own")
+        raise BeagleError(f"suite '{name}' is unknown; use {', '.join(SUITES)}, or question files of your own")
     if name == "quick":
         return {"quick": take(read_prompts(QUICK), limit)}
     folder = data_folder(name)
@@ -51,14 +51,14 @@ def data_folder(suite: str) -> Path:
     if not root:
         raise BeagleError(
             f"suite '{suite}' reads {', '.join(SUITES[suite])}; set BEAGLE_DATA to the folder whose eval/ holds them, "
-            "or use --suite quick, which needs no file"
+            "or use suite 'quick', which needs no file"
         )
     folder = Path(root) / "eval"
     missing = [file for file in SUITES[suite] if not (folder / file).is_file()]
     if missing:
         raise BeagleError(
             f"suite '{suite}': '{folder}' lacks {', '.join(missing)}; set BEAGLE_DATA to the folder whose eval/ holds "
-            "them, or use --suite quick"
+            "them, or use suite 'quick'"
         )
     return folder
 
@@ -112,11 +112,11 @@ def hub_prompts(name: str) -> list[Prompt]:
         BeagleError: the library ``datasets`` or the data set is not to be had, or holds no prompts.
     """
     try:
-        from datasets import load_dataset  # not a dependency: most people have files
+        from datasets import load_dataset  # the extra `data`: most people have files
     except ImportError as error:
         raise BeagleError(
             f"'{name}' is no file, and data sets of the hub need the library `datasets`; correct the path, or "
-            "pip install datasets"
+            "pip install 'beagle-decoding[data]'"
         ) from error
     where, _, split = name.partition(":")
     owner, repository, *config = where.split("/")

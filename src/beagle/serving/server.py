@@ -28,7 +28,7 @@ def bind(host: str, port: int) -> socket.socket:
         return socket.create_server(address[:2], family=family, backlog=1024)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise BeagleError(f"cannot listen on {host} port {port}: {reason}; choose another --host or --port") from error
+        raise BeagleError(f"cannot listen on {host} port {port}: {reason}; choose another host or port") from error
 
 
 class Server(uvicorn.Server):

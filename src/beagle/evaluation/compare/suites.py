@@ -30,7 +30,7 @@ class Finding:
 class Suite:
     """
     Attributes:
-        variants: as of ``--variants``. ordered: they are values of one parameter.
+        variants: as ``parse_list`` reads them. ordered: they are values of one parameter.
         trees: kinds of tree to decode with; empty: what the command line says.
         short: meant to be run so shortly that acceptance says nothing; only what training costs is drawn.
     """
@@ -178,7 +178,7 @@ def fig10(e: Entries) -> list[Finding]:
 def fig11(e: Entries) -> list[Finding]:
     on, off = e["beagle"], e["beagle-noconcat"]
     if not on.decoding:
-        raise BeagleError("suite 'fig11' is about the time of decoding; give it --questions FILE")
+        raise BeagleError("suite 'fig11' is about the time of decoding; give it question files")
     found = []
     for tree in on.decoding:
         ratio = (off.decoded("tokens_per_second", tree) or 0) / (on.decoded("tokens_per_second", tree) or 1)

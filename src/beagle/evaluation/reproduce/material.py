@@ -65,7 +65,7 @@ def find_material(prompts: Path | None, with_answers: bool, count: int | None, q
     copied = [replace(prompt, id=f"{prompt.id} ({n})") for n in range(COPIES) for prompt in few]
     notes.append(
         f"trained on {COPIES} sampled answers to each of {len(few)} questions of the package, so step-α is that of "
-        "familiar questions; give others with --prompts FILE"
+        "familiar questions; give prompts of your own"
     )
     return Material(copied[:count], sets, "; ".join(notes), sampled=True)
 

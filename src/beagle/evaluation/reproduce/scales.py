@@ -11,7 +11,7 @@ from beagle.training.config import TrainConfig
 from beagle.training.pipeline import AnswerConfig, Recipe
 
 PAPER = (
-    "the paper's setting: 60 thousand ShareGPT dialogues (give them with --prompts), context 2048, 10 early and 10 late "
+    "the paper's setting: 60 thousand ShareGPT dialogues (give them as prompts), context 2048, 10 early and 10 late "
     "epochs for each head, k = 5, s = 4, trees of 60 candidates; targets Vicuna 7B, Llama-2 7B and Llama-3 8B, greedy, "
     "bf16, one A6000 Ada for decoding"
 )

@@ -73,8 +73,8 @@ class Session:
             for name, value in about.items():
                 if found.get(name) != value:
                     raise BeagleError(
-                        f"'{self.out}' was begun with other {name}; repeat its command, choose another --out, "
-                        "or delete it"
+                        f"'{self.out}' was begun with other {name}; repeat its command, choose another "
+                        "folder, or delete it"
                     )
             return
         write_json(path, about)

@@ -68,10 +68,10 @@ class ExactPasses:
         chain = list(range(-1, EXACT_ROWS - 1))
         compiled = self._compiled
         whole = self._run(compiled, cache, ids[8:], TreeShape(chain), EXACT_ROWS, keys)
-        target.refuse_difference(whole, target.verify(cache, ids[8:], TreeShape(chain)), "exact mode")
+        eager = self._run(None, cache, ids[8:], TreeShape(chain), EXACT_ROWS, keys) if compiled else whole
         if compiled:
-            eager = self._run(None, cache, ids[8:], TreeShape(chain), EXACT_ROWS, keys)
             target.refuse_others(compiled, whole, eager)
+        target.refuse_difference(eager, target.verify(cache, ids[8:], TreeShape(chain)), "exact mode")
         logits = target.logits(whole)
         # A single row takes other kernels, which differ so rarely that few tokens don't show it (on CPUs with AMX one
         # bf16 output in some 10,000); and a graph of any number of rows is no graph of one.

@@ -17,6 +17,8 @@ from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
 from conftest import Recorder, tiny_drafter, tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 TREE = TreeShape([-1, 0, 0, 1, 1, 2, 4])
 PROMPT = [1, *range(3, 15)]  # longer than the window
 FAMILIES = ["llama", "gemma2"]  # of gemma2 one layer slides, both cap their scores

@@ -15,6 +15,8 @@ from beagle.model import Model, Piece
 from beagle.targets.captured import LEAST_KEYS
 from conftest import LIVELY, SMALL, Recorder, tiny_drafter, tiny_target
 
+pytestmark = pytest.mark.slow
+
 PLANS = {
     "dynamic": TreePlan("dynamic", 4, 4, 20),
     "chain": TreePlan("chain", 4),

@@ -412,6 +412,7 @@ def test_a_generate_of_the_models_own_is_refused():
         beagle.speculate(model, "lookup", plan=PLAN)
 
 
+@pytest.mark.slow
 def test_what_changes_no_answer_is_taken():
     """Hooks of transformers' own, accelerate's that move inputs, compiled forwards."""
     model, _ = speculating()

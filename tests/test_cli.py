@@ -244,6 +244,7 @@ def test_as_a_process(folders, tmp_path):
     ended = subprocess.run(command, input=PROMPT, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.strip()
+    assert "Warning" not in ended.stderr
 
 
 def test_ctrl_c_while_it_starts():

@@ -82,6 +82,7 @@ def figures(folder):
     return json.loads((folder / "compare.json").read_text())
 
 
+@pytest.mark.slow
 def test_equal_tokens_and_all_files(compare, here, made, tmp_path):
     names = ["beagle-early", "beagle", "beagle-window", "eagle", "eagle-u3"]
     options = [
@@ -177,6 +178,7 @@ def test_equal_seconds(compare, here, tmp_path):
     assert here == [("beagle", 0), ("eagle", 0)]
 
 
+@pytest.mark.slow
 def test_a_fresh_process_measures_its_own_memory(compare, tmp_path):
     ended = compare("--variants", "beagle", budget=("--tokens", 200))
     assert ended.code == 0, ended.err
@@ -409,6 +411,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigint", [signal.SIG_DFL, signal.SIG_IGN])  # what a shell starts in the background ignores it
 def test_what_ends_the_command_ends_its_training(tmp_path, sigint):
     """A signal to the command alone: the process that trains must not go on writing into the run."""

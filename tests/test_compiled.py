@@ -18,9 +18,10 @@ from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
 from conftest import tiny_drafter, tiny_model, tiny_tokenizer
 
-pytestmark = pytest.mark.skipif(
-    not any(shutil.which(name) for name in ("g++", "clang++")), reason="there is no C++ compiler"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not any(shutil.which(name) for name in ("g++", "clang++")), reason="there is no C++ compiler"),
+]
 TREE = TreeShape([-1, 0, 0, 1, 1, 2, 4])
 PROMPT = [1, *range(3, 15)]  # longer than the window
 

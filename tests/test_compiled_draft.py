@@ -15,9 +15,10 @@ from beagle.errors import BeagleError
 from beagle.targets.target import Target
 from conftest import LIVELY, SMALL, tiny_head, tiny_model, tiny_tokenizer
 
-pytestmark = pytest.mark.skipif(
-    not any(shutil.which(name) for name in ("g++", "clang++")), reason="there is no C++ compiler"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not any(shutil.which(name) for name in ("g++", "clang++")), reason="there is no C++ compiler"),
+]
 TOKENS = list(range(3, 12))
 PLANS = {
     "dynamic": TreePlan("dynamic", 4, 4, 20),

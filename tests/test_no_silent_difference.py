@@ -186,6 +186,7 @@ def test_long_prompts_run_piece_by_piece(monkeypatch):
         monkeypatch.undo()
 
 
+@pytest.mark.slow
 def test_a_long_prompt_takes_memory_in_proportion_to_its_length():
     """16,000 tokens by every way in; a dense mask of them would take 1 GB in fp32."""
     code = """

@@ -80,6 +80,7 @@ def test_live_states_train_like_stored_ones(train, losses, tmp_path):
     assert losses == pytest.approx(disk, abs=0.02)  # stored states are rounded to bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("steps", "head", "how"),
     [

@@ -186,6 +186,7 @@ def cases() -> list[Any]:
     return [pytest.param(c, marks=[pytest.mark.slow] * ("quick.json" in c), id=c) for c in chosen]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", cases())
 def test_commands_run_as_they_stand(here, beagle, command):
     name = command.split()[1]

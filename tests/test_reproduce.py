@@ -24,6 +24,8 @@ from beagle.training.pipeline import AnswerConfig, Recipe, read_recipe
 from beagle.training.states import StateStore
 from conftest import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 MINIATURE = Scale(
     about="as small as it gets",
@@ -209,7 +211,7 @@ def test_bad_input_is_one_line(reproduce, here, tmp_path, monkeypatch):
     (tmp_path / "out").rename(tmp_path / "aside")
     assert reproduce("fig6").code == 0
     monkeypatch.setitem(SCALES, "tiny", replace(MINIATURE, tokens=800))
-    reproduce("fig6").refusal("budgets", "--out")
+    reproduce("fig6").refusal("budgets", "another folder")
     monkeypatch.setitem(SCALES, "tiny", MINIATURE)
     (tmp_path / "out" / "fig6" / "findings.json").write_text("[")
     reproduce("fig6").refusal("findings.json", "damaged")

@@ -160,5 +160,5 @@ def test_eagle_heads_and_others_are_told_apart(bench, folders, tmp_path):
     assert list(result["ratios"]) == ["beagle/plain", "eagle/plain"]
     assert result["modes"]["eagle"]["identical"] == 1.0
     assert result["meta"]["arguments"]["eagle"] == "eagle"
-    bench("--modes", "eagle", "--eagle", folders.head)[0].refusal(folders.head, "--draft")
-    bench("--modes", "eagle")[0].refusal("mode 'eagle'", "--eagle")
+    bench("--modes", "eagle", "--eagle", folders.head)[0].refusal(folders.head, "as draft")
+    bench("--modes", "eagle")[0].refusal("mode 'eagle'", "name its folder")

@@ -198,6 +198,7 @@ TARGETS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", TARGETS)
 def test_a_head_is_trained_for_every_family_whatever_its_config_calls_things(family, tmp_path):
     torch.manual_seed(0)

@@ -150,6 +150,7 @@ def fits(draws: list[tuple[int, ...]], truth: dict[tuple[int, ...], float]) -> f
     return float(chisquare(observed, np.array(expected) * (sum(observed) / sum(expected))).pvalue)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["chain", "dynamic"])
 def test_distribution_over_many_draws(small, truth, kind):
     known, stats = Known(small), Stats()
@@ -158,6 +159,7 @@ def test_distribution_over_many_draws(small, truth, kind):
     assert fits(draws, truth) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "architecture"), [*((kind, "beagle") for kind in PLANS), ("dynamic", "eagle")])
 def test_distribution_of_the_whole_loop(small, truth, kind, architecture):
     drafter, stats = tiny_drafter(small, architecture=architecture), Stats()

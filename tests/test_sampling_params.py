@@ -53,6 +53,7 @@ def drafter(target):
     return tiny_drafter(target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_same_with_and_without_drafts(target, drafter, setting, way):

@@ -242,6 +242,7 @@ def test_shutdown_cuts_what_takes_too_long():
         assert answers[0].json()["beagle"]["cut"] == "shutdown"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
 def test_as_a_process(folders, tmp_path, sign):
     with socket.socket() as probe:
@@ -296,6 +297,7 @@ def test_retry_after_is_bounded():
 # fuzzing
 
 
+@pytest.mark.slow
 def test_no_request_brings_the_server_down(served):
     """Requests made from our own description of the API, right and wrong ones: whatever they hold, no 5xx."""
     schemathesis = pytest.importorskip("schemathesis")

@@ -16,6 +16,7 @@ from beagle.targets.exact import EXACT_ROWS
 from beagle.targets.loading import load_model
 from conftest import REAL_CACHE
 
+pytestmark = [pytest.mark.slow, pytest.mark.network]
 QUESTIONS = (
     "A shop sells 7 red and 5 blue pens a day. How many pens does it sell in 6 days? Think step by step.",
     "Write a Python function that reverses a string.",

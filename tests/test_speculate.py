@@ -384,6 +384,8 @@ def smollm2():
         return model, tokenizer, beagle.speculate(model, name="smollm2-135m", plan=PLAN)
 
 
+@pytest.mark.slow
+@pytest.mark.network
 @pytest.mark.parametrize("sampling", [{"do_sample": False}, {"do_sample": True, "temperature": 0.5, "top_p": 0.9}])
 def test_smollm2(smollm2, sampling):
     model, tokenizer, fast = smollm2
@@ -393,6 +395,8 @@ def test_smollm2(smollm2, sampling):
     assert fast.stats.tau > 1.2
 
 
+@pytest.mark.slow
+@pytest.mark.network
 def test_stop_strings(smollm2):
     model, tokenizer, _ = smollm2
     inputs = tokenizer("One, two, three, four,", return_tensors="pt")

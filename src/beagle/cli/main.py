@@ -54,7 +54,6 @@ def run() -> None:
     if debug:
         sys.argv.remove("--debug")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
     error_console = Console(stderr=True)
     try:
         try:

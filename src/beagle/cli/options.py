@@ -126,10 +126,15 @@ def load_target(target: str, **options: Any) -> Target:
 
 
 def quiet_transformers() -> None:
+    """No bar while weights are loaded; downloads keep theirs."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    disable_progress_bar()
+    shown = not are_progress_bars_disabled()
+    disable_progress_bar()  # of downloads, too
+    if shown:
+        enable_progress_bars()
 
 
 def check_writable(path: Path) -> None:

@@ -51,7 +51,7 @@ lint: $(VENV)/.ready-dev docs
 	$(BIN)/mypy
 
 docs: $(VENV)/.ready-dev
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # newest versions of everything into constraints.txt
 lock: $(VENV)/.ready-dev

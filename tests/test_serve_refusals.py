@@ -41,7 +41,7 @@ def served():
         ({"messages": "w3"}, "messages"),
         ({"messages": [{"role": "king", "content": "w3"}]}, "messages.0.role"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, None),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
         ({"model": ...}, "model"),
         ({"model": 3}, "model"),
         ({"max_tokens": 0}, "max_tokens"),
@@ -57,16 +57,16 @@ def served():
         ({"n": 17}, "n"),
         ({"seed": 2**63}, "seed"),
         ({"seed": "x"}, "seed"),
-        ({"stop": ""}, None),
+        ({"stop": ""}, "stop"),
         ({"stop": [1]}, None),
         ({"stop": ["a"] * 17}, None),
         ({"stream": "yes"}, "stream"),
-        ({"stream_options": {"include_usage": True}}, None),
-        ({"tools": [{"type": "function"}]}, None),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"tools": [{"type": "function"}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"presence_penalty": 0.5}, None),
-        ({"logit_bias": {"5": 1}}, None),
-        ({"top_logprobs": 2}, None),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+        ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"beagle": {"draft": "no"}}, "beagle.draft"),
         ({"messages": [{"role": "user", "content": "w3 " * 600}]}, None),
@@ -103,7 +103,14 @@ def test_bad_completions(served, changes):
 
 def test_neutral_values_are_taken(served):
     neutral = {"tools": [], "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "user": "me"}
-    neutral |= {"response_format": {"type": "text"}, "n": None, "stop": None, "seed": None, "stream": None, "what": 1}
+    neutral |= {
+        "response_format": {"type": "text"},
+        "n": None,
+        "stop": None,
+        "seed": None,
+        "stream": None,
+        "what": None,
+    }
     assert served.post(**neutral).status_code == 200
     parts = [{"type": "text", "text": "w5 w9"}, {"type": "text", "text": " w33"}]
     same = served.post(messages=[{"role": "user", "content": parts}], seed=0)
@@ -279,7 +286,7 @@ def reachable(port) -> bool:
 def test_bad_options_of_the_command(folders, beagle, monkeypatch):
     with bind("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        beagle("serve", *folders.options, "--port", port).refusal("127.0.0.1", port, "--port")
+        beagle("serve", *folders.options, "--port", port).refusal("127.0.0.1", port, "another host or port")
     beagle("serve", *folders.options, "--host", "no.such.host.invalid").refusal("no.such.host.invalid")
     beagle("serve", *folders.options, "--api-key", "clé").refusal("API key")
     monkeypatch.setitem(sys.modules, "uvicorn", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
@@ -120,10 +121,8 @@ def to_work(body: ChatRequest | CompletionRequest, prompts: list[Any], *, raw: b
         raw=raw,
         n=body.choices,
         max_new_tokens=body.token_limit,
-        temperature=1.0 if body.temperature is None else body.temperature,  # as the API has it
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=body.beagle.top_k,
-        stop=body.stops,
+        sampling=body.sampling(),
+        continues=body.continues,
         draft=body.beagle.draft,
         top=body.top,
         watch=body.beagle.watch and bool(body.stream),
@@ -218,9 +217,14 @@ def install_errors(app: FastAPI) -> None:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"][1:])
         what = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "json_invalid":
+        sent = request.headers.get("content-type")
+        if "json" not in (sent or ""):
+            place, what = "", f"the body's Content-Type is {sent!r}; send 'Content-Type: application/json'"
+        elif first["type"] == "json_invalid":
             place, what = "", f"the body is no valid JSON ({first.get('ctx', {}).get('error', what)})"
-        return respond(Failed(400, f"{place}: {what}" if place else what), place or None)
+        named = re.match(r"'(\w+)'", what)
+        param = place or (named[1] if named else None)
+        return respond(Failed(400, f"{place}: {what}" if place else what), param)
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from beagle.decoding.stats import Stats
 from beagle.errors import BeagleError
@@ -178,7 +178,11 @@ class Engine:
     def _encode(self, job: Job) -> Failed | None:
         work = job.work
         try:
-            ids = [encode(self.model.target, prompt, raw=work.raw) for prompt in work.prompts]
+            work.sampling.check_vocabulary(self.model.target.vocab_size)
+            ids = [
+                encode(self.model.target, prompt, raw=work.raw, continue_final_message=work.continues)
+                for prompt in work.prompts
+            ]
         except BeagleError as error:
             return Failed(400, str(error), "invalid_prompt")
         except Exception:
@@ -194,6 +198,11 @@ class Engine:
             return Failed(400, message, "context_length_exceeded")
         job.ids = ids
         job.limit = work.max_new_tokens or min(self.limits.answer, room)
+        if work.sampling.min_new_tokens > job.limit:
+            message = (
+                f"min_tokens is {work.sampling.min_new_tokens}, and an answer has {job.limit} at most; ask for less"
+            )
+            return Failed(400, message, "invalid_request")
         return None
 
     def _advance(self, job: Job) -> bool:
@@ -203,15 +212,17 @@ class Engine:
         if job.cancelled:
             return self._fail(job, Failed(499, "the client went away"))
         if now > job.deadline or now > self._close_at:
-            for choice in range(job.current, job.work.choices):
+            job.cut = True
+            next(job.turns, None)
+            for choice in range(job.current + 1, job.work.choices):
                 job.send(ChoiceEnd(choice, "length"))
             return self._finish(job, "time" if now > job.deadline else "shutdown")
         try:
             next(job.turns)
         except StopIteration:
             return self._finish(job, None)
-        except BeagleError as error:
-            return self._fail(job, Failed(400, str(error)))
+        except BeagleError as error:  # the request was checked: it is the model, whose logits are no numbers, say
+            return self._fail(job, Failed(500, str(error), "model_error"))
         except Exception as error:  # out of memory, say: the others go on
             log.exception("a request failed")
             return self._fail(job, Failed(500, f"the request failed: {type(error).__name__}"))
@@ -230,28 +241,25 @@ class Engine:
             stats = Stats()
             pieces = model.stream(
                 job.ids[which],
-                max_new_tokens=job.limit,
-                temperature=work.temperature,
-                top_k=work.top_k,
-                top_p=work.top_p,
-                seed=work.seed + repeat,
-                stop=work.stop,
+                replace(work.sampling, max_new_tokens=job.limit, seed=work.seed + repeat),
+                continue_final_message=work.continues,
                 exact=self.exact,
                 draft=work.draft,
                 stats=stats,
                 watch=watcher,
             )
-            tokens: list[int] = []
             try:
-                for piece in pieces:
-                    tokens += piece.token_ids
+                while pieces.finish_reason is None:
+                    piece = pieces.finish() if job.cut else next(pieces)
                     self._send(job, piece, watcher, stats)
-                    if not (tokens and self._complete(job, tokens)):  # else the end comes without another pass
+                    if piece.finish_reason is None:  # else the end comes without another pass
                         yield
             finally:
                 pieces.close()
                 job.stats.add(stats)
-            job.send(ChoiceEnd(job.current, self._reason(job, tokens)))
+            job.send(ChoiceEnd(job.current, pieces.finish_reason))
+            if job.cut:
+                return
 
     def _send(self, job: Job, piece: Piece, watcher: Watcher | None, stats: Stats) -> None:
         if not piece.token_ids and not piece.text:
@@ -266,17 +274,6 @@ class Engine:
             watched["tau"] = round(stats.tau, 4)
             watched["tokens_per_second"] = round(stats.tokens_per_second, 3)
         job.send(Delta(job.current, piece.text, len(piece.token_ids), piece.drafted, logprobs, watched))
-
-    def _complete(self, job: Job, tokens: list[int]) -> bool:
-        return len(tokens) >= job.limit or tokens[-1] in self.model.target.eos_ids
-
-    def _reason(self, job: Job, tokens: list[int]) -> str:
-        if len(tokens) < job.limit or tokens[-1] in self.model.target.eos_ids:
-            return "stop"
-        if not job.work.stop:
-            return "length"
-        text = self.model.target.tokenizer.decode(tokens, skip_special_tokens=True)
-        return "stop" if any(stop in text for stop in job.work.stop) else "length"
 
     def _finish(self, job: Job, cut: str | None) -> bool:
         self._leave(job)

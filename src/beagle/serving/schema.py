@@ -6,23 +6,56 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from beagle.decoding.sampling import SamplingParams
+
 MAX_CHOICES = 16  # answers of one request: prompts times n
 
 Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Stop = Annotated[str, Field(min_length=1)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+# fields of other servers' and newer clients' requests that change no answer
+HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prediction", "priority",
+            "request_id", "parallel_tool_calls", "include_obfuscation"}  # fmt: skip
+# values of fields that are not served at which they ask for nothing
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "tool_calls": ([],),
+    "echo": (False,),
+    "suffix": ("",),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "use_beam_search": (False,),
+    "length_penalty": (1.0,),
+}
 
 
 class Strict(BaseModel):
-    """Numbers must be numbers: "5" and true are no 5. Unknown fields are ignored, as new clients send new ones."""
+    """Numbers must be numbers: "5" and true are no 5. A field that is not served is refused unless it asks for nothing."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_is_ignored(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for name in values.keys() - cls.model_fields.keys() - HARMLESS:
+                if values[name] is not None and values[name] not in NEUTRAL.get(name, ()):
+                    raise ValueError(f"'{name}' is not supported by this server; leave it out")
+        return values
 
 
 class Extension(Strict):
     """Our own field of a request, ``beagle``.
 
     Attributes:
-        draft: False decodes plainly. top_k: sample among the k likeliest tokens; 0 is off.
+        draft: False decodes plainly.
+        top_k: sample among the k likeliest tokens; 0 is off (as the field of this name beside ``temperature``).
         watch: streamed pieces tell each token's draft depth and each pass's draft tree.
     """
 
@@ -43,20 +76,42 @@ class Common(Strict):
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    top_k: int | None = Field(None, ge=-1, le=2**31 - 1)  # -1 is off too, as in vLLM
+    min_p: float | None = Field(None, ge=0, le=1)
+    stop_token_ids: Annotated[list[Token], Field(max_length=256)] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = Field(None, ge=0)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=1e6)
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=4096)] | None = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     max_tokens: int | None = Field(None, ge=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
     beagle: Extension = Extension()
-    # these would change the answer: only their neutral values are taken
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+
+    def sampling(self) -> SamplingParams:
+        """As the library has it; seed and length are added later."""
+        fields: dict[str, Any] = {
+            "temperature": 1.0 if self.temperature is None else self.temperature,  # as the API has it
+            "top_k": max(0, self.top_k or self.beagle.top_k),
+            "min_new_tokens": self.min_tokens,
+            "max_new_tokens": 2**62,
+            "logit_bias": {int(token): bias for token, bias in (self.logit_bias or {}).items()},
+        }
+        for name in (
+            "top_p", "min_p", "stop", "stop_token_ids", "ignore_eos",
+            "presence_penalty", "frequency_penalty", "repetition_penalty",
+        ):  # fmt: skip
+            fields[name] = getattr(self, name)
+        return SamplingParams(**{name: value for name, value in fields.items() if value is not None})
 
     @property
-    def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+    def continues(self) -> bool:
+        """Whether the last message of a dialogue is to be continued."""
+        return False
 
     @property
     def choices(self) -> int:
@@ -66,21 +121,26 @@ class Common(Strict):
     def token_limit(self) -> int | None:
         return self.max_tokens
 
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stops_have_text(cls, value: Any) -> Any:
+        if value == "" or (isinstance(value, list) and "" in value):
+            raise ValueError("a stop string is empty; leave it out")
+        return value
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _biases_of_tokens(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        for token in value or ():
+            if not token.isascii() or not token.isdigit() or len(token) > 10:
+                raise ValueError(f"{token!r} is no token id; give them as in {{'42': -1.5}}")
+        return value
+
     @model_validator(mode="after")
-    def _only_what_is_supported(self) -> Common:
-        refused = [
-            name
-            for name in ("presence_penalty", "frequency_penalty", "logit_bias", *self._unsupported())
-            if getattr(self, name)
-        ]
-        if refused:
-            raise ValueError(f"'{refused[0]}' is not supported by this server; leave it out")
+    def _options_of_streams(self) -> Common:
         if self.stream_options is not None and not self.stream:
             raise ValueError("'stream_options' is only allowed with 'stream': true")
         return self
-
-    def _unsupported(self) -> tuple[str, ...]:
-        return ()
 
 
 class TextPart(Strict):
@@ -93,6 +153,18 @@ class ChatMessage(Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1)]
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _text_alone(cls, value: Any) -> Any:
+        if value is None:
+            raise ValueError("it is null; send text (tool calls are not supported by this server)")
+        if isinstance(value, list):
+            for part in value:
+                of = part.get("type") if isinstance(part, dict) else type(part).__name__
+                if of != "text":
+                    raise ValueError(f"parts of type '{of}' are not supported by this server; send text alone")
+        return value
 
     def plain(self) -> dict[str, str]:
         """As a chat template takes it."""
@@ -107,8 +179,8 @@ class ChatRequest(Common):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[Any] | None = None
-    functions: list[Any] | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
     modalities: list[str] | None = None
     response_format: dict[str, Any] | None = None
 
@@ -121,8 +193,19 @@ class ChatRequest(Common):
         """Alternatives to report for each token; None: no log-probabilities at all."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def _unsupported(self) -> tuple[str, ...]:
-        return ("tools", "functions")
+    @property
+    def continues(self) -> bool:
+        return bool(self.continue_final_message)
+
+    @model_validator(mode="after")
+    def _one_way_to_go_on(self) -> ChatRequest:
+        if self.continues and self.add_generation_prompt:
+            raise ValueError("'continue_final_message' begins no new message; leave 'add_generation_prompt' out")
+        if self.add_generation_prompt is False and not self.continues:
+            raise ValueError(
+                "'add_generation_prompt' may be false with 'continue_final_message': true alone; leave it out"
+            )
+        return self
 
     @field_validator("response_format")
     @classmethod
@@ -155,8 +238,6 @@ class CompletionRequest(Common):
         | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=MAX_CHOICES)]
     )
     logprobs: int | None = Field(None, ge=0, le=5)
-    suffix: str | None = None
-    echo: bool | None = None
     best_of: int | None = None
 
     @property
@@ -172,9 +253,6 @@ class CompletionRequest(Common):
     @property
     def top(self) -> int | None:
         return self.logprobs
-
-    def _unsupported(self) -> tuple[str, ...]:
-        return ("suffix", "echo")
 
     @model_validator(mode="after")
     def _few_choices(self) -> CompletionRequest:

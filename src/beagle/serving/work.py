@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from beagle.decoding.sampling import SamplingParams
 from beagle.decoding.stats import Stats
 from beagle.targets.chat import Message
 
@@ -19,6 +20,8 @@ class Work:
 
     Attributes:
         prompts: each is answered ``n`` times, with seeds counting up from ``seed``.
+        sampling: how tokens are chosen and where answers end, but for seed and length.
+        continues: go on with a dialogue's last message instead of answering it.
         max_new_tokens: None is the server's default, within the context.
         top: alternatives to report with each token's log-probability; None reports neither.
         watch: report every pass's tree and every token's draft depth.
@@ -29,10 +32,8 @@ class Work:
     raw: bool = False
     n: int = 1
     max_new_tokens: int | None = None
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    stop: list[str] = field(default_factory=list)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    continues: bool = False
     draft: bool = True
     top: int | None = None
     watch: bool = False
@@ -114,6 +115,7 @@ class Job:
         self.ids: list[list[int]] | None = None  # the prompts' tokens, once encoded
         self.limit = 0  # new tokens of each choice
         self.turns: Iterator[None] | None = None  # while it is live
+        self.cut = False  # no more passes: what was held back is sent, and the answer ends
         self.started = 0.0
         self.first_token: float | None = None
         self.current = 0  # the choice under way

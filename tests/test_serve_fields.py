@@ -179,14 +179,13 @@ def test_logits_that_are_no_numbers_fail_by_name():
             answer = running.post(**extra)
             assert answer.status_code == 500
             assert "its logits are nan" in answer.json()["error"]["message"]
-        passes = 0
+        verify, passes = running.model.target.verify, []
 
-        def later(states):
-            nonlocal passes
-            passes += 1
-            return logits(states) if passes < 3 else torch.full_like(logits(states), torch.nan)
+        def fails_at_last(*arguments):
+            passes.append(verify(*arguments))
+            return passes[-1] * (torch.nan if len(passes) > 3 else 1.0)
 
-        running.model.target.logits = later
+        running.model.target.logits, running.model.target.verify = logits, fails_at_last
         with running.http as http, http.stream(
             "POST", "/v1/chat/completions",
             json={"model": "tiny", "messages": MESSAGES, "max_tokens": 40, "stream": True, "logprobs": True,

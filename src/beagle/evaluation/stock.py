@@ -41,14 +41,18 @@ class Stock:
         elif mode == "assisted":
             options["assistant_model"] = self.assistant
         passes = _Passes()
+        hook = self.model.register_forward_hook(passes.note)
         began = time.perf_counter()
-        out = self.model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=max_new_tokens,
-            stopping_criteria=StoppingCriteriaList([passes]),
-            **options,
-        )[0, len(ids) :].tolist()
+        try:
+            out = self.model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=max_new_tokens,
+                stopping_criteria=StoppingCriteriaList([passes]),
+                **options,
+            )[0, len(ids) :].tolist()
+        finally:
+            hook.remove()
         ended = time.perf_counter()
         # on a GPU its check for the end lags behind, and surplus steps are taken back
         lengths = [n for n in passes.lengths if n <= len(ids) + len(out)]
@@ -62,13 +66,23 @@ class Stock:
 
 
 class _Passes(StoppingCriteria):
-    """Notes when prefill has ended and how long the sequence is after each pass: ``generate`` tells neither."""
+    """Notes when prefill has ended and how long the sequence is after each pass: ``generate`` tells neither.
+
+    What drafts may ask the criteria too (transformers 5.17), so only the first call after a pass counts.
+    """
 
     def __init__(self) -> None:
         self.first_ended = 0.0
         self.lengths: list[int] = []
+        self._ran = False
+
+    def note(self, *args: Any) -> None:
+        """The model has run a pass."""
+        self._ran = True
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
-        self.first_ended = self.first_ended or time.perf_counter()
-        self.lengths.append(input_ids.shape[1])
+        if self._ran:
+            self.first_ended = self.first_ended or time.perf_counter()
+            self.lengths.append(input_ids.shape[1])
+            self._ran = False
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

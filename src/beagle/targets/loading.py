@@ -156,7 +156,7 @@ def load_model(
         raise
     except ImportError as error:
         raise BeagleError(f"target '{name}' can't be loaded: {missing_package(error, config)}") from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RuntimeError, SafetensorError) as error:
         raise BeagleError(
             f"target '{name}' can't be loaded: {first_line(error)}; check or download it again"
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 import httpx
 import openai
+import torch
 
 from beagle.drafters.base import TreePlan
 from beagle.model import Model
@@ -60,9 +62,30 @@ def wait_for(condition, seconds=20.0):
         time.sleep(0.01)
 
 
+def follow(target, scores):
+    """Make the logits behind a token a row of ``scores`` ``[vocabulary, vocabulary]``, whatever was before it."""
+    prefill, verify = target.prefill, target.verify
+
+    def marked(states, tokens):
+        states = torch.zeros_like(states)
+        states[..., 0] = tokens.to(states.dtype)
+        return states
+
+    target.prefill = lambda tokens, cache: marked(prefill(tokens, cache), tokens)
+    target.verify = lambda cache, tokens, *rest: marked(verify(cache, tokens, *rest), tokens)
+    target.logits = lambda states: scores[states[..., 0].long()]
+
+
+def events(answer):
+    """Choices of a streamed answer's chunks."""
+    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+    assert lines.pop() == "[DONE]"
+    return [choice for line in lines for choice in json.loads(line)["choices"]]
+
+
 @contextmanager
-def serving(limits=None, *, endless=False, api_key=None, plain=False, slow=0.0, exact=False):
-    target = tiny_target()
+def serving(limits=None, *, target=None, endless=False, api_key=None, plain=False, slow=0.0, exact=False):
+    target = target or tiny_target()
     if endless:
         target.eos_ids = frozenset()
     model = Model(target, None if plain else tiny_drafter(target), PLAN)

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from typing import Any
 
-from beagle.serving.work import ChoiceEnd, Delta, Done, Event, Failed, ServeError, TokenLogprob, Work
+from beagle.serving.work import Alternative, ChoiceEnd, Delta, Done, Event, Failed, ServeError, TokenLogprob, Work
 
 DONE = b"data: [DONE]\n\n"
 
@@ -24,7 +24,7 @@ def error_body(failure: Failed, param: str | None = None) -> dict[str, Any]:
 
 def sse(content: dict[str, Any]) -> bytes:
     """One event. ASCII only: some clients split lines at Unicode's separators too."""
-    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + json.dumps(content, separators=(",", ":"), allow_nan=False).encode() + b"\n\n"
 
 
 class Answer(ABC):
@@ -158,18 +158,17 @@ class ChatAnswer(Answer):
     def _closing(self) -> dict[str, Any]:
         return {"delta": {}, "logprobs": None}
 
-    @classmethod
-    def _logprobs(cls, tokens: list[TokenLogprob] | None) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: list[TokenLogprob] | None) -> dict[str, Any] | None:
         if tokens is None:
             return None
         content = [
-            {**cls._one(t.token, t.logprob), "top_logprobs": [cls._one(*pair) for pair in t.top]} for t in tokens
+            {**self._one(t), "top_logprobs": [self._one(other) for other in t.top[: self.work.top]]} for t in tokens
         ]
         return {"content": content, "refusal": None}
 
     @staticmethod
-    def _one(token: str, logprob: float) -> dict[str, Any]:
-        return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+    def _one(token: TokenLogprob | Alternative) -> dict[str, Any]:
+        return {"token": token.token, "logprob": token.logprob, "bytes": list(token.content)}
 
 
 class CompletionAnswer(Answer):
@@ -177,32 +176,22 @@ class CompletionAnswer(Answer):
 
     object, chunk_object, prefix = "text_completion", "text_completion", "cmpl-"
 
-    def __init__(self, work: Work, model: str, *, drafting: bool, include_usage: bool = False) -> None:
-        super().__init__(work, model, drafting=drafting, include_usage=include_usage)
-        self._offsets = [0] * work.choices
-
     def _choice(self, text: str, logprobs: list[TokenLogprob] | None) -> dict[str, Any]:
-        return {"text": text, "logprobs": self._logprobs(logprobs, 0)[0]}
+        return {"text": text, "logprobs": self._logprobs(logprobs)}
 
     def _piece(self, delta: Delta) -> dict[str, Any]:
-        logprobs, self._offsets[delta.choice] = self._logprobs(delta.logprobs, self._offsets[delta.choice])
-        return {"text": delta.text, "logprobs": logprobs}
+        return {"text": delta.text, "logprobs": self._logprobs(delta.logprobs)}
 
     def _closing(self) -> dict[str, Any]:
         return {"text": "", "logprobs": None}
 
-    @staticmethod
-    def _logprobs(tokens: list[TokenLogprob] | None, offset: int) -> tuple[dict[str, Any] | None, int]:
-        """OpenAI's four parallel lists, and where the next token's text begins."""
+    def _logprobs(self, tokens: list[TokenLogprob] | None) -> dict[str, Any] | None:
+        """OpenAI's four parallel lists."""
         if tokens is None:
-            return None, offset
-        offsets = []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token.token)
+            return None
         return {
             "tokens": [t.token for t in tokens],
             "token_logprobs": [t.logprob for t in tokens],
-            "top_logprobs": [dict(t.top) for t in tokens] if tokens and tokens[0].top else None,
-            "text_offset": offsets,
-        }, offset
+            "top_logprobs": [{o.token: o.logprob for o in t.top} for t in tokens] if self.work.top else None,
+            "text_offset": [t.start for t in tokens],
+        }

@@ -237,7 +237,7 @@ class Engine:
             which, repeat = divmod(job.current, work.n)
             watcher = None
             if work.watch or work.top is not None:
-                watcher = Watcher(model.target, top=work.top, trees=work.watch)
+                watcher = Watcher(model.target, top=work.top, trees=work.watch, exact=self.exact)
             stats = Stats()
             pieces = model.stream(
                 job.ids[which],
@@ -262,14 +262,14 @@ class Engine:
                 return
 
     def _send(self, job: Job, piece: Piece, watcher: Watcher | None, stats: Stats) -> None:
-        if not piece.token_ids and not piece.text:
+        if not piece.token_ids and not piece.text and piece.finish_reason is None:
             return
         if job.first_token is None:
             job.first_token = time.monotonic()
             self.metrics.first_token_seconds.observe(job.first_token - job.submitted)
         logprobs = watched = None
         if watcher is not None:
-            logprobs, watched = watcher.logprobs(piece), watcher.watched(piece)
+            logprobs, watched = watcher.take(piece)
         if watched is not None:
             watched["tau"] = round(stats.tau, 4)
             watched["tokens_per_second"] = round(stats.tokens_per_second, 3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,8 +11,11 @@ from torch import Tensor
 
 from beagle.decoding.loop import Step
 from beagle.model import Piece
-from beagle.serving.work import TokenLogprob
+from beagle.serving.token_texts import TokenText, TokenTexts, first_characters
+from beagle.serving.work import Alternative, TokenLogprob
 from beagle.targets.target import Target
+
+LEAST = -9999.0  # JSON has no infinity
 
 
 class Watcher:
@@ -21,73 +26,118 @@ class Watcher:
     may arrive in parts.
     """
 
-    def __init__(self, target: Target, *, top: int | None, trees: bool) -> None:
-        self.target, self.top, self.trees = target, top, trees
-        self._states: list[Tensor] = []  # what each token not yet streamed was chosen from
+    def __init__(self, target: Target, *, top: int | None, trees: bool, exact: bool = False) -> None:
+        """
+        Args:
+            top: alternatives to report with each token's log-probability; None reports neither.
+            trees: report draft depths and trees.
+            exact: passes are shape-stable, see ``decoding.loop``.
+        """
+        self.target, self.top, self.trees, self.exact = target, top, trees, exact
+        self._passes: deque[tuple[Tensor, list[int]]] = deque()  # whose tokens have not been streamed
+        self._scores: deque[Tensor] = deque()  # of the first of them, a token each
+        self._begun = False
         self._depths: list[int] = []  # draft depth of every token, 0 for the target's own
         self._steps: list[dict[str, Any]] = []
-        self._ids: list[int] = []
-        self._ends: list[int] = []  # where each token's text ends
-        self._shown = self._at = 0  # characters shown, and the token that the next one belongs to
+        self._texts = TokenTexts(target.tokenizer)
+        self._starts: list[int] = []  # where each token's text begins
+        self._held: deque[tuple[TokenLogprob, int]] = deque()  # whose text has not been streamed, and where it ends
+        self._shown = self._at = 0  # characters streamed, and the token that the next one belongs to
 
     def __call__(self, step: Step) -> None:
         if self.top is not None:
-            self._states += step.states[step.path].unbind()
+            self._passes.append((step.states, step.path))
         if self.trees:
             self._depths += [*range(1, len(step.path)), 0]
             self._steps.append(
                 {
-                    "tokens": [self._token(token) for token in step.tokens],
+                    "tokens": [str(self.target.tokenizer.decode([token])) for token in step.tokens],
                     "parents": step.shape.parents,
                     "path": step.path,
                 }
             )
 
-    def _token(self, token: int) -> str:
-        return str(self.target.tokenizer.decode([token]))
-
-    def logprobs(self, piece: Piece) -> list[TokenLogprob] | None:
-        """Log-probabilities of a piece's tokens, if they are wanted."""
-        if self.top is None:
-            return None
-        out = []
-        for token in piece.token_ids:
-            scores = self.target.logits(self._states.pop(0)).float().log_softmax(-1)
-            best = torch.topk(scores, min(self.top, len(scores)))
-            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            out.append(
-                TokenLogprob(
-                    self._token(token),
-                    max(float(scores[token]), -9999.0),  # JSON has no infinity
-                    [(self._token(i), max(value, -9999.0)) for i, value in pairs],
-                )
-            )
-        return out
-
-    def watched(self, piece: Piece) -> dict[str, Any] | None:
-        """A piece's text by token, and the trees of the passes since the last piece, if they are wanted.
+    def take(self, piece: Piece) -> tuple[list[TokenLogprob] | None, dict[str, Any] | None]:
+        """What is to be told of a piece, where it is wanted.
 
         Returns:
+            The log-probabilities of the tokens whose text is complete with this piece, and the trees:
             ``pieces``: of each token with new text its number ``i``, ``text`` and draft ``depth``.
-            ``steps``: of each pass the tree's ``tokens`` (the root first), ``parents`` and the accepted
-            ``path``, which brought ``len(path)`` tokens.
+            ``steps``: of each pass since the last piece the tree's ``tokens`` (the root first), ``parents``
+            and the accepted ``path``, which brought ``len(path)`` tokens.
         """
-        if not self.trees:
-            return None
         for token in piece.token_ids:
-            self._ids.append(token)
-            text = self.target.tokenizer.decode(self._ids, skip_special_tokens=True)
-            self._ends.append(max(len(text.rstrip("\ufffd")), self._ends[-1] if self._ends else 0))
-        pieces = []
-        text = piece.text
+            scores = self._next_scores() if self.top is not None else None
+            other = [] if scores is None else self._likeliest(scores, token)
+            looks = {i: self._texts.look(i) for i in other if i != token}
+            own = self._texts.add(token)
+            self._starts.append(own.start)
+            if scores is not None:
+                top = self._alternatives(scores, other, looks | {token: own}, token)
+                logprob = max(float(scores[token]), LEAST)
+                self._held.append((TokenLogprob(own.text, logprob, own.content, top, own.start), own.end))
+        pieces = self._parts(piece.text)
+        return (
+            self._complete(piece.finish_reason is not None) if self.top is not None else None,
+            self._trees(pieces) if self.trees else None,
+        )
+
+    def _next_scores(self) -> Tensor:
+        """``[vocabulary]`` log-probabilities that the next token was chosen from.
+
+        The logits are computed as the loop has done it, so that they are the same bit for bit.
+        """
+        if not self._scores:
+            states, path = self._passes.popleft()
+            if not self._begun:
+                logits = self.target.logits(states[0])[None]
+            else:
+                logits = (self.target.exact if self.exact else self.target).logits(states)[path]
+            self._begun = True
+            self._scores += logits.float().log_softmax(-1).unbind()
+        return self._scores.popleft()
+
+    def _likeliest(self, scores: Tensor, token: int) -> list[int]:
+        """The token and so many others as are wanted, the likeliest first, of equals the token."""
+        assert self.top is not None
+        best = torch.topk(scores, min(self.top, len(scores))).indices.tolist()
+        return sorted({*best, token}, key=lambda i: (-float(scores[i]), i != token, i))
+
+    def _alternatives(
+        self, scores: Tensor, tokens: list[int], texts: dict[int, TokenText], chosen: int
+    ) -> list[Alternative]:
+        """Tokens of the same text get names of their own, the chosen one keeps its text."""
+        names = {texts[chosen].text: chosen}
+        for token in tokens:
+            if token != chosen:
+                tried = (texts[token].text, self._texts.name(token), f"token_id:{token}")
+                names[next(name for name in tried if name not in names)] = token
+        named = {token: name for name, token in names.items()}
+        return [Alternative(named[i], max(float(scores[i]), LEAST), texts[i].content) for i in tokens]
+
+    def _complete(self, ended: bool) -> list[TokenLogprob]:
+        """Tokens whose text has been streamed; at the answer's end all, with what of their text is in the answer."""
+        out = []
+        while self._held and (ended or self._held[0][1] <= self._shown):
+            token, _ = self._held.popleft()
+            content = first_characters(token.content, self._shown - token.start)
+            out.append(replace(token, content=content, start=min(token.start, self._shown)))
+        return out
+
+    def _parts(self, text: str) -> list[dict[str, Any]]:
+        """A piece's text by token."""
+        parts = []
         while text:
-            last = self._at >= len(self._ends) - 1
-            size = len(text) if last else self._ends[self._at] - self._shown
-            if size > 0:
-                part, text = text[:size], text[size:]
-                self._shown += len(part)
-                pieces.append({"i": self._at, "text": part, "depth": self._depths[self._at]})
-            if text:
+            while self._at + 1 < len(self._starts) and self._starts[self._at + 1] <= self._shown:
                 self._at += 1
+            last = self._at + 1 >= len(self._starts)
+            size = len(text) if last else self._starts[self._at + 1] - self._shown
+            part, text = text[:size], text[size:]
+            self._shown += len(part)
+            if self.trees:
+                parts.append({"i": self._at, "text": part, "depth": self._depths[self._at]})
+        return parts
+
+    def _trees(self, pieces: list[dict[str, Any]]) -> dict[str, Any]:
         steps, self._steps = self._steps, []
         return {"pieces": pieces, "steps": steps}

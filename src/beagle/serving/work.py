@@ -44,12 +44,30 @@ class Work:
 
 
 @dataclass(frozen=True)
-class TokenLogprob:
-    """A token of an answer, its log-probability under the target (at temperature 1), and the likeliest ones there."""
+class Alternative:
+    """A token that could have come, its log-probability there, and its UTF-8."""
 
     token: str
     logprob: float
-    top: list[tuple[str, float]]
+    content: bytes
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token of an answer.
+
+    Attributes:
+        logprob: under the target, at temperature 1.
+        content: UTF-8 of what it has added to the answer's text.
+        top: the likeliest tokens there, the likeliest first and of equals the answer's; its own is among them.
+        start: characters of the text before it.
+    """
+
+    token: str
+    logprob: float
+    content: bytes
+    top: list[Alternative]
+    start: int
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import GenerationConfig, MinPLogitsWarper
 
-import beagle
-from beagle.decoding.sampling import BatchOptions, Sampler, SamplingOptions, SamplingParams
+from beagle import SamplingParams, load
+from beagle.decoding.sampling import BatchOptions, Sampler, SamplingOptions
 from beagle.drafters.base import TreePlan
 from beagle.errors import BeagleError
 from beagle.model import Model
@@ -135,7 +135,7 @@ def test_a_stop_token_is_in_the_tokens_but_not_in_the_text(target):
 
 def test_params_and_keywords(target):
     model = Model(target)
-    params = beagle.SamplingParams(max_new_tokens=9, temperature=1.0, seed=3)
+    params = SamplingParams(max_new_tokens=9, temperature=1.0, seed=3)
     assert model.generate(PROMPT, params).token_ids == (
         model.generate(PROMPT, max_new_tokens=9, temperature=1.0, seed=3).token_ids
     )
@@ -161,3 +161,33 @@ def test_tokens_outside_the_vocabulary_are_refused(target, options):
     for ask in (Model(target).generate, lambda *a, **o: Model(target).generate_batch([a[0]], **o)):
         with pytest.raises(BeagleError, match="token 64; the vocabulary has ids from 0 to 63"):
             ask(PROMPT, **options)
+
+
+def test_the_command_takes_them(folders, beagle):
+    options = {"repetition_penalty": 1.7, "presence_penalty": 0.5, "frequency_penalty": 0.25, "min_new_tokens": 9}
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    model = load(str(folders.target), draft=None, dtype="float32")
+    sampled = {"temperature": 1.1, "min_p": 0.1, "seed": 4, "ignore_eos": True}
+    expected = model.generate("w5 w9", max_new_tokens=12, **options, **sampled).text
+    assert expected != model.generate("w5 w9", max_new_tokens=12, **sampled).text
+    for draft in ("none", "lookup"):
+        ended = beagle("generate", "w5 w9", "--target", folders.target, "--dtype", "float32", "--draft", draft, "-n", 12,
+                        *flags, "--temperature", 1.1, "--min-p", 0.1, "--seed", 4, "--ignore-eos")  # fmt: skip
+        assert (ended.code, ended.out.rstrip("\n")) == (0, expected)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_the_command_refuses_what_is_no_number(folders, beagle, value):
+    for flag in ("--temperature", "--repetition-penalty", "--top-p"):
+        ended = beagle(
+            "generate", "w5", "--target", folders.target, "--dtype", "float32", "--draft", "none", flag, value
+        )
+        assert ended.code == 2
+        assert flag in ended.err or f"{flag[2:].replace('-', '_')} is {value}" in ended.err
+
+
+def test_a_limit_that_is_never_met_needs_no_memory(folders, beagle):
+    """Neither random numbers nor slots of the cache are made for tokens that never come."""
+    ended = beagle("generate", "w5", "--target", folders.target, "--dtype", "float32", "--draft", "none", "-n", 10**9,
+                    "--temperature", 1, "--stop", "w")  # fmt: skip
+    assert ended.code == 0

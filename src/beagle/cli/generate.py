@@ -22,6 +22,20 @@ def generate(
     temperature: o.Temperature = 0.0,
     top_k: Annotated[int, typer.Option(min=0)] = 0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Leave out tokens below this share of the likeliest one's chance.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Divides logits of tokens in prompt and answer; 1 is off.")
+    ] = 1.0,
+    presence_penalty: Annotated[
+        float, typer.Option(min=-2.0, max=2.0, help="Taken off the logits of tokens in the answer.")
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float, typer.Option(min=-2.0, max=2.0, help="The same, for each time that a token is there.")
+    ] = 0.0,
+    min_new_tokens: Annotated[int, typer.Option(min=0, help="No end of the answer before so many tokens.")] = 0,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of the answer.")] = False,
     seed: o.Seed = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text (repeatable).")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
@@ -59,6 +73,12 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        min_new_tokens=min_new_tokens,
+        ignore_eos=ignore_eos,
         seed=seed,
         stop=stop or (),
         raw=raw,

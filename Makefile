@@ -11,7 +11,8 @@ LOCKED := -c constraints.txt
 VENV_NEWEST := .venv-newest
 VENV_OLDEST := .venv-oldest
 PIP_INSTALL := pip install --quiet --no-warn-script-location
-FAST := -m "not slow and not network and not browser and not vllm"
+# a process for each core, of one thread each
+FAST := -m pytest -n auto --dist loadfile -m "not slow and not network and not browser and not vllm"
 # from the ranges in pyproject.toml to versions; torch and what it brings are left to TORCH
 RESOLVE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --extra data --no-header --no-annotate
 WITHOUT_TORCH := grep -vE '^(torch|triton|nvidia-|cuda-)'
@@ -26,15 +27,15 @@ test: $(VENV)/.ready-dev lint
 
 # no compiler, no long training, no real model, no network
 test-fast: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest $(FAST)
+	OMP_NUM_THREADS=1 $(BIN)/python $(FAST)
 
 # the newest and the oldest versions that pyproject.toml allows, each in an environment of its own; torch stays TORCH,
 # since other builds for CPUs are not to be had everywhere
 test-newest: $(VENV_NEWEST)/.ready
-	$(VENV_NEWEST)/bin/python -m pytest $(FAST)
+	OMP_NUM_THREADS=1 $(VENV_NEWEST)/bin/python $(FAST)
 
 test-oldest: $(VENV_OLDEST)/.ready
-	$(VENV_OLDEST)/bin/python -m pytest $(FAST)
+	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python $(FAST)
 
 # needs a Chromium on the machine (apt-get install chromium)
 test-browser: $(VENV)/.ready-dev

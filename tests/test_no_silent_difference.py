@@ -226,3 +226,26 @@ def test_ids_to_try_a_model_with_are_not_special():
     ids = sample_ids(config, 64, 300)
     assert not {0, 1, 2} & set(ids.tolist())
     assert ids.max() < 64
+
+
+def test_where_transformers_differs_from_itself_the_whole_pass_counts():
+    """MiniMax-M2's mask carries a window that its KV cache does not know: transformers' answers with a cache differ
+    from those of whole passes (Moshi's too). Ours are those of whole passes."""
+    options = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6, "rotary_dim": 4}
+    model = tiny_model("minimax_m2", **options)
+    ours = Model(Target(tiny_model("minimax_m2", **options), tiny_tokenizer(), "minimax"))
+    assert ours.generate(LONG, max_new_tokens=12).token_ids == own_greedy(model, LONG, 12)
+
+
+def test_dynamic_rope_is_served_as_far_as_it_is_still():
+    """Its factors change with the length beyond the context alone, and the context ends there; transformers goes on."""
+    options = {
+        "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+        "max_position_embeddings": 48,
+    }
+    model = tiny_model("llama", **options)
+    target = Target(tiny_model("llama", **options), tiny_tokenizer(), "dynamic")
+    assert target.context_limit == 48
+    answer = Model(target).generate(LONG, max_new_tokens=30)
+    assert answer.token_ids == own_greedy(model, LONG, 8)[: len(answer.token_ids)]
+    assert len(LONG) + len(answer.token_ids) <= 48

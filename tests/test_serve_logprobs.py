@@ -13,6 +13,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from beagle.decoding.loop import Step
 from beagle.decoding.text import StopText
 from beagle.model import Model, Piece
+from beagle.serving.engine import Limits
 from beagle.serving.token_texts import TokenTexts, first_characters, shown, token_bytes
 from beagle.serving.watching import Watcher
 from beagle.targets.shape import TreeShape
@@ -196,6 +197,7 @@ WAYS = {
     "inside a character": {"max_tokens": 7},
     "stop": {"max_tokens": 20, "stop": "🚀 a"},
     "stop inside a token": {"max_tokens": 20, "stop": ["a🚀 "]},
+    "stop token": {"max_tokens": 20, "stop_token_ids": [END]},
     "stop in the end": {"max_tokens": 8, "stop": ["a🚀 a🚀🚀"]},
 }
 
@@ -298,3 +300,53 @@ def test_tokens_of_one_text_stay_apart():
         assert top[own] == tokens[0].logprob
         assert sorted(top.values(), reverse=True) == list(top.values())
         assert {t.content for t in tokens[0].top} == {b"a"}
+
+
+def test_a_continued_text_keeps_its_space():
+    target = tiny_target(vocab_size=272)
+    target.tokenizer = KINDS["SentencePiece"]
+    target.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    (word,) = ids_of(target.tokenizer, "▁a")
+    scores = torch.zeros(272, 272)
+    scores[:, word] = 9.0
+    follow(target, scores)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with serving(target=target) as running:
+        for continues, text in ((True, " a a a"), (False, "a a a")):
+            options = {"max_tokens": 3, "logprobs": True, "continue_final_message": continues}
+            choice = running.post(messages=messages, **options).json()["choices"][0]
+            assert choice["message"]["content"] == text
+            assert b"".join(bytes(t["bytes"]) for t in choice["logprobs"]["content"]) == text.encode()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_cut_answer_keeps_the_logprobs_held_back(stream):
+    """Of text that might have become a stop string."""
+    with serving(Limits(seconds=0.6), target=rockets(), plain=True, slow=0.05) as running:
+        options = {"max_tokens": 200, "stop": " a🚀" * 60 + "b"}
+        for text, tokens, made in (
+            (*chat_logprobs(running, stream, **options), None),
+            (*completion_logprobs(running, stream, **options), "lists"),
+        ):
+            found = len(tokens if made is None else tokens["tokens"])
+            assert 0 < found < 200
+            expected = running.model.generate("a", raw=True, draft=False, max_new_tokens=found).text
+            assert text == expected
+            if made is None:
+                assert b"".join(bytes(t["bytes"]) for t in tokens).decode(errors="replace") == text
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("draft", [True, False])
+def test_the_greedy_token_is_the_likeliest_in_half_precision(exact, draft):
+    with serving(target=tiny_target(dtype=torch.bfloat16), exact=exact) as running:
+        for prompt in ("w3", "w5 w9 w33", "w40 w7"):
+            answer = running.post(
+                messages=[{"role": "user", "content": prompt}], max_tokens=30, ignore_eos=True,
+                logprobs=True, top_logprobs=2, beagle={"draft": draft},
+            ).json()  # fmt: skip
+            tokens = answer["choices"][0]["logprobs"]["content"]
+            assert len(tokens) == 30
+            for token in tokens:
+                assert token["top_logprobs"][0]["token"] == token["token"]
+                assert token["top_logprobs"][0]["logprob"] == token["logprob"]

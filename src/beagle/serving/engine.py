@@ -237,7 +237,14 @@ class Engine:
             which, repeat = divmod(job.current, work.n)
             watcher = None
             if work.watch or work.top is not None:
-                watcher = Watcher(model.target, top=work.top, trees=work.watch, exact=self.exact)
+                watcher = Watcher(
+                    model.target,
+                    top=work.top,
+                    trees=work.watch,
+                    exact=self.exact,
+                    before=job.ids[which] if work.continues else (),
+                    ends={*work.sampling.stop_token_ids, *(() if work.sampling.ignore_eos else model.target.eos_ids)},
+                )
             stats = Stats()
             pieces = model.stream(
                 job.ids[which],
@@ -262,9 +269,10 @@ class Engine:
                 return
 
     def _send(self, job: Job, piece: Piece, watcher: Watcher | None, stats: Stats) -> None:
-        if not piece.token_ids and not piece.text and piece.finish_reason is None:
+        held = watcher is not None and piece.finish_reason is not None  # the last log-probabilities
+        if not piece.token_ids and not piece.text and not held:
             return
-        if job.first_token is None:
+        if piece.token_ids and job.first_token is None:
             job.first_token = time.monotonic()
             self.metrics.first_token_seconds.observe(job.first_token - job.submitted)
         logprobs = watched = None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from beagle.decoding.text import special_texts
+from beagle.decoding.text import BEFORE, special_texts
 
 UNFINISHED = "\ufffd"  # what tokenizers decode bytes to that are no whole character
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -38,15 +39,23 @@ class TokenTexts:
     tokens before them; of others the bytes are the tokenizer's own (see ``token_bytes``).
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, before: Sequence[int] = (), ends: Collection[int] = ()) -> None:
+        """
+        Args:
+            tokenizer: of transformers.
+            before: tokens whose text this one continues, see ``decoding.text.StopText``.
+            ends: tokens that end the answer: like special tokens they add nothing to it.
+        """
         self._tokenizer = tokenizer
         self._special = special_texts(tokenizer)
+        self._hidden = self._special.keys() | set(ends)
         self._decoders = decoder_types(tokenizer)
-        self._window: list[int] = []  # the last tokens, enough to decode the next ones behind them
-        self._read = 0  # of the window: tokens before the ones of an unfinished character
-        self._known = ""  # the window's text
-        self._finished = 0  # characters of it
-        self._before = 0  # characters before the window
+        # the last tokens, enough to decode the next ones behind them
+        self._window = [token for token in before if token not in self._special][-BEFORE:]
+        self._read = len(self._window)  # of the window: tokens before the ones of an unfinished character
+        self._known = self._decode(self._window) if self._window else ""  # the window's text
+        self._finished = len(self._known)  # characters of it
+        self._before = -self._finished  # characters of the answer before the window
 
     def name(self, token: int) -> str:
         """A token's entry in the vocabulary."""
@@ -59,7 +68,7 @@ class TokenTexts:
     def add(self, token: int) -> TokenText:
         """The token that comes next."""
         found, text = self._look(token)
-        if token not in self._special:
+        if token not in self._hidden:
             self._window.append(token)
             if text.endswith(UNFINISHED):
                 self._finished, self._known = self._finished_with(text), text
@@ -77,20 +86,22 @@ class TokenTexts:
     def _look(self, token: int) -> tuple[TokenText, str]:
         """The token, and the window's text with it."""
         old = self._known
-        if token in self._special:
+        if token in self._hidden:
             at = self._before + self._finished
-            return TokenText(self._special[token], b"", at, at), old
+            name = self._special.get(token) or shown(self._own(token)) or self.name(token)
+            return TokenText(name, b"", at, at), old
         text = self._decode([*self._window, token])
         new = text[len(old) :] if text.startswith(old) else None
-        own: bytes | None = None
-        if new is None or UNFINISHED in old[-1:] + new:
-            own = token_bytes(self.name(token), self._decoders)
-        if own is None:
-            own = (self._decode([token]) if new is None else new).encode()
+        own = self._own(token, new) if new is None or UNFINISHED in old[-1:] + new else new.encode()
         ended = new is not None and not text.endswith(UNFINISHED)  # what was unfinished stays so
         start = self._before + (len(old) if ended else self._finished)
         end = self._before + (self._finished_with(text) + 1 if text.endswith(UNFINISHED) else len(text))
         return TokenText(shown(own) or self.name(token), own, start, end), text
+
+    def _own(self, token: int, text: str | None = None) -> bytes:
+        """The token's own bytes; where it is text, ``text``, or what it is alone."""
+        content = token_bytes(self.name(token), self._decoders)
+        return content if content is not None else (self._decode([token]) if text is None else text).encode()
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,12 +27,23 @@ class Watcher:
     may arrive in parts.
     """
 
-    def __init__(self, target: Target, *, top: int | None, trees: bool, exact: bool = False) -> None:
+    def __init__(
+        self,
+        target: Target,
+        *,
+        top: int | None,
+        trees: bool,
+        exact: bool = False,
+        before: Sequence[int] = (),
+        ends: Collection[int] = (),
+    ) -> None:
         """
         Args:
             top: alternatives to report with each token's log-probability; None reports neither.
             trees: report draft depths and trees.
             exact: passes are shape-stable, see ``decoding.loop``.
+            before: tokens whose text the choice continues.
+            ends: tokens that end the choice.
         """
         self.target, self.top, self.trees, self.exact = target, top, trees, exact
         self._passes: deque[tuple[Tensor, list[int]]] = deque()  # whose tokens have not been streamed
@@ -39,7 +51,7 @@ class Watcher:
         self._begun = False
         self._depths: list[int] = []  # draft depth of every token, 0 for the target's own
         self._steps: list[dict[str, Any]] = []
-        self._texts = TokenTexts(target.tokenizer)
+        self._texts = TokenTexts(target.tokenizer, before, ends)
         self._starts: list[int] = []  # where each token's text begins
         self._held: deque[tuple[TokenLogprob, int]] = deque()  # whose text has not been streamed, and where it ends
         self._shown = self._at = 0  # characters streamed, and the token that the next one belongs to

@@ -88,6 +88,14 @@ def test_fields_change_answers(served):
         ({"min_p": 2}, "min_p"),
         ({"stop": [""]}, "stop"),
         ({"beagle": {"drafts": True}}, "beagle"),
+        ({"max_completion_tokens": 3}, "max_tokens"),
+        ({"top_k": 2, "beagle": {"top_k": 5}}, "top_k"),
+        ({"logit_bias": {"05": 2}}, "logit_bias"),
+        ({"include_obfuscation": True}, "include_obfuscation"),
+        ({"echo": 0}, "echo"),
+        ({"response_format": {"type": "text", "json_schema": {}}}, "response_format"),
+        ({"stop": 5}, "stop"),
+        ({"stop": ["a"] * 17}, "stop"),
     ],
     ids=str,
 )
@@ -96,8 +104,8 @@ def test_what_is_not_served_is_refused_by_name(served, changes, param):
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert error["param"] == param
-    (name,) = changes
-    assert (param or name.removesuffix("s")) in error["message"] or "vocabulary" in error["message"]
+    name = next(iter(changes)).removesuffix("s")
+    assert (param or name) in error["message"] or "vocabulary" in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +115,10 @@ def test_what_is_not_served_is_refused_by_name(served, changes, param):
         ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, ["image_url", "send text"]),
         ({"role": "user", "content": [{"type": "text", "text": "w3"}, {"type": "input_audio"}]}, ["input_audio"]),
         ({"role": "user", "content": "w3", "tool_calls": [{"id": "a"}]}, ["tool_calls"]),
+        ({"role": "user", "content": "w3", "user": "me"}, ["user"]),
+        ({"role": "user", "content": []}, ["messages.0.content", "send a text"]),
+        ({"role": "user", "content": 5}, ["messages.0.content", "send a text"]),
+        ({"role": "user", "content": [{"type": "text"}]}, ["messages.0.content", "send a text"]),
     ],
     ids=str,
 )
@@ -131,9 +143,8 @@ def test_another_content_type_is_named(served, headers):
     body = {"model": "tiny", "messages": MESSAGES}
     with served.http as http:
         answer = http.post("/v1/chat/completions", content=json.dumps(body).encode(), headers=headers)
-    if answer.status_code != 200:  # without the header JSON is taken for what it is, where the framework does
-        assert answer.status_code == 400
-        assert "Content-Type: application/json" in answer.json()["error"]["message"]
+    assert answer.status_code == 400
+    assert "Content-Type: application/json" in answer.json()["error"]["message"]
 
 
 def test_the_final_message_is_continued(served):
@@ -195,3 +206,18 @@ def test_logits_that_are_no_numbers_fail_by_name():
         assert "NaN" not in "".join(e for e in events if "error" not in e)
         errors = [json.loads(e) for e in events if e.startswith("{") and "error" in json.loads(e)]
         assert len(errors) == 1
+
+
+@pytest.mark.parametrize("body", ["", "[1]", "null", "5"])
+def test_a_body_that_is_no_object_is_named(served, body):
+    with served.http as http:
+        answer = http.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert "JSON object" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("prompt", [None, [], [3, "w"], 5, {}])
+def test_prompts_of_no_known_form_are_named(served, prompt):
+    error = served.post("/v1/completions", messages=..., prompt=prompt).json()["error"]
+    assert error["param"] == "prompt"
+    assert "send a text, a list of token ids" in error["message"]

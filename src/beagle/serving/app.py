@@ -218,10 +218,13 @@ def install_errors(app: FastAPI) -> None:
         place = ".".join(str(part) for part in first["loc"][1:])
         what = first["msg"].removeprefix("Value error, ")
         sent = request.headers.get("content-type")
-        if "json" not in (sent or ""):
+        media = (sent or "").partition(";")[0].strip().lower()
+        if media != "application/json" and not media.endswith("+json"):
             place, what = "", f"the body's Content-Type is {sent!r}; send 'Content-Type: application/json'"
         elif first["type"] == "json_invalid":
             place, what = "", f"the body is no valid JSON ({first.get('ctx', {}).get('error', what)})"
+        elif not place and first["type"] in ("missing", "model_attributes_type", "dict_type", "model_type"):
+            what = 'the body is no JSON object; send one as in {"model": ...}'
         named = re.match(r"'(\w+)'", what)
         param = place or (named[1] if named else None)
         return respond(Failed(400, f"{place}: {what}" if place else what), param)

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from beagle.decoding.sampling import SamplingParams
 
@@ -17,7 +26,7 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 
 # fields of other servers' and newer clients' requests that change no answer
 HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prediction", "priority",
-            "request_id", "parallel_tool_calls", "include_obfuscation"}  # fmt: skip
+            "request_id", "parallel_tool_calls"}  # fmt: skip
 # values of fields that are not served at which they ask for nothing
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
@@ -35,17 +44,29 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+def explained(value: Any, check: ValidatorFunctionWrapHandler, remedy: str) -> Any:
+    """The checked value; where several forms are taken, one message stands for what each of them lacks."""
+    try:
+        return check(value)
+    except ValidationError as error:
+        shown = json.dumps(value)
+        shown = shown if len(shown) < 60 else f"{shown[:57]}..."
+        raise ValueError(f"{shown} is not taken; {remedy}") from error
+
+
 class Strict(BaseModel):
     """Numbers must be numbers: "5" and true are no 5. A field that is not served is refused unless it asks for nothing."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False, strict=True)
+    harmless: ClassVar[set[str]] = set()
 
     @model_validator(mode="before")
     @classmethod
     def _nothing_is_ignored(cls, values: Any) -> Any:
         if isinstance(values, dict):
-            for name in values.keys() - cls.model_fields.keys() - HARMLESS:
-                if values[name] is not None and values[name] not in NEUTRAL.get(name, ()):
+            for name in values.keys() - cls.model_fields.keys() - cls.harmless:
+                value, neutral = values[name], NEUTRAL.get(name, ())
+                if value is not None and not any(type(value) is type(n) and value == n for n in neutral):
                     raise ValueError(f"'{name}' is not supported by this server; leave it out")
         return values
 
@@ -60,16 +81,19 @@ class Extension(Strict):
     """
 
     draft: bool = True
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     watch: bool = False
 
 
 class StreamOptions(Strict):
+    harmless = {"include_obfuscation"}
     include_usage: bool = False
 
 
 class Common(Strict):
     """What both endpoints take."""
+
+    harmless = HARMLESS
 
     model: str
     temperature: float | None = Field(None, ge=0, le=2)
@@ -96,7 +120,7 @@ class Common(Strict):
         """As the library has it; seed and length are added later."""
         fields: dict[str, Any] = {
             "temperature": 1.0 if self.temperature is None else self.temperature,  # as the API has it
-            "top_k": max(0, self.top_k or self.beagle.top_k),
+            "top_k": max(0, (self.beagle.top_k if self.top_k is None else self.top_k) or 0),
             "min_new_tokens": self.min_tokens,
             "max_new_tokens": 2**62,
             "logit_bias": {int(token): bias for token, bias in (self.logit_bias or {}).items()},
@@ -121,18 +145,18 @@ class Common(Strict):
     def token_limit(self) -> int | None:
         return self.max_tokens
 
-    @field_validator("stop", mode="before")
+    @field_validator("stop", mode="wrap")
     @classmethod
-    def _stops_have_text(cls, value: Any) -> Any:
+    def _stops_have_text(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
         if value == "" or (isinstance(value, list) and "" in value):
             raise ValueError("a stop string is empty; leave it out")
-        return value
+        return explained(value, check, "give a text, or a list of at most 16")
 
     @field_validator("logit_bias")
     @classmethod
     def _biases_of_tokens(cls, value: dict[str, float] | None) -> dict[str, float] | None:
         for token in value or ():
-            if not token.isascii() or not token.isdigit() or len(token) > 10:
+            if not token.isascii() or not token.isdigit() or len(token) > 10 or str(int(token)) != token:
                 raise ValueError(f"{token!r} is no token id; give them as in {{'42': -1.5}}")
         return value
 
@@ -140,6 +164,8 @@ class Common(Strict):
     def _options_of_streams(self) -> Common:
         if self.stream_options is not None and not self.stream:
             raise ValueError("'stream_options' is only allowed with 'stream': true")
+        if self.top_k is not None and self.beagle.top_k is not None:
+            raise ValueError("'top_k' is there twice; leave that of 'beagle' out")
         return self
 
 
@@ -154,9 +180,9 @@ class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1)]
 
-    @field_validator("content", mode="before")
+    @field_validator("content", mode="wrap")
     @classmethod
-    def _text_alone(cls, value: Any) -> Any:
+    def _text_alone(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
         if value is None:
             raise ValueError("it is null; send text (tool calls are not supported by this server)")
         if isinstance(value, list):
@@ -164,7 +190,7 @@ class ChatMessage(Strict):
                 of = part.get("type") if isinstance(part, dict) else type(part).__name__
                 if of != "text":
                     raise ValueError(f"parts of type '{of}' are not supported by this server; send text alone")
-        return value
+        return explained(value, check, "send a text, or parts as in [{'type': 'text', 'text': 'hi'}]")
 
     def plain(self) -> dict[str, str]:
         """As a chat template takes it."""
@@ -199,6 +225,8 @@ class ChatRequest(Common):
 
     @model_validator(mode="after")
     def _one_way_to_go_on(self) -> ChatRequest:
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise ValueError("'max_tokens' and 'max_completion_tokens' differ; send one of them")
         if self.continues and self.add_generation_prompt:
             raise ValueError("'continue_final_message' begins no new message; leave 'add_generation_prompt' out")
         if self.add_generation_prompt is False and not self.continues:
@@ -210,7 +238,7 @@ class ChatRequest(Common):
     @field_validator("response_format")
     @classmethod
     def _text_only(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        if value is not None and value.get("type") != "text":
+        if value is not None and value != {"type": "text"}:
             raise ValueError("only {'type': 'text'} is supported by this server")
         return value
 
@@ -239,6 +267,11 @@ class CompletionRequest(Common):
     )
     logprobs: int | None = Field(None, ge=0, le=5)
     best_of: int | None = None
+
+    @field_validator("prompt", mode="wrap")
+    @classmethod
+    def _texts_or_tokens(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        return explained(value, check, f"send a text, a list of token ids, or a list of at most {MAX_CHOICES} of these")
 
     @property
     def prompts(self) -> list[str | list[int]]:

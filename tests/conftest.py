@@ -14,6 +14,7 @@ from weakref import ref
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "100000")  # see beagle.threads
 os.environ.setdefault("BEAGLE_HUGE_PAGES", "0")  # seconds beside the tests
+os.environ.pop("COLUMNS", None)  # consoles made at import would keep this width
 
 import hypothesis
 import pytest

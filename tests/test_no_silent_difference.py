@@ -249,3 +249,10 @@ def test_dynamic_rope_is_served_as_far_as_it_is_still():
     answer = Model(target).generate(LONG, max_new_tokens=30)
     assert answer.token_ids == own_greedy(model, LONG, 8)[: len(answer.token_ids)]
     assert len(LONG) + len(answer.token_ids) <= 48
+
+
+def test_a_window_too_large_to_be_read_off_is_taken_from_the_config():
+    target = Target(
+        tiny_model("mistral", sliding_window=200_000, max_position_embeddings=2**18), tiny_tokenizer(), "long"
+    )
+    assert set(target.layers.windows) == {200_000}

@@ -120,10 +120,10 @@ def test_one_screen():
 
 def test_packages_and_extras_exist():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    named = re.findall(r"pip install '?([\w-]+)(?:\[([\w,-]+)\])?", README)
-    assert named
+    named = re.findall(r"pip install '?([\w.-]+)(?:\[([\w,-]+)\])?", README)
+    assert named[0] == (".", "")  # the first command works in a clone; an extra can then be named with the package
     for package, extras in named:
-        assert package == project["name"]
+        assert package in (".", project["name"])
         assert set(filter(None, extras.split(","))) <= set(project["optional-dependencies"])
 
 

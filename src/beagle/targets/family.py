@@ -74,7 +74,8 @@ def context_limit(config: Any) -> tuple[int, str]:
     parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # one for each type of layers
     for part in parts:
         if part.get("rope_type") == "longrope" and part.get("short_factor") != part.get("long_factor"):
-            switch = int(part.get("original_max_position_embeddings") or config.original_max_position_embeddings)
+            original = part.get("original_max_position_embeddings")
+            switch = int(original or getattr(config, "original_max_position_embeddings", None) or limit)
             if switch < limit:
                 return (
                     switch,

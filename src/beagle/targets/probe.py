@@ -152,11 +152,14 @@ def _mask(
 ) -> Tensor:
     """transformers' mask interface: bool ``[1, 1, queries, keys]``."""
     notes = _notes[-1]
+    keys = notes.keys
     try:
-        window = window_of(mask_function, notes.keys, device)
+        window = window_of(mask_function, keys, device)
     except IndexError:  # it looks at the tokens of this very pass, so it can't be asked about others
-        window = window_of(mask_function, kv_length - 1, device)
-        window = local_size if window is None else window
+        keys = kv_length - 1
+        window = window_of(mask_function, keys, device)
+    if window is None and local_size is not None and local_size > keys:  # too large to be read off
+        window = local_size
     mask = torch.ones(1, 1, q_length, kv_length, dtype=torch.bool, device=device).tril()
     notes.made.append((mask, window))
     return mask
@@ -253,7 +256,9 @@ def key_of(model: Any, digest: str, quantize: str | None) -> str:
     """A name for everything that a probe's outcome depends on."""
     settings = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
     about = [
-        FORMAT, transformers.__version__, torch.__version__, type(model).__name__, settings, digest, quantize,
+        FORMAT, transformers.__version__, torch.__version__,
+        f"{type(model).__module__}.{type(model).__qualname__}",  # of code from a hub, with its revision
+        settings, digest, quantize,
         str(model.dtype), str(model.device.type),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:24]

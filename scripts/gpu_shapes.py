@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from beagle.decoding.loop import decode
+from beagle.decoding.decoder import decode
 from beagle.decoding.sampling import Sampler
 from beagle.decoding.stats import Stats
 from beagle.drafters import captured

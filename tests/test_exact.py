@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from beagle.decoding.loop import decode
+from beagle.decoding.decoder import decode
 from beagle.decoding.sampling import Sampler, SamplingParams
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from beagle.decoding.costs import cached_costs
-from beagle.decoding.loop import decode
+from beagle.decoding.decoder import decode
 from beagle.decoding.sampling import Sampler, SamplingParams
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from beagle.decoding.loop import decode
+from beagle.decoding.decoder import decode
 from beagle.decoding.sampling import Sampler, SamplingParams
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan

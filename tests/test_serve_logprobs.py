@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from beagle.decoding.loop import Step
+from beagle.decoding.sequence import Step
 from beagle.decoding.text import StopText
 from beagle.model import Model, Piece
 from beagle.serving.engine import Limits

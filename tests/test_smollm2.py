@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import beagle
-from beagle.decoding.loop import Step, decode
+from beagle.decoding.decoder import decode
 from beagle.decoding.sampling import Sampler
+from beagle.decoding.sequence import Step
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.evaluation.stock import Stock

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from beagle.decoding.loop import Emitted
 from beagle.decoding.pieces import Pieces, Stream
+from beagle.decoding.sequence import Emitted
 from beagle.decoding.stats import Stats
 from beagle.decoding.text import StopText
 from beagle.drafters.base import TreePlan

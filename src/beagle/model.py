@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Unpack
 
-from beagle.decoding.batch import Batch, Row
 from beagle.decoding.costs import Costs, cached_costs
-from beagle.decoding.loop import Step, decode, room
+from beagle.decoding.decoder import Decoder, decode
 from beagle.decoding.pieces import Answer, Piece, Pieces, Stream
+from beagle.decoding.prefixes import PrefixCache
 from beagle.decoding.sampling import BatchOptions, Sampler, SamplingOptions, SamplingParams, whole
+from beagle.decoding.sequence import Sequence as Job
+from beagle.decoding.sequence import Step, room
 from beagle.decoding.stats import Stats
 from beagle.decoding.text import StopText
 from beagle.drafters.base import Drafter, TreePlan
@@ -30,9 +31,20 @@ class Model:
         target: the model whose answers are wanted.
         drafter: what proposes tokens; None is plain decoding.
         plan: shape of the draft tree.
+        prefixes: keys and values of earlier answers, where some are kept.
     """
 
-    def __init__(self, target: Target, drafter: Drafter | None = None, plan: TreePlan | None = None) -> None:
+    def __init__(
+        self, target: Target, drafter: Drafter | None = None, plan: TreePlan | None = None, *, prefix_cache: int = 0
+    ) -> None:
+        """
+        Args:
+            target: its answers are wanted.
+            drafter: None is plain decoding.
+            plan: shape of the draft tree.
+            prefix_cache: as of ``load``.
+        """
+        self.prefixes = PrefixCache(whole("prefix_cache", prefix_cache, 0)) if prefix_cache else None
         self.target = target
         self.drafter = drafter
         self.plan = plan or TreePlan()
@@ -54,12 +66,6 @@ class Model:
             self._costs[exact, batch] = cached_costs(self.target, self.drafter, self.plan, exact, fresh, batch)
         return self._costs[exact, batch]
 
-    def fork(self) -> Model:
-        """The same weights with a drafter of its own, so that answers of several forks can take turns."""
-        twin = copy.copy(self)
-        twin.drafter = self.drafter.fork() if self.drafter is not None else None
-        return twin
-
     def generate(
         self,
         prompt: str | Sequence[Message] | Sequence[int],
@@ -79,7 +85,7 @@ class Model:
             raw: no chat template.
             continue_final_message: continue the dialogue's last message, an assistant's, instead of answering it; the
                 text is what follows. Token ids end inside that message then.
-            exact: shape-stable passes (see ``decoding.loop``).
+            exact: shape-stable passes (see ``decoding.decoder``).
             draft: False decodes plainly.
             **options: fields of ``SamplingParams``, in place of those of ``sampling``.
 
@@ -124,10 +130,10 @@ class Model:
             raw: no chat template.
             continue_final_message: continue the dialogue's last message, an assistant's, instead of answering it; the
                 text is what follows. Token ids end inside that message then.
-            exact: shape-stable passes (see ``decoding.loop``).
+            exact: shape-stable passes (see ``decoding.decoder``).
             draft: False decodes plainly.
             stats: filled while the answer grows.
-            watch: see ``decoding.loop.decode``.
+            watch: see ``decoding.decoder.decode``.
             **options: fields of ``SamplingParams``, in place of those of ``sampling``.
 
         Raises:
@@ -150,6 +156,7 @@ class Model:
             costs=self._costs_of_sizes(drafter, exact),
             exact=exact,
             watch=watch,
+            prefixes=self.prefixes,
         )
         before = ids if continue_final_message else ()
         return Stream(steps, Pieces(StopText(self.target.tokenizer, sampling.stop, before), stats))
@@ -197,34 +204,59 @@ class Model:
             seeds = list(seed)
         if len(seeds) != len(prompts):
             raise BeagleError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one seed, or one for each prompt")
-        jobs: list[Row] = []
+        jobs: list[Job] = []
         for number, (prompt, own_seed) in enumerate(zip(prompts, seeds, strict=True), 1):
             ids = encode(self.target, prompt, raw=raw, continue_final_message=continue_final_message)
             most = room(self.target, ids, sampling.max_new_tokens, f"prompt {number} of {len(prompts)}")
             own = replace(sampling, seed=own_seed)
-            jobs.append(Row(ids, most, Sampler(own, prompt=ids, eos_ids=self.target.eos_ids, name=self.target.name)))
+            jobs.append(Job(ids, most, Sampler(own, prompt=ids, eos_ids=self.target.eos_ids, name=self.target.name)))
         if not jobs:
             return []
-        drafter = self.drafter if draft else None
-        batch = Batch(
-            self.target,
-            rows=min(rows, len(jobs)),
-            slots=max(len(job.ids) + job.max_new_tokens for job in jobs),
-            drafter=drafter,
-            plan=self.plan,
-            costs=self._costs_of_sizes(drafter, batch=True),
-        )
-        makers: dict[Row, Pieces] = {}
+        decoder = self.decoder(min(rows, len(jobs)), draft=draft)
+        makers: dict[Job, Pieces] = {}
         for job in jobs:
             text = StopText(self.target.tokenizer, sampling.stop, job.ids if continue_final_message else ())
             makers[job] = Pieces(text, job.stats)
-        pieces: dict[Row, list[Piece]] = {job: [] for job in jobs}
-        for job, emitted in batch.run(deque(jobs)):
+        pieces: dict[Job, list[Piece]] = {job: [] for job in jobs}
+        for job, emitted in decoder.run(deque(jobs)):
+            if job.error is not None:
+                raise job.error
             piece = makers[job].take(emitted)
             pieces[job].append(piece)
             if piece.finish_reason is not None:
-                batch.leave(job)
+                decoder.leave(job)
         return [Answer.of(pieces[job], job.stats) for job in jobs]
+
+    def decoder(
+        self,
+        size: int,
+        *,
+        draft: bool = True,
+        exact: bool = False,
+        prefixes: PrefixCache | None = None,
+        piece: int | None = None,
+    ) -> Decoder:
+        """What decodes several answers at once.
+
+        Args:
+            size: most live answers.
+            draft: False decodes plainly.
+            exact: as of ``decoding.decoder.Decoder``.
+            prefixes: as of ``decoding.decoder.Decoder``.
+            piece: as of ``decoding.decoder.Decoder``.
+        """
+        drafter = self.drafter if draft else None
+        return Decoder(
+            self.target,
+            size=size,
+            drafter=drafter,
+            plan=self.plan,
+            costs=self._costs_of_sizes(drafter, exact),
+            shared_costs=self._costs_of_sizes(drafter, batch=True) if size > 1 and not exact else None,
+            exact=exact,
+            prefixes=prefixes,
+            piece=piece,
+        )
 
     def _costs_of_sizes(self, drafter: Drafter | None, exact: bool = False, batch: bool = False) -> Costs | None:
         """Costs, where they choose the tree's size."""
@@ -241,6 +273,7 @@ def load(
     plan: TreePlan | None = None,
     trust_remote_code: bool = False,
     quantize: str | None = None,
+    prefix_cache: int = 0,
 ) -> Model:
     """Load a target and its drafter.
 
@@ -256,6 +289,9 @@ def load(
         plan: shape of the draft tree; by default its size follows from this machine's costs.
         trust_remote_code: run code that comes with the model.
         quantize: ``int8`` or ``int4``: the target and its draft head (not a smaller model) run quantised.
+        prefix_cache: most tokens whose keys and values are kept when answers end, for prompts of ``generate`` and
+            ``stream`` that begin with the same tokens, as a dialogue's next turn does: only what is new is run. In
+            half precision a near-tie may fall otherwise than without. Exact mode doesn't use it. 0 keeps none.
 
     Returns:
         The target with its drafter.
@@ -266,4 +302,4 @@ def load(
     draft = resolve_draft(draft, target)
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     loaded = load_target(target, quantize=quantize, **options)
-    return Model(loaded, load_drafter(draft, loaded, **options), plan)
+    return Model(loaded, load_drafter(draft, loaded, **options), plan, prefix_cache=prefix_cache)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 
-from beagle.decoding.loop import Emitted, FinishReason
+from beagle.decoding.sequence import Emitted, FinishReason
 from beagle.decoding.stats import Stats
 from beagle.decoding.text import StopText
 

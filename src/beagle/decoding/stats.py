@@ -51,8 +51,17 @@ class Stats:
         """Time after prefill that is neither drafting nor verification nor acceptance."""
         return self.decode_seconds - self.draft_seconds - self.verify_seconds - self.accept_seconds
 
-    def note_pass(self, accepted: int) -> None:
-        """Count a pass that accepted so many draft tokens."""
+    def note_pass(self, accepted: int, tokens: int = 0, drafted: int = 0) -> None:
+        """Count a pass.
+
+        Args:
+            accepted: draft tokens that it accepted.
+            tokens: that it brought.
+            drafted: candidates that it verified.
+        """
+        self.tokens += tokens
+        self.passed_tokens += tokens
+        self.drafted += drafted
         self.passes += 1
         self.accepted_at[accepted] = self.accepted_at.get(accepted, 0) + 1
         self.accepted.append(accepted)

@@ -15,7 +15,7 @@ from beagle.decoding.sampling import Sampler
 class Row(Sampler):
     """Sees each position once and in order, as transformers' own loop does.
 
-    A token of the answer is chosen at one node of one tree (see ``decoding.loop.accept``), so logits
+    A token of the answer is chosen at one node of one tree (see ``decoding.walk.accept``), so logits
     processors, torch's generator, stopping criteria and streamers meet what they would meet without drafts:
     whatever they remember stays right.
     """

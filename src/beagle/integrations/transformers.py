@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from beagle.decoding.loop import decode
+from beagle.decoding.decoder import decode
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.drafters.checkpoint import shipped_head
@@ -190,18 +190,17 @@ class Speculation:
         return GenerateDecoderOnlyOutput(sequences=cast(LongTensor, sequences), **kept)
 
     def _answer(self, ours: Model, row: Row, prompt: Sequence[int], new: int) -> None:
-        fork = ours.fork()
-        open_size = fork.plan.nodes is None and fork.plan.kind == "dynamic"
+        open_size = ours.plan.nodes is None and ours.plan.kind == "dynamic"
         stats = Stats()
         steps = decode(
-            fork.target,
+            ours.target,
             list(prompt),
             max_new_tokens=new,
             sampler=row,
             stats=stats,
-            drafter=fork.drafter,
-            plan=fork.plan,
-            costs=fork.costs() if open_size else None,
+            drafter=ours.drafter,
+            plan=ours.plan,
+            costs=ours.costs() if open_size else None,
         )
         for _ in steps:
             pass

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from beagle.decoding.loop import Step
+from beagle.decoding.sequence import Step
 from beagle.model import Piece
 from beagle.serving.token_texts import TokenText, TokenTexts, first_characters
 from beagle.serving.work import Alternative, TokenLogprob
@@ -41,7 +41,7 @@ class Watcher:
         Args:
             top: alternatives to report with each token's log-probability; None reports neither.
             trees: report draft depths and trees.
-            exact: passes are shape-stable, see ``decoding.loop``.
+            exact: passes are shape-stable, see ``decoding.decoder``.
             before: tokens whose text the choice continues.
             ends: tokens that end the choice.
         """

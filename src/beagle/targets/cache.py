@@ -103,9 +103,17 @@ class KVCache:
             where, to, source_index = torch.tensor([rows, places, sources], device=stack.device)
             stack[:, where, :, to] = stack[:, where, :, source_index]
 
-    def copy_row(self, row: int, other: KVCache, other_row: int) -> None:
-        """Take over one committed row of ``other`` (same layer shapes)."""
-        n = other.lengths[other_row]
+    def copy_of(self, row: int, n: int) -> KVCache:
+        """The first ``n`` tokens of one sequence, in a cache of their own with no room for more."""
+        own = copy.copy(self)
+        own._stacks = {shape: stack[:, row : row + 1, :, :n].clone() for shape, stack in self._stacks.items()}
+        own.tensors = own.keys = own.values = []
+        own.batch, own.capacity, own.lengths = 1, n, [n]
+        return own
+
+    def copy_row(self, row: int, other: KVCache, other_row: int, n: int | None = None) -> None:
+        """Take over the first ``n`` tokens of one row of ``other`` (same layer shapes), by default all committed."""
+        n = other.lengths[other_row] if n is None else n
         for shape, stack in self._stacks.items():
             stack[:, row, :, :n] = other._stacks[shape][:, other_row, :, :n]
         self.lengths[row] = n

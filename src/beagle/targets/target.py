@@ -307,22 +307,23 @@ class Target:
 
     @torch.no_grad()
     def prefill(self, ids: Tensor, cache: KVCache) -> Tensor:
-        """Run prompts of one length on an empty cache, a long one piece by piece so that no mask grows with n².
+        """Run prompts of one length, a long one piece by piece so that no mask grows with n², and commit them.
 
         Args:
             ids: ``[batch, n]``.
-            cache: of as many sequences.
+            cache: of as many sequences; the prompts go on behind what it has committed, the same for all of them.
         Returns:
             True states ``[batch, n, hidden]``.
         """
-        n = ids.shape[1]
+        before, n = cache.lengths[0], cache.lengths[0] + ids.shape[1]
         positions = torch.arange(n, device=self.device)[None]
         states = []
         whole = PROMPT_TOKENS if self.layers.are_plain else math.isqrt(MASK_ENTRIES)
-        for first, last in pairwise([0, *range(whole, n, max(LEAST_TOKENS, MASK_ENTRIES // n)), n]):
+        whole = whole if not before else before + max(LEAST_TOKENS, MASK_ENTRIES // n)
+        for first, last in pairwise([before, *range(whole, n, max(LEAST_TOKENS, MASK_ENTRIES // n)), n]):
             own = positions[:, first:last]
             plan = Pass(cache, slots=slice(first, last), key_positions=positions[:, :last], query_positions=own)
-            states.append(self.forward(ids[:, first:last], own, plan))
+            states.append(self.forward(ids[:, first - before : last - before], own, plan))
         cache.lengths = [n] * ids.shape[0]
         return states[0] if len(states) == 1 else torch.cat(states, dim=1)
 

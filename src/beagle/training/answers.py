@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from beagle.decoding.batch import Batch, Row
+from beagle.decoding.decoder import Decoder
 from beagle.decoding.sampling import Sampler, SamplingParams
+from beagle.decoding.sequence import Sequence
 from beagle.errors import BeagleError
 from beagle.targets.target import Target
 from beagle.training.prompts import Prompt, has_template
@@ -84,19 +85,20 @@ class AnswerGenerator:
         Raises:
             BeagleError: a prompt can't be encoded, or the target's states are not finite (the prompt is named).
         """
-        slots = self.max_prompt_tokens + self.max_new_tokens + 1
-        batch = Batch(self.target, rows=self.rows, slots=slots, keep_states=True)
+        decoder = Decoder(self.target, size=self.rows, keep_states=True)
         source = iter(prompts)
-        waiting: deque[Row] = deque()
-        jobs: dict[Row, _Job] = {}
+        waiting: deque[Sequence] = deque()
+        jobs: dict[Sequence, _Job] = {}
         self._refill(waiting, jobs, source)
-        for row, _ in batch.run(waiting):
+        for row, _ in decoder.run(waiting):
+            if row.error is not None:
+                raise row.error
             if row.ended:
                 job = jobs.pop(row)
                 yield from self._ended(row, job, waiting, jobs)
                 self._refill(waiting, jobs, source)
 
-    def _refill(self, waiting: deque[Row], jobs: dict[Row, _Job], source: Iterator[Prompt]) -> None:
+    def _refill(self, waiting: deque[Sequence], jobs: dict[Sequence, _Job], source: Iterator[Prompt]) -> None:
         """Keep enough prompts waiting that some of them are of similar length."""
         while len(waiting) < 4 * self.rows:
             prompt = next(source, None)
@@ -104,7 +106,7 @@ class AnswerGenerator:
                 return
             self._enqueue(_Job(prompt), waiting, jobs)
 
-    def _enqueue(self, job: _Job, waiting: deque[Row], jobs: dict[Row, _Job]) -> bool:
+    def _enqueue(self, job: _Job, waiting: deque[Sequence], jobs: dict[Sequence, _Job]) -> bool:
         """Whether the turn is short enough to be answered."""
         try:
             ids = job.prompt.encode(self.target, job.answers)
@@ -121,7 +123,7 @@ class AnswerGenerator:
         )  # the last is not run: it has no state
         sampling = SamplingParams(temperature=self.temperature if sampled else 0.0, seed=seed)
         name = f"{job.prompt.name}: {self.target.name} in {str(self.target.dtype).removeprefix('torch.')}"
-        row = Row(ids, most, Sampler(sampling, eos_ids=self.target.eos_ids, name=name))
+        row = Sequence(ids, most, Sampler(sampling, eos_ids=self.target.eos_ids, name=name))
         jobs[row] = job
         if job.answers:
             waiting.appendleft(row)  # few dialogues are unfinished when a run is interrupted
@@ -129,7 +131,7 @@ class AnswerGenerator:
             waiting.append(row)
         return True
 
-    def _sample(self, row: Row, job: _Job) -> Sample:
+    def _sample(self, row: Sequence, job: _Job) -> Sample:
         states = torch.cat(row.states).to("cpu", torch.bfloat16)
         if not states.isfinite().all():
             dtype = str(self.target.dtype).removeprefix("torch.")
@@ -145,7 +147,7 @@ class AnswerGenerator:
             answer_from=len(row.ids) - 1,
         )
 
-    def _ended(self, row: Row, job: _Job, waiting: deque[Row], jobs: dict[Row, _Job]) -> tuple[Sample, ...]:
+    def _ended(self, row: Sequence, job: _Job, waiting: deque[Sequence], jobs: dict[Sequence, _Job]) -> tuple[Sample, ...]:
         """Ask the next turn; all samples of the dialogue where there is none."""
         sample = self._sample(row, job)
         if len(row.tokens) == 1 and row.tokens[0] in self.target.eos_ids:

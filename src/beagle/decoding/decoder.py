@@ -1,0 +1,503 @@
+"""The decoder: draft a tree, verify it in one pass, accept a path, commit; for one answer and for many.
+
+Greedy, sampling, chain, static and dynamic trees, and plain decoding (a tree of the root alone) are this one
+iteration with different parts. Answers that are live together share the passes: the linear layers of the target
+and of the draft head run once over the tokens of all of them. Each has a tree, an acceptance and a length of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from beagle.decoding.costs import Costs
+from beagle.decoding.prefixes import PrefixCache
+from beagle.decoding.sampling import Sampler
+from beagle.decoding.sequence import Emitted, Sequence, Step, room
+from beagle.decoding.stats import Stats
+from beagle.decoding.walk import Walk, accept
+from beagle.drafters.base import Draft, Drafter, TreePlan, cut
+from beagle.errors import BeagleError
+from beagle.limits import MAX_NODES
+from beagle.targets.cache import KVCache
+from beagle.targets.exact import EXACT_BLOCK, EXACT_ROWS
+from beagle.targets.shape import TreeShape
+from beagle.targets.target import Target
+
+FIRST_SLOTS = 4096  # of a cache behind its prompts, before it grows: a long limit need not be met
+TOGETHER = 4096  # tokens of prompts that run in one pass, the shorter ones counted as long as the longest
+Emissions = list[tuple[Sequence, Emitted]]
+
+
+class Decoder:
+    """Sequences that decode together; they enter and leave at any time between two steps.
+
+    Alone, a sequence takes the passes of one answer. In exact mode each takes passes of its own always. What goes
+    wrong in one sequence ends that sequence with an ``error``, and no other.
+
+    Attributes:
+        size: most live sequences.
+        live: sequences that decode, in the order of the cache's.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        size: int = 1,
+        drafter: Drafter | None = None,
+        plan: TreePlan | None = None,
+        costs: Costs | None = None,
+        shared_costs: Costs | None = None,
+        exact: bool = False,
+        keep_states: bool = False,
+        prefixes: PrefixCache | None = None,
+        piece: int | None = None,
+    ) -> None:
+        """
+        Args:
+            target: its answers are wanted.
+            size: most live sequences.
+            drafter: None is plain decoding.
+            plan: shape of the trees.
+            costs: measured times that choose the size of a tree, where the plan leaves it open.
+            shared_costs: those of passes that several sequences share.
+            exact: shape-stable passes, bit-equal to plain decoding in this mode.
+            keep_states: sequences keep their hidden states.
+            prefixes: keys of earlier sequences, for prompts that begin as they did; of no use in exact mode, whose
+                bits would be others.
+            piece: most tokens of a prompt that run between two passes of the live sequences; None: all of them.
+        """
+        self.target = target
+        self.size = size
+        self.live: list[Sequence] = []
+        self._entering: deque[Sequence] = deque()
+        self._cache: KVCache | None = None
+        self._one: KVCache | None = None  # the first sequence of the cache, where it has more
+        self._drafter, self._plan = drafter, plan or TreePlan()
+        self._costs, self._shared_costs, self._exact = costs, shared_costs, exact
+        self._prefixes = None if exact else prefixes
+        self._keep_states = keep_states or self._prefixes is not None
+        self._piece = None if exact else piece
+
+    @property
+    def free(self) -> int:
+        """How many sequences may enter."""
+        return self.size - len(self.live) - len(self._entering)
+
+    def run(self, waiting: deque[Sequence]) -> Iterator[tuple[Sequence, Emitted]]:
+        """Decode all that waits, yielding new tokens as they come; ``waiting`` may still grow meanwhile."""
+        while waiting or self.live or self._entering:
+            if waiting and self.free >= max(1, self.size // 8):  # a pass over few prompts is dear among many
+                self.enter([waiting.popleft() for _ in range(min(self.free, len(waiting)))])
+            yield from self.step()
+
+    def enter(self, sequences: Iterable[Sequence]) -> None:
+        """Take on sequences, at most as many as are ``free``: their prompts run in the next steps."""
+        self._entering = deque(sorted([*self._entering, *sequences], key=lambda one: len(one.ids)))
+
+    @torch.no_grad()
+    def step(self) -> Emissions:
+        """Run prompts that wait, and one iteration of the sequences that were live before.
+
+        Returns:
+            New tokens, prompts' first. Sequences whose answers end, or fail, have left.
+        """
+        before = len(self.live)
+        emitted = self._run_prompts()
+        if before:
+            emitted += self._iterate(before)
+        return emitted
+
+    def leave(self, sequence: Sequence) -> None:
+        """End an answer, if it hasn't ended; the last live one takes its place in the cache."""
+        if sequence.ended:
+            return
+        sequence.ended = True
+        sequence.context = sequence.cache = None  # their memory is free for others
+        if sequence in self._entering:
+            self._entering.remove(sequence)
+            return
+        if sequence not in self.live:
+            return
+        assert self._cache is not None
+        at, last = self.live.index(sequence), len(self.live) - 1
+        if self._prefixes is not None and sequence.error is None:
+            known = [*sequence.ids, *sequence.tokens][: self._cache.lengths[at]]
+            self._prefixes.keep(known, self._cache, at, torch.cat(sequence.states)[: len(known)])
+            sequence.states = []
+        if at != last:
+            self._cache.copy_row(at, self._cache, last)
+            self.live[at] = self.live[last]
+        self._cache.lengths[last] = 0
+        self.live.pop()
+        if not self.live:
+            self._cache = self._one = None
+
+    def _fail(self, sequence: Sequence, error: Exception) -> tuple[Sequence, Emitted]:
+        sequence.error = error
+        self.leave(sequence)
+        return sequence, Emitted([], 0)
+
+    # prompts
+
+    def _run_prompts(self) -> Emissions:
+        """All prompts that wait; where others are live no more than a ``piece``."""
+        emitted: Emissions = []
+        left = self._piece if self.live and self._piece is not None else None
+        while self._entering and (left is None or left > 0):
+            began = time.perf_counter()
+            together = self._together(left)
+            if len(together) > 1:
+                ran = sum(len(one.ids) for one in together)
+                emitted += self._enter_together(together, began)
+            else:
+                ran, entered = self._enter_alone(self._entering[0], left, began)
+                emitted += entered
+            left = None if left is None else left - ran
+        return emitted
+
+    def _together(self, left: int | None) -> list[Sequence]:
+        """The shortest prompts that wait, as many as one pass may take."""
+        if self._exact or self._prefixes is not None:
+            return []
+        found: list[Sequence] = []
+        for one in self._entering:
+            count = len(found) + 1
+            if one.cache is not None or count * len(one.ids) > TOGETHER or (left or TOGETHER) < count * len(one.ids):
+                break
+            found.append(one)
+        return found
+
+    def _enter_together(self, sequences: list[Sequence], began: float) -> Emissions:
+        """Run whole prompts in one pass."""
+        first, lengths = len(self.live), [len(one.ids) for one in sequences]
+        cache = self._shared_cache(max(lengths))
+        tokens = torch.tensor([token for one in sequences for token in one.ids], device=self.target.device)
+        states = self.target.verify_rows(cache, tokens, [TreeShape.chain(n) for n in lengths], first)
+        for i, length in enumerate(lengths):
+            cache.lengths[first + i] = length
+        for one in sequences:
+            self._entering.remove(one)
+        self.live += sequences
+        parts = states.split(lengths)
+        return self._begin(sequences, parts, self.target.logits(torch.stack([part[-1] for part in parts])), began)
+
+    def _enter_alone(self, sequence: Sequence, most: int | None, began: float) -> tuple[int, Emissions]:
+        """Run a prompt, or its next ``most`` tokens, in a cache of its own; how many tokens were run."""
+        try:
+            if sequence.cache is None:
+                self._allocate(sequence)
+            cache = sequence.cache
+            assert cache is not None
+            piece = sequence.ids[cache.length :][:most]
+            sequence.states.append(self.target.prefill(torch.tensor([piece], device=self.target.device), cache)[0])
+            if cache.length < len(sequence.ids):
+                sequence.stats.prefill_seconds += time.perf_counter() - began
+                return len(piece), []
+            if self.live:
+                shared = self._shared_cache(max(cache.length, self._keys(sequence) if self._exact else 0))
+                shared.copy_row(len(self.live), cache, 0)
+            else:
+                self._cache, self._one = cache, None
+        except Exception as error:
+            return 0, [self._fail(sequence, error)]
+        sequence.cache = None
+        self._entering.remove(sequence)
+        self.live.append(sequence)
+        states = sequence.states[0] if len(sequence.states) == 1 else torch.cat(sequence.states)
+        sequence.states = []
+        return len(piece), self._begin([sequence], [states], self.target.logits(states[-1])[None], began)
+
+    def _allocate(self, sequence: Sequence) -> None:
+        """A cache for the prompt, and for the answer where it is the only one; with what is known of the prompt."""
+        known = self._prefixes.find(sequence.ids) if self._prefixes is not None else None
+        capacity = len(sequence.ids)
+        if not self.live:
+            slots = capacity + sequence.max_new_tokens + MAX_NODES + 1
+            capacity = self._keys(sequence) if self._exact else min(_blocks(slots), capacity + FIRST_SLOTS)
+        sequence.cache = self.target.new_cache(1, capacity)
+        if known is not None:
+            sequence.cache.copy_row(0, known.cache, 0, known.length)
+            sequence.states = [known.states]
+            sequence.cached_tokens = known.length
+
+    def _begin(self, sequences: list[Sequence], states: Iterable[Tensor], logits: Tensor, began: float) -> Emissions:
+        """Choose first tokens.
+
+        Args:
+            sequences: the last live ones.
+            states: of each prompt, ``[n, hidden]``.
+            logits: of each prompt's last token, ``[sequences, vocabulary]``.
+            began: when their prompts did.
+        """
+        root = Draft([], [], [])
+        walks = [Walk(root, one.sampler, first=i, position=0, left=1) for i, one in enumerate(sequences)]
+        accept(walks, logits)
+        emitted: Emissions = []
+        over: list[Sequence] = []
+        for i, (one, own, walk) in enumerate(zip(sequences, states, walks, strict=True)):
+            try:
+                if walk.error is not None:
+                    raise walk.error
+                one.tokens += walk.chosen
+                one.stats.tokens += 1
+                if self._drafter is not None and one.drafts:
+                    one.context = self._drafter.fork()
+                    one.context.begin(one.ids, own)
+                if self._keep_states:
+                    one.states.append(own)
+                if one.watch is not None:
+                    one.watch(Step([one.ids[-1]], TreeShape([-1]), own[-1:], logits[i : i + 1], [0]))
+            except Exception as error:
+                one.error = error
+            reason = one.finish_reason(walk.ended)
+            emitted.append((one, Emitted([], 0) if one.error else Emitted(walk.chosen, 0, reason)))
+            if one.error or reason is not None:
+                over.append(one)
+        for one in over:
+            self.leave(one)
+        seconds = (time.perf_counter() - began) / len(sequences)
+        for one in sequences:
+            one.stats.prefill_seconds += seconds
+        return emitted
+
+    # iterations
+
+    def _iterate(self, count: int) -> Emissions:
+        """Draft, verify and accept once for the first ``count`` live sequences."""
+        clock, sequences = time.perf_counter, self.live[:count]
+        began = clock()
+        try:
+            drafts = self._draft(sequences)
+            drafted_at = clock()
+            sizes = [1 + len(draft.tokens) for draft in drafts]
+            if failed := self._grow(sizes):
+                return failed
+            shapes = [TreeShape([-1, *(parent + 1 for parent in draft.parents)]) for draft in drafts]
+            trees = [[one.tokens[-1], *draft.tokens] for one, draft in zip(sequences, drafts, strict=True)]
+            states, logits = self._verify(sequences, trees, shapes)
+            verified_at = clock()
+            walks = []
+            for one, draft, first in zip(sequences, drafts, _starts(sizes), strict=True):
+                walks.append(Walk(draft, one.sampler, first=first, position=len(one.tokens), left=one.left))
+            accept(walks, logits)
+        except Exception as error:  # of the pass that they share
+            return [self._fail(one, error) for one in sequences]
+        assert self._cache is not None
+        self._cache.compact_rows([walk.path for walk in walks])
+        owns = states.split(sizes)
+        for one, tree, own, walk in zip(sequences, trees, owns, walks, strict=True):
+            try:
+                if walk.error is not None:
+                    raise walk.error
+                if one.context is not None or self._keep_states:
+                    accepted = own[walk.path]  # a copy: the pass's states need not stay
+                    if one.context is not None:
+                        one.context.extend([tree[0], *walk.chosen[:-1]], accepted)
+                    if self._keep_states:
+                        one.states.append(accepted)
+            except Exception as error:
+                one.error = error
+        accepted_at = clock()
+
+        emitted: Emissions = []
+        over: list[Sequence] = []
+        for i, (one, walk) in enumerate(zip(sequences, walks, strict=True)):
+            if one.error is None:
+                one.tokens += walk.chosen
+                one.stats.note_pass(len(walk.path) - 1, len(walk.chosen), sizes[i] - 1)
+                try:
+                    if one.watch is not None:
+                        own_logits = logits.split(sizes)[i]
+                        one.watch(Step(trees[i], shapes[i], owns[i], own_logits, walk.path))
+                except Exception as error:
+                    one.error = error
+            reason = one.finish_reason(walk.ended)
+            emitted.append((one, Emitted([], 0) if one.error else Emitted(walk.chosen, len(walk.path) - 1, reason)))
+            if one.error or reason is not None:
+                over.append(one)
+        for one in over:
+            self.leave(one)
+        now = clock()
+        for one in sequences:
+            one.stats.draft_seconds += (drafted_at - began) / count
+            one.stats.verify_seconds += (verified_at - drafted_at) / count
+            one.stats.accept_seconds += (accepted_at - verified_at) / count
+            one.stats.decode_seconds += (now - began) / count
+        return emitted
+
+    def _draft(self, sequences: list[Sequence]) -> list[Draft]:
+        """Each sequence's candidates; none where the limit leaves no room for one."""
+        drafts = [Draft([], [], [])] * len(sequences)
+        drafting = [i for i, one in enumerate(sequences) if one.left > 1 and one.context is not None]
+        if self._drafter is None or not drafting:
+            return drafts
+        alone = self._exact or len(sequences) == 1
+        costs = self._costs if alone else self._shared_costs
+        reach = [min(self._plan.depth, sequences[i].left - 1) for i in drafting]  # never past the limit or the context
+        nodes = self._plan.nodes if len(sequences) == 1 else None
+        made = self._drafter.draft_rows(
+            [context for i in drafting if (context := sequences[i].context)],
+            [sequences[i].tokens[-1] for i in drafting],
+            replace(self._plan, depth=max(reach), nodes=nodes),
+            costs.min_gain(1 if alone else len(sequences)) if costs else 0.0,
+        )
+        most = EXACT_ROWS - 1 if self._exact else MAX_NODES
+        if self._plan.kind != "static" and self._plan.nodes is not None:
+            most = min(most, self._plan.nodes)
+        made = [cut(draft, depth, most) for draft, depth in zip(made, reach, strict=True)]
+        if costs is not None and self._plan.nodes is None and self._plan.kind == "dynamic":
+            if alone:
+                made = [draft.first(costs.best_size(draft.scores)) for draft in made]
+            else:
+                made = shared(made, costs, len(sequences))
+        for i, draft in zip(drafting, made, strict=True):
+            drafts[i] = draft
+        return drafts
+
+    def _verify(
+        self, sequences: list[Sequence], trees: list[list[int]], shapes: list[TreeShape]
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states ``[tokens, hidden]`` and logits ``[tokens, vocabulary]`` of all trees, end to end."""
+        target, cache = self.target, self._cache
+        assert cache is not None
+        if self._exact:
+            found = []
+            for i, (one, tree, shape) in enumerate(zip(sequences, trees, shapes, strict=True)):
+                tokens = torch.tensor(tree, device=target.device)
+                states = target.exact.verify(self._sequence(i), tokens, shape, self._keys(one))
+                found.append((states, target.exact.logits(states)))
+            states, logits = found[0] if len(found) == 1 else [torch.cat(part) for part in zip(*found, strict=True)]
+        else:
+            tokens = torch.tensor([token for tree in trees for token in tree], device=target.device)
+            if len(self.live) == 1:
+                states = target.verify(self._sequence(0), tokens, shapes[0])
+            else:
+                states = target.verify_rows(cache, tokens, shapes)
+            logits = target.logits(states)
+        if target.device.type == "cuda":
+            torch.cuda.synchronize(target.device)  # acceptance waits for the logits anyhow: time them where they belong
+        return states, logits
+
+    # the cache
+
+    def _grow(self, sizes: list[int]) -> Emissions:
+        """Room for trees of these sizes; where there is no memory for it, the longest sequence fails."""
+        assert self._cache is not None
+        slots = [n + size for n, size in zip(self._cache.lengths, sizes, strict=False)]
+        if max(slots) > self._cache.capacity:
+            try:
+                self._cache, self._one = self.target.with_room(self._cache, max(slots)), None
+            except BeagleError as error:
+                return [self._fail(self.live[slots.index(max(slots))], error)]
+        return []
+
+    def _keys(self, sequence: Sequence) -> int:
+        """Keys of every exact pass of an answer."""
+        return _blocks(len(sequence.ids) + sequence.max_new_tokens + EXACT_ROWS)
+
+    def _sequence(self, i: int) -> KVCache:
+        """One sequence of the cache as a cache of its own; what is committed there is committed here."""
+        assert self._cache is not None
+        if self._cache.batch == 1:
+            return self._cache
+        if i == 0 and self._one is not None:
+            view = self._one
+        else:
+            view = self._cache.sequence(i)
+            if i == 0:
+                self._one = view
+        view.lengths = [self._cache.lengths[i]]
+        return view
+
+    def _shared_cache(self, capacity: int) -> KVCache:
+        """The cache, with room for all sequences and so many tokens of each."""
+        if self._cache is None or self._cache.batch < self.size:
+            old, slots = self._cache, capacity + MAX_NODES + 1
+            room = max(slots, old.capacity if old is not None else 0, *(self._slots(one) for one in self._entering))
+            self._cache = self.target.new_cache(self.size, room)
+            self._cache.lengths = [0] * self.size
+            if old is not None:
+                self._cache.copy_row(0, old, 0)
+        self._cache, self._one = self.target.with_room(self._cache, capacity), None
+        return self._cache
+
+    def _slots(self, sequence: Sequence) -> int:
+        """Tokens of a sequence, or as many of them as a cache has room for at first."""
+        return min(len(sequence.ids) + sequence.max_new_tokens, FIRST_SLOTS) + MAX_NODES + 1
+
+
+def _blocks(slots: int) -> int:
+    return -(-slots // EXACT_BLOCK) * EXACT_BLOCK
+
+
+def _starts(sizes: list[int]) -> list[int]:
+    """Where each of some parts of these sizes begins."""
+    return [sum(sizes[:i]) for i in range(len(sizes))]
+
+
+def shared(drafts: list[Draft], costs: Costs, roots: int) -> list[Draft]:
+    """The candidates of all drafts that are worth their share of one pass, the likeliest first.
+
+    Args:
+        drafts: best first, so that what is kept of each is a prefix, which is a tree.
+        costs: of passes that several sequences share.
+        roots: sequences of the pass, those without a draft included.
+    """
+    ranked = sorted((-score, i) for i, draft in enumerate(drafts) for score in draft.scores)
+    counts = [0] * len(drafts)
+    for _, i in ranked[: costs.best_size([-score for score, _ in ranked], roots)]:
+        counts[i] += 1
+    return [draft.first(n) for draft, n in zip(drafts, counts, strict=True)]
+
+
+def decode(
+    target: Target,
+    ids: list[int],
+    *,
+    max_new_tokens: int,
+    sampler: Sampler,
+    stats: Stats,
+    drafter: Drafter | None = None,
+    plan: TreePlan | None = None,
+    costs: Costs | None = None,
+    exact: bool = False,
+    watch: Callable[[Step], None] | None = None,
+    prefixes: PrefixCache | None = None,
+) -> Generator[Emitted, None, None]:
+    """Answer ``ids``, yielding the tokens of each iteration until the sampler or the limit ends it.
+
+    Args:
+        target: its answer is wanted.
+        ids: the prompt.
+        max_new_tokens: most tokens of the answer.
+        sampler: chooses them.
+        stats: filled while the answer grows.
+        drafter: as of ``Decoder``.
+        plan: as of ``Decoder``.
+        costs: as of ``Decoder``.
+        exact: as of ``Decoder``.
+        watch: called with each iteration before its tokens are yielded.
+        prefixes: as of ``Decoder``.
+
+    Raises:
+        BeagleError: the prompt doesn't fit into the target's context, or its cache into memory; or the
+            logits are no numbers.
+    """
+    sequence = Sequence(ids, room(target, ids, max_new_tokens), sampler, watch=watch, stats=stats)
+    decoder = Decoder(target, drafter=drafter, plan=plan, costs=costs, exact=exact, prefixes=prefixes)
+    decoder.enter([sequence])
+    try:
+        while not sequence.ended:
+            for _, emitted in decoder.step():
+                if sequence.error is not None:
+                    raise sequence.error
+                yield emitted
+    finally:
+        decoder.leave(sequence)

@@ -1,0 +1,96 @@
+"""Keys and values of sequences that have ended, for prompts that begin with the same tokens (prefix caching).
+
+A chat's next turn repeats the dialogue so far, and requests of one application share a system prompt: with their keys
+at hand only what is new of a prompt is run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from beagle.targets.cache import KVCache
+
+
+@dataclass(eq=False)
+class Prefix:
+    """The beginning of a sequence.
+
+    Attributes:
+        tokens: ``[n]``, int64, on the CPU.
+        cache: their keys and values, of one sequence.
+        states: their hidden states ``[n, hidden]``, from which a drafter learns the context.
+    """
+
+    tokens: Tensor
+    cache: KVCache
+    states: Tensor
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    def first(self, n: int) -> Prefix:
+        """Its first ``n`` tokens, over the same memory."""
+        return Prefix(self.tokens[:n], self.cache, self.states[:n])
+
+
+class PrefixCache:
+    """The newest sequences, of at most ``most`` tokens together; the least recently used goes first."""
+
+    def __init__(self, most: int) -> None:
+        """
+        Args:
+            most: tokens that are kept, of all sequences together.
+        """
+        self.most = most
+        self._kept: list[Prefix] = []  # the least recently used first
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are kept now."""
+        return sum(one.length for one in self._kept)
+
+    def find(self, ids: list[int]) -> Prefix | None:
+        """The longest beginning of a prompt that is kept, at most all of it but the last token; None if there is none."""
+        prompt = torch.tensor(ids[:-1])
+        common = [_common(one.tokens, prompt) for one in self._kept]
+        if not max(common, default=0):
+            return None
+        best = max(range(len(common)), key=common.__getitem__)
+        found = self._kept.pop(best)
+        self._kept.append(found)
+        return found.first(common[best])
+
+    def keep(self, tokens: list[int], cache: KVCache, row: int, states: Tensor) -> None:
+        """Keep a sequence: a copy of its keys and values, as far as there is room.
+
+        Args:
+            tokens: that the target has run.
+            cache: where their keys and values are.
+            row: its sequence there.
+            states: hidden states ``[tokens, hidden]``.
+        """
+        ids = torch.tensor(tokens[: self.most])
+        for one in self._kept:
+            if _common(one.tokens, ids) == len(ids):  # nothing new
+                self._kept.remove(one)
+                self._kept.append(one)
+                return
+        self._kept = [one for one in self._kept if _common(one.tokens, ids) < one.length]
+        while self._kept and self.tokens + len(ids) > self.most:
+            self._kept.pop(0)
+        try:
+            copied = cache.copy_of(row, len(ids))
+            self._kept.append(Prefix(ids, copied, states[: len(ids)].clone()))
+        except RuntimeError:  # no memory: then the next prompt is run whole
+            self._kept.clear()
+
+
+def _common(one: Tensor, other: Tensor) -> int:
+    """Length of the longest common beginning."""
+    n = min(len(one), len(other))
+    differ = (one[:n] != other[:n]).nonzero()
+    return int(differ[0]) if len(differ) else n

@@ -1,0 +1,123 @@
+"""Accepting a drafted tree: from the root along the target's own choices, as far as the draft has them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from beagle.decoding.sampling import Sampler, choose_rows
+from beagle.drafters.base import Draft
+
+
+class Walk:
+    """The way through a verified tree.
+
+    The target's choice at a node is what plain decoding would have chosen there; where a child
+    carries that token the walk goes on, else the token is the bonus. Deterministic candidates are
+    so verified losslessly, greedy or sampled.
+
+    Attributes:
+        path: the accepted nodes, the root first.
+        chosen: the tokens chosen at each of them.
+        active: whether ``path[-1]`` still has no token.
+        ended: whether the last token ends the answer.
+        error: what went wrong at ``path[-1]``, if anything.
+    """
+
+    def __init__(self, draft: Draft, sampler: Sampler, *, first: int, position: int, left: int) -> None:
+        """
+        Args:
+            draft: candidates, the root left out.
+            sampler: of the answer.
+            first: the root's row of the pass's logits.
+            position: of the answer, which the root's choice takes.
+            left: most tokens to choose.
+        """
+        self.path: list[int] = [0]
+        self.chosen: list[int] = []
+        self.active = True
+        self.ended = False
+        self.error: Exception | None = None
+        self.sampler = sampler
+        self._first, self._position, self._left = first, position, left
+        self._children: dict[tuple[int, int], int] = {}
+        for node, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True), 1):
+            self._children.setdefault((parent + 1, token), node)
+
+    @property
+    def row(self) -> int:
+        """Row of the logits that the next token is chosen from."""
+        return self._first + self.path[-1]
+
+    @property
+    def position(self) -> int:
+        """Of the answer, which the next token takes."""
+        return self._position + len(self.chosen)
+
+    def take(self, token: int) -> None:
+        """The target chooses ``token`` at ``path[-1]``."""
+        self.chosen.append(token)
+        child = self._children.get((self.path[-1], token))
+        self.ended = self.sampler.ended(token)
+        self.active = child is not None and len(self.chosen) < self._left and not self.ended
+        if child is not None and self.active:
+            self.path.append(child)
+
+    def fail(self, error: Exception) -> None:
+        """No more tokens: choosing one raised ``error``."""
+        self.error, self.active = error, False
+
+
+def accept(walks: Sequence[Walk], logits: Tensor) -> None:
+    """Walk all trees of a pass to their ends, side by side. What goes wrong in one walk ends that walk alone.
+
+    Args:
+        walks: at their roots.
+        logits: ``[tokens, vocabulary]`` of the pass.
+    """
+    if len(walks) > 1 or logits.is_cuda:  # one round trip for all that is greedy; else only what the walk asks for
+        _accept_greedy([walk for walk in walks if walk.sampler.greedy], logits)
+    while active := [walk for walk in walks if walk.active]:
+        for walk, token in zip(active, choose(active, logits), strict=True):
+            _take(walk, token)
+
+
+def choose(walks: Sequence[Walk], logits: Tensor) -> list[int | Exception]:
+    """The next token of each walk, or what went wrong in choosing it."""
+    if len(walks) > 1:
+        samplers, positions = [walk.sampler for walk in walks], [walk.position for walk in walks]
+        try:
+            return [*choose_rows(samplers, logits[[walk.row for walk in walks]], positions)]
+        except Exception:  # of one of them: found out below
+            pass
+    found: list[int | Exception] = []
+    for walk in walks:
+        try:
+            found.append(walk.sampler.choose(logits[walk.row], walk.position))
+        except Exception as error:
+            found.append(error)
+    return found
+
+
+def _take(walk: Walk, token: int | Exception) -> None:
+    try:
+        if isinstance(token, Exception):
+            raise token
+        walk.take(token)
+    except Exception as error:
+        walk.fail(error)
+
+
+def _accept_greedy(walks: Sequence[Walk], logits: Tensor) -> None:
+    if not walks:
+        return
+    largest, tokens = (found.tolist() for found in torch.max(logits, -1))
+    for walk in walks:
+        while walk.active:
+            try:
+                walk.sampler.check(largest[walk.row])
+                walk.take(tokens[walk.row])
+            except Exception as error:
+                walk.fail(error)

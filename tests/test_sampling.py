@@ -76,6 +76,13 @@ class KnownCache:
         self.ids += tuple(self.tree[i] for i in path)
 
 
+class KnownContext:
+    ids: tuple[int, ...] = ()
+
+    def extend(self, tokens, states):
+        self.ids += tuple(tokens)
+
+
 class Known:
     """The target and its drafter, every pass remembered, so that thousands of answers are cheap."""
 
@@ -113,17 +120,16 @@ class Known:
             self.heads[key] = self.target.logits(states), states  # kept alive, so that ids stay its own
         return self.heads[key][0]
 
-    def begin(self, tokens, states):
-        self.context = tuple(tokens)
+    def context(self):
+        return KnownContext()
 
-    def extend(self, tokens, states):
-        self.context += tuple(tokens)
-
-    def draft(self, root, plan, min_gain=0.0):
-        key = self.context, root, plan
+    def draft(self, contexts, roots, plan, min_gain=0.0):
+        ((context,), (root,)) = contexts, roots
+        key = context.ids, root, plan
         if key not in self.drafts:
-            self.drafter.begin(list(self.context), self.real(self.context)[1])
-            self.drafts[key] = self.drafter.draft(root, plan)
+            own = self.drafter.context()
+            own.extend(list(context.ids), self.real(context.ids)[1])
+            self.drafts[key] = self.drafter.draft([own], [root], plan)
         return self.drafts[key]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -53,12 +52,6 @@ class Model:
         if fresh or (exact, batch) not in self._costs:
             self._costs[exact, batch] = cached_costs(self.target, self.drafter, self.plan, exact, fresh, batch)
         return self._costs[exact, batch]
-
-    def fork(self) -> Model:
-        """The same weights with a drafter of its own, so that answers of several forks can take turns."""
-        twin = copy.copy(self)
-        twin.drafter = self.drafter.fork() if self.drafter is not None else None
-        return twin
 
     def generate(
         self,
@@ -228,8 +221,7 @@ class Model:
 
     def _costs_of_sizes(self, drafter: Drafter | None, exact: bool = False, batch: bool = False) -> Costs | None:
         """Costs, where they choose the tree's size."""
-        open_size = self.plan.nodes is None and self.plan.kind == "dynamic"
-        return self.costs(exact, batch=batch) if drafter is not None and open_size else None
+        return self.costs(exact, batch=batch) if drafter is not None and self.plan.sized_by_costs else None
 
 
 def load(

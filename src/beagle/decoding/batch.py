@@ -18,7 +18,7 @@ from beagle.decoding.costs import Costs
 from beagle.decoding.loop import FIRST_SLOTS, Emitted, Walk, best_of, finish_reason, greedy
 from beagle.decoding.sampling import Sampler, choose_rows
 from beagle.decoding.stats import Stats
-from beagle.drafters.base import Draft, Drafter, TreePlan, cut
+from beagle.drafters.base import Draft, DraftContext, Drafter, TreePlan, prune
 from beagle.limits import MAX_NODES
 from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
@@ -37,7 +37,7 @@ class Row:
             answers are those of the run.
         states: true states of the prompt and of all tokens but the last, ``[n, hidden]`` piece by
             piece, where the batch keeps them.
-        drafter: of this row's context. ended: whether the row has left its batch.
+        context: what the drafter remembers of it. ended: whether the row has left its batch.
     """
 
     ids: list[int]
@@ -46,7 +46,7 @@ class Row:
     stats: Stats = field(default_factory=Stats)
     tokens: list[int] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)
-    drafter: Drafter | None = None
+    context: DraftContext | None = None
     ended: bool = False
 
     @property
@@ -74,7 +74,7 @@ class Batch:
         """
         Args:
             rows: most live rows. slots: most tokens of a prompt and its answer.
-            drafter: each row drafts with a fork of it; None is plain decoding. plan: shape of the trees.
+            drafter: None is plain decoding. plan: shape of the trees.
             costs: measured times that choose how many candidates share a pass, where the plan leaves it open.
         """
         self.target = target
@@ -120,8 +120,8 @@ class Batch:
             row.tokens.append(token)
             row.stats.tokens += 1
             if self._drafter is not None:
-                row.drafter = self._drafter.fork()
-                row.drafter.begin(row.ids, part)
+                row.context = self._drafter.context()
+                row.context.extend(row.ids, part)
             if self._keep_states:
                 row.states.append(part)
         self.live += rows
@@ -146,7 +146,7 @@ class Batch:
         drafts = self._draft()
         drafted_at = clock()
 
-        shapes = [TreeShape([-1, *(parent + 1 for parent in draft.parents)]) for draft in drafts]
+        shapes = [draft.tree() for draft in drafts]
         longest = max(self._cache.lengths[i] + len(shape.parents) for i, shape in enumerate(shapes))
         self._cache = target.with_room(self._cache, longest)
         nodes = [[row.tokens[-1], *draft.tokens] for row, draft in zip(rows, drafts, strict=True)]
@@ -167,8 +167,8 @@ class Batch:
             kept.append(states[first : first + len(path)].clone() if whole else states[[first + node for node in path]])
             first += len(tree)
         for row, walk, own in zip(rows, walks, kept, strict=True):
-            if row.drafter is not None:
-                row.drafter.extend([row.tokens[-1], *walk.chosen[:-1]], own)
+            if row.context is not None:
+                row.context.extend([row.tokens[-1], *walk.chosen[:-1]], own)
         accepted_at = clock()
 
         emitted = []
@@ -204,7 +204,7 @@ class Batch:
             self.live[at] = self.live[last]
         self._cache.lengths[last] = 0
         self.live.pop()
-        row.drafter = None  # its memory is free for others
+        row.context = None  # its memory is free for others
 
     def _draft(self) -> list[Draft]:
         """Each row's candidates; none where the limit leaves no room for one."""
@@ -214,14 +214,14 @@ class Batch:
             return drafts
         rows = [self.live[i] for i in drafting]
         reach = [min(self._plan.depth, row.left - 1) for row in rows]  # never past the limit or the context
-        made = self._drafter.draft_rows(
-            [row.drafter for row in rows if row.drafter],
+        made = self._drafter.draft(
+            [row.context for row in rows if row.context],
             [row.tokens[-1] for row in rows],
             replace(self._plan, depth=max(reach), nodes=None),
             self._costs.min_gain(len(self.live)) if self._costs else 0.0,
         )
-        made = [cut(draft, depth, self._plan.nodes or MAX_NODES) for draft, depth in zip(made, reach, strict=True)]
-        if self._costs is not None and self._plan.nodes is None and self._plan.kind == "dynamic":
+        made = [prune(draft, depth, self._plan.nodes or MAX_NODES) for draft, depth in zip(made, reach, strict=True)]
+        if self._costs is not None and self._plan.sized_by_costs:
             made = shared(made, self._costs, len(self.live))
         for i, draft in zip(drafting, made, strict=True):
             drafts[i] = draft

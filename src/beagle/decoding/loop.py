@@ -93,8 +93,9 @@ def decode(
     states = target.prefill(prompt, cache)[0]
     root = sampler.choose(target.logits(states[-1]), 0)
     stats.tokens += 1
-    if drafter is not None:
-        drafter.begin(ids, states)
+    context = drafter.context() if drafter is not None else None
+    if context is not None:
+        context.extend(ids, states)
     if watch is not None:
         watch(Step([ids[-1]], TreeShape([-1]), states[-1:], [0]))
     stats.prefill_seconds += clock() - began
@@ -106,16 +107,16 @@ def decode(
         began = clock()
         draft = Draft([], [], [])
         left = max_new_tokens - made
-        if drafter is not None and left > 1:
+        if drafter is not None and context is not None and left > 1:
             reach = replace(plan, depth=min(plan.depth, left - 1))  # never past the limit or the context
-            draft = drafter.draft(root, reach, costs.min_gain() if costs else 0.0)
+            (draft,) = drafter.draft([context], [root], reach, costs.min_gain() if costs else 0.0)
             size = min(len(draft.tokens), most)
-            if plan.nodes is None and plan.kind == "dynamic" and costs is not None:
+            if plan.sized_by_costs and costs is not None:
                 size = costs.best_size(draft.scores[:size])
-            draft = Draft(draft.tokens[:size], draft.parents[:size], draft.scores[:size])
+            draft = draft.first(size)
         drafted_at = clock()
 
-        shape = TreeShape([-1, *(parent + 1 for parent in draft.parents)])
+        shape = draft.tree()
         cache = target.with_room(cache, cache.length + len(shape.parents))
         tokens = torch.tensor([root, *draft.tokens], device=target.device)
         states = target.exact.verify(cache, tokens, shape, keys) if exact else target.verify(cache, tokens, shape)
@@ -126,8 +127,8 @@ def decode(
 
         path, chosen, over = accept(logits, draft, sampler, made, left)
         cache.compact(path)
-        if drafter is not None:
-            drafter.extend([root, *chosen[:-1]], states[path])
+        if context is not None:
+            context.extend([root, *chosen[:-1]], states[path])
         accepted_at = clock()
         if watch is not None:
             watch(Step(tokens.tolist(), shape, states, path))

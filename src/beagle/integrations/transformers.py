@@ -190,18 +190,16 @@ class Speculation:
         return GenerateDecoderOnlyOutput(sequences=cast(LongTensor, sequences), **kept)
 
     def _answer(self, ours: Model, row: Row, prompt: Sequence[int], new: int) -> None:
-        fork = ours.fork()
-        open_size = fork.plan.nodes is None and fork.plan.kind == "dynamic"
         stats = Stats()
         steps = decode(
-            fork.target,
+            ours.target,
             list(prompt),
             max_new_tokens=new,
             sampler=row,
             stats=stats,
-            drafter=fork.drafter,
-            plan=fork.plan,
-            costs=fork.costs() if open_size else None,
+            drafter=ours.drafter,
+            plan=ours.plan,
+            costs=ours.costs() if ours.plan.sized_by_costs else None,
         )
         for _ in steps:
             pass

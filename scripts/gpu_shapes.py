@@ -12,22 +12,23 @@ python scripts/gpu_shapes.py --shape tiny --tokens 32 --size 1 --size 8         
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from beagle.decoding.decoder import decode
 from beagle.decoding.sampling import Sampler
 from beagle.decoding.stats import Stats
 from beagle.drafters import captured
-from beagle.drafters.base import Draft, Drafter, TreePlan
-from beagle.drafters.beagle import BeagleDrafter
+from beagle.drafters.base import Draft, DraftContext, Drafter, TreePlan
 from beagle.drafters.head import BeagleHead, HeadConfig
+from beagle.drafters.head_drafter import HeadDrafter
 from beagle.evaluation.floor import floor, probe
 from beagle.evaluation.meta import describe
 from beagle.targets import packages
@@ -46,24 +47,25 @@ DRAFT_ROWS = 8192  # tokens that the draft head can propose
 PROMPT = 256
 
 
-class Right(Drafter):
-    """Implements ``Drafter``: costs what ``inner`` costs, and is right with probability ``chance`` at each level."""
+class Right(Drafter[DraftContext]):
+    """Costs what ``inner`` costs, and is right with probability ``chance`` at each level."""
+
+    name = "right"
 
     def __init__(self, inner: Drafter, vocabulary: int, chance: float, seed: int = 0) -> None:
         self.inner, self.vocabulary, self.chance = inner, vocabulary, chance
         self.random = random.Random(seed)
 
-    def fork(self) -> Right:
-        return Right(self.inner.fork(), self.vocabulary, self.chance)
+    def context(self) -> DraftContext:
+        return self.inner.context()
 
-    def begin(self, tokens: list[int], states: Tensor) -> None:
-        self.inner.begin(tokens, states)
+    def draft(
+        self, contexts: Sequence[DraftContext], roots: list[int], plan: TreePlan, min_gain: float = 0.0
+    ) -> list[Draft]:
+        self.inner.draft(contexts, roots, plan, min_gain)
+        return [self.candidates(root, plan) for root in roots]
 
-    def extend(self, tokens: list[int], states: Tensor) -> None:
-        self.inner.extend(tokens, states)
-
-    def draft(self, root: int, plan: TreePlan, min_gain: float = 0.0) -> Draft:
-        self.inner.draft(root, plan, min_gain)
+    def candidates(self, root: int, plan: TreePlan) -> Draft:
         nodes = plan.nodes or 1
         tokens, parents = [], []
         for level in range(min(plan.depth, nodes)):
@@ -114,12 +116,12 @@ def measure(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
     target = counting_target(shape, pick_dtype(arguments.dtype, device), device, graphs)
     config = HeadConfig.for_target(target, draft_vocab_size=min(DRAFT_ROWS, target.vocab_size))
     head = BeagleHead(config).to(device, target.dtype).eval().requires_grad_(False)
-    drafter = BeagleDrafter(target, head)
+    drafter = HeadDrafter(target, head)
     machine = probe(target)
     rows: list[dict[str, Any]] = []
     for chance in [None, *arguments.chance]:
         for size in arguments.size if chance is not None else [0]:  # candidates; the root comes on top
-            own = drafter.fork()
+            own = copy.copy(drafter)
             if graphs:
                 captured.capture(own)  # anew: a graph drafts as many levels as it was recorded for
             inner = None if chance is None else Right(own, target.vocab_size, chance)

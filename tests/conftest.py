@@ -23,11 +23,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from beagle.cli import main
-from beagle.drafters.base import Draft
+from beagle.drafters.base import Draft, DraftContext, Drafter
 from beagle.drafters.block import Block
 from beagle.drafters.checkpoint import HEADS, save_head
-from beagle.drafters.named import DRAFTERS
-from beagle.drafters.tree import TreeDrafter
+from beagle.drafters.head_drafter import HeadDrafter
 from beagle.evaluation import run
 from beagle.model import Model
 from beagle.targets.loading import cache_dir
@@ -148,28 +147,37 @@ def tiny_head(target: Target, *, architecture: str = "beagle", seed: int = 0, sc
     return head.to(target.device, target.dtype).eval().requires_grad_(False)
 
 
-def tiny_drafter(target: Target, *, architecture: str = "beagle", **overrides) -> TreeDrafter:
-    return DRAFTERS[architecture](target, tiny_head(target, architecture=architecture, **overrides))
+def tiny_drafter(target: Target, *, architecture: str = "beagle", **overrides) -> HeadDrafter:
+    return HeadDrafter(target, tiny_head(target, architecture=architecture, **overrides))
 
 
-class Oracle:
+class Counted(DraftContext):
+    """How long the prompt was, and how long it is now."""
+
+    def __init__(self) -> None:
+        self.prompt = self.length = 0
+
+    def extend(self, tokens, states):
+        self.prompt = self.prompt or len(tokens)
+        self.length += len(tokens)
+
+
+class Oracle(Drafter[Counted]):
     """Knows the answer: drafts its next tokens as a chain, among wrong candidates."""
+
+    name = "oracle"
 
     def __init__(self, answer: list[int]) -> None:
         self.answer = answer
 
-    def fork(self):
-        return Oracle(self.answer)
+    def context(self):
+        return Counted()
 
-    def begin(self, tokens, states):
-        self.prompt = len(tokens)
-        self.length = len(tokens)
+    def draft(self, contexts, roots, plan, min_gain=0.0):
+        return [self.candidates(context, plan) for context in contexts]
 
-    def extend(self, tokens, states):
-        self.length += len(tokens)
-
-    def draft(self, root, plan, min_gain=0.0):
-        at = self.length - self.prompt + 1
+    def candidates(self, context, plan):
+        at = context.length - context.prompt + 1
         tokens, parents, parent = [], [], -1
         for right in self.answer[at : at + plan.depth]:
             tokens += [(right + 1) % 64, right]

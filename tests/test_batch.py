@@ -8,13 +8,14 @@ from collections import deque
 import pytest
 import torch
 
-from beagle.decoding.batch import Batch, Row, shared
 from beagle.decoding.costs import Costs
+from beagle.decoding.decoder import Decoder, shared
 from beagle.decoding.sampling import Sampler
-from beagle.drafters.base import Draft, TreePlan, cut
+from beagle.decoding.sequence import Sequence
+from beagle.drafters.base import Draft, TreePlan, prune
+from beagle.drafters.checkpoint import HEADS
 from beagle.drafters.combined import CombinedDrafter
 from beagle.drafters.lookup import LookupDrafter
-from beagle.drafters.named import DRAFTERS
 from beagle.drafters.small import SmallModelDrafter
 from beagle.errors import BeagleError
 from beagle.model import Model
@@ -32,7 +33,7 @@ def drafter(kind: str, target):
         return SmallModelDrafter(target, tiny_target())
     if kind == "lookup":
         return LookupDrafter()
-    return tiny_drafter(target, architecture=kind, scale=LIVELY[kind]) if kind in DRAFTERS else None
+    return tiny_drafter(target, architecture=kind, scale=LIVELY[kind]) if kind in HEADS else None
 
 
 def ending(family: str = "llama"):
@@ -88,7 +89,7 @@ def test_a_row_verifies_the_trees_that_it_would_alone(kind):
 
 @pytest.mark.parametrize("stopping", [False, True])
 @pytest.mark.parametrize("plan", [CHAIN, STATIC, DYNAMIC], ids=str)
-@pytest.mark.parametrize("kind", DRAFTERS)
+@pytest.mark.parametrize("kind", HEADS)
 def test_heads_draft_for_each_context_what_they_would_alone(kind, plan, stopping):
     target = tiny_target()
     one = drafter(kind, target)
@@ -98,20 +99,21 @@ def test_heads_draft_for_each_context_what_they_would_alone(kind, plan, stopping
     def alone(min_gain: float) -> list[Draft]:
         drafts = []
         for ids, states in zip(contexts, all_states, strict=True):
-            one.begin(ids, states)
-            drafts.append(one.draft(9, plan, min_gain))
+            context = one.context()
+            context.extend(ids, states)
+            drafts += one.draft([context], [9], plan, min_gain)
         return drafts
 
     whole, min_gain = alone(0.0), 0.0
     if stopping:  # half of the contexts after a level
         first = [sum(math.exp(s) for s, p in zip(d.scores, d.parents, strict=True) if p < 0) for d in whole]
         min_gain = sum(sorted(first)[1:3]) / 2
-    forks = [one.fork() for _ in contexts]
-    for fork, ids, states in zip(forks, contexts, all_states, strict=True):
-        fork.begin(ids[:-1], states[:-1])
-    for fork, ids, states in zip(forks, contexts, all_states, strict=True):
-        fork.extend(ids[-1:], states[-1:])
-    together, single = one.draft_rows(forks, [9] * 4, plan, min_gain), alone(min_gain)
+    fresh = [one.context() for _ in contexts]
+    for context, ids, states in zip(fresh, contexts, all_states, strict=True):
+        context.extend(ids[:-1], states[:-1])
+    for context, ids, states in zip(fresh, contexts, all_states, strict=True):
+        context.extend(ids[-1:], states[-1:])
+    together, single = one.draft(fresh, [9] * 4, plan, min_gain), alone(min_gain)
     for draft, own in zip(together, single, strict=True):
         assert (draft.tokens, draft.parents) == (own.tokens, own.parents)
         assert draft.scores == pytest.approx(own.scores, abs=1e-4)
@@ -157,11 +159,11 @@ def test_costs_go_on_beyond_what_was_measured():
 
 def test_drafts_are_cut_at_a_depth():
     draft = Draft([4, 5, 6, 7], [-1, 0, -1, 1], [-0.1, -0.2, -0.3, -0.4])
-    assert cut(draft, 3, 9) == draft
-    assert cut(draft, 2, 9) == Draft([4, 5, 6], [-1, 0, -1], [-0.1, -0.2, -0.3])
-    assert cut(draft, 1, 9) == Draft([4, 6], [-1, -1], [-0.1, -0.3])
-    assert cut(draft, 3, 2) == Draft([4, 5], [-1, 0], [-0.1, -0.2])
-    assert cut(Draft([], [], []), 3, 2) == Draft([], [], [])
+    assert prune(draft, 3, 9) == draft
+    assert prune(draft, 2, 9) == Draft([4, 5, 6], [-1, 0, -1], [-0.1, -0.2, -0.3])
+    assert prune(draft, 1, 9) == Draft([4, 6], [-1, -1], [-0.1, -0.3])
+    assert prune(draft, 3, 2) == Draft([4, 5], [-1, 0], [-0.1, -0.2])
+    assert prune(Draft([], [], []), 3, 2) == Draft([], [], [])
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5])
@@ -222,9 +224,9 @@ def test_stop_strings_end_a_row_and_let_the_next_one_in():
 def test_kept_states_are_true_ones(family):
     target = ending(family)
     for kind in ("plain", "beagle"):
-        batch = Batch(target, rows=2, slots=40, drafter=drafter(kind, target), plan=DYNAMIC, keep_states=True)
-        rows = [Row(list(range(3, 3 + n)), 15, Sampler()) for n in (4, 9, 2, 5)]
-        for _ in batch.run(deque(rows)):
+        decoder = Decoder(target, size=2, drafter=drafter(kind, target), plan=DYNAMIC, keep_states=True)
+        rows = [Sequence(list(range(3, 3 + n)), 15, Sampler()) for n in (4, 9, 2, 5)]
+        for _ in decoder.run(deque(rows)):
             pass
         for row in rows:
             ids = torch.tensor([[*row.ids, *row.tokens[:-1]]])
@@ -234,7 +236,7 @@ def test_kept_states_are_true_ones(family):
 
 def test_times_of_all_answers_add_up_to_the_runs(target, monkeypatch):
     ticks = iter(range(10**6))
-    monkeypatch.setattr("beagle.decoding.batch.time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("beagle.decoding.decoder.time.perf_counter", lambda: float(next(ticks)))
     answers = Model(target, drafter("lookup", target), DYNAMIC).generate_batch(PROMPTS, rows=3, max_new_tokens=8)
     read = next(ticks)
     passes = sum(answer.stats.prefill_seconds for answer in answers)

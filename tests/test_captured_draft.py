@@ -10,10 +10,10 @@ import torch
 
 from beagle.drafters.base import TreePlan
 from beagle.drafters.captured import CapturedDraft, capture
-from beagle.drafters.tree import TreeDrafter
 from beagle.model import Model, Piece
 from beagle.targets.captured import LEAST_KEYS
 from conftest import LIVELY, SMALL, Recorder, tiny_drafter, tiny_target
+from drafting import One
 
 pytestmark = pytest.mark.slow
 
@@ -30,18 +30,18 @@ def states(n: int, seed: int = 1) -> torch.Tensor:
 
 
 @pytest.fixture(params=["beagle", "eagle"])
-def pair(request) -> tuple[TreeDrafter, TreeDrafter, Recorder]:
+def pair(request) -> tuple[One, One, Recorder]:
     """An eager drafter, and one whose drafts are recorded."""
     target, recorder = tiny_target(), Recorder()
     eager, fast = (
-        tiny_drafter(target, architecture=request.param, scale=LIVELY[request.param], draft_vocab_size=48)
+        One(tiny_drafter(target, architecture=request.param, scale=LIVELY[request.param], draft_vocab_size=48))
         for _ in range(2)
     )
-    fast.captured = CapturedDraft(fast, recorder)
+    fast.drafter.captured = CapturedDraft(fast.eager, fast.rotations, recorder)
     return eager, fast, recorder
 
 
-def drafts(drafter: TreeDrafter, plan: TreePlan, context: int, min_gain: float = 0.0) -> list:
+def drafts(drafter: One, plan: TreePlan, context: int, min_gain: float = 0.0) -> list:
     """Of a context, after its growth, and of another shorter one in the same memory."""
     tokens = [3 + i % 40 for i in range(context)]
     drafter.begin(tokens, states(context))
@@ -75,10 +75,10 @@ def test_static_trees_and_several_contexts_are_drafted_eagerly(pair):
     assert drafts(fast, TreePlan("static", 5), 9) == drafts(eager, TreePlan("static", 5), 9)
     found = []
     for drafter in (eager, fast):
-        rows = [drafter.fork() for _ in range(2)]
-        for i, row in enumerate(rows):
-            row.begin(list(range(3, 12 - i)), states(9 - i))
-        found.append(drafter.draft_rows(rows, [12, 13], PLANS["dynamic"]))
+        contexts = [drafter.drafter.context() for _ in range(2)]
+        for i, context in enumerate(contexts):
+            context.extend(list(range(3, 12 - i)), states(9 - i))
+        found.append(drafter.drafter.draft(contexts, [12, 13], PLANS["dynamic"]))
     assert found[0] == found[1]
     assert recorder.made == 0
 
@@ -89,7 +89,7 @@ def test_answers_that_take_turns_share_the_graphs(pair):
     prompts = [f"w{5 + i} w9 w33" for i in range(3)]
     found = []
     for drafter in (eager, fast):
-        model = Model(tiny_target(), drafter, plan)
+        model = Model(tiny_target(), drafter.drafter, plan)
         answers = [[] for _ in prompts]
         streams = [model.stream(prompt, raw=True, max_new_tokens=24) for prompt in prompts]
         for pieces in zip_longest(*streams, fillvalue=Piece("")):  # in turn
@@ -130,7 +130,7 @@ def test_a_deeper_plan_is_recorded_anew_and_a_refused_one_leaves_the_shallower_g
     fast.captured._record = None  # whatever goes wrong
     deeper = TreePlan("dynamic", 5, 4, 20)
     assert drafts(fast, deeper, 9) == drafts(eager, deeper, 9)
-    fast._level = None  # the eager level
+    fast.head.level = None  # the eager level
     assert drafts(fast, plans[1], 9)[0].tokens == drafts(eager, plans[1], 9)[0].tokens
 
 

@@ -16,6 +16,7 @@ from beagle.drafters.lookup import LookupDrafter
 from beagle.drafters.small import SmallModelDrafter
 from beagle.model import Model
 from conftest import tiny_drafter, tiny_target
+from drafting import One
 
 LOOP = "w3 w4 w5 w6 w7 w8 w3 w4 w5 w6 w7 w8 w3 w4"
 
@@ -79,29 +80,30 @@ def test_both_kinds_of_candidates_are_there_and_a_sure_repetition_needs_no_head(
     target = tiny_target()
     head = tiny_drafter(target)
     drafter = CombinedDrafter(head, LookupDrafter())
+    one = One(drafter)
     ids = [9, 8, 7, 9, 8, 6, 9]
     states = target.prefill(torch.tensor([ids]), target.new_cache(1, 64))[0]
-    drafter.begin(ids, states)
+    one.begin(ids, states)
     plan = TreePlan("dynamic", 3, 4, 64)
-    both = paths(drafter.draft(8, plan))
-    assert paths(drafter.lookup.draft(8, plan)).keys() <= both.keys()
-    assert paths(head.draft(8, plan)).keys() <= both.keys()
+    both = paths(one.draft(8, plan))
+    assert paths(drafter.lookup.draft([one.context.lookup], [8], plan)[0]).keys() <= both.keys()
+    assert paths(head.draft([one.context.head], [8], plan)[0]).keys() <= both.keys()
 
     loop = [5, 6] * 12
     states = target.prefill(torch.tensor([loop]), target.new_cache(1, 64))[0]
-    drafter.begin(loop, states)
-    monkeypatch.setattr(head, "draft_rows", lambda *_: pytest.fail("drafted"))
-    assert drafter.draft(5, plan).tokens[:3] == [6, 5, 6]
+    one.begin(loop, states)
+    monkeypatch.setattr(head, "draft", lambda *_: pytest.fail("drafted"))
+    assert one.draft(5, plan).tokens[:3] == [6, 5, 6]
 
 
-def test_forks_take_turns():
+def test_answers_take_turns():
     target = tiny_target()
     target.eos_ids = frozenset()
     for drafter in (CombinedDrafter(tiny_drafter(target), LookupDrafter()), SmallModelDrafter(target, tiny_target())):
         model = Model(target, drafter, TreePlan("dynamic", 4, 5, 12))
         prompts = [LOOP, "w9 w8 w9 w8 w9", "w30 w31"]
         alone = [model.generate(prompt, max_new_tokens=30) for prompt in prompts]
-        streams = [model.fork().stream(prompt, max_new_tokens=30) for prompt in prompts]
+        streams = [model.stream(prompt, max_new_tokens=30) for prompt in prompts]
         ids: list[list[int]] = [[] for _ in prompts]
         for pieces in itertools.zip_longest(*streams):
             for own, piece in zip(ids, pieces, strict=True):

@@ -9,11 +9,11 @@ import torch
 from beagle.cli.compile import compare_drafts
 from beagle.drafters import compiled
 from beagle.drafters.base import TreePlan
-from beagle.drafters.named import DRAFTERS
-from beagle.drafters.tree import TreeDrafter
+from beagle.drafters.head_drafter import HeadDrafter
 from beagle.errors import BeagleError
 from beagle.targets.target import Target
 from conftest import LIVELY, SMALL, tiny_head, tiny_model, tiny_tokenizer
+from drafting import One
 
 pytestmark = [
     pytest.mark.slow,
@@ -31,30 +31,30 @@ CASES = {"beagle": {}, "eagle": {"quantize": "int8", "draft_vocab_size": 48}}
 
 
 def case(name: str):
-    """A target, its drafter's class, and how to make the head anew: a drafter packs its own."""
+    """A target, and how to make the head anew: a drafter packs its own."""
     overrides = dict(CASES[name])
     target = Target(tiny_model("llama"), tiny_tokenizer(), "tiny-llama", overrides.pop("quantize", None))
-    return target, DRAFTERS[name], lambda: tiny_head(target, architecture=name, scale=LIVELY[name], **overrides)
+    return target, lambda: tiny_head(target, architecture=name, scale=LIVELY[name], **overrides)
 
 
 @pytest.fixture(scope="module", params=list(CASES))
 def folder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("levels") / request.param
-    target, kind, head = case(folder.name)
-    compiled.build(folder, target, kind, head(), "tiny")
+    target, head = case(folder.name)
+    compiled.build(folder, target, head(), "tiny")
     return folder
 
 
 @pytest.fixture(scope="module")
-def both(folder) -> tuple[TreeDrafter, TreeDrafter]:
+def both(folder) -> tuple[HeadDrafter, HeadDrafter]:
     """An eager one, and one with the levels that ``build`` made of its head."""
-    target, kind, head = case(folder.name)
+    target, head = case(folder.name)
     own = head()
     found = compiled.find(folder, target, own)
     assert found is not None
-    fast = kind(target, own)
-    fast.use(found)
-    return kind(target, head()), fast
+    fast = HeadDrafter(target, own)
+    fast.use_compiled(found)
+    return HeadDrafter(target, head()), fast
 
 
 def states(n: int) -> torch.Tensor:
@@ -64,7 +64,7 @@ def states(n: int) -> torch.Tensor:
 @pytest.mark.parametrize("plan", PLANS.values(), ids=list(PLANS))
 def test_its_drafts_are_the_eager_ones(both, plan):
     found = []
-    for drafter in both:
+    for drafter in map(One, both):
         drafter.begin(TOKENS, states(len(TOKENS)))
         drafter.draft(12, plan)  # what it leaves behind the context is written over
         drafter.extend([12, 13], states(2))
@@ -76,10 +76,10 @@ def test_its_drafts_are_the_eager_ones(both, plan):
 
 
 def test_trees_of_one_context_are_computed_in_it(both, monkeypatch):
-    _, fast = both
+    fast = One(both[1])
     fast.begin(TOKENS, states(len(TOKENS)))
     expected = fast.draft(12, PLANS["dynamic"])
-    monkeypatch.setattr(fast, "_level", None)  # the eager level
+    monkeypatch.setattr(fast.head, "level", None)  # the eager level
     assert fast.draft(12, PLANS["dynamic"]) == expected
 
 
@@ -87,15 +87,15 @@ def test_several_contexts_are_drafted_eagerly(both):
     eager, fast = both
     found = []
     for drafter in (eager, fast):
-        rows = [drafter.fork() for _ in range(2)]
-        for i, row in enumerate(rows):
-            row.begin(TOKENS[i:], states(len(TOKENS) - i))
-        found.append(drafter.draft_rows(rows, [12, 13], PLANS["dynamic"]))
+        contexts = [drafter.context() for _ in range(2)]
+        for i, context in enumerate(contexts):
+            context.extend(TOKENS[i:], states(len(TOKENS) - i))
+        found.append(drafter.draft(contexts, [12, 13], PLANS["dynamic"]))
     assert [draft.tokens for draft in found[1]] == [draft.tokens for draft in found[0]]
 
 
 def test_other_weights_have_none(folder):
-    target, _, head = case(folder.name)
+    target, head = case(folder.name)
     other = head()
     assert compiled.find(folder, target, other) is not None
     other.o_proj.weight.data[0, 0] += 1
@@ -104,7 +104,7 @@ def test_other_weights_have_none(folder):
 
 def test_how_it_is_timed(both):
     _, fast = both
-    fast.use(fast.compiled)
+    fast.use_compiled(fast.compiled)
     eager, quick = compare_drafts(fast)
     assert min(eager, quick) > 0
     assert fast.compiled is not None
@@ -113,6 +113,6 @@ def test_how_it_is_timed(both):
 def test_a_broken_package_is_named(folder, both):
     (place,) = folder.iterdir()
     (place / "about.json").write_text(json.dumps({}))
-    target, _, head = case(folder.name)
+    target, head = case(folder.name)
     with pytest.raises(BeagleError, match="delete the folder"):
         compiled.find(folder, target, head())

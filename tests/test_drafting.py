@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from beagle.drafters.base import HOPE, STATIC_PATHS, Draft, TreePlan
-from beagle.drafters.named import DRAFTERS
+from beagle.drafters import checkpoint
+from beagle.drafters.base import ROW_SHARE, STATIC_PATHS, Draft, TreePlan
+from beagle.drafters.head_drafter import HeadDrafter
 from conftest import LIVELY, tiny_drafter, tiny_head, tiny_target
+from drafting import One
 
 CONTEXT = [5, 9, 33, 12, 60, 41, 7]
 ROOT = 20
@@ -40,7 +42,7 @@ def drafting(request):
     head = tiny_head(target, scale=LIVELY[request.param.get("architecture", "beagle")], **request.param)
     if request.param.get("draft_vocab_size"):
         head.draft_vocab.copy_(torch.arange(20) * 3 + 1)
-    drafter = DRAFTERS[head.architecture](target, head)
+    drafter = One(HeadDrafter(target, head))
     states = target.prefill(torch.tensor([CONTEXT]), target.new_cache(1, 16))[0]
     drafter.begin(CONTEXT, states)
     return target, drafter, states
@@ -133,9 +135,9 @@ def test_drafting_leaves_nothing_behind(drafting, plan):
     assert extended.scores == pytest.approx(fresh.scores, abs=1e-4)
 
 
-@pytest.mark.parametrize("architecture", DRAFTERS)
+@pytest.mark.parametrize("architecture", checkpoint.HEADS)
 def test_long_contexts_grow_the_cache(target, architecture):
-    drafter = tiny_drafter(target, architecture=architecture, scale=LIVELY[architecture])
+    drafter = One(tiny_drafter(target, architecture=architecture, scale=LIVELY[architecture]))
     tokens = [3 + i % 50 for i in range(505)]
     states = target.prefill(torch.tensor([tokens]), target.new_cache(1, 505))[0]
     drafter.begin(tokens, states)
@@ -150,15 +152,15 @@ def test_long_contexts_grow_the_cache(target, architecture):
     assert piecewise.scores == pytest.approx(at_once.scores, abs=1e-4)
 
 
-@pytest.mark.parametrize("architecture", DRAFTERS)
+@pytest.mark.parametrize("architecture", checkpoint.HEADS)
 def test_keys_are_made_when_a_draft_reads_them(target, monkeypatch, architecture):
-    drafter = tiny_drafter(target, architecture=architecture, scale=LIVELY[architecture])
+    drafter = One(tiny_drafter(target, architecture=architecture, scale=LIVELY[architecture]))
     tokens = [3 + i for i in range(20)]
     states = target.prefill(torch.tensor([tokens]), target.new_cache(1, 20))[0]
     drafter.begin(tokens[:8], states[:8])
     made = []
-    remember = drafter._remember
-    monkeypatch.setattr(drafter, "_remember", lambda own, *rest: made.append(own.tolist()) or remember(own, *rest))
+    remember = drafter.head.remember
+    monkeypatch.setattr(drafter.head, "remember", lambda own, *rest: made.append(own.tolist()) or remember(own, *rest))
     for at, end in ((8, 9), (9, 14), (14, 20)):
         drafter.extend(tokens[at:end], states[at:end])
     assert made == []
@@ -170,14 +172,14 @@ def test_keys_are_made_when_a_draft_reads_them(target, monkeypatch, architecture
 def test_levels_that_gain_too_little_are_not_drafted(drafting):
     drafter, plan = drafting[1], TreePlan("dynamic", depth=5, top_k=4)
     assert set(drafter.draft(ROOT, plan, min_gain=1.0).parents) <= {-1}
-    assert drafter.draft_rows([drafter, drafter], [ROOT, ROOT], plan, min_gain=1.1) == [Draft([], [], [])] * 2
+    assert drafter.drafter.draft([drafter.context] * 2, [ROOT, ROOT], plan, min_gain=1.1) == [Draft([], [], [])] * 2
 
 
 def test_candidates_without_hope_are_not_followed(drafting):
     drafter, plan = drafting[1], TreePlan("dynamic", depth=3, top_k=4)
     whole = drafter.draft(ROOT, plan)
     least = sorted(whole.scores)[len(whole.scores) // 3] - 1e-4
-    draft = drafter.draft(ROOT, plan, min_gain=math.exp(least) / HOPE)
+    draft = drafter.draft(ROOT, plan, min_gain=math.exp(least) / ROW_SHARE)
     assert min(draft.scores) >= least
     assert set(paths(draft)) <= set(paths(whole))
     firsts = [whole.tokens[i] for i, parent in enumerate(whole.parents) if parent < 0 and whole.scores[i] >= least]
@@ -191,10 +193,10 @@ def paths(draft: Draft) -> list[tuple[int, ...]]:
     return found
 
 
-@pytest.mark.parametrize("architecture", DRAFTERS)
+@pytest.mark.parametrize("architecture", checkpoint.HEADS)
 def test_contexts_may_come_a_token_at_a_time(target, architecture):
     """The newest slot's key, where it needs the next token, is that of the accepted one, not the drafted."""
-    drafter = tiny_drafter(target, architecture=architecture, scale=LIVELY[architecture])
+    drafter = One(tiny_drafter(target, architecture=architecture, scale=LIVELY[architecture]))
     states = target.prefill(torch.tensor([CONTEXT]), target.new_cache(1, 16))[0]
     drafter.begin(CONTEXT, states)
     at_once = drafter.draft(ROOT, PLANS[0])
@@ -213,10 +215,10 @@ def test_contexts_may_come_a_token_at_a_time(target, architecture):
     ids=str,
 )
 def test_only_keys_that_a_later_query_sees_are_made(target, monkeypatch, head, levels):
-    drafter = tiny_drafter(target, **head)
+    drafter = One(tiny_drafter(target, **head))
     states = target.prefill(torch.tensor([CONTEXT]), target.new_cache(1, 16))[0]
     drafter.begin(CONTEXT, states)
-    made, level = [], drafter._level
+    made, level = [], drafter.head.level
     keys_values = drafter.head.keys_values
 
     def watched(x, rotation):
@@ -225,7 +227,7 @@ def test_only_keys_that_a_later_query_sees_are_made(target, monkeypatch, head, l
 
     seen = []
     monkeypatch.setattr(drafter.head, "keys_values", watched)
-    monkeypatch.setattr(drafter, "_level", lambda *args: (seen.append(args), level(*args))[1])
+    monkeypatch.setattr(drafter.head, "level", lambda *args: (seen.append(args), level(*args))[1])
     drafter.draft(ROOT, TreePlan("dynamic", depth=5, top_k=4))
     assert made == levels
 
@@ -239,7 +241,7 @@ def test_empty_plans_are_refused(options):
 def test_certain_tokens_stay_behind_their_parents():
     """Chances of almost 1, whose scores rounding must not put above their parents'."""
     target = tiny_target()
-    drafter = tiny_drafter(target)
+    drafter = One(tiny_drafter(target))
     drafter.begin(CONTEXT, target.prefill(torch.tensor([CONTEXT]), target.new_cache(1, 16))[0])
 
     def logits(states: torch.Tensor) -> torch.Tensor:
@@ -248,7 +250,7 @@ def test_certain_tokens_stay_behind_their_parents():
             return torch.linspace(0, 3, 64)[None] + 1000.3
         return torch.full((len(states), 64), 1000.3).index_fill_(1, torch.tensor([7]), 1040.3)
 
-    drafter.logits = logits
+    drafter.eager.logits = logits
     draft = drafter.draft(ROOT, TreePlan("dynamic", depth=5, top_k=10))
     assert all(parent < node for node, parent in enumerate(draft.parents))
     assert all(parent < 0 or draft.scores[parent] >= draft.scores[node] for node, parent in enumerate(draft.parents))

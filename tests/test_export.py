@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 from transformers.activations import ACT2FN
 
 from beagle.drafters.base import TreePlan
-from beagle.drafters.beagle import BeagleDrafter
 from beagle.drafters.checkpoint import save_head
+from beagle.drafters.head_drafter import HeadDrafter
 from beagle.errors import BeagleError
 from beagle.vllm.config import BeagleDraftConfig
 from beagle.vllm.export import embedding_scale, export
 from conftest import LIVELY, tiny_head, tiny_target
+from drafting import One
 
 IDS = [1, 5, 9, 9, 23, 7, 40, 41, 5, 9]
 
@@ -104,7 +105,7 @@ def test_exported_heads_draft_what_ours_do(tmp_path, family, overrides, to):
     export(head, target, tmp_path, to=to)
     states = target.prefill(torch.tensor([IDS]), target.new_cache(1, 32))[0]
     exported = AsVLLM(tmp_path, target)
-    drafter = BeagleDrafter(target, head)
+    drafter = One(HeadDrafter(target, head))
     drafter.begin(IDS, states)
     drafts = {root: drafter.draft(root, TreePlan("chain", 5)).tokens for root in range(3, 13)}
     assert {root: exported.draft(IDS, root, states, 5) for root in drafts} == drafts

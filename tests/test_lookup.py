@@ -15,14 +15,15 @@ from beagle.drafters.base import TreePlan
 from beagle.drafters.lookup import LookupDrafter
 from beagle.model import Model
 from conftest import tiny_model, tiny_target, tiny_tokenizer
+from drafting import One
 
 STATES = torch.zeros(0)  # never looked at
 PROMPT = "w5 w9 w33 w12 w5 w9 w40 w5 w9"
 KINDS = ["chain", "static", "dynamic"]
 
 
-def begun(tokens: list[int], max_ngram: int = 4) -> LookupDrafter:
-    drafter = LookupDrafter(max_ngram)
+def begun(tokens: list[int], max_ngram: int = 4) -> One:
+    drafter = One(LookupDrafter(max_ngram))
     drafter.begin(tokens, STATES)
     return drafter
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from beagle.drafters.base import Draft, TreePlan
+from beagle.drafters.base import Draft, DraftContext, TreePlan
 from beagle.drafters.checkpoint import save_head
 from beagle.evaluation import modes as m
 from beagle.evaluation.meta import portable
@@ -88,18 +90,21 @@ def test_each_mode_drafts_with_its_own_drafter(mode, monkeypatch):
     target = tiny_target()
     used = []
 
-    class Named(m.EagleDrafter):
-        def __init__(self, name):
-            self.name = name
-
-        def begin(self, tokens, states):
-            used.append(self.name)
-
+    class Nothing(DraftContext):
         def extend(self, tokens, states):
             pass
 
-        def draft(self, root, plan, min_gain=0.0):
-            return Draft([5], [-1], [-1.0])
+    class Named(m.HeadDrafter):
+        def __init__(self, name):
+            self.name = name
+            self.head = SimpleNamespace(architecture="eagle")
+
+        def context(self):
+            used.append(self.name)
+            return Nothing()
+
+        def draft(self, contexts, roots, plan, min_gain=0.0):
+            return [Draft([5], [-1], [-1.0])]
 
     monkeypatch.setattr(m, "load_drafter", lambda draft, *a, **o: None if draft == "none" else Named(draft))
     drafts = m.Drafts("mine+lookup", "rival", "tiny")

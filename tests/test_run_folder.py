@@ -15,7 +15,7 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from beagle.drafters.checkpoint import load_head
-from beagle.drafters.named import DRAFTERS
+from beagle.drafters.head_drafter import HeadDrafter
 from beagle.errors import BeagleError
 from beagle.model import Model
 from beagle.targets.target import Target
@@ -213,7 +213,7 @@ def test_a_head_is_trained_for_every_family_whatever_its_config_calls_things(fam
     folder = train_head(target, prompts, tmp_path / "run", recipe, console=Console(file=io.StringIO()))
     head = load_head(folder, target)
     assert (head.config.num_heads, head.config.head_dim) == (4, 8)
-    drafted = Model(target, DRAFTERS["beagle"](target, head))
+    drafted = Model(target, HeadDrafter(target, head))
     for temperature in (0.0, 1.0):
         options = {"max_new_tokens": 12, "temperature": temperature}
         assert drafted.generate("w3 w4", **options).token_ids == Model(target).generate("w3 w4", **options).token_ids

@@ -67,13 +67,28 @@ def truth(small) -> dict[tuple[int, ...], float]:
 class KnownCache:
     """Stands in for the KV cache: the tokens themselves."""
 
-    length = 0
+    batch, capacity = 1, 64
 
     def __init__(self) -> None:
         self.ids: tuple[int, ...] = ()
 
-    def compact(self, path):
-        self.ids += tuple(self.tree[i] for i in path)
+    @property
+    def length(self):
+        return len(self.ids)
+
+    @property
+    def lengths(self):
+        return [len(self.ids)]
+
+    def compact_rows(self, paths):
+        self.ids += tuple(self.tree[i] for i in paths[0])
+
+
+class KnownContext:
+    ids: tuple[int, ...] = ()
+
+    def extend(self, tokens, states):
+        self.ids += tuple(tokens)
 
 
 class Known:
@@ -113,17 +128,16 @@ class Known:
             self.heads[key] = self.target.logits(states), states  # kept alive, so that ids stay its own
         return self.heads[key][0]
 
-    def begin(self, tokens, states):
-        self.context = tuple(tokens)
+    def context(self):
+        return KnownContext()
 
-    def extend(self, tokens, states):
-        self.context += tuple(tokens)
-
-    def draft(self, root, plan, min_gain=0.0):
-        key = self.context, root, plan
+    def draft(self, contexts, roots, plan, min_gain=0.0):
+        ((context,), (root,)) = contexts, roots
+        key = context.ids, root, plan
         if key not in self.drafts:
-            self.drafter.begin(list(self.context), self.real(self.context)[1])
-            self.drafts[key] = self.drafter.draft(root, plan)
+            own = self.drafter.context()
+            own.extend(list(context.ids), self.real(context.ids)[1])
+            self.drafts[key] = self.drafter.draft([own], [root], plan)
         return self.drafts[key]
 
 

@@ -40,9 +40,9 @@ def test_served_fields_mean_what_the_library_means(served, field):
     asked, options = FIELDS[field]
     body = {**LONG, "seed": 5, **asked}
     options = {"max_new_tokens": 24, "seed": 5, **options}
-    expected = served.model.fork().generate(MESSAGES, draft=False, **options)
+    expected = served.model.generate(MESSAGES, draft=False, **options)
     prompt = "w5 w9 w33 w12"
-    raw = served.model.fork().generate(prompt, raw=True, draft=False, **options)
+    raw = served.model.generate(prompt, raw=True, draft=False, **options)
     for draft in (True, False):
         answer = served.post(**body, beagle={"draft": draft}).json()
         assert answer["choices"][0]["message"]["content"] == expected.text
@@ -56,11 +56,11 @@ def test_served_fields_mean_what_the_library_means(served, field):
 
 def test_fields_change_answers(served):
     """So that the test above can fail: each field matters for the tiny model."""
-    plain = {seed: served.model.fork().generate(MESSAGES, max_new_tokens=24, temperature=t, seed=5).token_ids
+    plain = {seed: served.model.generate(MESSAGES, max_new_tokens=24, temperature=t, seed=5).token_ids
              for seed, t in ((0, 0.0), (1, 1.0))}  # fmt: skip
     for field, (_, options) in FIELDS.items():
         if field not in ("top_k off", "ignore_eos", "min_tokens"):
-            made = served.model.fork().generate(MESSAGES, max_new_tokens=24, **{"seed": 5, **options}).token_ids
+            made = served.model.generate(MESSAGES, max_new_tokens=24, **{"seed": 5, **options}).token_ids
             assert made != plain[int("temperature" in options)], field
 
 
@@ -149,7 +149,7 @@ def test_another_content_type_is_named(served, headers):
 
 def test_the_final_message_is_continued(served):
     begun = [*MESSAGES, {"role": "assistant", "content": "w7 w8"}]
-    expected = served.model.fork().generate(begun, continue_final_message=True, max_new_tokens=12)
+    expected = served.model.generate(begun, continue_final_message=True, max_new_tokens=12)
     for extra in ({}, {"add_generation_prompt": False}):
         answer = served.ask(begun, extra_body={"continue_final_message": True, **extra})
         assert answer.choices[0].message.content == expected.text
@@ -161,7 +161,7 @@ def test_the_final_message_is_continued(served):
 
 def test_special_tokens_stop(served):
     """A stop string that only a special token's text completes."""
-    free = served.model.fork().generate(MESSAGES, max_new_tokens=24, ignore_eos=True)
+    free = served.model.generate(MESSAGES, max_new_tokens=24, ignore_eos=True)
     tokenizer = served.model.target.tokenizer
     assert (
         served.post(stop=tokenizer.decode(free.token_ids[3:4]), max_tokens=24).json()["choices"][0]["finish_reason"]

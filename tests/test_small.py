@@ -17,6 +17,7 @@ from beagle.errors import BeagleError
 from beagle.model import Model
 from beagle.targets.target import Target, TreeShape
 from conftest import tiny_model, tiny_target, tiny_tokenizer
+from drafting import One
 
 CONTEXT = [5, 9, 33, 12, 60, 41, 7]
 ROOT = 20
@@ -58,7 +59,7 @@ def next_log_q(small: Target, ids: list[int]) -> torch.Tensor:
     return F.log_softmax(small.logits(states[-1]).float(), dim=-1)
 
 
-def check_cache(drafter: SmallModelDrafter, context: list[int]) -> None:
+def check_cache(drafter: One, context: list[int]) -> None:
     """Its cache and what is pending are the context, and the cache is as a fresh prefill leaves it."""
     n = drafter.cache.length
     assert drafter.pending == context[n:]
@@ -85,7 +86,7 @@ def test_a_tree_grown_by_levels_is_the_tree_at_once(family):
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_trees_are_well_formed_and_scores_honest(target, plan):
     small = small_model()
-    drafter = SmallModelDrafter(target, small)
+    drafter = One(SmallModelDrafter(target, small))
     drafter.begin(CONTEXT, STATES)
     draft = drafter.draft(ROOT, plan)
     paths: list[tuple[int, ...]] = []
@@ -115,7 +116,7 @@ def test_trees_are_well_formed_and_scores_honest(target, plan):
 def test_the_cache_holds_the_true_context_whatever_is_accepted(target, family, seed):
     pick = random.Random(seed)
     small = small_model(family)
-    drafter = SmallModelDrafter(target, small)
+    drafter = One(SmallModelDrafter(target, small))
     context = list(CONTEXT)
     drafter.begin(context, STATES)
     for _ in range(12):
@@ -143,7 +144,7 @@ def test_the_cache_holds_the_true_context_whatever_is_accepted(target, family, s
 
 def test_nodes_of_an_earlier_draft_are_not_taken_for_new_ones(target):
     """The same tokens once more, with no draft in between."""
-    drafter = SmallModelDrafter(target, small_model())
+    drafter = One(SmallModelDrafter(target, small_model()))
     drafter.begin(CONTEXT, STATES)
     accepted = drafter.draft(ROOT, TreePlan("chain", depth=3)).tokens[:2]
     for times in (1, 2):
@@ -167,8 +168,8 @@ def test_greedy_answers_are_those_of_plain_decoding(target, plain, kind, nodes, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sampled_answers_are_those_of_plain_decoding(target, kind):
-    drafter = SmallModelDrafter(target, endless())
-    model = Model(target, drafter, TreePlan(kind, depth=4, top_k=6, nodes=14))
+    drafter = One(SmallModelDrafter(target, endless()))
+    model = Model(target, drafter.drafter, TreePlan(kind, depth=4, top_k=6, nodes=14))
     for seed in range(3):
         options = {"max_new_tokens": 16, "temperature": 0.8, "top_p": 0.9, "seed": seed}
         answer = model.generate(PROMPT, **options)
@@ -186,7 +187,7 @@ def test_the_target_as_its_own_drafter_is_always_right(target, plain, kind):
 
 
 def test_levels_that_gain_too_little_are_not_drafted(target):
-    drafter = SmallModelDrafter(target, small_model())
+    drafter = One(SmallModelDrafter(target, small_model()))
     drafter.begin(CONTEXT, STATES)
     plan = TreePlan("dynamic", depth=5, top_k=4)
     assert drafter.draft(ROOT, plan, min_gain=1.1).parents == []
@@ -195,7 +196,7 @@ def test_levels_that_gain_too_little_are_not_drafted(target):
 
 def test_long_contexts_grow_the_cache(target):
     small = small_model(max_position_embeddings=2048)
-    drafter = SmallModelDrafter(target, small)
+    drafter = One(SmallModelDrafter(target, small))
     context = [3 + i * i % 61 for i in range(500)]
     drafter.begin(context, STATES)
     for _ in range(5):
@@ -215,8 +216,8 @@ def test_contexts_longer_than_the_small_models_own_are_decoded_plainly(target, p
         "gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=12, vocab_size=64, bos_token_id=1, eos_token_id=2
     )
     small = Target(AutoModelForCausalLM.from_config(config), tiny_tokenizer(), "tiny-gpt2")
-    drafter = SmallModelDrafter(target, small)
-    model = Model(target, drafter, TreePlan("chain", depth=4))
+    drafter = One(SmallModelDrafter(target, small))
+    model = Model(target, drafter.drafter, TreePlan("chain", depth=4))
     answer = model.generate(PROMPT, max_new_tokens=24)  # a prompt of 6 tokens
     assert answer.token_ids == plain
     assert 0 < answer.stats.drafted < 4 * answer.stats.passes
@@ -229,8 +230,8 @@ def test_contexts_longer_than_the_small_models_own_are_decoded_plainly(target, p
 @pytest.mark.parametrize(("ours", "theirs"), [(64, 80), (80, 64)])
 def test_embedding_tables_may_differ_in_padding(ours, theirs):
     target = endless(vocab_size=ours)
-    drafter = SmallModelDrafter(target, small_model(vocab_size=theirs))
-    model = Model(target, drafter, TreePlan("dynamic", depth=3, top_k=4, nodes=10))
+    drafter = One(SmallModelDrafter(target, small_model(vocab_size=theirs)))
+    model = Model(target, drafter.drafter, TreePlan("dynamic", depth=3, top_k=4, nodes=10))
     expected = Model(target).generate(PROMPT, max_new_tokens=24).token_ids
     assert model.generate(PROMPT, max_new_tokens=24).token_ids == expected
     drafter.begin(CONTEXT, STATES)

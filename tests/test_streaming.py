@@ -150,7 +150,7 @@ def test_answers_of_forks_take_turns(endless):
     model = Model(endless, tiny_drafter(endless), TreePlan("dynamic", depth=3, top_k=4, nodes=8))
     prompts = [PROMPT, "w7", "w40 w41 w42 w9"]
     alone = [model.generate(prompt, max_new_tokens=20).text for prompt in prompts]
-    streams = [model.fork().stream(prompt, max_new_tokens=20) for prompt in prompts]
+    streams = [model.stream(prompt, max_new_tokens=20) for prompt in prompts]
     texts = [""] * len(prompts)
     running = list(range(len(prompts)))
     while running:

@@ -138,18 +138,8 @@ def target():
     return target
 
 
-class Drafts(Oracle):
-    """An oracle for a batch of one row."""
-
-    def fork(self):
-        return Drafts(self.answer)
-
-    def draft_rows(self, drafters, roots, plan, min_gain=0.0):
-        return [one.draft(root, plan) for one, root in zip(drafters, roots, strict=True)]
-
-
 def models_of(target, answer):
-    return Model(target), Model(target, Drafts(answer), TreePlan("chain", depth=5))
+    return Model(target), Model(target, Oracle(answer), TreePlan("chain", depth=5))
 
 
 def test_a_special_stop_ends_an_answer_with_and_without_drafts(target):

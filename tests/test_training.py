@@ -15,7 +15,7 @@ from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.drafters.block import drop
 from beagle.drafters.checkpoint import load_head
-from beagle.drafters.named import DRAFTERS
+from beagle.drafters.head_drafter import HeadDrafter
 from beagle.errors import BeagleError
 from beagle.model import Model
 from beagle.training import stages
@@ -28,6 +28,7 @@ from beagle.training.stages import ARCHITECTURES, stage_loss, step_alpha
 from beagle.training.states import Fingerprint, StateStore
 from beagle.training.trainer import Trainer
 from conftest import tiny_head, tiny_target
+from drafting import One
 
 PROMPTS = [Prompt(str(i), (" ".join(f"w{3 + (5 * i + j * j) % 60}" for j in range(1 + i % 5)),)) for i in range(12)]
 CONFIG = TrainConfig(
@@ -153,7 +154,7 @@ def test_run_leaves_a_log_and_a_usable_head(target, whole, tmp_path):
     assert int(rows[-1]["step"]) == whole.total
     assert {r["stage"] for r in rows} == {"early", "late"}
     whole.export(tmp_path, {"steps": whole.step})
-    drafter = DRAFTERS[whole.head.architecture](target, load_head(tmp_path, target))
+    drafter = HeadDrafter(target, load_head(tmp_path, target))
     plain, drafted = Model(target), Model(target, drafter, TreePlan("chain", depth=3))
     stats = Stats()
     for prompt in PROMPTS:
@@ -178,7 +179,7 @@ def test_step_alpha_is_that_of_chain_drafts(target, whole):
     assert truth[3:-1] == tokens[3:]
     whole.head.eval()
     found, drafts = step_alpha(whole.head, target, [[Stored("0", torch.tensor(tokens), states, 2)]], 4)
-    drafter = DRAFTERS[whole.head.architecture](target, copy.deepcopy(whole.head))
+    drafter = One(HeadDrafter(target, copy.deepcopy(whole.head)))
     tried, right = [0] * 4, [0] * 4
     for base in range(2, len(tokens) - 1):
         drafter.begin(tokens[: base + 1], states[: base + 1])

@@ -12,7 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tokenizers import normalizers
 
-from beagle.decoding.batch import Batch
+from beagle.decoding.decoder import Decoder
 from beagle.errors import BeagleError
 from beagle.model import Model
 from beagle.targets.target import Target
@@ -114,7 +114,7 @@ def test_an_interrupted_dialogue_is_answered_whole(target, tmp_path, monkeypatch
     config = replace(ANSWERS, sampled_share=share, rows=2)
     whole, run = Run(target, tmp_path / "whole"), Run(target, tmp_path / "run")
     whole(PROMPTS, config)
-    step, steps = Batch.step, []
+    step, steps = Decoder.step, []
 
     def interrupted(self):
         steps.append(0)
@@ -123,7 +123,7 @@ def test_an_interrupted_dialogue_is_answered_whole(target, tmp_path, monkeypatch
         return step(self)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Batch, "step", interrupted)
+        patched.setattr(Decoder, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(PROMPTS, config)
     before = StateStore.existing(run.folder).done_ids()
@@ -202,14 +202,14 @@ def test_a_text_without_a_token_is_refused(target):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_states_that_are_no_numbers_are_refused_when_made(answers, target, value, share, monkeypatch):
-    verify = target.verify_rows
+    verify = target.verify
 
     def broken(*args, **options):
         states = verify(*args, **options)
         states[0, 3] = value
         return states
 
-    monkeypatch.setattr(target, "verify_rows", broken)
+    monkeypatch.setattr(target, "verify", broken)
     prompt = Prompt("1", ("w3",), source="p.jsonl:1")
     with pytest.raises(BeagleError, match=r"p\.jsonl:1: .*tiny-llama in float32"):
         answers([prompt], replace(ANSWERS, sampled_share=share))

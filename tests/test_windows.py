@@ -11,6 +11,7 @@ from beagle.drafters.head import BeagleHead
 from beagle.training.stages import ARCHITECTURES
 from beagle.training.windows import ROUND, Batch, additive, early, late
 from conftest import LIVELY, tiny_drafter, tiny_target
+from drafting import One
 from windows import make_batch, make_head, rope
 
 HEADS = [
@@ -160,7 +161,7 @@ def test_a_window_sees_its_base_and_nothing_later(stage, newest):
 )
 def test_training_and_inference_agree(overrides):
     target = tiny_target()
-    drafter = tiny_drafter(target, scale=LIVELY[overrides.get("architecture", "beagle")], **overrides)
+    drafter = One(tiny_drafter(target, scale=LIVELY[overrides.get("architecture", "beagle")], **overrides))
     chains = ARCHITECTURES[drafter.head.architecture].chains
     head, depth = drafter.head, 4
     context = [5, 9, 33, 12, 60, 41, 7]

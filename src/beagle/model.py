@@ -260,8 +260,7 @@ class Model:
 
     def _costs_of_sizes(self, drafter: Drafter | None, exact: bool = False, batch: bool = False) -> Costs | None:
         """Costs, where they choose the tree's size."""
-        open_size = self.plan.nodes is None and self.plan.kind == "dynamic"
-        return self.costs(exact, batch=batch) if drafter is not None and open_size else None
+        return self.costs(exact, batch=batch) if drafter is not None and self.plan.sized_by_costs else None
 
 
 def load(

@@ -234,7 +234,7 @@ def test_settings_that_the_shipped_head_has_not(tmp_path):
     """
     from transformers import AutoTokenizer
 
-    from beagle.drafters.beagle import BeagleDrafter
+    from beagle.drafters.head_drafter import HeadDrafter
     from beagle.targets.target import Target
     from conftest import LIVELY, tiny_head, tiny_model, tiny_tokenizer
 
@@ -248,7 +248,7 @@ def test_settings_that_the_shipped_head_has_not(tmp_path):
     prompts = [
         [1, *torch.randint(3, 64, (n,), generator=torch.Generator().manual_seed(n)).tolist()] for n in range(3, 11)
     ]
-    model = beagle.Model(target, BeagleDrafter(target, head), beagle.TreePlan("chain", DEPTH))
+    model = beagle.Model(target, HeadDrafter(target, head), beagle.TreePlan("chain", DEPTH))
     ours = [chain(model, ids, 60) for ids in prompts]
     assert sum(counts[2] for _, counts in ours) > 5  # by luck, but the same luck every time
     expected = [answer for answer, _ in ours], total([counts for _, counts in ours])

@@ -15,7 +15,7 @@ from beagle.drafters.base import TreePlan
 from beagle.errors import BeagleError
 
 if TYPE_CHECKING:
-    from beagle.drafters.tree import TreeDrafter
+    from beagle.drafters.head_drafter import HeadDrafter
     from beagle.targets.target import Target
 
 
@@ -45,8 +45,8 @@ def compile(
     """
     from beagle.drafters import compiled as levels
     from beagle.drafters.checkpoint import find_head, load_head
-    from beagle.drafters.named import DRAFTERS, load_drafter, names_head, resolve_draft
-    from beagle.drafters.tree import TreeDrafter
+    from beagle.drafters.head_drafter import HeadDrafter
+    from beagle.drafters.named import load_drafter, names_head, resolve_draft
     from beagle.targets import compiled as passes
     from beagle.targets import loading, packages
     from beagle.targets.quantize import check_kind
@@ -77,9 +77,9 @@ def compile(
     head = load_head(place, loaded)
     if levels.find(folder, loaded, head) is None:
         with o.console.status(f"compiling the levels of {place.name}"):
-            told(*levels.build(folder, loaded, DRAFTERS[head.architecture], head, place.name))
+            told(*levels.build(folder, loaded, head, place.name))
     drafter = load_drafter(draft.removesuffix("+lookup"), loaded)
-    assert isinstance(drafter, TreeDrafter)
+    assert isinstance(drafter, HeadDrafter)
     show(f"a draft of {TreePlan().depth} levels", *compare_drafts(drafter))
 
 
@@ -134,18 +134,19 @@ def compare_batch(target: Target) -> tuple[float, float]:
     return in_turn(run)
 
 
-def compare_drafts(drafter: TreeDrafter) -> tuple[float, float]:
+def compare_drafts(drafter: HeadDrafter) -> tuple[float, float]:
     """Median seconds of an eager and a compiled draft of all levels."""
     import torch
 
     fast = drafter.compiled
     random = torch.Generator().manual_seed(0)
     states = torch.randn(CONTEXT, drafter.head.config.hidden_size, generator=random).to(drafter.lm_head.dtype)
-    drafter.begin([0] * CONTEXT, states)
+    context = drafter.context()
+    context.extend([0] * CONTEXT, states)
 
     def run(compiled: bool) -> None:
         drafter.compiled = fast if compiled else None
-        drafter.draft(1, TreePlan())
+        drafter.draft([context], [1], TreePlan())
 
     return in_turn(run)
 

@@ -123,9 +123,9 @@ def measure(
     if batch:
         cache = target.new_cache(SEVERAL, keys)
         cache.lengths = [context] * SEVERAL  # of zeros, which take as long to read as anything
-    several = [drafter.fork() for _ in range(SEVERAL)]
-    for each in (drafter, *several):
-        each.begin(ids, states)
+    alone, *several = contexts = [drafter.context() for _ in range(1 + SEVERAL)]
+    for own in contexts:
+        own.extend(ids, states)
     times: dict[int, list[float]] = {n: [] for n in sizes}
     drafts: list[float] = []
     drafts_of_several: list[float] = []
@@ -142,13 +142,13 @@ def measure(
             else:
                 target.logits(target.verify(cache, tokens, shape)).max(-1).indices.tolist()
             times[n].append(time.perf_counter() - began)
-        for each in (drafter, *several):
-            each.extend(ids[-1:], states[-1:])  # a draft begins with what the last pass brought
+        for own in contexts:
+            own.extend(ids[-1:], states[-1:])  # a draft begins with what the last pass brought
         began = time.perf_counter()
-        drafter.draft(ids[0], plan)
+        drafter.draft([alone], ids[:1], plan)
         drafts.append(time.perf_counter() - began)
         began = time.perf_counter()
-        drafter.draft_rows(several, [ids[0]] * SEVERAL, plan)
+        drafter.draft(several, [ids[0]] * SEVERAL, plan)
         drafts_of_several.append(time.perf_counter() - began)
     one = median(drafts)
     more = max(0.0, median(drafts_of_several) - one) / (SEVERAL - 1)
@@ -172,7 +172,7 @@ def cached_costs(
         "machine": platform.node() + platform.machine() + platform.processor(),
         "device": torch.cuda.get_device_name() if target.device.type == "cuda" else "cpu",
         "target": target.name,
-        "drafter": getattr(drafter, "name", type(drafter).__name__),  # a draft costs what its drafter costs
+        "drafter": drafter.name,  # a draft costs what its drafter costs
         "layers": target.layer_count,
         "dtype": str(target.dtype),
         "quantize": target.quantize,

@@ -21,7 +21,7 @@ from beagle.decoding.sampling import Sampler
 from beagle.decoding.sequence import Emitted, Sequence, Step, room
 from beagle.decoding.stats import Stats
 from beagle.decoding.walk import Walk, accept
-from beagle.drafters.base import Draft, Drafter, TreePlan, cut
+from beagle.drafters.base import Draft, Drafter, TreePlan, prune
 from beagle.errors import BeagleError
 from beagle.limits import MAX_NODES
 from beagle.targets.cache import KVCache
@@ -134,9 +134,10 @@ class Decoder:
         if at != last:
             self._cache.copy_row(at, self._cache, last)
             self.live[at] = self.live[last]
-        self._cache.lengths[last] = 0
         self.live.pop()
-        if not self.live:
+        if self.live:
+            self._cache.lengths[last] = 0
+        else:
             self._cache = self._one = None
 
     def _fail(self, sequence: Sequence, error: Exception) -> tuple[Sequence, Emitted]:
@@ -248,8 +249,8 @@ class Decoder:
                 one.tokens += walk.chosen
                 one.stats.tokens += 1
                 if self._drafter is not None and one.drafts:
-                    one.context = self._drafter.fork()
-                    one.context.begin(one.ids, own)
+                    one.context = self._drafter.context()
+                    one.context.extend(one.ids, own)
                 if self._keep_states:
                     one.states.append(own)
                 if one.watch is not None:
@@ -279,7 +280,7 @@ class Decoder:
             sizes = [1 + len(draft.tokens) for draft in drafts]
             if failed := self._grow(sizes):
                 return failed
-            shapes = [TreeShape([-1, *(parent + 1 for parent in draft.parents)]) for draft in drafts]
+            shapes = [draft.tree() for draft in drafts]
             trees = [[one.tokens[-1], *draft.tokens] for one, draft in zip(sequences, drafts, strict=True)]
             states, logits = self._verify(sequences, trees, shapes)
             verified_at = clock()
@@ -342,7 +343,7 @@ class Decoder:
         costs = self._costs if alone else self._shared_costs
         reach = [min(self._plan.depth, sequences[i].left - 1) for i in drafting]  # never past the limit or the context
         nodes = self._plan.nodes if len(sequences) == 1 else None
-        made = self._drafter.draft_rows(
+        made = self._drafter.draft(
             [context for i in drafting if (context := sequences[i].context)],
             [sequences[i].tokens[-1] for i in drafting],
             replace(self._plan, depth=max(reach), nodes=nodes),
@@ -351,8 +352,8 @@ class Decoder:
         most = EXACT_ROWS - 1 if self._exact else MAX_NODES
         if self._plan.kind != "static" and self._plan.nodes is not None:
             most = min(most, self._plan.nodes)
-        made = [cut(draft, depth, most) for draft, depth in zip(made, reach, strict=True)]
-        if costs is not None and self._plan.nodes is None and self._plan.kind == "dynamic":
+        made = [prune(draft, depth, most) for draft, depth in zip(made, reach, strict=True)]
+        if costs is not None and self._plan.sized_by_costs:
             if alone:
                 made = [draft.first(costs.best_size(draft.scores)) for draft in made]
             else:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from beagle.decoding.sampling import Sampler
 from beagle.decoding.stats import Stats
-from beagle.drafters.base import Drafter
+from beagle.drafters.base import DraftContext
 from beagle.errors import BeagleError
 from beagle.targets.cache import KVCache
 from beagle.targets.shape import TreeShape
@@ -85,7 +85,7 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)
     cached_tokens: int = 0
-    context: Drafter | None = None
+    context: DraftContext | None = None
     cache: KVCache | None = None
     ended: bool = False
     error: Exception | None = None

@@ -1,14 +1,17 @@
-"""What the decoding loop asks of anything that proposes tokens."""
+"""What decoding asks of anything that proposes tokens."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from beagle.targets.shape import TreeShape
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,11 @@ class TreePlan:
         """Most candidates expanded a level."""
         return 1 if self.kind == "chain" else self.top_k
 
+    @property
+    def sized_by_costs(self) -> bool:
+        """Whether measured costs choose how many candidates are verified."""
+        return self.kind == "dynamic" and self.nodes is None
+
 
 # Static tree: children kept per rank path; the k-th best child of a node at rank path r is kept if
 # the path (r, k) is here. Wide at the top, a chain at the bottom, 25 candidates.
@@ -50,7 +58,7 @@ STATIC_PATHS: frozenset[tuple[int, ...]] = frozenset(
 )  # fmt: skip
 
 
-HOPE = 0.15  # of ``min_gain``, which counts a level and a row twice
+ROW_SHARE = 0.15  # of ``min_gain``, below which a candidate is not worth a row: it counts a level and a row twice
 
 
 @dataclass(frozen=True)
@@ -66,12 +74,18 @@ class Draft:
     parents: list[int]
     scores: list[float]
 
+    def tree(self) -> TreeShape:
+        """The shape that is verified: node 0 is the root, node i + 1 is candidate i."""
+        from beagle.targets.shape import TreeShape  # takes torch, which plans do without
+
+        return TreeShape([-1, *(parent + 1 for parent in self.parents)])
+
     def first(self, n: int) -> Draft:
         """The best ``n`` candidates."""
         return Draft(self.tokens[:n], self.parents[:n], self.scores[:n])
 
 
-def cut(draft: Draft, depth: int, most: int) -> Draft:
+def prune(draft: Draft, depth: int, most: int) -> Draft:
     """The best ``most`` candidates among those at most ``depth`` levels below the root."""
     depths = [0]  # of the root, then of each candidate
     for parent in draft.parents:
@@ -99,27 +113,50 @@ def best_first(
     return Draft([tokens[i] for i in order], [place[parents[i]] for i in order], [scores[i] for i in order])
 
 
-class Drafter(Protocol):
-    """Proposes continuations of a context that the target has run."""
+class DraftContext(ABC):
+    """What a drafter remembers of one answer; it starts empty."""
 
-    def fork(self) -> Drafter:
-        """A drafter of the same weights for another context at the same time; ``begin`` comes first."""
-
-    def begin(self, tokens: list[int], states: Tensor) -> None:
-        """A new context: its tokens and their true states ``[n, hidden]``."""
-
+    @abstractmethod
     def extend(self, tokens: list[int], states: Tensor) -> None:
-        """The target has run ``tokens`` too; true states ``[n, hidden]``."""
+        """The target has run ``tokens``, too.
 
-    def draft(self, root: int, plan: TreePlan, min_gain: float = 0.0) -> Draft:
-        """Candidates for what follows ``root``, the newest token, which the target has not run.
-
-        ``min_gain``: expected accepted tokens below which another level is not worth its time (above 1, none is); a
-        candidate with less than ``HOPE`` of it is not worth a row, and nothing that follows it is.
+        Args:
+            tokens: first the whole prompt, then what each pass accepted.
+            states: their true hidden states ``[n, hidden]``.
         """
 
-    # for several contexts at once; a drafter that has something to share among them does better
 
-    def draft_rows(self, rows: Sequence[Any], roots: list[int], plan: TreePlan, min_gain: float = 0.0) -> list[Draft]:
-        """``draft`` for each of some forks."""
-        return [row.draft(root, plan, min_gain) for row, root in zip(rows, roots, strict=True)]
+Context = TypeVar("Context", bound=DraftContext)
+
+
+class Drafter(ABC, Generic[Context]):
+    """Proposes continuations of contexts that the target has run.
+
+    What it keeps of an answer lies in the answer's context, so that one drafter serves any number of answers.
+
+    Attributes:
+        name: what the cost of a draft depends on; measured costs are kept under it.
+    """
+
+    name: str
+
+    @abstractmethod
+    def context(self) -> Context:
+        """A fresh, empty context."""
+
+    @abstractmethod
+    def draft(
+        self, contexts: Sequence[Context], roots: list[int], plan: TreePlan, min_gain: float = 0.0
+    ) -> list[Draft]:
+        """Candidates for what follows each context.
+
+        Args:
+            contexts: of this drafter, each with its prompt.
+            roots: the newest token of each, which the target has not run yet.
+            plan: shape of the trees.
+            min_gain: expected accepted tokens below which another level is not worth its time (above 1, none is);
+                a candidate with less than ``ROW_SHARE`` of it is not worth a row, and nothing that follows it is.
+
+        Returns:
+            A draft for each context.
+        """

@@ -7,8 +7,10 @@ index i. Embeddings and LM head are the target's own, frozen, and no part of a h
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +69,27 @@ def setting(config: Any, name: str) -> Any:
         return None
 
 
-class Block(nn.Module):
+class LevelView(Protocol):
+    """What the nodes of one level of growing trees see.
+
+    Attributes:
+        level: the root's is 1.
+    """
+
+    level: int
+
+    def rotation(self) -> Rotation:
+        """RoPE of the one slot at which all nodes of a context's level stand, ``[contexts, 1, 1, head_dim]``."""
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Add a key and value of each node, ``[contexts, kv_heads, beam, head_dim]``, that only it sees among its
+        level, and later its descendants."""
+
+    def attend(self, q: Tensor) -> Tensor:
+        """Attention of ``q [contexts, heads, beam, head_dim]`` over all that each node sees."""
+
+
+class Block(nn.Module, ABC):
     """Projections, RoPE, attention, MLP, and the draft vocabulary.
 
     Attributes:
@@ -109,6 +131,48 @@ class Block(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    @abstractmethod
+    def known(self, tokens: list[int], states: Tensor, newest: Tensor) -> tuple[list[int], Tensor]:
+        """What the next slots are made of, now that the target has run ``tokens``, too.
+
+        Args:
+            tokens: of the answer.
+            states: their true states ``[n, hidden]``.
+            newest: the state before them, ``[1, hidden]``; ``[0, hidden]`` before the prompt.
+
+        Returns:
+            A token and a state ``[m, hidden]`` for each slot that can be written.
+        """
+
+    @abstractmethod
+    def remember(
+        self, tokens: Tensor, states: Tensor, rotation: Rotation, embed: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of such slots, of several contexts end to end.
+
+        Args:
+            tokens: ``[m]``.
+            states: ``[m, hidden]``.
+            rotation: RoPE of the slots.
+            embed: the target's embeddings, ``[m]`` -> ``[m, hidden]``.
+
+        Returns:
+            Two of ``[kv_heads, m, head_dim]``.
+        """
+
+    @abstractmethod
+    def level(self, seen: LevelView, embeddings: Tensor, newest: Tensor) -> Tensor:
+        """One level of growing trees.
+
+        Args:
+            seen: what the nodes see, and where their keys are added.
+            embeddings: of the nodes, ``[contexts, beam, hidden]``.
+            newest: the state before each, ``[contexts, beam, hidden]``.
+
+        Returns:
+            Predicted states ``[contexts, beam, hidden]``.
+        """
 
     def rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
         """RoPE of ``positions [..., n]``: cosines and sines, ``[..., 1, n, head_dim]``.
@@ -154,7 +218,7 @@ class Rotations:
     """``Block.rotation`` of slots, looked up: a draft asks for few, and computing them takes a dozen small operations."""
 
     def __init__(self, head: Block, dtype: torch.dtype, device: torch.device) -> None:
-        self._head, self._dtype, self._device = head, dtype, device
+        self._head, self.dtype, self.device = head, dtype, device
         self._known: Rotation | None = None
 
     def __call__(self, slots: Tensor, end: int) -> Rotation:
@@ -162,7 +226,7 @@ class Rotations:
         known = self._known
         if known is None or len(known[0]) < end:
             size = max(512, 2 * end)
-            cos, sin = self._head.rotation(torch.arange(size, device=self._device), self._dtype)
+            cos, sin = self._head.rotation(torch.arange(size, device=self.device), self.dtype)
             known = self._known = cos[0], sin[0]
         cos, sin = (of[slots].unsqueeze(-3) for of in known)
         return cos, sin

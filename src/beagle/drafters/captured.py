@@ -1,6 +1,6 @@
 """A whole draft of one context as a captured CUDA graph: one launch for all levels, one copy of the result to the host.
 
-All levels of a chain or a dynamic tree have fixed shapes, so the graph is ``TreeDrafter.grow`` itself, over memory of
+All levels of a chain or a dynamic tree have fixed shapes, so the graph is ``grow`` itself, over memory of
 its own: the context's keys are copied into it, in fixed sizes, and drafted nodes append theirs behind. A graph can't
 stop early; to ask the GPU after each level would cost the one launch.
 """
@@ -15,9 +15,10 @@ from rich.console import Console
 from torch import Tensor
 
 from beagle.drafters.base import TreePlan
-from beagle.drafters.beams import Beams
-from beagle.drafters.block import Block, Rotation
-from beagle.drafters.tree import Level, TreeDrafter
+from beagle.drafters.block import Block, Rotations
+from beagle.drafters.context import HeadContext
+from beagle.drafters.grow import Beams, EagerLevels, Level, grow
+from beagle.drafters.head_drafter import HeadDrafter
 from beagle.targets import packages
 from beagle.targets.captured import GraphRecorder, Recorder, key_size
 from beagle.targets.loading import first_line
@@ -26,46 +27,44 @@ AGREES = 0.25  # between the log-probabilities of a level's best candidates: rou
 _console = Console(stderr=True)
 
 
-def capture(drafter: TreeDrafter) -> None:
+def capture(drafter: HeadDrafter) -> None:
     """Let drafts on a GPU be replayed from graphs, which are recorded when their size first comes."""
     if drafter.device.type == "cuda" and not packages.left_aside():
-        drafter.captured = CapturedDraft(drafter)
-        drafter.name += ", captured"
+        drafter.use_captured(CapturedDraft(drafter.eager, drafter.rotations))
 
 
-class _FixedBeams(Beams):
-    """The tree of one context over a graph's memory: the context's slots first, drafted nodes' behind them."""
+class _FixedKeys:
+    """Implements ``KeyStore`` for one context over a graph's memory: its slots first, drafted nodes' behind them."""
 
-    def __init__(self, head: Block, rotation: Rotation, memory: Tensor, context: Tensor) -> None:
+    def __init__(self, memory: Tensor, context: Tensor) -> None:
         """
         Args:
-            rotation: of all levels' slots. memory: ``[2, kv_heads, slots, head_dim]``. context: the additive mask
-                ``[keys]`` of the context's slots.
+            memory: ``[2, kv_heads, slots, head_dim]``.
+            context: the additive mask ``[keys]`` of the context's slots.
         """
-        self.level = 1
-        self._head = head
-        self._cos, self._sin = rotation
         self._memory = memory
         self._context = context
-        self._mask = context.new_zeros(1, 1, 0)
 
-    def append(self, k: Tensor, v: Tensor) -> None:
-        at = len(self._context) + self._mask.shape[2]
-        for place, fresh in zip(self._memory, (k, v), strict=True):
-            place[:, at : at + fresh.shape[2]] = fresh[0]
-        self._see_own(k.shape[2])
+    def write(self, k: Tensor, v: Tensor, at: int) -> None:
+        at += len(self._context)
+        for memory, fresh in zip(self._memory, (k, v), strict=True):
+            memory[:, at : at + fresh.shape[2]] = fresh[0]
 
-    def attend(self, q: Tensor) -> Tensor:
-        mask = torch.cat([self._context.expand(self._mask.shape[1], -1), self._mask[0]], dim=1)
-        keys, values = self._memory[:, None, :, : mask.shape[1]]
-        return self._head.attend(q, keys, values, mask[None, None])
+    def attend(self, head: Block, q: Tensor, mask: Tensor) -> Tensor:
+        whole = torch.cat([self._context.expand(mask.shape[1], -1), mask[0]], dim=1)
+        keys, values = self._memory[:, None, :, : whole.shape[1]]
+        return head.attend(q, keys, values, whole[None, None])
+
+    def keep(self, contexts: list[int]) -> None:
+        """There is one."""
 
 
 class _Recorded:
     """A graph for one width and size of context; it drafts ``plan.depth`` levels, of which a shallower plan takes the first."""
 
-    def __init__(self, drafter: TreeDrafter, plan: TreePlan, keys: int, record: Recorder) -> None:
-        c, device, dtype = drafter.head.config, drafter.device, drafter.lm_head.dtype
+    def __init__(self, levels: EagerLevels, rotations: Rotations, plan: TreePlan, keys: int, record: Recorder) -> None:
+        head, device, dtype = levels.head, rotations.device, rotations.dtype
+        c = head.config
         self.depth = plan.depth
         slots = keys + plan.depth * plan.width
         self._memory = torch.zeros(2, c.num_kv_heads, slots, c.head_dim, dtype=dtype, device=device)
@@ -75,55 +74,58 @@ class _Recorded:
 
         def run() -> Tensor:  # what it reads and didn't make must outlive it: the graph only knows where it lies
             root, slot, known = self._numbers.unbind()
-            rotation = drafter.head.rotation((slot + torch.arange(plan.depth, device=device))[None], dtype)
+            rotation = head.rotation((slot + torch.arange(plan.depth, device=device))[None], dtype)
             context = torch.zeros(keys, dtype=dtype, device=device)
             context = context.masked_fill(torch.arange(keys, device=device) >= known, torch.finfo(dtype).min)
-            beams = _FixedBeams(drafter.head, rotation, self._memory, context)
-            found = drafter.grow(beams, root.view(1, 1), self._newest, plan)
+            beams = Beams(head, _FixedKeys(self._memory, context), rotation)
+            found = grow(levels, beams, root.view(1, 1), self._newest, plan)
             self._levels = [level.tokens.shape[1] for level in found]
             parts = zip(*((level.tokens, level.scores, level.parents) for level in found), strict=True)
             return torch.stack([torch.cat(part, dim=1)[0].double() for part in parts])  # holds every id exactly
 
         self._replay, self._out = record(run)
 
-    def run(self, row: TreeDrafter, root: int) -> list[Level]:
-        """The row's levels after the token ``root``, on the host; its context must fit."""
-        self._memory[:, :, : row.keys] = row._cache[:, :, : row.keys]
-        self._memory[:, :, row.keys :].zero_()  # a NaN behind a mask is a NaN
-        self._newest.copy_(row.newest[None])
-        for place, number in zip(self._numbers, (root, row.length - 1, row.keys), strict=True):
-            place.fill_(number)  # a copy from the host would wait
+    def run(self, context: HeadContext, root: int) -> list[Level]:
+        """The levels after the token ``root``, on the host; the context must fit."""
+        keys = context.keys
+        self._memory[:, :, :keys] = context.cache[:, :, :keys]
+        self._memory[:, :, keys:].zero_()  # a NaN behind a mask is a NaN
+        self._newest.copy_(context.newest[None])
+        for slot, number in zip(self._numbers, (root, context.length - 1, keys), strict=True):
+            slot.fill_(number)  # a copy from the host would wait
         self._replay()
         levels = self._out.cpu().split(self._levels, dim=1)
         return [Level([0], part[:1].long(), part[1:2].float(), part[2:].long()) for part in levels]
 
 
 class CapturedDraft:
-    """Graphs of one head's drafts, for all its forks."""
+    """Graphs of one head's drafts, for all its contexts."""
 
-    def __init__(self, drafter: TreeDrafter, record: Recorder | None = None) -> None:
+    def __init__(self, levels: EagerLevels, rotations: Rotations, record: Recorder | None = None) -> None:
         """
         Args:
+            levels: of the head.
+            rotations: of the head.
             record: takes a CUDA graph's place.
         """
-        self._drafter = drafter.fork()
-        self._record = record or GraphRecorder(drafter.device)
+        self._levels, self._rotations = levels, rotations
+        self._record = record or GraphRecorder(rotations.device)
         self._graphs: dict[tuple[int, int], _Recorded] = {}
         self._refused: dict[tuple[int, int], int] = {}  # depths that could not be recorded
         self._lock = Lock()
 
-    def __call__(self, row: TreeDrafter, root: int, plan: TreePlan) -> list[Level] | None:
+    def __call__(self, context: HeadContext, root: int, plan: TreePlan) -> list[Level] | None:
         """All levels, on the host; None: a static tree, or one that could not be recorded."""
         if plan.kind == "static":
             return None
-        size = plan.width, key_size(row.keys)
+        size = plan.width, key_size(context.keys)
         with self._lock:
             graph = self._graphs.get(size)
             if graph is None or graph.depth < plan.depth:
                 if plan.depth >= self._refused.get(size, math.inf):
                     return None
                 try:
-                    graph = self._graphs[size] = self._recorded(row, root, plan, size[1])
+                    graph = self._graphs[size] = self._recorded(context, root, plan, size[1])
                 except Exception as error:  # no memory left, or whatever a head does that a graph can't
                     self._refused[size] = plan.depth
                     _console.print(
@@ -132,18 +134,20 @@ class CapturedDraft:
                         highlight=False,
                     )
                     return None
-            return graph.run(row, root)[: plan.depth]
+            return graph.run(context, root)[: plan.depth]
 
-    def _recorded(self, row: TreeDrafter, root: int, plan: TreePlan, keys: int) -> _Recorded:
+    def _recorded(self, context: HeadContext, root: int, plan: TreePlan, keys: int) -> _Recorded:
         """
         Raises:
-            RuntimeError: its draft of this row is not the eager one.
+            RuntimeError: its draft of this context is not the eager one.
         """
+        levels, rotations = self._levels, self._rotations
         with torch.inference_mode(False), torch.no_grad():
-            graph = _Recorded(self._drafter, plan, keys, self._record)
-        beams = Beams(self._drafter, [row], plan.depth, plan.width)
-        eager = self._drafter.grow(beams, torch.tensor([[root]], device=row.device), row.newest[None], plan)
-        for ours, theirs in zip(graph.run(row, root), eager, strict=True):
+            graph = _Recorded(levels, rotations, plan, keys, self._record)
+        beams = Beams.of_contexts(levels.head, [context], rotations, plan.depth, plan.width)
+        tokens = torch.tensor([[root]], device=rotations.device)
+        eager = grow(levels, beams, tokens, context.newest[None], plan)
+        for ours, theirs in zip(graph.run(context, root), eager, strict=True):
             if not (ours.scores.max() - theirs.scores.max().cpu()).abs() < AGREES:  # NaN is no agreement either
                 raise RuntimeError("its candidates are not the eager ones")
         return graph

@@ -7,15 +7,27 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from beagle.drafters.base import Draft, Drafter, TreePlan, best_first
-from beagle.drafters.lookup import LookupDrafter
+from beagle.drafters.base import Draft, DraftContext, Drafter, TreePlan, best_first
+from beagle.drafters.lookup import LookupContext, LookupDrafter
 from beagle.limits import MAX_NODES
 
 SURE = math.log(0.6)  # a looked-up chain that likely to hold to its end needs no help from the head
 
 
-class CombinedDrafter(Drafter):
-    """Implements ``Drafter``: the candidates of both, merged where they agree.
+class CombinedContext(DraftContext):
+    """A context of each of the two drafters."""
+
+    def __init__(self, head: DraftContext, lookup: LookupContext) -> None:
+        self.head = head
+        self.lookup = lookup
+
+    def extend(self, tokens: list[int], states: Tensor) -> None:
+        self.head.extend(tokens, states)
+        self.lookup.extend(tokens, states)
+
+
+class CombinedDrafter(Drafter[CombinedContext]):
+    """The candidates of a head (or another drafter) and of prompt lookup, merged where they agree.
 
     Both scores estimate a candidate's chance of acceptance, and where both propose it, it is likelier than either says.
     """
@@ -23,30 +35,19 @@ class CombinedDrafter(Drafter):
     def __init__(self, head: Drafter, lookup: LookupDrafter) -> None:
         self.head = head
         self.lookup = lookup
-        self.name = f"{getattr(head, 'name', type(head).__name__)}+{lookup.name}"
+        self.name = f"{head.name}+{lookup.name}"
 
-    def fork(self) -> CombinedDrafter:
-        return CombinedDrafter(self.head.fork(), self.lookup.fork())
+    def context(self) -> CombinedContext:
+        return CombinedContext(self.head.context(), self.lookup.context())
 
-    def begin(self, tokens: list[int], states: Tensor) -> None:
-        self.head.begin(tokens, states)
-        self.lookup.begin(tokens, states)
-
-    def extend(self, tokens: list[int], states: Tensor) -> None:
-        self.head.extend(tokens, states)
-        self.lookup.extend(tokens, states)
-
-    def draft(self, root: int, plan: TreePlan, min_gain: float = 0.0) -> Draft:
-        return self.draft_rows([self], [root], plan, min_gain)[0]
-
-    def draft_rows(
-        self, rows: Sequence[CombinedDrafter], roots: list[int], plan: TreePlan, min_gain: float = 0.0
+    def draft(
+        self, contexts: Sequence[CombinedContext], roots: list[int], plan: TreePlan, min_gain: float = 0.0
     ) -> list[Draft]:
-        drafts = self.lookup.draft_rows([row.lookup for row in rows], roots, plan, min_gain)
+        drafts = self.lookup.draft([context.lookup for context in contexts], roots, plan, min_gain)
         unsure = [i for i, repeated in enumerate(drafts) if depth_of(repeated, SURE) < plan.depth]
         if unsure:
-            heads, own_roots = [rows[i].head for i in unsure], [roots[i] for i in unsure]
-            for i, draft in zip(unsure, self.head.draft_rows(heads, own_roots, plan, min_gain), strict=True):
+            heads, own_roots = [contexts[i].head for i in unsure], [roots[i] for i in unsure]
+            for i, draft in zip(unsure, self.head.draft(heads, own_roots, plan, min_gain), strict=True):
                 drafts[i] = merge(draft, drafts[i], plan.nodes or MAX_NODES)
         return drafts
 

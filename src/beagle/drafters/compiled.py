@@ -6,31 +6,39 @@ operations and of the interpreter. Two graphs of them: the root's level, and any
 
 from __future__ import annotations
 
-import copy
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beagle.drafters.beams import Beams
 from beagle.drafters.block import Block, Rotation
-from beagle.drafters.tree import TreeDrafter
+from beagle.drafters.grow import Beams, ContextKeys, LevelOutput
 from beagle.targets import packages
 from beagle.targets.quantize import quantize_linears
 from beagle.targets.target import Target
 
 ROOT, BELOW = "root.so", "below.so"
-LevelOutput = tuple[Tensor, Tensor, Tensor]
 
 
-class _TracedBeams(Beams):
-    """A tree whose places, mask and RoPE are inputs of a graph."""
+class _GraphView:
+    """Implements ``LevelView`` for one context whose slots, mask and RoPE are inputs of a graph."""
 
     def __init__(
         self, head: Block, level: int, rotation: Rotation, cache: tuple[Tensor, Tensor], slots: Tensor, mask: Tensor
     ) -> None:
+        """
+        Args:
+            head: the draft head.
+            level: the root's is 1.
+            rotation: RoPE of the level.
+            cache: keys and values, ``[kv_heads, capacity, head_dim]``.
+            slots: where the nodes' keys go, ``[appended]``.
+            mask: additive ``[beam, keys]``.
+        """
         self.level = level
         self.appended = False
         self._head = head
@@ -44,26 +52,23 @@ class _TracedBeams(Beams):
 
     def append(self, k: Tensor, v: Tensor) -> None:
         self.appended = True
-        for place, fresh in zip(self._cache, (k, v), strict=True):
-            place[:, self._slots] = fresh[0]
+        for cache, fresh in zip(self._cache, (k, v), strict=True):
+            cache[:, self._slots] = fresh[0]
 
     def attend(self, q: Tensor) -> Tensor:
-        keys, values = (place[None, :, : self._mask.shape[1]] for place in self._cache)
+        keys, values = (cache[None, :, : self._mask.shape[1]] for cache in self._cache)
         return self._head.attend(q, keys, values, self._mask[None, None])
 
 
 class _Graph(nn.Module):
     """What is compiled: a level, and the log of the sum of its logits' exponentials."""
 
-    def __init__(self, drafter: TreeDrafter, head: Block, lm_head: nn.Module, level: int) -> None:
+    def __init__(self, head: Block, lm_head: nn.Module, level: int) -> None:
         super().__init__()
         self.head = head
         self.lm_head = lm_head
         self.level = level
         self.appended = False
-        self._drafter = drafter.fork()
-        self._drafter.head = head
-        self._drafter.embed = nn.Identity()
 
     def forward(
         self,
@@ -76,39 +81,46 @@ class _Graph(nn.Module):
         slots: Tensor,
         mask: Tensor,
     ) -> LevelOutput:
-        beams = _TracedBeams(self.head, self.level, (cos, sin), (keys, values), slots, mask)
-        states = self._drafter._level(beams, embeddings, newest)
-        self.appended = beams.appended
+        seen = _GraphView(self.head, self.level, (cos, sin), (keys, values), slots, mask)
+        states = self.head.level(seen, embeddings, newest)
+        self.appended = seen.appended
         logits = self.lm_head(states.flatten(0, 1)).float()
         return states, logits, logits.logsumexp(-1, keepdim=True)
 
 
 class CompiledLevels:
-    """A package of one head."""
+    """Implements ``SomeLevels`` with a package of one head."""
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, embed: Callable[[Tensor], Tensor]) -> None:
         """
+        Args:
+            place: the package's folder.
+            embed: the target's embeddings, token ids ``[...]`` -> ``[..., hidden]``.
+
         Raises:
             BeagleError: the package can't be read.
         """
         self._appends: dict[str, bool] = packages.about(place, "appends")  # whether a level's nodes write keys
         self._run = {name: packages.load(place / name) for name in (ROOT, BELOW)}
+        self._embed = embed
 
     def takes(self, beams: Beams, nodes: int) -> bool:
         """Whether there is a graph for so many nodes at the beams' level."""
-        return beams.contexts == 1 and (nodes == 1) == (beams.level == 1)
+        keys = beams.keys
+        return isinstance(keys, ContextKeys) and len(keys.contexts) == 1 and (nodes == 1) == (beams.level == 1)
 
-    def __call__(self, beams: Beams, embeddings: Tensor, newest: Tensor) -> LevelOutput:
-        """
-        Args:
-            embeddings, newest: ``[1, beam, hidden]``, of the nodes and of the states before them.
-        Returns:
-            Predicted states ``[1, beam, hidden]``; fp32 logits ``[beam, draft vocabulary]`` and the log of the sum
-            of their exponentials ``[beam, 1]``.
-        """
+    def __call__(self, beams: Beams, tokens: Tensor, newest: Tensor) -> LevelOutput:
+        assert isinstance(beams.keys, ContextKeys)
+        (context,) = beams.keys.contexts
         graph = ROOT if beams.level == 1 else BELOW
-        keys, values, slots, mask = beams.places(embeddings.shape[1] if self._appends[graph] else 0)
-        states, logits, sums = self._run[graph]([embeddings, newest, *beams.rotation(), keys, values, slots, mask])
+        appended = tokens.shape[1] if self._appends[graph] else 0
+        at = context.keys + beams.mask.shape[2]
+        slots = torch.arange(at, at + appended, device=newest.device)
+        if appended:
+            beams.see_own(appended)
+        (mask,) = F.pad(beams.mask, (context.keys, 0))
+        inputs = [self._embed(tokens), newest, *beams.rotation(), *context.cache, slots, mask]
+        states, logits, sums = self._run[graph](inputs)
         return states, logits, sums
 
 
@@ -117,15 +129,19 @@ def find(folder: Path, target: Target, head: Block) -> CompiledLevels | None:
     if target.device.type != "cpu":
         return None
     place = packages.find(folder, _kind(target, head), lambda: _weights(target, head))
-    return CompiledLevels(place) if place is not None else None
+    return CompiledLevels(place, target.embed) if place is not None else None
 
 
 @torch.no_grad()
-def build(folder: Path, target: Target, kind: type[TreeDrafter], head: Block, name: str) -> tuple[Path, float]:
-    """Compile a freshly loaded head's levels; the head is of no use afterwards.
+def build(folder: Path, target: Target, head: Block, name: str) -> tuple[Path, float]:
+    """Compile a freshly loaded head's levels.
 
     Args:
-        folder: of all packages. kind: the drafter that uses such heads. name: of the draft, for errors.
+        folder: of all packages.
+        target: that the head drafts for.
+        head: of no use afterwards.
+        name: of the draft, for errors.
+
     Returns:
         The package's folder and the seconds it took.
     Raises:
@@ -140,7 +156,7 @@ def build(folder: Path, target: Target, kind: type[TreeDrafter], head: Block, na
         lm_head.bias = nn.Parameter(weights["lm_bias"], requires_grad=False)
     graphs = {}
     for file, level in ((ROOT, 1), (BELOW, 2)):
-        graphs[file] = _Graph(kind(target, copy.deepcopy(head)), head, lm_head, level)
+        graphs[file] = _Graph(head, lm_head, level)
         if target.quantize:
             quantize_linears(graphs[file], "int8")
     appends: dict[str, bool] = {}

@@ -15,12 +15,13 @@ target's pre-norm. While drafting, ĥ is fed back through FC with the drafted to
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from beagle.drafters.block import Block, BlockConfig
+from beagle.drafters.block import Block, BlockConfig, LevelView, Rotation
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,27 @@ class EagleHead(Block):
         self._add_attention()
         self._add_mlp()
         self._initialise()
+
+    def known(self, tokens: list[int], states: Tensor, newest: Tensor) -> tuple[list[int], Tensor]:
+        """A slot's key needs the token behind its state, so the newest slot waits for the next token.
+
+        Its key with the root token is a draft's first entry; once that token is known to the target, it is made again.
+        """
+        before = torch.cat([newest, states[:-1]])  # h_i of the slots whose t_{i+1} is now known
+        return tokens[len(tokens) - len(before) :], before
+
+    def remember(
+        self, tokens: Tensor, states: Tensor, rotation: Rotation, embed: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        return self.keys_values(self.features(embed(tokens), states), rotation)
+
+    def level(self, seen: LevelView, embeddings: Tensor, newest: Tensor) -> Tensor:
+        """Every node has a key of its own."""
+        rotation = seen.rotation()
+        features = self.features(embeddings, newest)
+        seen.append(*self.keys_values(features, rotation))
+        attended = seen.attend(self.queries(features, rotation))
+        return self.finish(attended, features)
 
     def features(self, embeddings: Tensor, states: Tensor) -> Tensor:
         """x: embeddings of the tokens t_{i+1} and states h_i, both ``[..., n, hidden]``, to ``[..., n, hidden]``."""

@@ -13,6 +13,7 @@ and its MLP sees the token, which in y drowns among states several times as larg
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from beagle.drafters.block import Block, BlockConfig
+from beagle.drafters.block import Block, BlockConfig, LevelView, Rotation
 from beagle.drafters.experts import Experts
 
 Newest = Literal["none", "scale", "linear"]
@@ -66,11 +67,28 @@ class BeagleHead(Block):
             nn.init.eye_(self.newest_proj.weight)
             self.newest_proj.weight.data.mul_(0.5)
 
-    def queries(self, embeddings: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def known(self, tokens: list[int], states: Tensor, newest: Tensor) -> tuple[list[int], Tensor]:
+        """A slot's key is that of its state alone: known as soon as the target has run the token."""
+        return tokens, states
+
+    def remember(
+        self, tokens: Tensor, states: Tensor, rotation: Rotation, embed: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        return self.keys_values(states, rotation)
+
+    def level(self, seen: LevelView, embeddings: Tensor, newest: Tensor) -> Tensor:
+        """A predicted state's key is made when a descendant needs it, so the deepest level's never are."""
+        rotation = seen.rotation()
+        if seen.level > 1 and self.config.concat:  # the root's state is a true one, cached
+            seen.append(*self.keys_values(newest, rotation))
+        attended = seen.attend(self.queries(embeddings, rotation))
+        return self.finish(attended, embeddings, newest)
+
+    def queries(self, embeddings: Tensor, rotation: Rotation) -> Tensor:
         """``[..., n, hidden]`` -> ``[..., heads, n, head_dim]``."""
         return super().queries(self.embedding_norm(embeddings), rotation)
 
-    def keys_values(self, states: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def keys_values(self, states: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """``[..., n, hidden]`` -> two of ``[..., kv_heads, n, head_dim]``."""
         return super().keys_values(self.state_norm(states), rotation)
 

@@ -6,17 +6,13 @@ from typing import Any
 
 from beagle.drafters import captured, compiled
 from beagle.drafters.base import Drafter
-from beagle.drafters.beagle import BeagleDrafter
 from beagle.drafters.checkpoint import find_head, load_head, shipped_head
 from beagle.drafters.combined import CombinedDrafter
-from beagle.drafters.eagle import EagleDrafter
+from beagle.drafters.head_drafter import HeadDrafter
 from beagle.drafters.lookup import LookupDrafter
 from beagle.drafters.small import PREFIX, load_small
-from beagle.drafters.tree import TreeDrafter
 from beagle.targets.loading import compiled_dir
 from beagle.targets.target import Target
-
-DRAFTERS: dict[str, type[TreeDrafter]] = {"beagle": BeagleDrafter, "eagle": EagleDrafter}
 
 
 def resolve_draft(draft: str | None, target_name: str) -> str:
@@ -53,9 +49,9 @@ def load_drafter(draft: str, target: Target, **options: Any) -> Drafter | None:
     if names_head(draft):
         head = load_head(find_head(base, target.name), target)
         fast = compiled.find(compiled_dir(), target, head)  # before its weights are packed
-        drafter = headed = DRAFTERS[head.architecture](target, head)
+        drafter = headed = HeadDrafter(target, head)
         if fast is not None:
-            headed.use(fast)
+            headed.use_compiled(fast)
         captured.capture(headed)
     elif base == "lookup":
         drafter = LookupDrafter()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import heapq
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beagle.drafters.base import STATIC_PATHS, Draft, Drafter, TreePlan, best_first
+from beagle.drafters.base import STATIC_PATHS, Draft, DraftContext, Drafter, TreePlan, best_first
 from beagle.errors import BeagleError
 from beagle.limits import MAX_NODES
 from beagle.targets.loading import load_target
@@ -20,12 +20,56 @@ from beagle.targets.target import Target, TreeShape
 PREFIX = "model:"  # of a ``draft`` that names a model
 
 
-class SmallModelDrafter(Drafter):
-    """Implements ``Drafter`` with a model and a KV cache of its own.
+class SmallModelContext(DraftContext):
+    """A KV cache of the small model.
 
-    Between drafts the cache holds true tokens only; those that it has not run yet (the target's
-    bonus token, the deepest accepted candidate) wait in ``pending`` and share the next draft's first pass.
+    Between drafts it holds true tokens only; those that the model has not run yet (the target's bonus token,
+    the deepest accepted candidate) wait in ``pending`` and share the next draft's first pass.
     """
+
+    def __init__(self, small: Target) -> None:
+        self.small = small
+        self.cache = small.new_cache(1, 512)
+        self.pending: list[int] = []
+        self.nodes: dict[tuple[int, int], int] = {}  # (parent, token) -> node of the last draft that was run
+
+    def extend(self, tokens: list[int], states: Tensor) -> None:
+        if not self.length and self.can_run(tokens):  # the prompt
+            self.cache = self.small.with_room(self.cache, len(tokens))
+            self.small.prefill(torch.tensor([tokens], device=self.small.device), self.cache)
+            return
+        path: list[int] = []
+        for token in tokens:
+            node = self.nodes.get((path[-1] if path else -1, token))
+            if node is None:
+                break
+            path.append(node)
+        self.cache.compact(path)
+        self.pending += tokens[len(path) :]
+        self.nodes = {}  # the other nodes' slots are free again
+
+    @property
+    def length(self) -> int:
+        """Tokens of the answer so far, the prompt included."""
+        return self.cache.length + len(self.pending)
+
+    def can_run(self, tokens: list[int]) -> bool:
+        """Whether they fit into this model's own context and embedding table."""
+        return self.cache.length + len(tokens) <= self.small.context_limit and max(tokens) < self.small.vocab_size
+
+    def run_root(self, root: int) -> Tensor:
+        """Run and commit what is pending, run the root after it: its state ``[1, hidden]``."""
+        waiting = len(self.pending)
+        tokens = torch.tensor([*self.pending, root], device=self.small.device)
+        states = self.small.verify(self.cache, tokens, TreeShape(list(range(-1, waiting))))
+        self.cache.compact(list(range(waiting)))
+        self.pending = []
+        self.nodes = {(-1, root): 0}
+        return states[-1:]
+
+
+class SmallModelDrafter(Drafter[SmallModelContext]):
+    """Drafts with a causal LM that has a KV cache for each context."""
 
     def __init__(self, target: Target, small: Target) -> None:
         """
@@ -37,64 +81,29 @@ class SmallModelDrafter(Drafter):
         self.name = f"{PREFIX}{small.name}"
         # embedding tables of one family differ in padding rows: propose no token that the target lacks
         self.vocab_size = min(small.vocab_size, target.vocab_size)
-        self.cache = small.new_cache(1, 512)
-        self.pending: list[int] = []
-        self._nodes: dict[tuple[int, int], int] = {}  # (parent, token) -> node of the last draft that was run
 
-    def fork(self) -> SmallModelDrafter:
-        twin = copy.copy(self)
-        twin.cache = self.small.new_cache(1, 512)
-        twin.pending, twin._nodes = [], {}
-        return twin
+    def context(self) -> SmallModelContext:
+        return SmallModelContext(self.small)
 
-    def begin(self, tokens: list[int], states: Tensor) -> None:
-        self.cache.lengths = [0]
-        self.pending = list(tokens)
-        self._nodes = {}
-        if self._can_run(tokens):
-            self.cache = self.small.with_room(self.cache, len(tokens))
-            self.small.prefill(torch.tensor([tokens], device=self.small.device), self.cache)
-            self.pending = []
+    def draft(
+        self, contexts: Sequence[SmallModelContext], roots: list[int], plan: TreePlan, min_gain: float = 0.0
+    ) -> list[Draft]:
+        return [self._draft(context, root, plan, min_gain) for context, root in zip(contexts, roots, strict=True)]
 
-    def extend(self, tokens: list[int], states: Tensor) -> None:
-        path: list[int] = []
-        for token in tokens:
-            node = self._nodes.get((path[-1] if path else -1, token))
-            if node is None:
-                break
-            path.append(node)
-        self.cache.compact(path)
-        self.pending += tokens[len(path) :]
-        self._nodes = {}  # the other nodes' slots are free again
-
-    def _can_run(self, tokens: list[int]) -> bool:
-        """Whether they fit into this model's own context and embedding table."""
-        return self.cache.length + len(tokens) <= self.small.context_limit and max(tokens) < self.small.vocab_size
-
-    def _run_root(self, root: int) -> Tensor:
-        """Run and commit what is pending, run the root after it: its state ``[1, hidden]``."""
-        waiting = len(self.pending)
-        tokens = torch.tensor([*self.pending, root], device=self.small.device)
-        states = self.small.verify(self.cache, tokens, TreeShape(list(range(-1, waiting))))
-        self.cache.compact(list(range(waiting)))
-        self.pending = []
-        self._nodes = {(-1, root): 0}
-        return states[-1:]
-
-    def draft(self, root: int, plan: TreePlan, min_gain: float = 0.0) -> Draft:
-        if min_gain > 1 or not self._can_run([*self.pending, root]):
+    def _draft(self, context: SmallModelContext, root: int, plan: TreePlan, min_gain: float) -> Draft:
+        if min_gain > 1 or not context.can_run([*context.pending, root]):
             return Draft([], [], [])
-        length = self.cache.length + len(self.pending)
+        length = context.length
         depth = min(plan.depth, self.small.context_limit - length)
-        width = 1 if plan.kind == "chain" else plan.top_k
+        width = plan.width
         static = plan.kind == "static"
-        self.cache = self.small.with_room(self.cache, length + 1 + depth * max(width, len(STATIC_PATHS)))
+        context.cache = self.small.with_room(context.cache, length + 1 + depth * max(width, len(STATIC_PATHS)))
         # candidates of all levels, flat
         tokens: list[int] = []
         parents: list[int] = []
         scores: list[float] = []
         paths: list[tuple[int, ...]] = []  # ranks, from the root on
-        states = self._run_root(root)
+        states = context.run_root(root)
         shape = [-1]  # parents of the nodes that were run, the root first
         node_of = {-1: 0}  # candidate -> node
         beam = [-1]
@@ -118,10 +127,10 @@ class SmallModelDrafter(Drafter):
             done = len(shape)
             for candidate in beam:
                 parent = node_of[parents[candidate]]
-                node_of[candidate] = self._nodes[parent, tokens[candidate]] = len(shape)
+                node_of[candidate] = context.nodes[parent, tokens[candidate]] = len(shape)
                 shape.append(parent)
             level_tokens = torch.tensor([tokens[i] for i in beam], device=self.small.device)
-            states = self.small.verify(self.cache, level_tokens, TreeShape(shape), done)
+            states = self.small.verify(context.cache, level_tokens, TreeShape(shape), done)
         if static:
             return Draft(tokens, parents, scores)
         return best_first(tokens, parents, scores, plan.nodes or MAX_NODES)

@@ -49,7 +49,7 @@ def describe(target: Target | None = None, drafters: Iterable[Drafter | None] = 
             about["target"][target.compiled.kind] = True
             if target.compiled.has_rows:
                 about["target"][f"{target.compiled.kind}_batches"] = True
-    if names := sorted({getattr(drafter, "name", type(drafter).__name__) for drafter in drafters if drafter}):
+    if names := sorted({drafter.name for drafter in drafters if drafter}):
         about["drafters"] = [portable(name) for name in names]
     return about
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from beagle.decoding.costs import Costs
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
-from beagle.drafters.eagle import EagleDrafter
+from beagle.drafters.head_drafter import HeadDrafter
 from beagle.drafters.named import load_drafter, names_head
 from beagle.drafters.small import PREFIX, refuse_other_vocabulary
 from beagle.errors import BeagleError
@@ -170,7 +170,7 @@ def _ours(target: Target, mode: str, draft: str, plan: TreePlan | None, options:
         raise BeagleError(f"no draft head for {target.name}; pass a folder as draft or leave '{mode}' out of modes")
     if mode == "chain":
         plan = replace(plan or TreePlan(), kind="chain")
-    if mode == "eagle" and not isinstance(drafter, EagleDrafter):
+    if mode == "eagle" and not (isinstance(drafter, HeadDrafter) and drafter.head.architecture == "eagle"):
         raise BeagleError(f"eagle '{draft}' holds no EAGLE head; pass it as draft, or choose another folder")
     return Contender(mode, Model(target, drafter, plan), weights_mb=weights)
 

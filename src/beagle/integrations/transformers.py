@@ -190,7 +190,6 @@ class Speculation:
         return GenerateDecoderOnlyOutput(sequences=cast(LongTensor, sequences), **kept)
 
     def _answer(self, ours: Model, row: Row, prompt: Sequence[int], new: int) -> None:
-        open_size = ours.plan.nodes is None and ours.plan.kind == "dynamic"
         stats = Stats()
         steps = decode(
             ours.target,
@@ -200,7 +199,7 @@ class Speculation:
             stats=stats,
             drafter=ours.drafter,
             plan=ours.plan,
-            costs=ours.costs() if open_size else None,
+            costs=ours.costs() if ours.plan.sized_by_costs else None,
         )
         for _ in steps:
             pass

@@ -231,7 +231,7 @@ class Engine:
     def _answer(self, job: Job) -> Iterator[None]:
         """All choices of a request, a pass of the target for each ``next``."""
         work = job.work
-        model = self.model.fork()
+        model = self.model
         assert job.ids is not None
         for job.current in range(work.choices):
             which, repeat = divmod(job.current, work.n)

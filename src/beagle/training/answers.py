@@ -147,7 +147,9 @@ class AnswerGenerator:
             answer_from=len(row.ids) - 1,
         )
 
-    def _ended(self, row: Sequence, job: _Job, waiting: deque[Sequence], jobs: dict[Sequence, _Job]) -> tuple[Sample, ...]:
+    def _ended(
+        self, row: Sequence, job: _Job, waiting: deque[Sequence], jobs: dict[Sequence, _Job]
+    ) -> tuple[Sample, ...]:
         """Ask the next turn; all samples of the dialogue where there is none."""
         sample = self._sample(row, job)
         if len(row.tokens) == 1 and row.tokens[0] in self.target.eos_ids:

@@ -10,7 +10,7 @@ from typing import Any
 from beagle.drafters import captured
 from beagle.drafters.base import TreePlan
 from beagle.drafters.checkpoint import load_head
-from beagle.drafters.named import DRAFTERS
+from beagle.drafters.head_drafter import HeadDrafter
 from beagle.evaluation.compare.one import quiet
 from beagle.evaluation.figures import by, summary
 from beagle.evaluation.modes import Contender, Options
@@ -63,7 +63,7 @@ def decode(work: Work) -> dict[str, Any]:
     drafters = {}
     for name, folder in work.heads.items():
         head = load_head(folder, target)
-        drafters[name] = DRAFTERS[head.architecture](target, head)
+        drafters[name] = HeadDrafter(target, head)
         captured.capture(drafters[name])
     places = {f"{tree} {name}": (tree, name) for tree in work.plans for name in drafters}
     contenders = [

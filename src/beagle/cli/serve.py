@@ -24,7 +24,7 @@ def serve(
         str, typer.Option(envvar="BEAGLE_API_KEY", help="Ask clients for this key.", show_default=False)
     ] = "",
     name: Annotated[str, typer.Option("--name", help="The model's name for clients; by default the target's.")] = "",
-    live: Annotated[int, typer.Option(min=1, help="Requests that take turns.")] = 8,
+    live: Annotated[int, typer.Option(min=1, help="Requests that are answered at once.")] = 8,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are told 429.")] = 32,
     seconds: Annotated[float, typer.Option(min=0.1, help="A request's time; then its answer is cut.")] = 300.0,
     context: Annotated[int, typer.Option(min=0, help="Tokens of prompt and answer; 0 is the target's limit.")] = 0,
@@ -32,6 +32,9 @@ def serve(
         int, typer.Option("--max-new-tokens", "-n", min=1, help="Of a chat answer whose request gives no number.")
     ] = 1024,
     grace: Annotated[float, typer.Option(min=0.0, help="Seconds to finish answers in at shutdown.")] = 10.0,
+    prefix_cache: Annotated[
+        int, typer.Option(min=0, help="Tokens of ended answers kept for prompts that begin alike; 0 keeps none.")
+    ] = 8192,
     exact: o.Exact = False,
     dtype: o.DType = "auto",
     quantize: o.Quantize = None,
@@ -77,12 +80,13 @@ def serve(
         def load() -> Model:
             model = o.load_model(target, draft, dtype, device, plan, trust_remote_code, quantize)
             with o.console.status("warming up"):
-                model.generate("Hello", max_new_tokens=8, exact=exact)  # and measures this machine's costs, once
+                model.decoder(live, exact=exact)  # measures this machine's costs, once
+                model.generate("Hello", max_new_tokens=8, exact=exact)
             return model
 
         owner = Owner("beagle-engine")
         model = owner.submit(load).result()
-        limits = Limits(live, queue, seconds, context or None, max_new_tokens, grace=grace)
+        limits = Limits(live, queue, seconds, context or None, max_new_tokens, grace=grace, prefix_cache=prefix_cache)
         running = Engine(model, limits, exact=exact, owner=owner)
         served = name or (Path(target).resolve().name if Path(target).exists() else target)
         app = create_app(running, name=served, api_key=api_key or None)

@@ -56,9 +56,14 @@ class Answer(ABC):
         """What a streamed choice ends with."""
 
     @staticmethod
-    def usage(done: Done) -> dict[str, int]:
+    def usage(done: Done) -> dict[str, Any]:
         new = done.stats.tokens
-        return {"prompt_tokens": done.prompt_tokens, "completion_tokens": new, "total_tokens": done.prompt_tokens + new}
+        return {
+            "prompt_tokens": done.prompt_tokens,
+            "completion_tokens": new,
+            "total_tokens": done.prompt_tokens + new,
+            "prompt_tokens_details": {"cached_tokens": done.cached_tokens},
+        }
 
     def figures(self, done: Done) -> dict[str, Any]:
         """The extension field: how the drafts were received, over all choices of the request."""

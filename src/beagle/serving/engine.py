@@ -1,4 +1,4 @@
-"""One thread owns the model; requests take turns on it, a pass of the target each."""
+"""One thread owns the model; live requests share its passes."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from beagle.decoding.stats import Stats
+from beagle.decoding.decoder import Decoder
+from beagle.decoding.prefixes import PrefixCache
+from beagle.decoding.sequence import Emitted
 from beagle.errors import BeagleError
-from beagle.model import Model, Piece
+from beagle.model import Model
+from beagle.serving.choice import Choice
 from beagle.serving.metrics import Metrics
-from beagle.serving.watching import Watcher
 from beagle.serving.work import ChoiceEnd, Delta, Done, Event, Failed, Job, ServeError, Work
 from beagle.targets.chat import encode
 from beagle.threads import Owner
 
+PIECE = 512  # tokens of a prompt that run between two passes of the answers that are live
 log = logging.getLogger("beagle.serving")
 
 
@@ -28,13 +31,14 @@ class Limits:
     """What the server takes on.
 
     Attributes:
-        live: requests that take turns; each holds one KV cache.
-        queue: requests that wait for a turn; more are refused with 429.
+        live: requests that are answered at once.
+        queue: requests that wait; more are refused with 429.
         seconds: a request's time, waiting included; then its answer is cut.
         context: tokens of prompt and answer together; None is the target's own limit.
         answer: new tokens of a chat answer where the request names no number.
         body: bytes of a request's body.
         grace: seconds that live requests get to finish at shutdown.
+        prefix_cache: tokens of ended answers whose keys are kept for prompts that begin as they did; 0 keeps none.
     """
 
     live: int = 8
@@ -44,13 +48,14 @@ class Limits:
     answer: int = 1024
     body: int = 2**20
     grace: float = 10.0
+    prefix_cache: int = 8192
 
 
 class Engine:
-    """Admits requests, and gives each live one a turn of one pass, round-robin.
+    """Admits requests; the live ones decode together (continuous batching).
 
-    A request's choices are answered one after another, so that a request with many of them gets no
-    more turns, and holds no more memory, than one with a single choice.
+    A request's choices are answered one after another, so that a request with many of them takes no
+    more time of others, and no more memory, than one with a single choice.
     """
 
     def __init__(
@@ -62,10 +67,10 @@ class Engine:
         """
         self.model, self.limits, self.exact = model, limits or Limits(), exact
         self.context = min(model.target.context_limit, self.limits.context or model.target.context_limit)
-        self.metrics = Metrics(self)
+        self.metrics = Metrics(lambda: self.live, lambda: self.waiting)
         self._lock = threading.Condition()
         self._waiting: deque[Job] = deque()
-        self._live: deque[Job] = deque()
+        self._live: dict[Job, Choice] = {}
         self._closing = False
         self._close_at = math.inf
         self._mean_seconds = 1.0  # of a request; what Retry-After is told from
@@ -122,7 +127,9 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            while self._turn():
+            prefixes = PrefixCache(self.limits.prefix_cache) if self.limits.prefix_cache else None
+            decoder = self.model.decoder(self.limits.live, exact=self.exact, prefixes=prefixes, piece=PIECE)
+            while self._turn(decoder):
                 pass
         except BaseException:
             log.exception("the engine stopped")
@@ -134,26 +141,26 @@ class Engine:
             for job in stranded:
                 job.send(Failed(500, "the engine stopped", "engine_stopped"))
 
-    def _turn(self) -> bool:
-        """Admit who can be, and let the next live request have its pass; False at the end."""
+    def _turn(self, decoder: Decoder) -> bool:
+        """Admit who can be, and one step of all that are live; False at the end."""
         with self._lock:
             while not self._waiting and not self._live and not self._closing:
                 self._lock.wait()
         self._sort_out()
-        # one that came in since then is still to be encoded: its turn comes with the next one
+        # one that came in since then is still to be encoded: it is admitted at the next step
         while self._waiting and self._waiting[0].ids is not None and len(self._live) < self.limits.live:
+            job = self._waiting[0]
+            choice = self._choice(job)
             with self._lock:
-                job = self._waiting.popleft()
-                self._live.append(job)
+                self._waiting.popleft()
+                self._live[job] = choice
             job.started = time.monotonic()
-            job.turns = self._answer(job)
             self.metrics.queue_seconds.observe(job.started - job.submitted)
-        if self._live:
-            goes_on = self._advance(self._live[0])
-            with self._lock:
-                job = self._live.popleft()
-                if goes_on:
-                    self._live.append(job)
+            decoder.enter([choice.sequence])
+        self._end_early(decoder)
+        jobs = {choice.sequence: job for job, choice in self._live.items()}
+        for sequence, emitted in decoder.step():
+            self._take(decoder, jobs[sequence], emitted)
         return bool(self._live or self._waiting) or not self._closing
 
     def _sort_out(self) -> None:
@@ -205,99 +212,87 @@ class Engine:
             return Failed(400, message, "invalid_request")
         return None
 
-    def _advance(self, job: Job) -> bool:
-        """One pass for a live request; False when it has ended, one way or another."""
-        assert job.turns is not None
-        now = time.monotonic()
-        if job.cancelled:
-            return self._fail(job, Failed(499, "the client went away"))
-        if now > job.deadline or now > self._close_at:
-            job.cut = True
-            next(job.turns, None)
-            for choice in range(job.current + 1, job.work.choices):
-                job.send(ChoiceEnd(choice, "length"))
-            return self._finish(job, "time" if now > job.deadline else "shutdown")
-        try:
-            next(job.turns)
-        except StopIteration:
-            return self._finish(job, None)
-        except BeagleError as error:  # the request was checked: it is the model, whose logits are no numbers, say
-            return self._fail(job, Failed(500, str(error), "model_error"))
-        except Exception as error:  # out of memory, say: the others go on
-            log.exception("a request failed")
-            return self._fail(job, Failed(500, f"the request failed: {type(error).__name__}"))
-        return True
-
-    def _answer(self, job: Job) -> Iterator[None]:
-        """All choices of a request, a pass of the target for each ``next``."""
-        work = job.work
-        model = self.model
+    def _choice(self, job: Job) -> Choice:
+        """The request's current choice."""
         assert job.ids is not None
-        for job.current in range(work.choices):
-            which, repeat = divmod(job.current, work.n)
-            watcher = None
-            if work.watch or work.top is not None:
-                watcher = Watcher(
-                    model.target,
-                    top=work.top,
-                    trees=work.watch,
-                    exact=self.exact,
-                    before=job.ids[which] if work.continues else (),
-                    ends={*work.sampling.stop_token_ids, *(() if work.sampling.ignore_eos else model.target.eos_ids)},
-                )
-            stats = Stats()
-            pieces = model.stream(
-                job.ids[which],
-                replace(work.sampling, max_new_tokens=job.limit, seed=work.seed + repeat),
-                continue_final_message=work.continues,
-                exact=self.exact,
-                draft=work.draft,
-                stats=stats,
-                watch=watcher,
-            )
-            try:
-                while pieces.finish_reason is None:
-                    piece = pieces.finish() if job.cut else next(pieces)
-                    self._send(job, piece, watcher, stats)
-                    if piece.finish_reason is None:  # else the end comes without another pass
-                        yield
-            finally:
-                pieces.close()
-                job.stats.add(stats)
-            job.send(ChoiceEnd(job.current, pieces.finish_reason))
-            if job.cut:
-                return
+        ids = job.ids[job.current // job.work.n]
+        return Choice(self.model.target, job.work, job.current, ids, job.limit)
 
-    def _send(self, job: Job, piece: Piece, watcher: Watcher | None, stats: Stats) -> None:
-        held = watcher is not None and piece.finish_reason is not None  # the last log-probabilities
-        if not piece.token_ids and not piece.text and not held:
+    def _end_early(self, decoder: Decoder) -> None:
+        """End requests whose client went away or whose time is over."""
+        now = time.monotonic()
+        for job, choice in list(self._live.items()):
+            if job.cancelled:
+                decoder.leave(choice.sequence)
+                self._fail(job, Failed(499, "the client went away"))
+            elif now > job.deadline or now > self._close_at:
+                decoder.leave(choice.sequence)
+                self._send(job, choice.cut())
+                for number in range(job.current, job.work.choices):
+                    job.send(ChoiceEnd(number, "length"))
+                self._finish(job, "time" if now > job.deadline else "shutdown")
+
+    def _take(self, decoder: Decoder, job: Job, emitted: Emitted) -> None:
+        """What a step has brought for a live request; its next choice where one is complete."""
+        choice = self._live[job]
+        error = choice.sequence.error
+        if error is None:
+            try:
+                delta = choice.take(emitted)
+            except Exception as raised:
+                error = raised
+        if error is not None:
+            decoder.leave(choice.sequence)
+            self._fail(job, self._failure(error))
             return
-        if piece.token_ids and job.first_token is None:
+        self._send(job, delta)
+        if choice.reason is None:
+            return
+        decoder.leave(choice.sequence)
+        job.send(ChoiceEnd(job.current, choice.reason))
+        if job.current + 1 == job.work.choices:
+            self._finish(job, None)
+            return
+        self._count(job, choice)
+        job.current += 1
+        following = self._live[job] = self._choice(job)
+        decoder.enter([following.sequence])
+
+    @staticmethod
+    def _failure(error: Exception) -> Failed:
+        if isinstance(error, BeagleError):  # the request was checked: it is the model, whose logits are no numbers, say
+            return Failed(500, str(error), "model_error")
+        log.error("a request failed", exc_info=error)  # out of memory, say: the others go on
+        return Failed(500, f"the request failed: {type(error).__name__}")
+
+    def _send(self, job: Job, delta: Delta | None) -> None:
+        if delta is None:
+            return
+        if delta.tokens and job.first_token is None:
             job.first_token = time.monotonic()
             self.metrics.first_token_seconds.observe(job.first_token - job.submitted)
-        logprobs = watched = None
-        if watcher is not None:
-            logprobs, watched = watcher.take(piece)
-        if watched is not None:
-            watched["tau"] = round(stats.tau, 4)
-            watched["tokens_per_second"] = round(stats.tokens_per_second, 3)
-        job.send(Delta(job.current, piece.text, len(piece.token_ids), piece.drafted, logprobs, watched))
+        job.send(delta)
 
-    def _finish(self, job: Job, cut: str | None) -> bool:
+    def _count(self, job: Job, choice: Choice) -> None:
+        """Add what a choice has cost to its request's."""
+        job.stats.add(choice.sequence.stats)
+        job.cached_tokens += choice.sequence.cached_tokens
+
+    def _finish(self, job: Job, cut: str | None) -> None:
         self._leave(job)
-        job.send(Done(job.stats, job.prompt_tokens, job.started - job.submitted, cut))
-        return False
+        job.send(Done(job.stats, job.prompt_tokens, job.cached_tokens, job.started - job.submitted, cut))
 
-    def _fail(self, job: Job, failure: Failed) -> bool:
+    def _fail(self, job: Job, failure: Failed) -> None:
         self._leave(job)
         job.send(failure)
-        return False
 
     def _leave(self, job: Job) -> None:
-        """Free what the request holds, and count what it has cost."""
-        if job.turns is None:
+        """Count what a live request has cost."""
+        with self._lock:
+            choice = self._live.pop(job, None)
+        if choice is None:
             return
-        job.turns.close()  # type: ignore[attr-defined]
+        self._count(job, choice)
         seconds = time.monotonic() - job.submitted
         self._mean_seconds += 0.2 * (seconds - self._mean_seconds)
         self.metrics.answered(job, seconds)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from beagle.decoding.sequence import Step
-from beagle.model import Piece
 from beagle.serving.token_texts import TokenText, TokenTexts, first_characters
 from beagle.serving.work import Alternative, TokenLogprob
 from beagle.targets.target import Target
@@ -20,7 +19,7 @@ LEAST = -9999.0  # JSON has no infinity
 
 
 class Watcher:
-    """Collects the steps of one choice (as ``decode``'s ``watch``) until their tokens are streamed.
+    """Collects the steps of one choice (as a sequence's ``watch``) until their tokens are streamed.
 
     A piece's text can lag behind its tokens (half a character, a stop string that may be coming), and
     a piece can hold the tokens of several steps. So tokens are numbered, from 0, and a token's text
@@ -33,7 +32,6 @@ class Watcher:
         *,
         top: int | None,
         trees: bool,
-        exact: bool = False,
         before: Sequence[int] = (),
         ends: Collection[int] = (),
     ) -> None:
@@ -41,14 +39,11 @@ class Watcher:
         Args:
             top: alternatives to report with each token's log-probability; None reports neither.
             trees: report draft depths and trees.
-            exact: passes are shape-stable, see ``decoding.decoder``.
             before: tokens whose text the choice continues.
             ends: tokens that end the choice.
         """
-        self.target, self.top, self.trees, self.exact = target, top, trees, exact
-        self._passes: deque[tuple[Tensor, list[int]]] = deque()  # whose tokens have not been streamed
-        self._scores: deque[Tensor] = deque()  # of the first of them, a token each
-        self._begun = False
+        self.target, self.top, self.trees = target, top, trees
+        self._logits: deque[Tensor] = deque()  # of tokens that have not been streamed
         self._depths: list[int] = []  # draft depth of every token, 0 for the target's own
         self._steps: list[dict[str, Any]] = []
         self._texts = TokenTexts(target.tokenizer, before, ends)
@@ -58,7 +53,7 @@ class Watcher:
 
     def __call__(self, step: Step) -> None:
         if self.top is not None:
-            self._passes.append((step.states, step.path))
+            self._logits += step.logits[step.path].unbind()
         if self.trees:
             self._depths += [*range(1, len(step.path)), 0]
             self._steps.append(
@@ -69,8 +64,15 @@ class Watcher:
                 }
             )
 
-    def take(self, piece: Piece) -> tuple[list[TokenLogprob] | None, dict[str, Any] | None]:
-        """What is to be told of a piece, where it is wanted.
+    def take(
+        self, text: str, tokens: Sequence[int], *, ended: bool
+    ) -> tuple[list[TokenLogprob] | None, dict[str, Any] | None]:
+        """What is wanted to be known of a piece.
+
+        Args:
+            text: the piece's.
+            tokens: since the last piece that had some.
+            ended: the choice ends with it.
 
         Returns:
             The log-probabilities of the tokens whose text is complete with this piece, and the trees:
@@ -78,8 +80,8 @@ class Watcher:
             ``steps``: of each pass since the last piece the tree's ``tokens`` (the root first), ``parents``
             and the accepted ``path``, which brought ``len(path)`` tokens.
         """
-        for token in piece.token_ids:
-            scores = self._next_scores() if self.top is not None else None
+        for token in tokens:
+            scores = self._logits.popleft().float().log_softmax(-1) if self.top is not None else None
             other = [] if scores is None else self._likeliest(scores, token)
             looks = {i: self._texts.look(i) for i in other if i != token}
             own = self._texts.add(token)
@@ -88,26 +90,11 @@ class Watcher:
                 top = self._alternatives(scores, other, looks | {token: own}, token)
                 logprob = max(float(scores[token]), LEAST)
                 self._held.append((TokenLogprob(own.text, logprob, own.content, top, own.start), own.end))
-        pieces = self._parts(piece.text)
+        pieces = self._parts(text)
         return (
-            self._complete(piece.finish_reason is not None) if self.top is not None else None,
+            self._complete(ended) if self.top is not None else None,
             self._trees(pieces) if self.trees else None,
         )
-
-    def _next_scores(self) -> Tensor:
-        """``[vocabulary]`` log-probabilities that the next token was chosen from.
-
-        The logits are computed as the loop has done it, so that they are the same bit for bit.
-        """
-        if not self._scores:
-            states, path = self._passes.popleft()
-            if not self._begun:
-                logits = self.target.logits(states[0])[None]
-            else:
-                logits = (self.target.exact if self.exact else self.target).logits(states)[path]
-            self._begun = True
-            self._scores += logits.float().log_softmax(-1).unbind()
-        return self._scores.popleft()
 
     def _likeliest(self, scores: Tensor, token: int) -> list[int]:
         """The token and so many others as are wanted, the likeliest first, of equals the token."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,10 +92,16 @@ class ChoiceEnd:
 
 @dataclass(frozen=True)
 class Done:
-    """Last event of an answered request; ``cut`` says what ended it early (``time``, ``shutdown``), if anything."""
+    """Last event of an answered request.
+
+    Attributes:
+        cached_tokens: tokens of the prompts that were not run, since their keys were there.
+        cut: what ended it early (``time``, ``shutdown``), if anything.
+    """
 
     stats: Stats
     prompt_tokens: int
+    cached_tokens: int
     queue_seconds: float
     cut: str | None = None
 
@@ -132,11 +138,10 @@ class Job:
         self.cancelled = False
         self.ids: list[list[int]] | None = None  # the prompts' tokens, once encoded
         self.limit = 0  # new tokens of each choice
-        self.turns: Iterator[None] | None = None  # while it is live
-        self.cut = False  # no more passes: what was held back is sent, and the answer ends
         self.started = 0.0
         self.first_token: float | None = None
         self.current = 0  # the choice under way
+        self.cached_tokens = 0
         self.stats = Stats()
 
     def cancel(self) -> None:

@@ -259,7 +259,8 @@ def as_library(options):
 def watched(target, token, *, top, others=()):
     """A watcher's log-probabilities of ``token`` behind SPACED."""
     watcher = Watcher(target, top=top, trees=False)
-    watcher(Step([SPACED], TreeShape([-1]), target.prefill(torch.tensor([[SPACED]]), target.new_cache(1, 8))[0], [0]))
+    states = target.prefill(torch.tensor([[SPACED]]), target.new_cache(1, 8))[0]
+    watcher(Step([SPACED], TreeShape([-1]), states, target.logits(states), [0]))
     return watcher.take(Piece("", [token], 0, "length"))[0][0]
 
 

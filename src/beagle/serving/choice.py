@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from beagle.decoding.pieces import Pieces
+from beagle.decoding.pieces import Piece, Pieces
 from beagle.decoding.sampling import Sampler
 from beagle.decoding.sequence import Emitted, Sequence
 from beagle.decoding.text import StopText
@@ -46,24 +46,21 @@ class Choice:
 
     def take(self, emitted: Emitted) -> Delta | None:
         """What an iteration adds to the choice; None if nothing is to be shown yet."""
-        piece = self._pieces.take(emitted)
-        self.reason = piece.finish_reason
-        return self._delta(piece.text, piece.token_ids, piece.drafted)
+        return self._delta(self._pieces.take(emitted))
 
     def cut(self) -> Delta | None:
         """End the choice here: what was held back of it."""
-        self.reason = "length"
-        piece = self._pieces.rest("length")
-        return self._delta(piece.text, piece.token_ids, piece.drafted)
+        return self._delta(self._pieces.rest("length"))
 
-    def _delta(self, text: str, tokens: list[int], drafted: int) -> Delta | None:
+    def _delta(self, piece: Piece) -> Delta | None:
+        self.reason = piece.finish_reason
         held = self._watcher is not None and self.reason is not None  # the last log-probabilities
-        if not tokens and not text and not held:
+        if not piece.token_ids and not piece.text and not held:
             return None
         logprobs = watched = None
         if self._watcher is not None:
-            logprobs, watched = self._watcher.take(text, tokens, ended=self.reason is not None)
+            logprobs, watched = self._watcher.take(piece)
         if watched is not None:
             watched["tau"] = round(self.sequence.stats.tau, 4)
             watched["tokens_per_second"] = round(self.sequence.stats.tokens_per_second, 3)
-        return Delta(self._number, text, len(tokens), drafted, logprobs, watched)
+        return Delta(self._number, piece.text, len(piece.token_ids), piece.drafted, logprobs, watched)

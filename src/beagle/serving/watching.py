@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from beagle.decoding.pieces import Piece
 from beagle.decoding.sequence import Step
 from beagle.serving.token_texts import TokenText, TokenTexts, first_characters
 from beagle.serving.work import Alternative, TokenLogprob
@@ -64,15 +65,8 @@ class Watcher:
                 }
             )
 
-    def take(
-        self, text: str, tokens: Sequence[int], *, ended: bool
-    ) -> tuple[list[TokenLogprob] | None, dict[str, Any] | None]:
+    def take(self, piece: Piece) -> tuple[list[TokenLogprob] | None, dict[str, Any] | None]:
         """What is wanted to be known of a piece.
-
-        Args:
-            text: the piece's.
-            tokens: since the last piece that had some.
-            ended: the choice ends with it.
 
         Returns:
             The log-probabilities of the tokens whose text is complete with this piece, and the trees:
@@ -80,7 +74,7 @@ class Watcher:
             ``steps``: of each pass since the last piece the tree's ``tokens`` (the root first), ``parents``
             and the accepted ``path``, which brought ``len(path)`` tokens.
         """
-        for token in tokens:
+        for token in piece.token_ids:
             scores = self._logits.popleft().float().log_softmax(-1) if self.top is not None else None
             other = [] if scores is None else self._likeliest(scores, token)
             looks = {i: self._texts.look(i) for i in other if i != token}
@@ -90,9 +84,9 @@ class Watcher:
                 top = self._alternatives(scores, other, looks | {token: own}, token)
                 logprob = max(float(scores[token]), LEAST)
                 self._held.append((TokenLogprob(own.text, logprob, own.content, top, own.start), own.end))
-        pieces = self._parts(text)
+        pieces = self._parts(piece.text)
         return (
-            self._complete(ended) if self.top is not None else None,
+            self._complete(piece.finish_reason is not None) if self.top is not None else None,
             self._trees(pieces) if self.trees else None,
         )
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from beagle.drafters.block import Block, BlockConfig, LevelView, Rotation
+from beagle.drafters.block import Block, BlockConfig, LevelView, Rotation, register
 from beagle.drafters.experts import Experts
 
 Newest = Literal["none", "scale", "linear"]
@@ -38,10 +38,10 @@ class HeadConfig(BlockConfig):
     experts: int = 0  # more than 0: so many MLPs in place of one, two of them at work (an ablation of the paper)
 
 
+@register("beagle")
 class BeagleHead(Block):
     """The block alone; embeddings and LM head are the target's, frozen and shared."""
 
-    architecture = "beagle"
     config_class = HeadConfig
     config: HeadConfig
 

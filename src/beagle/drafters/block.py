@@ -36,6 +36,8 @@ class BlockConfig:
     rope_theta: float = 10_000.0
     draft_vocab_size: int | None = None  # None: the target's whole vocabulary
 
+    removed: ClassVar[dict[str, Any]] = {}  # settings that checkpoints may still name, and their only value
+
     @classmethod
     def for_target(cls, target: Any, **overrides: Any) -> Self:
         """The target's own conventions, with as many KV heads as query heads (see the ablation).

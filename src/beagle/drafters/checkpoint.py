@@ -102,6 +102,12 @@ def load_head(folder: str | Path, target: Any) -> Block:
     known = {field.name for field in fields(kind.config_class)}
     try:
         settings = dict(content["head"])
+        for name, only in kind.config_class.removed.items():
+            if name not in known and (value := settings.pop(name, only)) != only:
+                raise BeagleError(
+                    f"draft '{folder}': {name} of its head is {value!r}, an ablation that is no longer drafted with; "
+                    "train it again without"
+                )
         if unknown := set(settings) - known:
             raise BeagleError(f"draft '{folder}': unknown setting {sorted(unknown)}; it needs a newer beagle")
         config = kind.config_class(**settings)

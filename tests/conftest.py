@@ -22,6 +22,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import beagle.research.ablations
 from beagle.cli import main
 from beagle.drafters.base import Draft, DraftContext, Drafter
 from beagle.drafters.block import Block

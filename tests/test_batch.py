@@ -13,7 +13,6 @@ from beagle.decoding.decoder import Decoder, shared
 from beagle.decoding.sampling import Sampler
 from beagle.decoding.sequence import Sequence
 from beagle.drafters.base import Draft, TreePlan, prune
-from beagle.drafters.checkpoint import HEADS
 from beagle.drafters.combined import CombinedDrafter
 from beagle.drafters.lookup import LookupDrafter
 from beagle.drafters.small import SmallModelDrafter
@@ -33,7 +32,7 @@ def drafter(kind: str, target):
         return SmallModelDrafter(target, tiny_target())
     if kind == "lookup":
         return LookupDrafter()
-    return tiny_drafter(target, architecture=kind, scale=LIVELY[kind]) if kind in HEADS else None
+    return tiny_drafter(target, architecture=kind, scale=LIVELY[kind]) if kind in LIVELY else None
 
 
 def ending(family: str = "llama"):
@@ -89,7 +88,7 @@ def test_a_row_verifies_the_trees_that_it_would_alone(kind):
 
 @pytest.mark.parametrize("stopping", [False, True])
 @pytest.mark.parametrize("plan", [CHAIN, STATIC, DYNAMIC], ids=str)
-@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("kind", LIVELY)
 def test_heads_draft_for_each_context_what_they_would_alone(kind, plan, stopping):
     target = tiny_target()
     one = drafter(kind, target)

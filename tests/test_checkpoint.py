@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from beagle.drafters.checkpoint import HEADS, find_head, load_head, save_head, shipped_head
 from beagle.errors import BeagleError
-from conftest import tiny_head, tiny_target
+from conftest import LIVELY, tiny_head, tiny_target
 
 
-@pytest.fixture(params=HEADS)
+@pytest.fixture(params=LIVELY)
 def folder(request, target, tmp_path):
     head = tiny_head(target, architecture=request.param)
     save_head(head, tmp_path / "head", target=target.name, dtype=torch.float32, meta={"note": 1})
@@ -45,7 +45,7 @@ def refused(folder, target) -> str:
     "overrides",
     [
         {},
-        {"newest_state": "linear", "token_in_mlp": False, "num_kv_heads": 2, "concat": False},
+        {"newest_state": "none", "token_in_mlp": False, "num_kv_heads": 2},
         {"architecture": "eagle"},
         {"architecture": "eagle", "num_kv_heads": 2},
     ],
@@ -65,7 +65,7 @@ def test_roundtrip(target, tmp_path, overrides):
     assert json.loads((tmp_path / "config.json").read_text())["meta"] == {"note": 1}
 
 
-@pytest.mark.parametrize("architecture", HEADS)
+@pytest.mark.parametrize("architecture", LIVELY)
 def test_roundtrip_with_a_trimmed_vocabulary(target, tmp_path, architecture):
     head = tiny_head(target, architecture=architecture, draft_vocab_size=10)
     head.draft_vocab.copy_(torch.arange(10) * 6)
@@ -97,11 +97,9 @@ def test_config_is_missing_broken_or_foreign(folder, target):
 
 def test_another_architectures_name(folder, target):
     config = json.loads((folder / "config.json").read_text())
-    other = next(name for name in HEADS if name != config["model_type"])
+    other = next(name for name in LIVELY if name != config["model_type"])
     config["head"] = {
-        key: value
-        for key, value in config["head"].items()
-        if key not in ("newest_state", "token_in_mlp", "concat", "experts")
+        key: value for key, value in config["head"].items() if key not in ("newest_state", "token_in_mlp")
     }
     edit_config(folder, model_type=other, head=config["head"])
     assert "model.safetensors is corrupt or incomplete" in refused(folder, target)
@@ -178,3 +176,15 @@ def test_finding_heads(folder):
 )  # fmt: skip
 def test_one_model_has_many_names(target, found):
     assert (shipped_head(target) is not None) == found
+
+
+@pytest.mark.parametrize(("setting", "value"), [("concat", False), ("experts", 4), ("newest_state", "linear")])
+def test_settings_that_are_gone_are_accepted_at_the_value_that_is_left(target, tmp_path, setting, value):
+    save_head(tiny_head(target), tmp_path, target=target.name, dtype=torch.float32, meta={})
+    head = json.loads((tmp_path / "config.json").read_text())["head"]
+    edit_config(tmp_path, head={**head, "concat": True, "experts": 0})
+    assert load_head(tmp_path, target).config.newest_state == "scale"
+    edit_config(tmp_path, head={**head, setting: value})
+    message = refused(tmp_path, target)
+    assert setting in message
+    assert repr(value) in message

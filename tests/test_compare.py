@@ -254,7 +254,7 @@ def test_every_suite_judges_what_it_trains(made, tmp_path):
             }  # fmt: skip
             trees = {tree: [{"tau": 2.0 - 0.1 * i, "tokens_per_second": 30.0 - i}] for tree in suite.trees}
             found[variant.name] = Entry(variant.name, [record], trees)
-            assert head["architecture"] == variant.architecture
+            assert head["architecture"].removesuffix("-ablated") == variant.architecture
         assert suite.judge(found), name
 
 
@@ -285,8 +285,8 @@ def test_variants_are_what_their_names_say():
     assert parse("eagle").settings(recipe, 0)[0].early_epochs == 1
     assert parse("beagle-late-k4-s4").settings(recipe, 0)[0].early_epochs == 0
     train, head = parse("beagle-early-k1-random-noreg-noconcat").settings(recipe, 0)
-    assert (train.window, train.steps, train.early_mask, train.regression) == (1, 1, "random", 0)
-    assert head["concat"] is False
+    assert (train.window, train.steps, train.regression) == (1, 1, 0)
+    assert (head["architecture"], head["early_mask"], head["concat"]) == ("beagle-ablated", "random", False)
     own = Recipe(train=TrainConfig(window=3, steps=2, early_window=1))
     windows = {
         name: parse(name).settings(own, 0)[0]
@@ -297,8 +297,9 @@ def test_variants_are_what_their_names_say():
     }  # fmt: skip
     assert parse("beagle-k3").plain_name(own) == "beagle-k3"
     assert parse("beagle-kv3-linear").settings(recipe, 0)[1] == {
-        "architecture": "beagle",
-        "newest_state": "linear",
+        "architecture": "beagle-ablated",
+        "newest_state": "scale",
+        "newest_through_matrix": True,
         "num_kv_heads": 3,
     }
     assert [v.name for v in parse_list("beagle, eagle-u1..u3")] == ["beagle", "eagle-u1", "eagle-u2", "eagle-u3"]

@@ -8,11 +8,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
-from beagle.drafters.checkpoint import HEADS
 from beagle.errors import BeagleError
 from beagle.model import Model
 from beagle.targets.target import Target
-from conftest import FAMILIES, Oracle, tiny_drafter, tiny_model, tiny_target, tiny_tokenizer
+from conftest import FAMILIES, LIVELY, Oracle, tiny_drafter, tiny_model, tiny_target, tiny_tokenizer
 
 PROMPT = "w5 w9 w33 w12"
 KINDS = ["chain", "static", "dynamic"]
@@ -102,7 +101,7 @@ def test_special_tokens_are_not_in_the_text():
     assert plain.text == target.tokenizer.decode(plain.token_ids, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("architecture", HEADS)
+@pytest.mark.parametrize("architecture", LIVELY)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "sampling", [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 20}, {"temperature": 1.3, "top_p": 0.8}]
@@ -154,7 +153,7 @@ def test_step_alpha_and_pooling():
 
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
-@pytest.mark.parametrize("architecture", HEADS)
+@pytest.mark.parametrize("architecture", LIVELY)
 def test_context_limit_is_respected(kind, architecture):
     target = endless(max_position_embeddings=24)
     drafter = tiny_drafter(target, architecture=architecture) if kind else None

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from beagle.drafters import checkpoint
 from beagle.drafters.base import ROW_SHARE, STATIC_PATHS, Draft, TreePlan
 from beagle.drafters.head_drafter import HeadDrafter
+from beagle.research.ablations import AblatedHead
 from conftest import LIVELY, tiny_drafter, tiny_head, tiny_target
 from drafting import One
 
@@ -28,8 +28,8 @@ PLANS = [
 
 HEADS = [
     {},
-    {"concat": False},
-    {"experts": 3},
+    {"architecture": "beagle-ablated", "concat": False},
+    {"architecture": "beagle-ablated", "experts": 3},
     {"draft_vocab_size": 20},
     {"architecture": "eagle"},
     {"architecture": "eagle", "num_kv_heads": 2, "draft_vocab_size": 20},
@@ -39,7 +39,9 @@ HEADS = [
 @pytest.fixture(params=HEADS, ids=str)
 def drafting(request):
     target = tiny_target()
-    head = tiny_head(target, scale=LIVELY[request.param.get("architecture", "beagle")], **request.param)
+    head = tiny_head(
+        target, scale=LIVELY[request.param.get("architecture", "beagle").removesuffix("-ablated")], **request.param
+    )
     if request.param.get("draft_vocab_size"):
         head.draft_vocab.copy_(torch.arange(20) * 3 + 1)
     drafter = One(HeadDrafter(target, head))
@@ -66,7 +68,7 @@ def beagle_states(target, head, states, tokens: list[int]):
         embedding = target.embed(torch.tensor([token]))
         q = head.queries(embedding, head.rotation(slot, known.dtype))
         newest = head.finish(head.attend(q[None], k[None], v[None], None)[0], embedding, newest)
-        if head.config.concat:
+        if not isinstance(head, AblatedHead) or head.config.concat:
             known, slots = torch.cat([known, newest]), torch.cat([slots, slot + 1])
         yield newest[0]
 
@@ -84,7 +86,7 @@ def eagle_states(target, head, states, tokens: list[int]):
         yield states[-1]
 
 
-PREDICTED = {"beagle": beagle_states, "eagle": eagle_states}
+PREDICTED = {"beagle": beagle_states, "beagle-ablated": beagle_states, "eagle": eagle_states}
 
 
 @torch.no_grad()
@@ -135,7 +137,7 @@ def test_drafting_leaves_nothing_behind(drafting, plan):
     assert extended.scores == pytest.approx(fresh.scores, abs=1e-4)
 
 
-@pytest.mark.parametrize("architecture", checkpoint.HEADS)
+@pytest.mark.parametrize("architecture", LIVELY)
 def test_long_contexts_grow_the_cache(target, architecture):
     drafter = One(tiny_drafter(target, architecture=architecture, scale=LIVELY[architecture]))
     tokens = [3 + i % 50 for i in range(505)]
@@ -152,7 +154,7 @@ def test_long_contexts_grow_the_cache(target, architecture):
     assert piecewise.scores == pytest.approx(at_once.scores, abs=1e-4)
 
 
-@pytest.mark.parametrize("architecture", checkpoint.HEADS)
+@pytest.mark.parametrize("architecture", LIVELY)
 def test_keys_are_made_when_a_draft_reads_them(target, monkeypatch, architecture):
     drafter = One(tiny_drafter(target, architecture=architecture, scale=LIVELY[architecture]))
     tokens = [3 + i for i in range(20)]
@@ -193,7 +195,7 @@ def paths(draft: Draft) -> list[tuple[int, ...]]:
     return found
 
 
-@pytest.mark.parametrize("architecture", checkpoint.HEADS)
+@pytest.mark.parametrize("architecture", LIVELY)
 def test_contexts_may_come_a_token_at_a_time(target, architecture):
     """The newest slot's key, where it needs the next token, is that of the accepted one, not the drafted."""
     drafter = One(tiny_drafter(target, architecture=architecture, scale=LIVELY[architecture]))
@@ -211,7 +213,11 @@ def test_contexts_may_come_a_token_at_a_time(target, architecture):
 
 @pytest.mark.parametrize(
     ("head", "levels"),
-    [({}, [2, 3, 4, 5]), ({"concat": False}, []), ({"architecture": "eagle"}, [1, 2, 3, 4, 5])],
+    [
+        ({}, [2, 3, 4, 5]),
+        ({"architecture": "beagle-ablated", "concat": False}, []),
+        ({"architecture": "eagle"}, [1, 2, 3, 4, 5]),
+    ],
     ids=str,
 )
 def test_only_keys_that_a_later_query_sees_are_made(target, monkeypatch, head, levels):

@@ -10,7 +10,7 @@ from conftest import tiny_head, tiny_target
 
 def test_a_position_takes_the_two_its_router_prefers():
     target = tiny_target()
-    experts = tiny_head(target, scale=8.0, experts=4).experts
+    experts = tiny_head(target, scale=8.0, architecture="beagle-ablated", experts=4).experts
     x = torch.randn(3, 5, target.hidden_size, generator=torch.Generator().manual_seed(0))
     got = experts(x, lambda middle: middle)
     for place in torch.cartesian_prod(torch.arange(3), torch.arange(5)).tolist():
@@ -28,7 +28,7 @@ def test_a_position_takes_the_two_its_router_prefers():
 
 def test_it_is_stored_with_its_head(tmp_path):
     target = tiny_target()
-    head = tiny_head(target, experts=3)
+    head = tiny_head(target, architecture="beagle-ablated", experts=3)
     save_head(head, tmp_path, target="tiny", dtype=torch.float32, meta={})
     again = load_head(tmp_path, target)
     assert again.config == head.config
@@ -37,7 +37,7 @@ def test_it_is_stored_with_its_head(tmp_path):
 
 def test_the_router_learns():
     target = tiny_target()
-    experts = tiny_head(target, experts=4).experts.requires_grad_(True)
+    experts = tiny_head(target, architecture="beagle-ablated", experts=4).experts.requires_grad_(True)
     x = torch.randn(7, target.hidden_size, generator=torch.Generator().manual_seed(0))
     experts(x, lambda middle: middle).square().sum().backward()
     assert experts.router.weight.grad.abs().sum() > 0

@@ -63,8 +63,7 @@ class AsVLLM:
         scores = scores.masked_fill(torch.ones(n, n).triu(1).bool(), float("-inf"))
         y = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1) @ self.w["model.o_proj.weight"].T + e
         if c["newest_state"] != "none":
-            newest = self.norm("newest_norm", states)
-            y = y + (newest @ self.w["model.newest_proj.weight"].T if c["newest_state"] == "linear" else newest)
+            y = y + self.norm("newest_norm", states)
         x = self.norm("mlp_norm", y)
         if c["token_in_mlp"]:
             x = x + self.norm("token_norm", e)
@@ -88,7 +87,7 @@ class AsVLLM:
     ("family", "overrides"),
     [
         ("llama", {}),
-        ("llama", {"newest_state": "linear", "draft_vocab_size": 20}),
+        ("llama", {"draft_vocab_size": 20}),
         ("llama", {"newest_state": "none", "num_kv_heads": 2, "token_in_mlp": False}),
         ("gemma3_text", {"draft_vocab_size": 20}),  # scaled embeddings
         ("granite", {"draft_vocab_size": 20}),  # scaled logits
@@ -153,7 +152,10 @@ def test_a_speculators_folder_names_its_target(tmp_path):
 
 def test_heads_that_vllm_cannot_run_are_refused(tmp_path):
     target = tiny_target()
-    for overrides, reason in (({"concat": False}, "concat"), ({"architecture": "eagle"}, "architecture 'eagle'")):
+    for overrides, reason in (
+        ({"architecture": "beagle-ablated", "concat": False}, "beagle-ablated"),
+        ({"architecture": "eagle"}, "architecture 'eagle'"),
+    ):
         with pytest.raises(BeagleError, match=reason):
             export(tiny_head(target, **overrides), target, tmp_path / "none")
     assert not (tmp_path / "none").exists()

@@ -183,8 +183,8 @@ def test_other_settings_are_refused(train, tmp_path):
      ("head: {newest_state: foo}", "newest_state"), ("head: {num_kv_heads: few}", "num_kv_heads"),
      ("head: {num_kv_heads: {a: 1}}", "num_kv_heads"), ("head: {architecture: hawk}", "beagle, eagle"),
      ("head: {architecture: [eagle]}", "beagle, eagle"), ("head: {architecture: eagle, concat: no}", "for eagle"),
-     ("head: {draft_vocab_size: 9}", "draft_vocab_size"), ("train: {late_loss: all}", "late_loss"),
-     ("{train: {early_mask: random}, head: {architecture: eagle}}", "early_mask of eagle is blocks")],
+     ("head: {draft_vocab_size: 9}", "draft_vocab_size"), ("train: {late_loss: window}", "late_loss"),
+     ("head: {newest_state: linear}", "newest_state")],
 )  # fmt: skip
 def test_bad_recipes(tmp_path, text, word):
     path = tmp_path / "recipe.yaml"

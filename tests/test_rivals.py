@@ -9,6 +9,7 @@ import torch
 
 from beagle.drafters.base import Draft, DraftContext, TreePlan
 from beagle.drafters.checkpoint import save_head
+from beagle.drafters.load import DraftSpec
 from beagle.evaluation import modes as m
 from beagle.evaluation.meta import portable
 from beagle.evaluation.stock import Stock
@@ -106,7 +107,7 @@ def test_each_mode_drafts_with_its_own_drafter(mode, monkeypatch):
         def draft(self, contexts, roots, plan, min_gain=0.0):
             return [Draft([5], [-1], [-1.0])]
 
-    monkeypatch.setattr(m, "load_drafter", lambda draft, *a, **o: None if draft == "none" else Named(draft))
+    monkeypatch.setattr(m, "load_drafter", lambda draft, *a, **o: None if str(draft) == "none" else Named(str(draft)))
     drafts = m.Drafts("mine+lookup", "rival", "tiny")
     contender = {c.mode: c for c in m.load_contenders(target, m.OUR_MODES, drafts, TreePlan("chain"))}[mode]
     _, stats = contender.answer("w3 w4", m.Options(8), 0)
@@ -147,14 +148,14 @@ def test_the_head_alone_is_a_mode_where_it_is_not_the_only_drafter(bench, folder
     _, result = bench("--draft", f"{folders.head}+lookup", "--modes", "plain,beagle,head", "--limit", 2)
     assert list(result["ratios"]) == ["beagle/plain", "head/plain"]
     assert all(figures["identical"] == 1.0 for figures in result["modes"].values())
-    assert [m.Drafts(draft).of("head") for draft in ("auto", "lookup", "none", "mine", "mine+lookup")] == [
+    assert [str(m.Drafts(draft).of("head", "tiny")) for draft in ("auto", "lookup", "none", "mine", "mine+lookup")] == [
         *["head"] * 3,
         *["mine"] * 2,
     ]
-    assert m.available(m.Drafts(), "head+lookup")[:4] == ["plain", "beagle", "head", "lookup"]
-    for draft in ("mine", "model:tiny+lookup"):
+    assert m.available(m.Drafts(), DraftSpec("head", lookup=True))[:4] == ["plain", "beagle", "head", "lookup"]
+    for draft in (DraftSpec("mine"), DraftSpec(model="tiny", lookup=True)):
         assert m.available(m.Drafts(), draft)[:3] == ["plain", "beagle", "lookup"]
-    assert m.available(m.Drafts(), "none")[:2] == ["plain", "lookup"]
+    assert m.available(m.Drafts(), DraftSpec())[:2] == ["plain", "lookup"]
 
 
 def test_eagle_heads_and_others_are_told_apart(bench, folders, tmp_path):

@@ -15,6 +15,7 @@ from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.drafters.block import drop
 from beagle.drafters.checkpoint import load_head
+from beagle.drafters.head import BeagleHead
 from beagle.drafters.head_drafter import HeadDrafter
 from beagle.errors import BeagleError
 from beagle.model import Model
@@ -24,10 +25,10 @@ from beagle.training.answers import AnswerGenerator, Sample
 from beagle.training.config import TrainConfig
 from beagle.training.data import Stored, batches, collate, samples
 from beagle.training.prompts import Prompt
-from beagle.training.stages import ARCHITECTURES, stage_loss, step_alpha
+from beagle.training.stages import stage_loss, step_alpha
 from beagle.training.states import Fingerprint, StateStore
 from beagle.training.trainer import Trainer
-from conftest import tiny_head, tiny_target
+from conftest import LIVELY, tiny_head, tiny_target
 from drafting import One
 
 PROMPTS = [Prompt(str(i), (" ".join(f"w{3 + (5 * i + j * j) % 60}" for j in range(1 + i % 5)),)) for i in range(12)]
@@ -62,7 +63,7 @@ def store(target, tmp_path_factory):
     return store
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=LIVELY)
 def whole(request, target, store, tmp_path_factory):
     """One uninterrupted run of each architecture."""
     trainer = Trainer(target, store, tmp_path_factory.mktemp("whole"), CONFIG, {"architecture": request.param})
@@ -91,7 +92,7 @@ def test_both_losses_fall(target, store, whole, stage, monkeypatch):
 def test_the_early_stage_can_have_a_window_of_its_own(target, store, tmp_path, monkeypatch):
     """Every step of each stage is given that stage's window, and offsets that lie in it."""
     seen: dict[str, set[tuple[int, int]]] = {}
-    ordinary = stages.ARCHITECTURES["beagle"]
+    ordinary = stages.STAGES[BeagleHead]
 
     def watched(stage, function):
         def watch(head, batch, keys_from, window, offset, *steps):
@@ -101,17 +102,14 @@ def test_the_early_stage_can_have_a_window_of_its_own(target, store, tmp_path, m
         return watch
 
     monkeypatch.setitem(
-        stages.ARCHITECTURES, "beagle",
-        replace(
-            ordinary, early={"blocks": watched("early", ordinary.early["blocks"])},
-            late={"next": watched("late", ordinary.late["next"])},
-        ),
+        stages.STAGES, BeagleHead,
+        replace(ordinary, early=watched("early", ordinary.early), late=watched("late", ordinary.late)),
     )  # fmt: skip
     Trainer(target, store, tmp_path, replace(CONFIG, early_window=1, early_epochs=6, late_epochs=6)).train()
     assert seen == {"early": {(1, 0)}, "late": {(3, 0), (3, 1), (3, 2)}}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", LIVELY)
 @pytest.mark.parametrize("stage", ["early", "late"])
 @pytest.mark.parametrize("fast", [True, False])
 def test_autocast_multiplies_in_bfloat16_only_where_the_machine_does(
@@ -165,7 +163,7 @@ def test_run_leaves_a_log_and_a_usable_head(target, whole, tmp_path):
 
 
 def test_architectures_are_no_settings_of_one_run(target, store, whole):
-    other = next(name for name in ARCHITECTURES if name != whole.head.architecture)
+    other = next(name for name in LIVELY if name != whole.head.architecture)
     with pytest.raises(BeagleError, match="other settings"):
         Trainer(target, store, whole.out, CONFIG, {"architecture": other})
 
@@ -324,10 +322,11 @@ def test_epochs_of_unequal_length_come_to_an_end(target, tmp_path, monkeypatch):
 def test_a_run_from_before_an_option_existed_goes_on(target, store, tmp_path):
     first = Trainer(target, store, tmp_path, CONFIG)
     identity = first.identity()
-    del identity["train"]["late_loss"]
+    del identity["train"]["beta_decay"]
+    identity["train"]["late_loss"] = "next"  # an option that is gone, at what is done always
     first.identity = lambda: identity
     first.train(seconds=0)
     assert Trainer(target, store, tmp_path, CONFIG).step == 1
-    other = TrainConfig(**{**CONFIG.__dict__, "late_loss": "window"})
+    other = TrainConfig(**{**CONFIG.__dict__, "beta_decay": False})
     with pytest.raises(BeagleError, match="other settings"):
         Trainer(target, store, tmp_path, other)

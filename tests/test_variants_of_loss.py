@@ -8,9 +8,10 @@ import torch
 from beagle.drafters.block import Block
 from beagle.drafters.eagle_head import EagleConfig, EagleHead
 from beagle.drafters.head import BeagleHead, HeadConfig
+from beagle.research.ablations import AblatedHead, early_random, late_window
 from beagle.training.config import TrainConfig
 from beagle.training.stages import stage_loss
-from beagle.training.windows import Batch, early, early_random, late, late_window
+from beagle.training.windows import Batch, early, late
 from windows import make_batch, make_head, rope
 
 
@@ -19,7 +20,7 @@ def alone(head: BeagleHead, batch: Batch, row: int, slot: int, base: int, predic
     k, v = head.keys_values(batch.states[row, : base + 1], rope(head, torch.arange(base + 1)))
     newest = batch.states[row, base]
     for at in sorted(predicted):
-        if head.config.concat:
+        if not isinstance(head, AblatedHead) or head.config.concat:
             own = head.keys_values(predicted[at][None], rope(head, torch.tensor([at])))
             k, v = torch.cat([k, own[0]], dim=1), torch.cat([v, own[1]], dim=1)
         newest = predicted[at]

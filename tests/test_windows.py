@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from beagle.drafters.base import TreePlan
 from beagle.drafters.head import BeagleHead
-from beagle.training.stages import ARCHITECTURES
+from beagle.research.ablations import AblatedHead, chains
+from beagle.training.stages import STAGES
 from beagle.training.windows import ROUND, Batch, additive, early, late
 from conftest import LIVELY, tiny_drafter, tiny_target
 from drafting import One
@@ -18,7 +19,7 @@ HEADS = [
     {},
     {"num_kv_heads": 2},
     {"num_kv_heads": 1, "newest_state": "none"},
-    {"newest_state": "linear", "token_in_mlp": False},
+    {"newest_through_matrix": True, "token_in_mlp": False},
     {"concat": False},
     {"concat": False, "num_kv_heads": 2, "newest_state": "none"},
 ]
@@ -66,7 +67,7 @@ def unsliced(head, batch, keys_from, window, offset, steps):
             fresh = newest.clone()
             for i, slot in enumerate(slots.tolist()):
                 if slot == base_of[i] + step - 1:  # this state stands in for h_{slot + 1}
-                    if head.config.concat:
+                    if not isinstance(head, AblatedHead) or head.config.concat:
                         buffer[slot + 1] = head.keys_values(outputs[i][None], rope(head, torch.tensor([slot + 1])))
                     if i + 1 < len(slots):
                         fresh[i + 1] = outputs[i]
@@ -86,8 +87,9 @@ def test_late_is_the_unsliced_form(overrides, window, offset, steps):
     head, batch = make_head(**overrides), make_batch()
     keys_from = batch.states + 0.2 * torch.randn(batch.states.shape, dtype=torch.float64)
     expected = unsliced(head, batch, keys_from, window, offset, steps)
+    stage = chains if isinstance(head, AblatedHead) else late
     found = {}
-    for step, (states, slots, real) in enumerate(late(head, batch, keys_from, window, offset, steps), 1):
+    for step, (states, slots, real) in enumerate(stage(head, batch, keys_from, window, offset, steps), 1):
         for row, i in real.nonzero().tolist():
             found[step, row, int(slots[row, i])] = states[row, i]
     assert found.keys() == expected.keys()
@@ -151,7 +153,7 @@ def test_a_window_sees_its_base_and_nothing_later(stage, newest):
     "overrides",
     [
         {},
-        {"concat": False},
+        {"architecture": "beagle-ablated", "concat": False},
         {"num_kv_heads": 2},
         {"newest_state": "none"},
         {"architecture": "eagle"},
@@ -161,8 +163,12 @@ def test_a_window_sees_its_base_and_nothing_later(stage, newest):
 )
 def test_training_and_inference_agree(overrides):
     target = tiny_target()
-    drafter = One(tiny_drafter(target, scale=LIVELY[overrides.get("architecture", "beagle")], **overrides))
-    chains = ARCHITECTURES[drafter.head.architecture].chains
+    drafter = One(
+        tiny_drafter(
+            target, scale=LIVELY[overrides.get("architecture", "beagle").removesuffix("-ablated")], **overrides
+        )
+    )
+    simulate = STAGES[type(drafter.head)].chains
     head, depth = drafter.head, 4
     context = [5, 9, 33, 12, 60, 41, 7]
     states = target.prefill(torch.tensor([context]), target.new_cache(1, 16))[0]
@@ -177,7 +183,7 @@ def test_training_and_inference_agree(overrides):
     padded[0, : len(context)] = states
     batch = Batch(target.embed(tokens), padded, torch.tensor([base]), torch.tensor([n - 2]))
     score = 0.0
-    for i, (predicted, slots, real) in enumerate(chains(head, batch, padded, depth, 0, depth)):
+    for i, (predicted, slots, real) in enumerate(simulate(head, batch, padded, depth, 0, depth)):
         assert bool(real[0, 0])
         assert int(slots[0, 0]) == base + i
         log_q = F.log_softmax(target.head(predicted[0, 0]), dim=-1)

@@ -17,7 +17,7 @@ from beagle.decoding.sequence import Step, room
 from beagle.decoding.stats import Stats
 from beagle.decoding.text import StopText
 from beagle.drafters.base import Drafter, TreePlan
-from beagle.drafters.named import load_drafter, resolve_draft
+from beagle.drafters.load import load_drafter, resolve_draft
 from beagle.errors import BeagleError
 from beagle.targets.chat import Message, encode
 from beagle.targets.loading import EMBEDDED, load_target
@@ -298,7 +298,7 @@ def load(
     Raises:
         BeagleError: see the message; nothing is left half loaded.
     """
-    draft = resolve_draft(draft, target)
+    spec = resolve_draft(draft, target)
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     loaded = load_target(target, quantize=quantize, **options)
-    return Model(loaded, load_drafter(draft, loaded, **options), plan, prefix_cache=prefix_cache)
+    return Model(loaded, load_drafter(spec, loaded, **options), plan, prefix_cache=prefix_cache)

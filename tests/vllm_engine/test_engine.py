@@ -228,7 +228,7 @@ def test_a_head_as_trained_is_refused_with_the_remedy(folders):
 
 
 def test_settings_that_the_shipped_head_has_not(tmp_path):
-    """A whole vocabulary, few KV heads and a linear newest state, on a small target with random weights.
+    """A whole vocabulary, few KV heads and no newest state, on a small target with random weights.
 
     Eager and compiled.
     """
@@ -243,7 +243,7 @@ def test_settings_that_the_shipped_head_has_not(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "target")
     target = Target(inner, AutoTokenizer.from_pretrained(tmp_path / "target"), "tiny")
     target.eos_ids = frozenset()
-    head = tiny_head(target, scale=LIVELY["beagle"], newest_state="linear", num_kv_heads=2)
+    head = tiny_head(target, scale=LIVELY["beagle"], newest_state="none", num_kv_heads=2)
     export(head, target, tmp_path / "draft")
     prompts = [
         [1, *torch.randint(3, 64, (n,), generator=torch.Generator().manual_seed(n)).tolist()] for n in range(3, 11)

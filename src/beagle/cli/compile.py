@@ -46,7 +46,7 @@ def compile(
     from beagle.drafters import compiled as levels
     from beagle.drafters.checkpoint import find_head, load_head
     from beagle.drafters.head_drafter import HeadDrafter
-    from beagle.drafters.named import load_drafter, names_head, resolve_draft
+    from beagle.drafters.load import DraftSpec, load_drafter, resolve_draft
     from beagle.targets import compiled as passes
     from beagle.targets import loading, packages
     from beagle.targets.quantize import check_kind
@@ -56,7 +56,7 @@ def compile(
         raise BeagleError("BEAGLE_COMPILED=0 is set, so nothing that is compiled would be used; unset it")
     o.quiet_transformers()
     folder = loading.compiled_dir()
-    draft = resolve_draft(draft, target)
+    spec = resolve_draft(draft, target)
     engine: dict[str, Any] = {"dtype": dtype, "device": "cpu", "trust_remote_code": trust_remote_code}
     model, _ = loading.load_model(target, **engine)
     known = passes.find(folder, model, quantize)
@@ -71,14 +71,14 @@ def compile(
         show(f"{rows:>3} row{'s' * (rows > 1)}", eager, fast)
     if loaded.compiled is not None and loaded.compiled.has_rows:
         show(f"a row of each of {BATCH} answers", *compare_batch(loaded))
-    if not names_head(draft):
+    if spec.head is None:
         return
-    place = find_head(draft.removesuffix("+lookup"), target)
+    place = find_head(spec.head, target)
     head = load_head(place, loaded)
     if levels.find(folder, loaded, head) is None:
         with o.console.status(f"compiling the levels of {place.name}"):
             told(*levels.build(folder, loaded, head, place.name))
-    drafter = load_drafter(draft.removesuffix("+lookup"), loaded)
+    drafter = load_drafter(DraftSpec(head=spec.head), loaded)
     assert isinstance(drafter, HeadDrafter)
     show(f"a draft of {TreePlan().depth} levels", *compare_drafts(drafter))
 

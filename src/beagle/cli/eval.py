@@ -67,7 +67,7 @@ def eval(
     [bold]beagle eval --suite paper --limit 20 --repeats 3 --json results/paper.json[/bold]
     (then the same with [bold]--resume[/bold] if it was stopped, and [bold]beagle report results/paper.json --out report[/bold])
     """
-    from beagle.drafters.named import resolve_draft
+    from beagle.drafters.load import resolve_draft
     from beagle.evaluation import suites
     from beagle.evaluation.figures import figures
     from beagle.evaluation.meta import command_line, describe, portable

@@ -76,16 +76,18 @@ def prepare(given: dict[str, Any]) -> Launch:
 def exported(target: str, draft: str, dtype: str, trust: bool) -> str | None:
     """Folder of the head that ``--draft`` names, exported once; None without drafts."""
     from beagle.drafters.checkpoint import find_head, load_head, shipped_head
+    from beagle.drafters.load import DraftSpec
     from beagle.targets.loading import cache_dir, resolve, sha256
     from beagle.vllm.export import export
 
     if draft == "auto":
         draft = "head" if shipped_head(target) else "none"
-    if draft == "none":
+    spec = DraftSpec.parse(draft, target)
+    if spec == DraftSpec():
         return None
-    if draft == "lookup" or draft.endswith("+lookup") or draft.startswith("model:"):
+    if spec.head is None or spec.lookup:
         raise BeagleError(f"--draft {draft} is not for --engine vllm; use head, a folder, auto or none")
-    source = find_head(draft, target)
+    source = find_head(spec.head, target)
     weights = source / "model.safetensors"
     content = f"{sha256(weights) if weights.is_file() else ''} {resolve(target)} {dtype}"
     folder = cache_dir() / "vllm" / hashlib.sha256(content.encode()).hexdigest()[:16]

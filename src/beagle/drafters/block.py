@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 Rotation = tuple[Tensor, Tensor]
+Head = TypeVar("Head", bound="Block")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class BlockConfig:
     norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
     draft_vocab_size: int | None = None  # None: the target's whole vocabulary
+
+    removed: ClassVar[dict[str, Any]] = {}  # settings that checkpoints may still name, and their only value
 
     @classmethod
     def for_target(cls, target: Any, **overrides: Any) -> Self:
@@ -89,11 +92,26 @@ class LevelView(Protocol):
         """Attention of ``q [contexts, heads, beam, head_dim]`` over all that each node sees."""
 
 
+HEADS: dict[str, type[Block]] = {}  # by architecture
+
+
+def register(architecture: str) -> Callable[[type[Head]], type[Head]]:
+    """Make a head known by the name of its architecture, which recipes and checkpoints use."""
+
+    def add(head: type[Head]) -> type[Head]:
+        head.architecture = architecture
+        HEADS[architecture] = head
+        return head
+
+    return add
+
+
 class Block(nn.Module, ABC):
     """Projections, RoPE, attention, MLP, and the draft vocabulary.
 
     Attributes:
-        architecture: the name that recipes and checkpoints use. config_class: its config.
+        architecture: the name that recipes and checkpoints use, see ``register``.
+        config_class: its config.
         draft_vocab: ``[draft_vocab]`` draft id -> target id.
         dropout: while training, of attention's output and the MLP's middle.
     """

@@ -13,12 +13,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from beagle.drafters.block import Block
-from beagle.drafters.eagle_head import EagleHead
-from beagle.drafters.head import BeagleHead
+import beagle.drafters.eagle_head
+import beagle.drafters.head  # noqa: F401
+from beagle.drafters.block import HEADS, Block
 from beagle.errors import BeagleError
 
-HEADS: dict[str, type[Block]] = {"beagle": BeagleHead, "eagle": EagleHead}  # by the config's model_type
 SHIPPED = Path(__file__).parent.parent / "heads"
 MODELS = {"smollm2-135m": "smollm2-135m-instruct"}  # what names of ours stand for
 GGUF_ENDING = re.compile(r"([-._](i?q\d\w*|bf16|f16|f32))?\.gguf$")
@@ -103,6 +102,12 @@ def load_head(folder: str | Path, target: Any) -> Block:
     known = {field.name for field in fields(kind.config_class)}
     try:
         settings = dict(content["head"])
+        for name, only in kind.config_class.removed.items():
+            if name not in known and (value := settings.pop(name, only)) != only:
+                raise BeagleError(
+                    f"draft '{folder}': {name} of its head is {value!r}, an ablation that is no longer drafted with; "
+                    "train it again without"
+                )
         if unknown := set(settings) - known:
             raise BeagleError(f"draft '{folder}': unknown setting {sorted(unknown)}; it needs a newer beagle")
         config = kind.config_class(**settings)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from beagle.drafters.block import Block, BlockConfig, LevelView, Rotation
+from beagle.drafters.block import Block, BlockConfig, LevelView, Rotation, register
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class EagleConfig(BlockConfig):
     """Everything that fixes an EAGLE head's shape: a block's settings, and no more."""
 
 
+@register("eagle")
 class EagleHead(Block):
     """FC and the decoder layer; embeddings and LM head are the target's, frozen and shared.
 
     ``queries`` and ``keys_values`` take features.
     """
 
-    architecture = "eagle"
     config_class = EagleConfig
     config: EagleConfig
 

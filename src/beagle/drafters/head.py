@@ -15,33 +15,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
-from beagle.drafters.block import Block, BlockConfig, LevelView, Rotation
-from beagle.drafters.experts import Experts
-
-Newest = Literal["none", "scale", "linear"]
+from beagle.drafters.block import Block, BlockConfig, LevelView, Rotation, register
 
 
 @dataclass(frozen=True)
 class HeadConfig(BlockConfig):
     """Everything that fixes a Beagle head's shape."""
 
-    newest_state: Newest = "scale"
-    token_in_mlp: bool = True  # False: the paper's block
-    concat: bool = True  # False: predicted keys are never appended (paper A.4)
-    experts: int = 0  # more than 0: so many MLPs in place of one, two of them at work (an ablation of the paper)
+    newest_state: Literal["none", "scale"] = "scale"  # none, and no token in the MLP: the paper's block
+    token_in_mlp: bool = True
+
+    removed: ClassVar[dict[str, Any]] = {"concat": True, "experts": 0}
+
+    def __post_init__(self) -> None:
+        if self.newest_state not in ("none", "scale"):
+            raise ValueError(f"newest_state is none or scale, not {self.newest_state!r}")
 
 
+@register("beagle")
 class BeagleHead(Block):
     """The block alone; embeddings and LM head are the target's, frozen and shared."""
 
-    architecture = "beagle"
     config_class = HeadConfig
     config: HeadConfig
 
@@ -53,19 +53,10 @@ class BeagleHead(Block):
         self._add_attention()
         if config.newest_state == "scale":
             self.newest = nn.Parameter(torch.full((d,), 0.5))
-        elif config.newest_state == "linear":
-            self.newest_proj = nn.Linear(d, d, bias=False)
         if config.token_in_mlp:
             self.token = nn.Parameter(torch.full((d,), 0.5))
-        if config.experts:
-            self.mlp_norm = nn.RMSNorm(d, config.norm_eps)
-            self.experts = Experts(config, config.experts, ACT2FN[config.hidden_act])
-        else:
-            self._add_mlp()
+        self._add_mlp()
         self._initialise()
-        if config.newest_state == "linear":
-            nn.init.eye_(self.newest_proj.weight)
-            self.newest_proj.weight.data.mul_(0.5)
 
     def known(self, tokens: list[int], states: Tensor, newest: Tensor) -> tuple[list[int], Tensor]:
         """A slot's key is that of its state alone: known as soon as the target has run the token."""
@@ -79,7 +70,7 @@ class BeagleHead(Block):
     def level(self, seen: LevelView, embeddings: Tensor, newest: Tensor) -> Tensor:
         """A predicted state's key is made when a descendant needs it, so the deepest level's never are."""
         rotation = seen.rotation()
-        if seen.level > 1 and self.config.concat:  # the root's state is a true one, cached
+        if seen.level > 1:  # the root's state is a true one, cached
             seen.append(*self.keys_values(newest, rotation))
         attended = seen.attend(self.queries(embeddings, rotation))
         return self.finish(attended, embeddings, newest)
@@ -97,11 +88,11 @@ class BeagleHead(Block):
         y = self._output(attended) + embeddings
         if self.config.newest_state != "none":
             normed = F.rms_norm(newest, newest.shape[-1:], eps=self.config.norm_eps)
-            linear = self.config.newest_state == "linear"
-            y = y + self._drop(self.newest_proj(normed) if linear else normed * self.newest)
+            y = y + self._drop(self._from_newest(normed))
         x = self.mlp_norm(y)
         if self.config.token_in_mlp:
             x = x + self.token * F.rms_norm(embeddings, embeddings.shape[-1:], eps=self.config.norm_eps)
-        if self.config.experts:
-            return y + self.experts(x, self._drop)
         return self._feed_forward(y, x)
+
+    def _from_newest(self, normed: Tensor) -> Tensor:
+        return normed * self.newest

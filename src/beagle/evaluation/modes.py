@@ -10,8 +10,8 @@ from beagle.decoding.costs import Costs
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.drafters.head_drafter import HeadDrafter
-from beagle.drafters.named import load_drafter, names_head
-from beagle.drafters.small import PREFIX, refuse_other_vocabulary
+from beagle.drafters.load import DraftSpec, load_drafter
+from beagle.drafters.small import refuse_other_vocabulary
 from beagle.errors import BeagleError
 from beagle.evaluation.meta import reset_peak_memory
 from beagle.evaluation.stock import STOCK_MODES, Stock
@@ -41,7 +41,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Drafts:
-    """What the modes draft with, as ``beagle.drafters.named.load_drafter`` takes it.
+    """What the modes draft with, named as ``beagle.load`` takes them.
 
     Attributes:
         beagle: of mode ``beagle``, whatever kind of draft it is; mode ``chain`` drafts with the same, one
@@ -53,16 +53,16 @@ class Drafts:
     eagle: str | None = None
     small: str | None = None
 
-    def of(self, mode: str) -> str:
-        has_head = self.beagle != "auto" and names_head(self.beagle)
+    def of(self, mode: str, target_name: str) -> DraftSpec:
+        beagle = DraftSpec.parse(self.beagle, target_name)
         return {
-            "beagle": self.beagle,
-            "chain": self.beagle,
-            "head": self.beagle.removesuffix("+lookup") if has_head else "head",
-            "eagle": self.eagle or "none",
-            "lookup": "lookup",
-            "small": f"{PREFIX}{self.small}",
-        }.get(mode, "none")
+            "beagle": beagle,
+            "chain": beagle,
+            "head": DraftSpec(head=beagle.head or "head"),
+            "eagle": DraftSpec(head=self.eagle),
+            "lookup": DraftSpec(lookup=True),
+            "small": DraftSpec(model=self.small),
+        }.get(mode, DraftSpec())
 
 
 @dataclass(frozen=True)
@@ -104,16 +104,16 @@ class Contender:
         return None if self.model.drafter is None else self.model.costs(exact)
 
 
-def available(drafts: Drafts, draft: str, *, quick: bool = False) -> list[str]:
+def available(drafts: Drafts, draft: DraftSpec, *, quick: bool = False) -> list[str]:
     """Every mode that can run with what was named, and says something of its own.
 
     Args:
-        draft: what ``drafts.beagle`` stands for, see ``beagle.drafters.named.resolve_draft``.
+        draft: what ``drafts.beagle`` stands for.
         quick: do without a second prompt lookup.
     """
-    missing = {"beagle": draft == "none", "eagle": not drafts.eagle, "small": not drafts.small}
+    missing = {"beagle": draft == DraftSpec(), "eagle": not drafts.eagle, "small": not drafts.small}
     missing["chain"] = True  # the same draft again: only where it is asked for
-    missing["head"] = not (names_head(draft) and draft.endswith("+lookup"))
+    missing["head"] = draft.head is None or not draft.lookup
     missing["prompt-lookup"] = quick
     return [mode for mode in MODES if not missing.get("small" if mode == "assisted" else mode)]
 
@@ -147,7 +147,7 @@ def load_contenders(
     """
     check_modes(modes, drafts)
     contenders = [
-        _ours(target, mode, drafts.of(mode), plan, options) for mode in modes if mode not in STOCK_MODES
+        _ours(target, mode, drafts.of(mode, target.name), plan, options) for mode in modes if mode not in STOCK_MODES
     ]  # before the copy is loaded, whose memory is no part of theirs
     stock: dict[str, Contender] = {}
     if wanted := [mode for mode in modes if mode in STOCK_MODES]:
@@ -164,7 +164,7 @@ def load_contenders(
     return [(ours | stock)[mode] for mode in modes]
 
 
-def _ours(target: Target, mode: str, draft: str, plan: TreePlan | None, options: Mapping[str, Any]) -> Contender:
+def _ours(target: Target, mode: str, draft: DraftSpec, plan: TreePlan | None, options: Mapping[str, Any]) -> Contender:
     drafter, weights = weighed(lambda: load_drafter(draft, target, **options))
     if mode in ("beagle", "chain") and drafter is None:
         raise BeagleError(f"no draft head for {target.name}; pass a folder as draft or leave '{mode}' out of modes")

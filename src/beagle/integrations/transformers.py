@@ -29,8 +29,7 @@ from beagle.decoding.decoder import decode
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.drafters.checkpoint import shipped_head
-from beagle.drafters.named import load_drafter
-from beagle.drafters.small import PREFIX
+from beagle.drafters.load import DraftSpec, load_drafter
 from beagle.errors import BeagleError
 from beagle.integrations.checks import refuse_arguments, refuse_batch, refuse_model, refuse_request, unpadded
 from beagle.integrations.hooks import has_adapters_of_one_call
@@ -86,13 +85,14 @@ class Speculation:
     def __init__(self, model: Any, draft: str, *, name: str | None, tokenizer: Any, plan: TreePlan | None) -> None:
         self.stats = Stats()
         self._name = name or str(getattr(model.config, "name_or_path", "")) or type(model).__name__
-        if draft == "auto":
-            draft = "head+lookup" if shipped_head(self._name) else "lookup"
-        if draft == "none":
+        if draft == "auto" and not shipped_head(self._name):
+            draft = "lookup"
+        spec = DraftSpec.parse(draft, self._name)
+        if spec == DraftSpec():
             raise BeagleError("draft 'none' drafts nothing; leave speculate out")
-        if draft.startswith(PREFIX) and tokenizer is None:
+        if spec.model is not None and tokenizer is None:
             raise BeagleError(f"draft '{draft}' needs the model's tokenizer; pass tokenizer=")
-        self._draft, self._tokenizer, self._plan = draft, tokenizer, plan
+        self._draft, self._tokenizer, self._plan = spec, tokenizer, plan
         self._model = model
         self._wrapped: tuple[Parts | None, Model | None] = (None, None)
         refuse_model(model)

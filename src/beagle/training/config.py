@@ -18,15 +18,12 @@ class TrainConfig:
     Attributes:
         batch_tokens: padded tokens a step (the paper: 16 sequences).
         early_epochs: of the architecture's parallel stage. late_epochs: of its simulated one, ``steps``
-            drafted levels deep (see ``stages.ARCHITECTURES``).
+            drafted levels deep (see ``stages.STAGES``).
         window: k. steps: s. noise: scale added to the true states that the head is given.
         early_window: k of the early stage alone (ours). 1 trains every slot as a first draft, of which larger
             windows train one in k; later drafts are then left to the late stage.
         regression: coefficient of the smooth-L1 term.
         dropout: ours, against overfitting where answers are few.
-        early_mask: ``blocks`` is inverse block attention; ``random`` the paper's ablation of it.
-        late_loss: step i bears a loss on its immediate ``next`` token (l = i), or on all from there to
-            the end of the ``window`` (l = k, the paper's ablation).
         autocast: matrix products in bfloat16 where the machine multiplies it (elsewhere nothing changes);
             weights, optimiser and losses stay fp32.
         validation_samples: held-out answers that step-α is measured on, at most.
@@ -47,8 +44,6 @@ class TrainConfig:
     max_grad_norm: Annotated[float, Field(gt=0)] = 0.5
     noise: NotNegative = 0.2
     regression: NotNegative = 10.0
-    early_mask: Literal["blocks", "random"] = "blocks"
-    late_loss: Literal["next", "window"] = "next"
     beta_decay: bool = True
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     autocast: bool = False

@@ -14,6 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
+from beagle.drafters.checkpoint import HEADS
 from beagle.errors import BeagleError
 from beagle.evaluation.meta import describe
 from beagle.files import write_json
@@ -22,7 +23,6 @@ from beagle.training.answers import AnswerGenerator, Sample
 from beagle.training.config import Positive, TrainConfig
 from beagle.training.folder import alone
 from beagle.training.prompts import Prompt, answerable, has_template, numbered
-from beagle.training.stages import ARCHITECTURES
 from beagle.training.states import Fingerprint, StateStore, refuse_without_answers
 from beagle.training.trainer import Trainer, refuse_before_answers
 
@@ -73,20 +73,17 @@ def read_recipe(path: Path) -> Recipe:
         raise BeagleError(f"recipe '{path}' is no mapping of answers, train and head; see configs/")
     train = checked(TrainConfig, content.get("train") or {}, path, "train")
     head = checked_head(content.get("head") or {}, path)
-    name = head.get("architecture", "beagle")
-    architecture = ARCHITECTURES[name]
-    for key, known in (("early_mask", architecture.early), ("late_loss", architecture.late)):
-        if getattr(train, key) not in known:
-            raise BeagleError(f"recipe '{path}': train.{key} of {name} is {' or '.join(known)}; correct the value")
     return Recipe(checked(AnswerConfig, content.get("answers") or {}, path, "answers"), train, head)
 
 
 def checked_head(settings: Any, path: Path) -> dict[str, Any]:
     """The head section, against the config of its architecture; what the target fixes can't be set."""
     name = settings.get("architecture", "beagle") if isinstance(settings, dict) else "beagle"
-    if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise BeagleError(f"recipe '{path}': head.architecture is one of {', '.join(ARCHITECTURES)}, not {name!r}")
-    kinds = get_type_hints(ARCHITECTURES[name].head.config_class)
+    if not isinstance(name, str) or name not in HEADS:
+        raise BeagleError(f"recipe '{path}': head.architecture is one of {', '.join(HEADS)}, not {name!r}")
+    config = HEADS[name].config_class
+    hints = get_type_hints(config)
+    kinds = {f.name: hints[f.name] for f in fields(config)}
     choices = sorted(set(kinds) - {"hidden_size", "target_vocab_size", "draft_vocab_size"})
     if not isinstance(settings, dict) or set(settings) - {"architecture", *choices}:
         raise BeagleError(

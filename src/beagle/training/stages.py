@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,33 +24,24 @@ LMHead = tuple[Tensor, Tensor | None]  # weight [draft_vocab, hidden], bias [dra
 
 
 @dataclass(frozen=True)
-class Architecture:
+class Stages:
     """How one kind of head is trained.
 
     Attributes:
-        head: its module.
-        early: by ``TrainConfig.early_mask``: one parallel pass, ``(head, batch, states, window, offset)`` -> part.
-        late: by ``TrainConfig.late_loss``: simulated inference, ``(head, batch, states, window, offset, steps)``
-            -> a part a step.
-        chains: like ``late["next"]``, exactly one chain of drafts from the base of each window, so that
-            ``window`` offsets together start one from every slot.
+        early: one parallel pass, ``(head, batch, states, window, offset)`` -> part.
+        late: simulated inference, ``(head, batch, states, window, offset, steps)`` -> a part a step.
+        chains: as ``late``, exactly one chain of drafts from the base of each window, so that ``window`` offsets
+            together start one from every slot.
     """
 
-    head: type[Block]
-    early: Mapping[str, Callable[[Any, Batch, Tensor, int, int], Part]]
-    late: Mapping[str, Callable[[Any, Batch, Tensor, int, int, int], list[Part]]]
+    early: Callable[[Any, Batch, Tensor, int, int], Part]
+    late: Callable[[Any, Batch, Tensor, int, int, int], list[Part]]
     chains: Callable[[Any, Batch, Tensor, int, int, int], list[Part]]
 
 
-ARCHITECTURES = {
-    "beagle": Architecture(
-        BeagleHead,
-        {"blocks": windows.early, "random": windows.early_random},
-        {"next": windows.late, "window": windows.late_window},
-        windows.late,
-    ),
-    # a single step has no windows to mask; an unrolled one already computes every slot at every step
-    "eagle": Architecture(EagleHead, {"blocks": unrolled.single}, {"next": unrolled.unrolled}, unrolled.chains),
+STAGES: dict[type[Block], Stages] = {
+    BeagleHead: Stages(windows.early, windows.late, windows.late),
+    EagleHead: Stages(unrolled.single, unrolled.unrolled, unrolled.chains),
 }
 
 
@@ -59,13 +50,13 @@ def stage_loss(
 ) -> tuple[Tensor, Tensor]:
     """Loss of one batch (cross-entropy plus regression) and its cross-entropy alone."""
     keys_from = batch.states + config.noise * noise
-    architecture = ARCHITECTURES[head.architecture]
+    stages = STAGES[type(head)]
     window = config.stage_window(stage)
     if stage == "early":
-        parts = [architecture.early[config.early_mask](head, batch, keys_from, window, offset)]
+        parts = [stages.early(head, batch, keys_from, window, offset)]
         shares = [1.0]
     else:
-        parts = architecture.late[config.late_loss](head, batch, keys_from, window, offset, config.steps)
+        parts = stages.late(head, batch, keys_from, window, offset, config.steps)
         betas = [window - i + 1 if config.beta_decay else 1 for i in range(1, config.steps + 1)]
         shares = [b / sum(betas) for b in betas]
     predicted, true, weights = [], [], []
@@ -89,7 +80,7 @@ def step_alpha(head: Block, target: Target, groups: list[list[Stored]], steps: i
     """
     tried = torch.zeros(steps, dtype=torch.long)
     right = torch.zeros(steps, dtype=torch.long)
-    chains = ARCHITECTURES[head.architecture].chains
+    chains = STAGES[type(head)].chains
     whole, small = lm_head_rows(target), lm_head_rows(target, head.draft_vocab)
     for group in groups:
         batch = collate(group, target)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from beagle.drafters.block import Block
-from beagle.drafters.checkpoint import save_head
+from beagle.drafters.checkpoint import HEADS, save_head
 from beagle.errors import BeagleError
 from beagle.files import write_json
 from beagle.targets.loading import first_line, pick_dtype
@@ -27,7 +27,7 @@ from beagle.targets.target import Target
 from beagle.training.config import TrainConfig
 from beagle.training.data import Stored, batches, collate, frequent_tokens, nothing_to_train_on, samples
 from beagle.training.folder import CHECKPOINT, append_log, cut_log, identity, read_progress
-from beagle.training.stages import ARCHITECTURES, LMHead, lm_head_rows, stage_loss, step_alpha
+from beagle.training.stages import LMHead, lm_head_rows, stage_loss, step_alpha
 from beagle.training.states import StateStore
 from beagle.training.windows import Batch
 
@@ -35,7 +35,7 @@ from beagle.training.windows import Batch
 def new_head(target: Target, config: TrainConfig, options: dict[str, Any]) -> Block:
     """An untrained head for a target, on its device; ``options`` as of ``Trainer``."""
     settings = dict(options)
-    kind = ARCHITECTURES[settings.pop("architecture", "beagle")].head
+    kind = HEADS[settings.pop("architecture", "beagle")]
     head = kind(kind.config_class.for_target(target, draft_vocab_size=config.draft_vocab_size, **settings))
     head.dropout = config.dropout
     return head.to(target.device)

@@ -69,16 +69,6 @@ def early(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset
     return seeing(head, batch, keys_from, batch.first[:, None] + (steps + offset) // window * window - offset)
 
 
-def early_random(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset: int) -> Part:
-    """The ablation that lost (paper Figure 7): each slot's newest keys are hidden at random, 0 to k-1
-    of them, so that distances to the newest visible key are those of ``early`` without its order.
-
-    How the random masks were drawn the paper leaves open; this is our reading. Args and returns as ``early``.
-    """
-    slots = batch.first[:, None] + torch.arange(span(batch), device=batch.states.device)
-    return seeing(head, batch, keys_from, slots - torch.randint(window, slots.shape, device=slots.device))
-
-
 def span(batch: Batch) -> int:
     """Most slots of a row that bear a loss, rounded up."""
     return round_up(int((batch.last - batch.first).max()) + 1, ROUND)
@@ -112,27 +102,8 @@ def late(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset:
     Returns:
         Per step: predicted states ``[batch, windows, hidden]``, slots, and which are real.
     """
-    return simulated(head, batch, keys_from, window, offset, [1] * steps)
-
-
-def late_window(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset: int, steps: int) -> list[Part]:
-    """The ablation l = k (paper Figure 12): step i computes all slots of the window from b+i-1 on.
-
-    Those before it would only repeat what earlier steps computed.
-
-    Returns:
-        Per step: predicted states ``[batch, windows * (k-i+1), hidden]``, slots, and which are real.
-    """
-    return simulated(head, batch, keys_from, window, offset, [window - i for i in range(steps)])
-
-
-def simulated(
-    head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset: int, reach: list[int]
-) -> list[Part]:
-    """The late stage; step i computes ``reach[i-1]`` slots of each window, the first being b+i-1."""
-    n = batch.states.shape[1]
     base = bases(batch, window, offset)
-    everywhere = torch.arange(n, device=base.device)
+    everywhere = torch.arange(batch.states.shape[1], device=base.device)
     k, v = head.keys_values(keys_from, head.rotation(everywhere[None], keys_from.dtype))
     k, v = k.contiguous(), v.contiguous()  # a product with anything else copies it, and autograd keeps each copy
     mask = additive(everywhere <= base[..., None], k.dtype)[:, None]  # [batch, 1, windows, n]
@@ -140,24 +111,18 @@ def simulated(
     own_k: list[Tensor] = []  # of each earlier step, [batch, kv_heads, windows, head_dim]
     own_v: list[Tensor] = []
     out: list[Part] = []
-    for step, ahead in enumerate(reach, 1):
-        slots = (base[..., None] + torch.arange(step - 1, step - 1 + ahead, device=base.device)).flatten(1)
-        real = slots <= batch.last[:, None]
+    for step in range(1, steps + 1):
+        slots = base + step - 1
         embeddings = batch.pick(batch.embeddings, slots + 1)
-        q = head.queries(embeddings, head.rotation(slots, embeddings.dtype))
-        if step > 1 and head.config.concat:
-            key, value = head.keys_values(newest, head.rotation(base + step - 1, newest.dtype))  # predicted for b+i-1
+        rotation = head.rotation(slots, embeddings.dtype)
+        if step > 1:
+            key, value = head.keys_values(newest, rotation)  # of the state predicted for this slot
             own_k.append(key)
             own_v.append(value)
-        whose = mask if ahead == 1 else mask.repeat_interleave(ahead, 2)
-        if own_k:
-            mine = ([x if ahead == 1 else x.repeat_interleave(ahead, 2) for x in own] for own in (own_k, own_v))
-            attended = attend_with_own(q, k, v, whose, *mine)
-        else:
-            attended = head.attend(q, k, v, whose)
-        predicted = head.finish(attended, embeddings, newest if ahead == 1 else newest.repeat_interleave(ahead, 1))
-        newest = predicted[:, ::ahead]
-        out.append((predicted, slots, real))
+        q = head.queries(embeddings, rotation)
+        attended = attend_with_own(q, k, v, mask, own_k, own_v) if own_k else head.attend(q, k, v, mask)
+        newest = head.finish(attended, embeddings, newest)
+        out.append((newest, slots, slots <= batch.last[:, None]))
     return out
 
 

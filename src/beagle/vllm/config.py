@@ -48,6 +48,8 @@ class BeagleDraftConfig(PretrainedConfig):
                 "this folder is a head as `beagle train` wrote it; run `beagle export --to vllm DRAFT DIR` "
                 "and give vLLM the folder DIR"
             )
+        if newest_state not in ("none", "scale"):
+            raise ValueError(f"newest_state is none or scale, not {newest_state!r}; export the head again")
         self.hidden_size = hidden_size
         self.num_hidden_layers = 1
         self.num_attention_heads = num_attention_heads

@@ -43,15 +43,10 @@ def export(
     Raises:
         BeagleError: vLLM can't draft as this head does, or the folder can't be written.
     """
-    if not isinstance(head, BeagleHead):
+    if type(head) is not BeagleHead:  # what differs in a subclass, vLLM doesn't know
         raise BeagleError(
             f"a head of architecture '{head.architecture}' can't be exported; choose one trained with "
             "'architecture: beagle'"
-        )
-    if not head.config.concat:
-        raise BeagleError(
-            "this head was trained with 'concat: false', but vLLM always appends predicted keys; train one with "
-            "'concat: true'"
         )
     folder = Path(folder)
     layer = layer_config(head, target)
@@ -117,11 +112,9 @@ def weights(head: BeagleHead, target: Target, embeddings: bool) -> dict[str, Ten
     """Tensors by the names of ``vllm.model``'s parameters, in the target's dtype."""
     state = head.state_dict()
     draft_vocab = state.pop("draft_vocab")
-    # rms_norm(h) * newest is a norm with that weight, as of token; the linear form has one of ones before its matrix
+    # rms_norm(h) * newest is a norm with that weight, as of token
     if head.config.newest_state == "scale":
         state["newest_norm.weight"] = state.pop("newest")
-    elif head.config.newest_state == "linear":
-        state["newest_norm.weight"] = torch.ones(head.config.hidden_size)
     if head.config.token_in_mlp:
         state["token_norm.weight"] = state.pop("token")
     tensors = {f"model.{name}": tensor for name, tensor in state.items()}

@@ -24,7 +24,6 @@ from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
     QKVParallelLinear,
-    ReplicatedLinear,
     RowParallelLinear,
 )
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -94,8 +93,6 @@ class BeagleBlock(nn.Module):
         self.newest_state = config.newest_state
         if self.newest_state != "none":
             self.newest_norm = RMSNorm(d, eps=eps)  # its weight is the head's scale
-        if self.newest_state == "linear":
-            self.newest_proj = ReplicatedLinear(d, d, bias=False, prefix=f"{prefix}.newest_proj")
         self.token_in_mlp = config.token_in_mlp
         if self.token_in_mlp:
             self.token_norm = RMSNorm(d, eps=eps)  # its weight is the head's scale, too
@@ -122,10 +119,7 @@ class BeagleBlock(nn.Module):
         attended, _ = self.o_proj(self.attention(q, k, v))
         y = attended + embeddings
         if self.newest_state != "none":
-            newest = self.newest_norm(hidden_states)
-            if self.newest_state == "linear":
-                newest, _ = self.newest_proj(newest)
-            y = y + newest
+            y = y + self.newest_norm(hidden_states)
         x = self.mlp_norm(y)
         if self.token_in_mlp:
             x = x + self.token_norm(embeddings)

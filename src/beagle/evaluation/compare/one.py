@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
+import beagle.research.ablations  # noqa: F401  trained in processes of their own, which must know them
 from beagle.errors import BeagleError
 from beagle.evaluation.meta import MemoryMeter, describe
 from beagle.files import write_json
@@ -161,7 +162,7 @@ def train_variant(spec: Spec) -> dict[str, Any]:
     record: dict[str, Any] = {
         "variant": spec.variant,
         "seed": spec.seed,
-        "architecture": trainer.head.architecture,
+        "architecture": trainer.head.architecture.removesuffix("-ablated"),
         "window": spec.train.window,
         "steps": spec.train.steps,
         "parameters": sum(p.numel() for p in trainer.head.parameters()),

@@ -17,25 +17,29 @@ import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from beagle.drafters.block import HEADS
 from beagle.errors import BeagleError
+from beagle.research.ablations import AblatedHead
 from beagle.training.config import TrainConfig
 from beagle.training.pipeline import Recipe
-from beagle.training.stages import ARCHITECTURES
 
 PAPERS_BATCH = 16
 ONE_WINDOW = {"early_window": None}  # both stages have the recipe's ``window``
 # what a word of a name changes of the recipe: the training section, and the head's
 TRAIN: dict[str, dict[str, Any]] = {
-    "random": {"early_mask": "random", **ONE_WINDOW},  # in a window of 1 nothing could be hidden
-    "window": {"late_loss": "window"},
+    "random": ONE_WINDOW,  # in a window of 1 nothing could be hidden
     "onewindow": ONE_WINDOW,
     "noreg": {"regression": 0.0},
 }
 HEAD: dict[str, dict[str, Any]] = {
-    "noconcat": {"concat": False},
     "nonewest": {"newest_state": "none"},
     "notoken": {"token_in_mlp": False},
-    "linear": {"newest_state": "linear"},
+}
+ABLATED: dict[str, dict[str, Any]] = {  # of ``research.ablations``
+    "random": {"early_mask": "random"},
+    "window": {"late_loss": "window"},
+    "noconcat": {"concat": False},
+    "linear": {"newest_through_matrix": True},
     "moe": {"experts": 4},
 }
 WORDS = {
@@ -79,9 +83,17 @@ class Variant:
             late_epochs=1 - early, batch_tokens=max(1, base.batch_tokens * self.batch // PAPERS_BATCH),
         )  # fmt: skip
         train = replace(train, **self.train)
-        known = {f.name for f in fields(ARCHITECTURES[self.architecture].head.config_class)}
+        known = {f.name for f in fields(HEADS[self.architecture].config_class)}
         head = {k: v for k, v in recipe.head.items() if k in known}  # what both kinds of head have is shared
-        return train, {**head, **self.head, "architecture": self.architecture}
+        head |= self.head
+        if head.get("newest_through_matrix"):  # whatever the recipe's head does
+            head["newest_state"] = "scale"
+        return train, {**head, "architecture": AblatedHead.architecture if self.ablated else self.architecture}
+
+    @property
+    def ablated(self) -> bool:
+        """Whether something is done that only ``research.ablations`` does."""
+        return any(word in ABLATED for word in self.name.split("-"))
 
     def plain_name(self, recipe: Recipe) -> str:
         """Without the words that say what the recipe says: names of one training have one folder."""
@@ -111,7 +123,7 @@ def parse(name: str) -> Variant:
         elif word not in WORDS[architecture].split(", ") or words.count(word) > 1 or word.endswith("N"):
             raise BeagleError(f"variant '{name}': '{word}' is unknown; {architecture} takes {WORDS[architecture]}")
         train |= TRAIN.get(word, {})
-        head |= HEAD.get(word, {})
+        head |= HEAD.get(word, {}) | ABLATED.get(word, {})
     if "kv" in numbers:
         head["num_kv_heads"] = numbers["kv"]
     window, steps = numbers.get("k"), numbers.get("s", numbers.get("u"))

@@ -11,8 +11,7 @@ from beagle.decoding.costs import cached_costs
 from beagle.drafters.base import TreePlan
 from beagle.errors import BeagleError
 from beagle.model import Model
-from beagle.targets import compiled, loading
-from beagle.targets import aot_cache
+from beagle.targets import aot_cache, compiled, loading
 from beagle.targets.loading import cache_dir
 from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
@@ -98,7 +97,7 @@ def test_states_of_rows_are_the_eager_ones(fast, shapes, monkeypatch):
 
 
 def test_long_prompts_and_later_rows_are_eager(fast, monkeypatch):
-    monkeypatch.setitem(vars(fast.compiled), "_run_rows", None)
+    monkeypatch.setitem(fast.compiled.runner._graphs, "trees", None)
     cache = fast.new_cache(3, 80)
     ids = torch.arange(66) % 29
     eager = target_of(model())
@@ -112,9 +111,15 @@ def test_long_prompts_and_later_rows_are_eager(fast, monkeypatch):
     )
 
 
+def break_graph(target: Target, kind: str, monkeypatch) -> None:
+    runner = target.compiled.runner
+    runner._load(kind)
+    run = runner._graphs[kind]
+    monkeypatch.setitem(runner._graphs, kind, lambda inputs: [states + 1.0 for states in run(inputs)])
+
+
 def test_another_models_pass_over_rows_is_refused(fast, monkeypatch):
-    run = fast.compiled._run_rows
-    monkeypatch.setitem(vars(fast.compiled), "_run_rows", lambda inputs: [states + 1.0 for states in run(inputs)])
+    break_graph(fast, "trees", monkeypatch)
     with pytest.raises(BeagleError, match="computes something else"):
         Model(fast).generate_batch([PROMPT, PROMPT[:4]], max_new_tokens=2)
 
@@ -183,8 +188,7 @@ def test_exact_answers_are_bitwise_plain_ones(fast, monkeypatch):
 
 
 def test_another_models_exact_pass_is_refused(fast, monkeypatch):
-    run = fast.compiled._run_exact
-    monkeypatch.setitem(vars(fast.compiled), "_run_exact", lambda inputs: [states + 1.0 for states in run(inputs)])
+    break_graph(fast, "exact", monkeypatch)
     with pytest.raises(BeagleError, match="computes something else"):
         Model(fast).generate(PROMPT, max_new_tokens=2, exact=True)
     assert fast.compiled is not None

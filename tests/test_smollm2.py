@@ -13,8 +13,8 @@ from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.evaluation.stock import Stock
 from beagle.targets.chat import encode
-from beagle.targets.plan import EXACT_TOKENS
 from beagle.targets.loading import load_model
+from beagle.targets.plan import EXACT_TOKENS
 from conftest import REAL_CACHE
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]

@@ -20,8 +20,8 @@ from beagle.drafters.base import Drafter, TreePlan
 from beagle.files import write_json
 from beagle.limits import MAX_NODES
 from beagle.memory import settle
-from beagle.targets.plan import EXACT_BLOCK, EXACT_TOKENS
 from beagle.targets.loading import cache_dir
+from beagle.targets.plan import EXACT_BLOCK, EXACT_TOKENS
 from beagle.targets.target import Target, TreeShape
 
 SEVERAL = 4  # contexts that draft at once or share a pass while that is timed

@@ -86,9 +86,7 @@ class _Recorded:
         self._positions = torch.zeros(1, tokens, dtype=torch.long, device=device)
         self._spare = cache.capacity  # the slot that padding is written to
         self._slots = torch.full((tokens,), self._spare, device=device)
-        self._masks = {
-            window: torch.zeros(1, 1, tokens, keys, dtype=dtype, device=device) for window in graph.windows
-        }
+        self._masks = {window: torch.zeros(1, 1, tokens, keys, dtype=dtype, device=device) for window in graph.windows}
         inputs = Plan(graph.kind, self._positions, self._slots, cache.tensors, keys, self._masks).tensors()
         self._replay, self._states = record(lambda: graph(self._embeddings, inputs))
 

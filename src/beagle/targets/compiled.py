@@ -29,9 +29,17 @@ from beagle.targets.family import base_of
 from beagle.targets.linears.joined import join_linears
 from beagle.targets.linears.quantized import quantize_linears
 from beagle.targets.plan import Kind, Plan
-from beagle.targets.runner import Eager, Graph, example
+from beagle.targets.runner import Graph, example
 
 FILES: dict[Kind, str] = {"tree": "pass.so", "exact": "exact.so", "trees": "rows.so"}
+Varying = tuple[int, ...]  # dimensions
+VARYING: dict[
+    Kind, tuple[Varying, Varying, list[Varying]]
+] = {  # of masks, keys and values, and what a kind has besides
+    "tree": ((2, 3), (2,), []),
+    "exact": ((0, 2), (2,), [(0,)]),
+    "trees": ((0, 2, 3), (0, 2), [(0,), (0, 1), (0,)]),
+}
 
 
 class Compiled:
@@ -124,7 +132,7 @@ def _export(graph: Graph, embed: nn.Module, layers: list[probe.LayerShape], libr
     def new_cache(sequences: int, capacity: int) -> KVCache:
         return KVCache(layers, batch=sequences, capacity=capacity, dtype=weight.dtype, device=weight.device)
 
-    ids, plan = example(graph.kind, new_cache, graph.windows, len(weight), Eager(graph.base))
+    ids, plan = example(graph.kind, new_cache, graph.windows, len(weight), None)
     # parts of one tensor take minutes to be proven apart
     plan = replace(plan, layers=[tensor.clone() for tensor in plan.layers])
     tensors = plan.tensors()
@@ -133,9 +141,9 @@ def _export(graph: Graph, embed: nn.Module, layers: list[probe.LayerShape], libr
 
 def _dims(plan: Plan) -> list[dict[int, Any]]:
     """Which dimensions of ``plan.tensors()`` vary from pass to pass."""
-    mask, layer, extra = {"tree": ((2, 3), (2,), []), "exact": ((0, 2), (2,), [(0,)]), "trees": ((0, 2, 3), (0, 2), [(0,), (0, 1), (0,)])}[plan.kind]
+    mask, layer, extra = VARYING[plan.kind]
     dims = [(1,), (0,), *[mask] * len(plan.masks), *[layer] * len(plan.layers), *extra]
-    return [{dim: torch.export.Dim.AUTO for dim in varying} for varying in dims]
+    return [dict.fromkeys(varying, torch.export.Dim.AUTO) for varying in dims]
 
 
 def _key(model: nn.Module, quantize: str | None) -> str:

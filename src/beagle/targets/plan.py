@@ -90,10 +90,11 @@ class Plan:
         masks, rest = dict(zip(windows, rest, strict=False)), rest[len(windows) :]
         keys = next(iter(masks.values())).shape[-1]
         if kind == "trees":
-            return cls(kind, positions, slots, rest[:-3], keys, masks, Sequences(*rest[-3:]))
+            *layers, sequence, padding, place = rest
+            return cls(kind, positions, slots, layers, keys, masks, Sequences(sequence, padding, place))
         if kind == "exact":
-            tail = rest[-1]
-            return cls(kind, positions, slots, rest[:-1], keys - tail.shape[1], masks, tail=tail)
+            *layers, tail = rest
+            return cls(kind, positions, slots, layers, keys - tail.shape[1], masks, tail=tail)
         return cls(kind, positions, slots, rest, keys, masks)
 
 

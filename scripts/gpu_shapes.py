@@ -31,7 +31,7 @@ from beagle.drafters.head import BeagleHead, HeadConfig
 from beagle.drafters.head_drafter import HeadDrafter
 from beagle.evaluation.floor import floor, probe
 from beagle.evaluation.meta import describe
-from beagle.targets import packages
+from beagle.targets import aot_cache
 from beagle.targets.loading import capture, pick_device, pick_dtype
 from beagle.targets.target import Target
 
@@ -112,7 +112,7 @@ def answer(target: Target, drafter: Drafter | None, plan: TreePlan, tokens: int)
 def measure(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Plain decoding and every size and chance, on one target; ``floor_ms`` is of a pass in the answer's middle."""
     device = pick_device(arguments.device)
-    graphs = device.type == "cuda" and not arguments.eager and not packages.left_aside()
+    graphs = device.type == "cuda" and not arguments.eager and not aot_cache.compiled_disabled()
     target = counting_target(shape, pick_dtype(arguments.dtype, device), device, graphs)
     config = HeadConfig.for_target(target, draft_vocab_size=min(DRAFT_ROWS, target.vocab_size))
     head = BeagleHead(config).to(device, target.dtype).eval().requires_grad_(False)

@@ -22,7 +22,7 @@ from beagle.evaluation.run import run
 from beagle.evaluation.suites import unique
 from beagle.files import write_json
 from beagle.model import Model
-from beagle.targets.quantize import KINDS
+from beagle.targets.linears.quantized import KINDS
 from beagle.training.prompts import read_prompts
 
 

@@ -253,10 +253,10 @@ def test_ragged_passes_are_those_of_single_rows(family):
     cache = target.new_cache(5, 24)
     cache.lengths = [0] * 5
     flat = torch.tensor([token for ids in prompts for token in ids])
-    prefilled = target.verify_rows(cache, flat, [TreeShape.chain(len(ids)) for ids in prompts], first=1)
+    prefilled = target.verify_trees(cache, flat, [TreeShape.chain(len(ids)) for ids in prompts], first=1)
     cache.lengths[1:4] = map(len, prompts)
     trees = [torch.arange(20, 20 + len(shape.parents)) for shape in shapes]
-    at_once = target.verify_rows(cache, torch.cat(trees), shapes, first=1).split([len(t) for t in trees])
+    at_once = target.verify_trees(cache, torch.cat(trees), shapes, first=1).split([len(t) for t in trees])
     for ids, shape, tree, states, prompt_states in zip(
         prompts, shapes, trees, at_once, prefilled.split([len(ids) for ids in prompts]), strict=True
     ):

@@ -12,7 +12,7 @@ import torch
 from beagle.drafters.base import TreePlan
 from beagle.model import Model, Piece
 from beagle.targets import captured, loading
-from beagle.targets.captured import LEAST_KEYS, ROOMS, ROWS, CapturedPass, key_size
+from beagle.targets.captured import LEAST_KEYS, ROOMS, SIZES, Captured, key_size
 from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
 from conftest import Recorder, tiny_drafter, tiny_model, tiny_tokenizer
@@ -32,7 +32,7 @@ def eager(family: str) -> Target:
 def pair(request) -> tuple[Target, Target, Recorder]:
     """A target as it is, and one whose passes are recorded."""
     fast, recorder = eager(request.param), Recorder()
-    fast.use(CapturedPass(fast.base, fast.hidden_size, fast.layers, recorder))
+    fast.use(Captured(fast.base, fast.hidden_size, fast.layers, recorder))
     return eager(request.param), fast, recorder
 
 
@@ -70,7 +70,7 @@ def test_padding_writes_over_nothing(pair):
 
 def test_larger_trees_take_the_eager_pass(pair):
     plain, fast, recorder = pair
-    shape, before = TreeShape.chain(ROWS[-1] + 1), recorder.made
+    shape, before = TreeShape.chain(SIZES[-1] + 1), recorder.made
     assert torch.allclose(states_of(fast, shape), states_of(plain, shape), atol=1e-4)
     assert recorder.made == before + 1  # of the row behind it
 
@@ -85,7 +85,7 @@ def test_answers_are_the_eager_ones_and_the_next_one_finds_its_graphs(pair, draf
         texts.append([model.generate("w5 w9 w33", raw=True, max_new_tokens=40, draft=draft).token_ids for _ in "ab"])
     assert texts[0] == texts[1] == texts[2]
     assert recorder.made == before
-    assert len(fast.compiled._rooms) == 1
+    assert len(fast.compiled.runner._rooms) == 1
 
 
 def test_answers_that_take_turns_have_memory_of_their_own(pair):
@@ -96,15 +96,15 @@ def test_answers_that_take_turns_have_memory_of_their_own(pair):
     for pieces in zip_longest(*streams, fillvalue=Piece("")):  # in turn
         for ids, piece in zip(found, pieces, strict=True):
             ids += piece.token_ids
-    assert len(fast.compiled._rooms) == ROOMS
+    assert len(fast.compiled.runner._rooms) == ROOMS
     assert found == [Model(plain).generate(prompt, raw=True, max_new_tokens=12).token_ids for prompt in prompts]
 
 
 def test_a_free_room_that_is_too_small_makes_way(pair):
     _, fast, _ = pair
     caches = [fast.new_cache(1, 20) for _ in range(ROOMS)]
-    assert fast.compiled.new_cache(20) is None
-    rooms = [weakref.ref(room) for room in fast.compiled._rooms]
+    assert fast.compiled.runner.new_cache(20) is None
+    rooms = [weakref.ref(room) for room in fast.compiled.runner._rooms]
     caches.pop(2)
     larger = fast.new_cache(1, LEAST_KEYS + 1)
     assert larger.capacity == key_size(LEAST_KEYS + 1) == LEAST_KEYS * 3 // 2
@@ -120,7 +120,7 @@ def test_nothing_of_the_last_answer_is_left(pair):
         tensor.fill_(torch.nan)
     del cache, tensor
     assert states_of(fast, TREE).isfinite().all()
-    assert len(fast.compiled._rooms) == 1
+    assert len(fast.compiled.runner._rooms) == 1
 
 
 def test_a_size_that_cannot_be_recorded_runs_eagerly(pair):
@@ -130,12 +130,12 @@ def test_a_size_that_cannot_be_recorded_runs_eagerly(pair):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     states_of(fast, TreeShape([-1]))
-    fast.compiled._record = full
+    fast.compiled.runner._record = full
     before = recorder.made
     assert torch.allclose(states_of(fast, TREE), states_of(plain, TREE), atol=1e-4)
     assert recorder.made == before
-    assert fast.compiled.failure == "CUDA out of memory"
-    assert fast.compiled._rooms[0].tenant() is None  # what went wrong holds no cache
+    assert fast.compiled.runner.failure == "CUDA out of memory"
+    assert fast.compiled.runner._rooms[0].tenant() is None  # what went wrong holds no cache
 
 
 def test_sizes_of_keys_waste_a_third_at_most():

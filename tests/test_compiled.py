@@ -11,8 +11,7 @@ from beagle.decoding.costs import cached_costs
 from beagle.drafters.base import TreePlan
 from beagle.errors import BeagleError
 from beagle.model import Model
-from beagle.targets import compiled, loading
-from beagle.targets import packages as store
+from beagle.targets import aot_cache, compiled, loading
 from beagle.targets.loading import cache_dir
 from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
@@ -37,7 +36,7 @@ def target_of(made) -> Target:
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compiled")
-    compiled.build(folder, model(), "tiny-gemma2", exact=True, rows=True)
+    compiled.build(folder, model(), "tiny-gemma2", exact=True, batch=True)
     return folder
 
 
@@ -65,7 +64,7 @@ def test_its_states_are_the_eager_ones(fast, shape):
 
 
 def test_trees_run_in_it(fast, monkeypatch):
-    monkeypatch.setattr(fast, "forward", None)  # the eager pass
+    monkeypatch.setattr(fast, "eager", None)  # the eager pass
     cache = fast.new_cache(1, 20)
     cache.lengths = [5]
     assert fast.verify(cache, torch.arange(5, 12), TREE).shape == (7, fast.hidden_size)
@@ -75,13 +74,13 @@ def rows_of(target: Target, shapes: list[TreeShape]) -> torch.Tensor:
     cache = target.new_cache(4, 60)
     prompts = [PROMPT, PROMPT[:2], PROMPT * 2, PROMPT[:5]]
     flat = torch.tensor([token for prompt in prompts for token in prompt])
-    target.verify_rows(cache, flat, [TreeShape.chain(len(prompt)) for prompt in prompts])
+    target.verify_trees(cache, flat, [TreeShape.chain(len(prompt)) for prompt in prompts])
     cache.lengths = [len(prompt) for prompt in prompts]
     counts = [len(shape.parents) for shape in shapes]
-    first = target.verify_rows(cache, torch.arange(5, 5 + sum(counts)) % 29, shapes)
+    first = target.verify_trees(cache, torch.arange(5, 5 + sum(counts)) % 29, shapes)
     cache.compact_rows([[0]] * len(shapes))
     return torch.cat(
-        [first, target.verify_rows(cache, torch.arange(9, 9 + len(shapes)), [TreeShape([-1])] * len(shapes))]
+        [first, target.verify_trees(cache, torch.arange(9, 9 + len(shapes)), [TreeShape([-1])] * len(shapes))]
     )
 
 
@@ -93,35 +92,41 @@ def rows_of(target: Target, shapes: list[TreeShape]) -> torch.Tensor:
 def test_states_of_rows_are_the_eager_ones(fast, shapes, monkeypatch):
     expected = rows_of(target_of(model()), shapes)
     rows_of(fast, shapes)  # compares itself with the eager pass
-    monkeypatch.setattr(fast, "forward", None)
+    monkeypatch.setattr(fast, "eager", None)
     assert torch.allclose(rows_of(fast, shapes), expected, atol=1e-4)
 
 
 def test_long_prompts_and_later_rows_are_eager(fast, monkeypatch):
-    monkeypatch.setitem(vars(fast.compiled), "_run_rows", None)
+    monkeypatch.setitem(fast.compiled.runner._graphs, "trees", None)
     cache = fast.new_cache(3, 80)
     ids = torch.arange(66) % 29
     eager = target_of(model())
     assert torch.equal(
-        fast.verify_rows(cache, ids, [TreeShape.chain(66)]),
-        eager.verify_rows(eager.new_cache(3, 80), ids, [TreeShape.chain(66)]),
+        fast.verify_trees(cache, ids, [TreeShape.chain(66)]),
+        eager.verify_trees(eager.new_cache(3, 80), ids, [TreeShape.chain(66)]),
     )
     assert torch.equal(
-        fast.verify_rows(cache, ids[:20], [TreeShape.chain(20)], first=1),
-        eager.verify_rows(eager.new_cache(3, 80), ids[:20], [TreeShape.chain(20)], first=1),
+        fast.verify_trees(cache, ids[:20], [TreeShape.chain(20)], first=1),
+        eager.verify_trees(eager.new_cache(3, 80), ids[:20], [TreeShape.chain(20)], first=1),
     )
+
+
+def break_graph(target: Target, kind: str, monkeypatch) -> None:
+    runner = target.compiled.runner
+    runner._load(kind)
+    run = runner._graphs[kind]
+    monkeypatch.setitem(runner._graphs, kind, lambda inputs: [states + 1.0 for states in run(inputs)])
 
 
 def test_another_models_pass_over_rows_is_refused(fast, monkeypatch):
-    run = fast.compiled._run_rows
-    monkeypatch.setitem(vars(fast.compiled), "_run_rows", lambda inputs: [states + 1.0 for states in run(inputs)])
+    break_graph(fast, "trees", monkeypatch)
     with pytest.raises(BeagleError, match="computes something else"):
         Model(fast).generate_batch([PROMPT, PROMPT[:4]], max_new_tokens=2)
 
 
 def test_grouped_heads_without_a_cap(tmp_path):
     """They take the fused attention, for whose sake heads of a group become rows."""
-    compiled.build(tmp_path, tiny_model("llama", num_hidden_layers=2), "tiny-llama", rows=True)
+    compiled.build(tmp_path, tiny_model("llama", num_hidden_layers=2), "tiny-llama", batch=True)
     made = tiny_model("llama", num_hidden_layers=2)
     target = Target(made, tiny_tokenizer(), "tiny-llama")
     eager = Target(tiny_model("llama", num_hidden_layers=2), tiny_tokenizer(), "tiny-llama")
@@ -138,12 +143,12 @@ def test_what_is_there_already_stays(packages, tmp_path, monkeypatch):
     folder = tmp_path / "compiled"
     shutil.copytree(packages, folder)
     (place,) = folder.iterdir()
-    (place / compiled.ROWS).unlink()
-    kept = {name: (place / name).stat().st_mtime_ns for name in (compiled.PASS, compiled.EXACT)}
+    (place / compiled.FILES["trees"]).unlink()
+    kept = {name: (place / name).stat().st_mtime_ns for name in (compiled.FILES["tree"], compiled.FILES["exact"])}
     made = []
     monkeypatch.setattr(compiled, "_export", lambda *given: made.append(given[3].name) or given[3].write_bytes(b""))
-    compiled.build(folder, model(), "tiny-gemma2", rows=True)
-    assert made == [compiled.ROWS]
+    compiled.build(folder, model(), "tiny-gemma2", batch=True)
+    assert made == [compiled.FILES["trees"]]
     assert {name: (place / name).stat().st_mtime_ns for name in kept} == kept
 
 
@@ -169,22 +174,21 @@ def test_exact_answers_are_bitwise_plain_ones(fast, monkeypatch):
     eager = states_of(target_of(model()), TREE)
     cache = fast.new_cache(1, 96)
     fast.prefill(torch.tensor([PROMPT]), cache)
-    assert fast.exact.least >= 2
-    monkeypatch.setattr(fast, "forward", None)  # the eager pass
+    assert fast.min_exact_tokens >= 2
+    monkeypatch.setattr(fast, "eager", None)  # the eager pass
     tokens = torch.arange(5, 5 + len(TREE.parents))
-    states = fast.exact.verify(cache, tokens, TREE, 64)
+    states = fast.verify_exact(cache, tokens, TREE, 64)
     assert torch.allclose(states, eager[:-1], atol=1e-4)
     path = [0, 1, 4, 6]
     alone = []
     for node in path:
-        alone.append(fast.exact.verify(cache, tokens[[node]], TreeShape([-1]), 64)[0])
+        alone.append(fast.verify_exact(cache, tokens[[node]], TreeShape([-1]), 64)[0])
         cache.compact([0])
     assert torch.equal(states[path], torch.stack(alone))
 
 
 def test_another_models_exact_pass_is_refused(fast, monkeypatch):
-    run = fast.compiled._run_exact
-    monkeypatch.setitem(vars(fast.compiled), "_run_exact", lambda inputs: [states + 1.0 for states in run(inputs)])
+    break_graph(fast, "exact", monkeypatch)
     with pytest.raises(BeagleError, match="computes something else"):
         Model(fast).generate(PROMPT, max_new_tokens=2, exact=True)
     assert fast.compiled is not None
@@ -208,7 +212,7 @@ def test_other_weights_have_none(packages):
 def test_another_models_pass_is_refused(fast):
     other = target_of(model(seed=1))
     with pytest.raises(BeagleError, match="computes something else"):
-        other.use(fast.compiled)
+        other.use(fast.compiled.runner)
     assert other.compiled is None
 
 
@@ -265,7 +269,7 @@ def test_what_cannot_be_traced_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(made.model, "forward", lambda **kwargs: [kwargs["inputs_embeds"].numpy()])
     with pytest.raises(BeagleError, match="can't be compiled here"):
         compiled._export(
-            compiled.PassGraph(made.model, [None]), made.get_input_embeddings(), [], tmp_path / "p", "tiny"
+            compiled.Graph(made.model, "tree", [None]), made.get_input_embeddings(), [], tmp_path / "p", "tiny"
         )
 
 
@@ -273,6 +277,6 @@ def test_a_full_disk_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with (
         pytest.raises(BeagleError, match="free space or set BEAGLE_CACHE"),
-        store.fresh(tmp_path / "file" / "p", {}),
+        aot_cache.writing(tmp_path / "file" / "p", {}),
     ):
         pass

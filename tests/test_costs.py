@@ -103,13 +103,13 @@ def test_nodes_are_spread_evenly(nodes, rows):
 def test_the_rows_of_a_batch_have_contexts_of_their_own(target, monkeypatch):
     """A pass over several contexts takes longer than one of as many nodes behind a single one."""
     seen: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
-    run = target.verify_rows
+    run = target.verify_trees
 
     def noted(cache, tokens, shapes, first=0):
         seen.add((tuple(cache.lengths), tuple(len(shape.parents) for shape in shapes)))
         return run(cache, tokens, shapes, first)
 
-    monkeypatch.setattr(target, "verify_rows", noted)
+    monkeypatch.setattr(target, "verify_trees", noted)
     measure(target, tiny_drafter(target), TreePlan(depth=1), batch=True, context=20, repeats=1)
     assert {lengths for lengths, _ in seen} == {(20,) * SEVERAL}
     assert {counts for _, counts in seen} >= {(1,), (1, 1, 1, 1), (2, 2, 1, 1), (16, 16, 16, 16)}

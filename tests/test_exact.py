@@ -10,7 +10,7 @@ from beagle.decoding.sampling import Sampler, SamplingParams
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.model import Model
-from beagle.targets.exact import EXACT_BLOCK, EXACT_ROWS
+from beagle.targets.plan import EXACT_BLOCK, EXACT_TOKENS
 from beagle.targets.shape import TreeShape
 from conftest import Oracle, tiny_drafter, tiny_target
 
@@ -26,7 +26,7 @@ def bf16(request):
     target = tiny_target(family, dtype=torch.bfloat16)
     target.eos_ids = frozenset()
     if padded:
-        target.exact.least = EXACT_ROWS  # as where kernels differ by number of rows
+        target.min_exact_tokens = EXACT_TOKENS  # as where kernels differ by number of rows
     return target
 
 
@@ -76,7 +76,7 @@ def test_one_tree_is_bitwise_its_paths_alone(bf16):
     keys = EXACT_BLOCK
     cache = bf16.new_cache(1, keys)
     bf16.prefill(torch.tensor([CONTEXT]), cache)
-    tree = bf16.exact.verify(cache, torch.tensor(TOKENS), TreeShape(PARENTS), keys)
+    tree = bf16.verify_exact(cache, torch.tensor(TOKENS), TreeShape(PARENTS), keys)
     for leaf in (4, 7, 8, 9):
         path = [leaf]
         while PARENTS[path[0]] >= 0:
@@ -84,7 +84,7 @@ def test_one_tree_is_bitwise_its_paths_alone(bf16):
         alone = bf16.new_cache(1, keys)
         bf16.prefill(torch.tensor([CONTEXT]), alone)
         for node in path:
-            state = bf16.exact.verify(alone, torch.tensor([TOKENS[node]]), TreeShape([-1]), keys)
+            state = bf16.verify_exact(alone, torch.tensor([TOKENS[node]]), TreeShape([-1]), keys)
             alone.compact([0])
             assert torch.equal(state[0], tree[node])
 
@@ -98,6 +98,6 @@ def test_generate_exact_with_and_without_drafter(bf16):
 
 def test_kernels_that_differ_by_number_of_rows_are_found_out(monkeypatch):
     target = tiny_target(dtype=torch.bfloat16)
-    ordinary = target.forward
-    monkeypatch.setattr(target, "forward", lambda ids, *rest: ordinary(ids, *rest) * (1.02 if ids.shape[1] == 7 else 1))
-    assert target.exact.least == 8
+    eager = target.eager
+    monkeypatch.setattr(target, "eager", lambda ids, plan: eager(ids, plan) * (1.02 if ids.shape[1] == 7 else 1))
+    assert target.min_exact_tokens == 8

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from beagle.targets.joining import join_linears
+from beagle.targets.linears.joined import join_linears
 from conftest import FAMILIES, tiny_model
 
 IDS = torch.tensor([[1, 5, 9, 4, 7]])

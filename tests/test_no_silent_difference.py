@@ -12,7 +12,8 @@ from torch import nn
 
 from beagle.errors import BeagleError
 from beagle.model import Model
-from beagle.targets import probe
+from beagle.targets import attention, probe
+from beagle.targets.attention import attend
 from beagle.targets.family import context_limit, difference, sample_ids
 from beagle.targets.probe import window_of
 from beagle.targets.target import Target
@@ -94,11 +95,8 @@ def test_a_state_that_no_cache_keeps_is_refused():
 
 def test_a_softcap_or_scale_that_the_pass_does_not_know_is_refused(monkeypatch):
     """The comparison is with the model's own attention: one that is ours alone can't hide in both."""
-    from beagle.targets.attention import Pass
-
-    attend = Pass.attend
     monkeypatch.setattr(
-        Pass, "attend", lambda self, q, k, v, scaling, w, cap: attend(self, q, k, v, 0.9 * scaling, w, cap)
+        attention, "attend", lambda plan, q, k, v, scaling, *rest: attend(plan, q, k, v, 0.9 * scaling, *rest)
     )
     with pytest.raises(BeagleError, match="hidden states"):
         tiny_target("llama")

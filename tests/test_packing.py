@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from beagle.targets import packing
-from beagle.targets.packing import PackedLinear, pack_linears, packed
+from beagle.targets.linears import packed as packing
+from beagle.targets.linears.packed import PackedLinear, pack_linears, packed
 from conftest import tiny_target
 
 

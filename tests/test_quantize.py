@@ -14,8 +14,8 @@ from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.drafters.lookup import LookupDrafter
 from beagle.errors import BeagleError
-from beagle.targets.packing import PackedLinear
-from beagle.targets.quantize import FINE, KINDS, RowQuantizer, dequantized, quantize_linears, quantized
+from beagle.targets.linears.packed import PackedLinear
+from beagle.targets.linears.quantized import FINE, KINDS, RowQuantizer, dequantized, quantize_linears, quantized
 from beagle.targets.target import Target
 from beagle.training.states import Fingerprint, StateStore
 from conftest import FAMILIES, tiny_drafter, tiny_model, tiny_tokenizer

@@ -65,7 +65,7 @@ def check_cache(drafter: One, context: list[int]) -> None:
     assert drafter.pending == context[n:]
     fresh = drafter.small.new_cache(1, len(context))
     drafter.small.prefill(torch.tensor([context]), fresh)
-    for ours, theirs in zip(drafter.cache.keys + drafter.cache.values, fresh.keys + fresh.values, strict=True):
+    for ours, theirs in zip(drafter.cache.tensors, fresh.tensors, strict=True):
         torch.testing.assert_close(ours[:, :, :n], theirs[:, :, :n], rtol=1e-4, atol=1e-4)
 
 

@@ -13,8 +13,8 @@ from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.evaluation.stock import Stock
 from beagle.targets.chat import encode
-from beagle.targets.exact import EXACT_ROWS
 from beagle.targets.loading import load_model
+from beagle.targets.plan import EXACT_TOKENS
 from conftest import REAL_CACHE
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
@@ -84,7 +84,7 @@ def test_bf16_exact_mode_is_equal_to_the_bit(half, kind):
             sampler=Sampler(eos_ids=target.eos_ids),
             stats=Stats(),
             drafter=drafter,
-            plan=TreePlan(kind, 5, 6, EXACT_ROWS - 1),
+            plan=TreePlan(kind, 5, 6, EXACT_TOKENS - 1),
             exact=True,
             watch=steps.append,
         )

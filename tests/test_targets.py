@@ -62,7 +62,7 @@ def test_exact_form_agrees_with_the_ordinary_one(family):
     target.prefill(torch.tensor([CONTEXT]), cache)
     tokens, shape = torch.tensor(TOKENS), TreeShape(PARENTS)
     plain = target.verify(cache, tokens, shape)
-    exact = target.exact.verify(cache, tokens, shape, 64)
+    exact = target.verify_exact(cache, tokens, shape, 64)
     torch.testing.assert_close(exact, plain, atol=1e-4, rtol=1e-4)
 
 
@@ -71,7 +71,7 @@ def test_sequences_that_share_passes_go_on_like_single_ones(family):
     target = tiny_target(family)
     prompts = [CONTEXT, CONTEXT[:3], CONTEXT[2:9]]
     cache = target.new_cache(3, 32)
-    together = target.verify_rows(
+    together = target.verify_trees(
         cache, torch.tensor([t for prompt in prompts for t in prompt]), [TreeShape.chain(len(p)) for p in prompts]
     ).split([len(p) for p in prompts])
     cache.lengths = [len(p) for p in prompts]
@@ -80,7 +80,7 @@ def test_sequences_that_share_passes_go_on_like_single_ones(family):
         alone = target.prefill(torch.tensor([prompt]), own)[0]
         torch.testing.assert_close(states, alone, atol=1e-4, rtol=1e-4)
     for tokens in ([20, 21, 22], [23, 24, 25], [26, 27, 28]):
-        states = target.verify_rows(cache, torch.tensor(tokens), [TreeShape([-1])] * 3)
+        states = target.verify_trees(cache, torch.tensor(tokens), [TreeShape([-1])] * 3)
         cache.compact_rows([[0]] * 3)
         for own, token, state in zip(owns, tokens, states, strict=True):
             alone = target.verify(own, torch.tensor([token]), TreeShape([-1]))[0]
@@ -94,7 +94,7 @@ def test_copied_row_goes_on_like_its_source():
     target.prefill(torch.tensor([CONTEXT]), source)
     cache.copy_row(1, source, 0)
     expected = target.verify(source, torch.tensor([20]), TreeShape([-1]))[0]
-    states = target.verify_rows(cache, torch.tensor([3, 20]), [TreeShape([-1])] * 2)
+    states = target.verify_trees(cache, torch.tensor([3, 20]), [TreeShape([-1])] * 2)
     torch.testing.assert_close(states[1], expected, atol=1e-5, rtol=1e-5)
 
 

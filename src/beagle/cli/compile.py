@@ -48,11 +48,11 @@ def compile(
     from beagle.drafters.head_drafter import HeadDrafter
     from beagle.drafters.load import DraftSpec, load_drafter, resolve_draft
     from beagle.targets import compiled as passes
-    from beagle.targets import loading, packages
-    from beagle.targets.quantize import check_kind
+    from beagle.targets import aot_cache, loading
+    from beagle.targets.linears.quantized import check_kind
 
     check_kind(quantize)
-    if packages.left_aside():
+    if aot_cache.compiled_disabled():
         raise BeagleError("BEAGLE_COMPILED=0 is set, so nothing that is compiled would be used; unset it")
     o.quiet_transformers()
     folder = loading.compiled_dir()
@@ -60,7 +60,7 @@ def compile(
     engine: dict[str, Any] = {"dtype": dtype, "device": "cpu", "trust_remote_code": trust_remote_code}
     model, _ = loading.load_model(target, **engine)
     known = passes.find(folder, model, quantize)
-    if known is None or (exact and not known.has_exact) or (batch and not known.has_rows):
+    if known is None or (exact and "exact" not in known.kinds) or (batch and "trees" not in known.kinds):
         with o.console.status(f"compiling the pass of {target} (some minutes)"):
             told(*passes.build(folder, model, target, quantize, exact, batch))
     else:
@@ -69,7 +69,7 @@ def compile(
     loaded = o.load_target(target, quantize=quantize, **engine)
     for rows, (eager, fast) in compare(loaded).items():
         show(f"{rows:>3} row{'s' * (rows > 1)}", eager, fast)
-    if loaded.compiled is not None and loaded.compiled.has_rows:
+    if loaded.compiled is not None and "trees" in loaded.compiled.runner.kinds:
         show(f"a row of each of {BATCH} answers", *compare_batch(loaded))
     if spec.head is None:
         return
@@ -129,7 +129,7 @@ def compare_batch(target: Target) -> tuple[float, float]:
 
     def run(compiled: bool) -> None:
         target.compiled = fast if compiled else None
-        target.verify_rows(cache, torch.ones(BATCH, dtype=torch.long), [TreeShape([-1])] * BATCH)
+        target.verify_trees(cache, torch.ones(BATCH, dtype=torch.long), [TreeShape([-1])] * BATCH)
 
     return in_turn(run)
 

@@ -20,8 +20,8 @@ from beagle.drafters.base import Drafter, TreePlan
 from beagle.files import write_json
 from beagle.limits import MAX_NODES
 from beagle.memory import settle
-from beagle.targets.exact import EXACT_BLOCK, EXACT_ROWS
 from beagle.targets.loading import cache_dir
+from beagle.targets.plan import EXACT_BLOCK, EXACT_TOKENS
 from beagle.targets.target import Target, TreeShape
 
 SEVERAL = 4  # contexts that draft at once or share a pass while that is timed
@@ -115,7 +115,7 @@ def measure(
     """
     settle()
     context = max(1, min(context, target.context_limit - SIZES[-1] - 1))
-    sizes = [n for n in SIZES if context + n <= target.context_limit and (not exact or n <= EXACT_ROWS)]
+    sizes = [n for n in SIZES if context + n <= target.context_limit and (not exact or n <= EXACT_TOKENS)]
     keys = -(-(context + sizes[-1]) // EXACT_BLOCK) * EXACT_BLOCK
     ids = [1 + i % (target.vocab_size - 1) for i in range(context)]
     cache = target.new_cache(1, keys)
@@ -136,9 +136,9 @@ def measure(
             rows = [TreeShape([-1, *([0] * (of - 1))]) for of in spread(n, SEVERAL)]
             began = time.perf_counter()
             if exact:
-                target.exact.logits(target.exact.verify(cache, tokens, shape, keys)).max(-1).indices.tolist()
+                target.exact_logits(target.verify_exact(cache, tokens, shape, keys)).max(-1).indices.tolist()
             elif batch:
-                target.logits(target.verify_rows(cache, tokens, rows)).max(-1).indices.tolist()
+                target.logits(target.verify_trees(cache, tokens, rows)).max(-1).indices.tolist()
             else:
                 target.logits(target.verify(cache, tokens, shape)).max(-1).indices.tolist()
             times[n].append(time.perf_counter() - began)
@@ -177,7 +177,7 @@ def cached_costs(
         "dtype": str(target.dtype),
         "quantize": target.quantize,
         "compiled": (fast := target.compiled) is not None
-        and (fast.has_exact if exact else fast.has_rows if batch else True),
+        and ("exact" if exact else "trees" if batch else "tree") in fast.runner.kinds,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "plan": [plan.kind, plan.depth, plan.top_k],

@@ -25,7 +25,7 @@ from beagle.drafters.base import Draft, Drafter, TreePlan, prune
 from beagle.errors import BeagleError
 from beagle.limits import MAX_NODES
 from beagle.targets.cache import KVCache
-from beagle.targets.exact import EXACT_BLOCK, EXACT_ROWS
+from beagle.targets.plan import EXACT_BLOCK, EXACT_TOKENS
 from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
 
@@ -180,7 +180,7 @@ class Decoder:
         first, lengths = len(self.live), [len(one.ids) for one in sequences]
         cache = self._shared_cache(max(lengths))
         tokens = torch.tensor([token for one in sequences for token in one.ids], device=self.target.device)
-        states = self.target.verify_rows(cache, tokens, [TreeShape.chain(n) for n in lengths], first)
+        states = self.target.verify_trees(cache, tokens, [TreeShape.chain(n) for n in lengths], first)
         for i, length in enumerate(lengths):
             cache.lengths[first + i] = length
         for one in sequences:
@@ -349,7 +349,7 @@ class Decoder:
             replace(self._plan, depth=max(reach), nodes=nodes),
             costs.min_gain(1 if alone else len(sequences)) if costs else 0.0,
         )
-        most = EXACT_ROWS - 1 if self._exact else MAX_NODES
+        most = EXACT_TOKENS - 1 if self._exact else MAX_NODES
         if self._plan.kind != "static" and self._plan.nodes is not None:
             most = min(most, self._plan.nodes)
         made = [prune(draft, depth, most) for draft, depth in zip(made, reach, strict=True)]
@@ -372,15 +372,15 @@ class Decoder:
             found = []
             for i, (one, tree, shape) in enumerate(zip(sequences, trees, shapes, strict=True)):
                 tokens = torch.tensor(tree, device=target.device)
-                states = target.exact.verify(self._sequence(i), tokens, shape, self._keys(one))
-                found.append((states, target.exact.logits(states)))
+                states = target.verify_exact(self._sequence(i), tokens, shape, self._keys(one))
+                found.append((states, target.exact_logits(states)))
             states, logits = found[0] if len(found) == 1 else [torch.cat(part) for part in zip(*found, strict=True)]
         else:
             tokens = torch.tensor([token for tree in trees for token in tree], device=target.device)
             if len(self.live) == 1:
                 states = target.verify(self._sequence(0), tokens, shapes[0])
             else:
-                states = target.verify_rows(cache, tokens, shapes)
+                states = target.verify_trees(cache, tokens, shapes)
             logits = target.logits(states)
         if target.device.type == "cuda":
             torch.cuda.synchronize(target.device)  # acceptance waits for the logits anyhow: time them where they belong
@@ -401,7 +401,7 @@ class Decoder:
 
     def _keys(self, sequence: Sequence) -> int:
         """Keys of every exact pass of an answer."""
-        return _blocks(len(sequence.ids) + sequence.max_new_tokens + EXACT_ROWS)
+        return _blocks(len(sequence.ids) + sequence.max_new_tokens + EXACT_TOKENS)
 
     def _sequence(self, i: int) -> KVCache:
         """One sequence of the cache as a cache of its own; what is committed there is committed here."""

@@ -19,7 +19,7 @@ from beagle.drafters.block import Block, Rotations
 from beagle.drafters.context import HeadContext
 from beagle.drafters.grow import Beams, EagerLevels, Level, grow
 from beagle.drafters.head_drafter import HeadDrafter
-from beagle.targets import packages
+from beagle.targets import aot_cache
 from beagle.targets.captured import GraphRecorder, Recorder, key_size
 from beagle.targets.loading import first_line
 
@@ -29,7 +29,7 @@ _console = Console(stderr=True)
 
 def capture(drafter: HeadDrafter) -> None:
     """Let drafts on a GPU be replayed from graphs, which are recorded when their size first comes."""
-    if drafter.device.type == "cuda" and not packages.left_aside():
+    if drafter.device.type == "cuda" and not aot_cache.compiled_disabled():
         drafter.use_captured(CapturedDraft(drafter.eager, drafter.rotations))
 
 

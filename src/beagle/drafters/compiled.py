@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from beagle.drafters.block import Block, Rotation
 from beagle.drafters.grow import Beams, ContextKeys, LevelOutput
-from beagle.targets import packages
-from beagle.targets.quantize import quantize_linears
+from beagle.targets import aot_cache
+from beagle.targets.linears.quantized import quantize_linears
 from beagle.targets.target import Target
 
 ROOT, BELOW = "root.so", "below.so"
@@ -100,8 +100,8 @@ class CompiledLevels:
         Raises:
             BeagleError: the package can't be read.
         """
-        self._appends: dict[str, bool] = packages.about(place, "appends")  # whether a level's nodes write keys
-        self._run = {name: packages.load(place / name) for name in (ROOT, BELOW)}
+        self._appends: dict[str, bool] = aot_cache.metadata(place, "appends")  # whether a level's nodes write keys
+        self._run = {name: aot_cache.load(place / name) for name in (ROOT, BELOW)}
         self._embed = embed
 
     def takes(self, beams: Beams, nodes: int) -> bool:
@@ -128,7 +128,7 @@ def find(folder: Path, target: Target, head: Block) -> CompiledLevels | None:
     """What ``build`` made of this very head, before its weights are packed; None if there is nothing."""
     if target.device.type != "cpu":
         return None
-    place = packages.find(folder, _kind(target, head), lambda: _weights(target, head))
+    place = aot_cache.find(folder, _kind(target, head), lambda: _weights(target, head))
     return CompiledLevels(place, target.embed) if place is not None else None
 
 
@@ -149,7 +149,7 @@ def build(folder: Path, target: Target, head: Block, name: str) -> tuple[Path, f
     """
     began = time.perf_counter()
     weights = _weights(target, head)
-    place = packages.place(folder, _kind(target, head), weights)
+    place = aot_cache.path(folder, _kind(target, head), weights)
     lm_head = nn.Linear(target.hidden_size, len(weights["lm_head"]), bias="lm_bias" in weights, dtype=target.dtype)
     lm_head.weight = nn.Parameter(weights["lm_head"], requires_grad=False)
     if "lm_bias" in weights:
@@ -160,7 +160,7 @@ def build(folder: Path, target: Target, head: Block, name: str) -> tuple[Path, f
         if target.quantize:
             quantize_linears(graphs[file], "int8")
     appends: dict[str, bool] = {}
-    with packages.fresh(place, {"draft": name, "appends": appends}) as partial:
+    with aot_cache.writing(place, {"draft": name, "appends": appends}) as partial:
         for file, graph in graphs.items():
             appends[file] = _export(graph, partial / file, name)
     return place, time.perf_counter() - began
@@ -190,7 +190,7 @@ def _export(graph: _Graph, library: Path, name: str) -> bool:
     auto = torch.export.Dim.AUTO
     nodes = {} if root else {1: auto}
     slots, mask = ({}, {1: auto}) if root else ({0: auto}, {0: auto, 1: auto})
-    packages.export(graph, inputs, (nodes, nodes, {}, {}, {1: auto}, {1: auto}, slots, mask), library, name)
+    aot_cache.export(graph, inputs, (nodes, nodes, {}, {}, {1: auto}, {1: auto}, slots, mask), library, name)
     return appends
 
 
@@ -201,4 +201,4 @@ def _weights(target: Target, head: Block) -> dict[str, Tensor]:
 
 
 def _kind(target: Target, head: Block) -> str:
-    return packages.kind("draft", head.architecture, asdict(head.config), str(target.dtype), target.quantize)
+    return aot_cache.key("draft", head.architecture, asdict(head.config), str(target.dtype), target.quantize)

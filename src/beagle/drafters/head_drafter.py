@@ -12,8 +12,8 @@ from beagle.drafters.base import STATIC_PATHS, Draft, Drafter, TreePlan
 from beagle.drafters.block import Block, Rotations
 from beagle.drafters.context import HeadContext, write_unread
 from beagle.drafters.grow import Beams, EagerLevels, Level, LevelOutput, LevelRunner, grow, least_score, ranked_drafts
-from beagle.targets.packing import pack_linears, packed
-from beagle.targets.quantize import RowQuantizer, quantize_linears, quantized
+from beagle.targets.linears.packed import pack_linears, packed
+from beagle.targets.linears.quantized import RowQuantizer, quantize_linears, quantized
 from beagle.targets.target import Target
 
 

@@ -46,9 +46,9 @@ def describe(target: Target | None = None, drafters: Iterable[Drafter | None] = 
         if target.quantize:
             about["target"]["quantize"] = target.quantize
         if target.compiled is not None:
-            about["target"][target.compiled.kind] = True
-            if target.compiled.has_rows:
-                about["target"][f"{target.compiled.kind}_batches"] = True
+            about["target"][target.compiled.runner.name] = True
+            if "trees" in target.compiled.runner.kinds:
+                about["target"][f"{target.compiled.runner.name}_batches"] = True
     if names := sorted({drafter.name for drafter in drafters if drafter}):
         about["drafters"] = [portable(name) for name in names]
     return about

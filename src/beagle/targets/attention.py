@@ -2,7 +2,7 @@
 
 transformers hands every layer's fresh queries, keys and values (RoPE applied) to the function named
 by ``config._attn_implementation``. Ours writes keys and values into the preallocated cache of the
-pass under way and attends to them, so no modelling file is forked and no cache class is involved.
+current plan and attends to them, so no modelling file is forked and no cache class is involved.
 """
 
 from __future__ import annotations
@@ -16,191 +16,13 @@ from torch import Tensor, nn
 
 from beagle.errors import BeagleError
 from beagle.hf import AttentionInterface
-from beagle.limits import MAX_NODES
-from beagle.targets.cache import KVCache
+from beagle.limits import MAX_TREE_TOKENS
+from beagle.targets.plan import Plan
 
 NAME = "beagle"
 WINDOW = "beagle_window"  # attribute of an attention module: its sliding window, None for the whole context
-FOLDED = MAX_NODES + 1  # queries, a tree's at most: prompts have masks too large to repeat
 
-
-class Pass:
-    """One forward pass: where fresh keys go, and which keys each query sees."""
-
-    _is_prompt = False  # a whole prompt and nothing before it
-
-    def __init__(
-        self,
-        cache: KVCache,
-        *,
-        slots: slice | Tensor,
-        key_positions: Tensor,
-        query_positions: Tensor,
-        visible: Tensor | None = None,
-    ) -> None:
-        """
-        Args:
-            cache: written in place.
-            slots: where the fresh keys of every sequence go.
-            key_positions: RoPE positions of the key slots, ``[batch or 1, keys]``.
-            query_positions: RoPE positions of the queries, ``[batch or 1, queries]``.
-            visible: bool ``[batch or 1, queries, keys]``; None: keys at the query's position and before it.
-                Sliding windows are added per layer.
-        """
-        self.cache = cache
-        self.slots = slots
-        self.key_positions = key_positions
-        self.query_positions = query_positions
-        self._visible = visible
-        self._is_prompt = visible is None and key_positions.shape[1] == query_positions.shape[1]
-        self._masks: dict[int | None, Tensor] = {}
-        self._folded_masks: dict[tuple[int | None, int], Tensor] = {}
-
-    @property
-    def visible(self) -> Tensor:
-        """Bool ``[batch or 1, queries, keys]``; of a prompt it is made when a mask is asked for."""
-        if self._visible is None:
-            self._visible = self.key_positions[:, None] <= self.query_positions[:, :, None]
-        return self._visible
-
-    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store ``[batch, kv_heads, queries, head_dim]``; return all keys and values in view."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[:, :, self.slots] = key
-        values[:, :, self.slots] = value
-        end = (self.key_positions if self._visible is None else self._visible).shape[-1]
-        return keys[:, :, :end], values[:, :, :end]
-
-    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """Additive mask ``[batch or 1, 1, queries, keys]``, built once per window size."""
-        if window not in self._masks:
-            seen = self.visible
-            if window is not None:
-                seen = seen & (self.key_positions[:, None, :] > self.query_positions[:, :, None] - window)
-            mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-            self._masks[window] = mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
-        return self._masks[window]
-
-    def _folded_mask(self, window: int | None, groups: int, mask: Tensor) -> Tensor:
-        """``mask`` once for each head of a group, ``[batch or 1, 1, groups * queries, keys]``."""
-        if (window, groups) not in self._folded_masks:
-            self._folded_masks[window, groups] = mask.repeat(1, 1, groups, 1)
-        return self._folded_masks[window, groups]
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        """Attention output ``[batch, heads, queries, value_dim]``."""
-        batch, heads, n, dim = query.shape
-        kv_heads = key.shape[1]
-        groups = heads // kv_heads
-        if self._is_prompt and softcap is None and (window is None or n <= window):  # no mask, no memory of n²
-            return F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=scaling, enable_gqa=groups > 1
-            )
-        mask = self.mask(window, query.dtype)
-        if softcap is None and groups > 1 and n <= FOLDED:
-            # the query heads of a group become rows, so that keys are read once, not once a head
-            folded = query.reshape(batch, kv_heads, groups * n, dim)
-            if n > 1:
-                mask = self._folded_mask(window, groups, mask)
-            out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-            return out.reshape(batch, heads, n, -1)
-        if softcap is None:
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, scale=scaling, enable_gqa=groups > 1
-            )
-        grouped = query.reshape(batch, kv_heads, groups, n, dim)
-        return unfused(grouped, key[:, :, None], value[:, :, None], mask[:, :, None], scaling, softcap).reshape(
-            batch, heads, n, -1
-        )
-
-
-class ExactPass(Pass):
-    """The shape-stable form: bit-equal results however many drafted rows share the pass.
-
-    A query at position p sees its keys in two parts, cut at a place that depends on p alone: those
-    below the cut are shared by all rows and lie in position order; the last ones are gathered per
-    row in path order, since a node's ancestors stand at scattered slots. The numbers of rows and of
-    keys never change within a generation, and keys that a query doesn't see get probability 0, which
-    adds nothing: so every sum runs over the same numbers in the same order, alone or in a tree.
-    """
-
-    def __init__(self, cache: KVCache, *, keys: int, tail_slots: Tensor, cuts: Tensor, **kwargs: Any) -> None:
-        """
-        Args:
-            keys: padded number of shared keys.
-            tail_slots: ``[rows, tail]`` slots of positions cut, cut + 1, … on each query's path.
-            cuts: ``[rows]`` first position of each query's own part.
-        """
-        super().__init__(cache, **kwargs)
-        self._keys = keys
-        self.tail_slots = tail_slots
-        self._cuts = cuts
-
-    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """Additive fp32 mask ``[rows, 1, keys + tail]`` over the shared, then the own keys."""
-        if window not in self._masks:
-            own = self.query_positions[0][:, None]
-            shared = torch.arange(self._keys, device=own.device).expand(len(own), -1)
-            tail = self._cuts[:, None] + torch.arange(self.tail_slots.shape[1], device=own.device)
-            positions = torch.cat([shared, tail], dim=1)
-            seen = torch.cat([shared < self._cuts[:, None], tail <= own], dim=1)
-            if window is not None:
-                seen = seen & (own - positions < window)
-            mask = torch.zeros(seen.shape, device=own.device).masked_fill_(~seen, torch.finfo(dtype).min)
-            self._masks[window] = mask[:, None]
-        return self._masks[window]
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        _, heads, rows, dim = query.shape
-        kv_heads, n, tail = key.shape[1], self._keys, self.tail_slots.shape[1]
-        groups = heads // kv_heads
-        # products in fp32 where the cache is half: the CPU's small half-precision ones take twice as long
-        whole = query[0].float().reshape(kv_heads, groups, rows, dim)
-        grouped = whole.transpose(1, 2)  # [kv_heads, rows, groups, head_dim]
-        flat = grouped.reshape(kv_heads, rows * groups, dim)  # shared keys: one product a head
-        own = self.tail_slots.flatten()
-        own_keys = key[0].index_select(1, own).float().view(kv_heads, rows, tail, dim)
-        own_values = value[0].index_select(1, own).float().view(kv_heads, rows, tail, -1)
-        shared = torch.matmul(flat, key[0, :, :n].float().transpose(1, 2)).view(kv_heads, rows, groups, n)
-        scores = torch.cat([shared, torch.matmul(grouped, own_keys.transpose(2, 3))], dim=-1)
-        mask = self.mask(window, query.dtype)
-        if softcap is None:
-            scores = torch.add(mask, scores, alpha=scaling)
-        else:
-            scores = mask + softcap * torch.tanh(scores * (scaling / softcap))
-        chances = torch.softmax(scores, dim=-1)
-        below = chances[..., :n].view(kv_heads, rows * groups, n)
-        out = torch.matmul(below, value[0, :, :n].float()).view(kv_heads, rows, groups, -1)
-        out = out + torch.matmul(chances[..., n:], own_values)
-        return out.transpose(1, 2).reshape(1, heads, rows, -1).to(query.dtype)
-
-
-def unfused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float | None) -> Tensor:
-    """matmul, fp32 softmax, matmul: the one form whose rows do not depend on their neighbours."""
-    scores = torch.matmul(query, key.transpose(-1, -2)).float() * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    probabilities = torch.softmax(scores + mask.float(), dim=-1)
-    return torch.matmul(probabilities.to(value.dtype), value)
-
-
-current_pass: ContextVar[Pass] = ContextVar("current_pass")
+current_plan: ContextVar[Plan] = ContextVar("current_plan")
 
 
 def attention(
@@ -211,7 +33,6 @@ def attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **kwargs: Any,
@@ -223,15 +44,109 @@ def attention(
     """
     if s_aux is not None:
         raise BeagleError("this target uses attention sinks, which are not supported yet")
-    plan = current_pass.get()
+    plan = current_plan.get()
     layer = module.layer_idx
     assert isinstance(layer, int)
-    keys, values = plan.write(layer, key, value)
+    keys, values = write(plan, layer, key, value)
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    window = module.__dict__.get(WINDOW, sliding_window)
-    out = plan.attend(query, keys, values, scaling, window, softcap)
+    window = module.__dict__[WINDOW]
+    compute = attend_exact if plan.tail is not None else attend_trees if plan.sequences is not None else attend
+    out = compute(plan, query, keys, values, scaling, window, softcap)
     return out.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, attention)
+
+
+def write(plan: Plan, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Store fresh keys and values ``[batch, kv_heads, tokens, head_dim]``; return all in view."""
+    keys, values = plan.layers[2 * layer], plan.layers[2 * layer + 1]
+    sequences = plan.sequences
+    if sequences is not None:
+        keys[sequences.sequence, :, plan.slots] = key[0].transpose(0, 1)
+        values[sequences.sequence, :, plan.slots] = value[0].transpose(0, 1)
+        side_by_side = slice(sequences.first, sequences.first + sequences.padding.shape[0])
+        return keys[side_by_side, :, : plan.keys], values[side_by_side, :, : plan.keys]
+    keys[:, :, plan.slots] = key
+    values[:, :, plan.slots] = value
+    if plan.tail is not None:
+        return keys, values
+    return keys[:, :, : plan.keys], values[:, :, : plan.keys]
+
+
+def attend(
+    plan: Plan, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """``[batch, heads, queries, head_dim]`` to ``[batch, heads, queries, value_dim]``."""
+    batch, heads, n, dim = query.shape
+    kv_heads = key.shape[1]
+    groups = heads // kv_heads
+    if plan.kind == "prompt" and softcap is None and window not in plan.masks:  # no memory of n²
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=groups > 1)
+    mask = plan.masks[window]
+    if softcap is None and groups > 1 and n <= MAX_TREE_TOKENS:  # masks of prompts are too large to repeat
+        # the query heads of a group become queries, so that keys are read once, not once a head
+        folded = query.reshape(batch, kv_heads, groups * n, dim)
+        if n > 1:
+            mask = _folded(plan, window, groups)
+        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+        return out.reshape(batch, heads, n, -1)
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=groups > 1)
+    grouped = query.reshape(batch, kv_heads, groups, n, dim)
+    scores = torch.matmul(grouped, key[:, :, None].transpose(-1, -2)).float() * scaling
+    scores = softcap * torch.tanh(scores / softcap)
+    weights = torch.softmax(scores + mask[:, :, None].float(), dim=-1)
+    return torch.matmul(weights.to(value.dtype), value[:, :, None]).reshape(batch, heads, n, -1)
+
+
+def _folded(plan: Plan, window: int | None, groups: int) -> Tensor:
+    """The window's mask once for each head of a group, ``[batch or 1, 1, groups * queries, keys]``."""
+    if (window, groups) not in plan.folded:
+        plan.folded[window, groups] = plan.masks[window].repeat(1, 1, groups, 1)
+    return plan.folded[window, groups]
+
+
+def attend_trees(
+    plan: Plan, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """Queries end to end ``[1, heads, tokens, head_dim]`` to ``[1, heads, tokens, value_dim]``.
+
+    Queries are padded to those of the longest tree; keys and values are those of the sequences, where they are.
+    """
+    sequences = plan.sequences
+    assert sequences is not None
+    flat = query[0].transpose(0, 1)  # [tokens, heads, head_dim]
+    padded = flat.unflatten(0, sequences.padding.shape) if sequences.full else flat[sequences.padding]
+    out = attend(plan, padded.transpose(1, 2), key, value, scaling, window, softcap).transpose(1, 2).flatten(0, 1)
+    return (out if sequences.full else out[sequences.place]).transpose(0, 1)[None]
+
+
+def attend_exact(
+    plan: Plan, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """``[1, heads, tokens, head_dim]`` to ``[1, heads, tokens, value_dim]``, as of ``plan.of_exact_tree``."""
+    assert plan.tail is not None
+    _, heads, tokens, dim = query.shape
+    kv_heads, n, tail = key.shape[1], plan.keys, plan.tail.shape[1]
+    groups = heads // kv_heads
+    # products in fp32 where the cache is half: the CPU's small half-precision ones take twice as long
+    whole = query[0].float().reshape(kv_heads, groups, tokens, dim)
+    grouped = whole.transpose(1, 2)  # [kv_heads, tokens, groups, head_dim]
+    flat = grouped.reshape(kv_heads, tokens * groups, dim)  # shared keys: one product a head
+    own = plan.tail.flatten()
+    own_keys = key[0].index_select(1, own).float().view(kv_heads, tokens, tail, dim)
+    own_values = value[0].index_select(1, own).float().view(kv_heads, tokens, tail, -1)
+    shared = torch.matmul(flat, key[0, :, :n].float().transpose(1, 2)).view(kv_heads, tokens, groups, n)
+    scores = torch.cat([shared, torch.matmul(grouped, own_keys.transpose(2, 3))], dim=-1)
+    mask = plan.masks[window]
+    if softcap is None:
+        scores = torch.add(mask, scores, alpha=scaling)
+    else:
+        scores = mask + softcap * torch.tanh(scores * (scaling / softcap))
+    weights = torch.softmax(scores, dim=-1)
+    below = weights[..., :n].view(kv_heads, tokens * groups, n)
+    out = torch.matmul(below, value[0, :, :n].float()).view(kv_heads, tokens, groups, -1)
+    out = out + torch.matmul(weights[..., n:], own_values)
+    return out.transpose(1, 2).reshape(1, heads, tokens, -1).to(query.dtype)

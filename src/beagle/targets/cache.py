@@ -26,7 +26,7 @@ class KVCache:
     Attributes:
         lengths: tokens committed per row, ``[batch]`` as Python ints.
         capacity: slots per row.
-        tensors: keys and values of each layer, in turn.
+        tensors: keys and values of each layer in turn, ``[batch, kv_heads, capacity, head_dim]``.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class KVCache:
     ) -> None:
         self.capacity = capacity
         self.batch = batch
+        self.dtype, self.device = dtype, device
         self.lengths = [0] * batch
         counts: dict[tuple[int, int], int] = {}
         places: list[tuple[tuple[int, int], int]] = []
@@ -54,8 +55,6 @@ class KVCache:
             for (heads, dim), n in counts.items()
         }
         self.tensors = [self._stacks[shape][i] for shape, i in places]
-        self.keys = self.tensors[0::2]  # per layer [batch, kv_heads, capacity, head_dim]
-        self.values = self.tensors[1::2]
 
     def clear(self) -> None:
         """Zeros everywhere, nothing committed."""
@@ -68,7 +67,6 @@ class KVCache:
         view = copy.copy(self)
         view._stacks = {shape: stack[:, row : row + 1] for shape, stack in self._stacks.items()}
         view.tensors = [tensor[row : row + 1] for tensor in self.tensors]
-        view.keys, view.values = view.tensors[0::2], view.tensors[1::2]
         view.batch, view.lengths = 1, [0]
         return view
 

@@ -1,9 +1,9 @@
-"""The target's pass as captured CUDA graphs: one launch for all kernels of a pass.
+"""The target's passes as captured CUDA graphs: one launch for all kernels of a pass.
 
-A graph replays the same kernels on the same memory. So rows and keys come in fixed sizes, each with a graph of its own,
-recorded when it is first needed; inputs are copied to where the graph reads them; and a cache's memory outlives the
-answer, so that the next one finds its graphs. What a pass has less than its graph is padded: rows that mean nothing and
-write to a slot behind all others, and keys that no row sees.
+A graph replays the same kernels on the same memory. So tokens and keys come in fixed sizes, each with a graph of its
+own, recorded when it is first needed; inputs are copied to where the graph reads them; and a cache's memory outlives the
+answer, so that the next one finds its graphs. What a pass has less than its graph is padded: tokens that mean nothing
+and write to a slot behind all others, and keys that no token sees.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from beagle.targets.attention import FOLDED, Pass
+from beagle.limits import MAX_TREE_TOKENS
 from beagle.targets.cache import KVCache
+from beagle.targets.plan import Kind, Plan
 from beagle.targets.probe import Layers
-from beagle.targets.traced import PassGraph
+from beagle.targets.runner import Graph
 
-ROWS = (1, 2, 4, 8, 16, 24, 32, 48, FOLDED)
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, MAX_TREE_TOKENS)  # tokens of a graph
 LEAST_KEYS = 256
 Recording = tuple[Callable[[], None], Tensor]
 Recorder = Callable[[Callable[[], Tensor]], Recording]
@@ -77,30 +78,29 @@ class GraphRecorder:
 
 
 class _Recorded:
-    """A graph for so many rows and keys of one cache, and the memory of its inputs."""
+    """A graph for so many tokens and keys of one cache, and the memory of its inputs."""
 
-    def __init__(self, graph: PassGraph, cache: KVCache, rows: int, keys: int, hidden: int, record: Recorder) -> None:
-        dtype, device = cache.tensors[0].dtype, cache.tensors[0].device
-        self._windows = graph.windows
-        self._embeddings = torch.zeros(1, rows, hidden, dtype=dtype, device=device)
-        self._positions = torch.zeros(1, rows, dtype=torch.long, device=device)
+    def __init__(self, graph: Graph, cache: KVCache, tokens: int, keys: int, hidden: int, record: Recorder) -> None:
+        dtype, device = cache.dtype, cache.device
+        self._embeddings = torch.zeros(1, tokens, hidden, dtype=dtype, device=device)
+        self._positions = torch.zeros(1, tokens, dtype=torch.long, device=device)
         self._spare = cache.capacity  # the slot that padding is written to
-        self._slots = torch.full((rows,), self._spare, device=device)
-        self._masks = [torch.zeros(1, 1, rows, keys, dtype=dtype, device=device) for _ in graph.windows]
-        inputs = self._embeddings, self._positions, self._slots, self._masks, cache.tensors
-        self._replay, self._states = record(lambda: graph(*inputs, []))
+        self._slots = torch.full((tokens,), self._spare, device=device)
+        self._masks = {window: torch.zeros(1, 1, tokens, keys, dtype=dtype, device=device) for window in graph.windows}
+        inputs = Plan(graph.kind, self._positions, self._slots, cache.tensors, keys, self._masks).tensors()
+        self._replay, self._states = record(lambda: graph(self._embeddings, inputs))
 
-    def run(self, embeddings: Tensor, plan: Pass) -> Tensor:
+    def run(self, embeddings: Tensor, plan: Plan) -> Tensor:
         assert isinstance(plan.slots, slice)
-        n, end = plan.visible.shape[1:]
+        n = embeddings.shape[1]
         self._embeddings[:, :n] = embeddings
         self._positions.zero_()  # some kinds of RoPE look at the largest
-        self._positions[:, :n] = plan.query_positions
+        self._positions[:, :n] = plan.positions
         self._slots.fill_(self._spare)
         self._slots[:n] = torch.arange(plan.slots.start, plan.slots.stop, device=self._slots.device)
-        for window, mask in zip(self._windows, self._masks, strict=True):
+        for window, mask in self._masks.items():
             mask.fill_(torch.finfo(mask.dtype).min)
-            mask[:, :, :n, :end] = plan.mask(window, mask.dtype)
+            mask[:, :, :n, : plan.keys] = plan.masks[window]
         self._replay()
         return self._states[:, :n].clone()  # the next replay writes over them
 
@@ -121,15 +121,15 @@ class _Room:
         return lent
 
 
-class CapturedPass:
-    """Implements ``FastPass`` for a model on a GPU.
+class Captured:
+    """Passes over a tree of a model on a GPU; implements ``FastRunner``.
 
     Attributes:
         failure: what went wrong where a graph could not be recorded; passes of its size are eager from then on.
     """
 
-    kind = "captured"
-    has_exact = has_rows = False
+    name = "captured"
+    kinds: frozenset[Kind] = frozenset({"tree"})
     remedy = "set BEAGLE_COMPILED=0, which takes eager passes"
 
     def __init__(self, base: nn.Module, hidden: int, layers: Layers, record: Recorder | None = None) -> None:
@@ -141,8 +141,9 @@ class CapturedPass:
             record: stands in for CUDA graphs.
         """
         weight = next(base.parameters())
+        self._embed: nn.Module = base.get_input_embeddings()  # type: ignore[operator]
         self._layers = layers.shapes
-        self._graph = PassGraph(base, layers.distinct_windows)
+        self._graph = Graph(base, "tree", layers.distinct_windows)
         self._hidden, self._dtype, self._device = hidden, weight.dtype, weight.device
         self._record = record or GraphRecorder(weight.device)
         self._rooms: list[_Room] = []
@@ -150,7 +151,7 @@ class CapturedPass:
         self.failure: str | None = None
 
     def new_cache(self, capacity: int) -> KVCache | None:
-        """A cache of one row that graphs can read and write; None: there are ``ROOMS`` in use."""
+        """A cache of one sequence that graphs can read and write; None: there are ``ROOMS`` in use."""
         with self._lock, torch.inference_mode(False):
             free = [room for room in self._rooms if room.tenant() is None]
             fitting = [room for room in free if room.memory.capacity >= capacity]
@@ -166,20 +167,21 @@ class CapturedPass:
             self._rooms.append(room)
             return room.let()
 
-    def takes(self, cache: KVCache, rows: int, keys: int) -> bool:
-        return rows <= ROWS[-1] and self._recorded(cache, rows, keys) is not None
+    def takes(self, plan: Plan) -> bool:
+        return plan.kind == "tree" and plan.positions.shape[1] <= SIZES[-1] and self._recorded(plan) is not None
 
-    def __call__(self, embeddings: Tensor, plan: Pass) -> Tensor:
-        recorded = self._recorded(plan.cache, *plan.visible.shape[1:])
+    def __call__(self, tokens: Tensor, plan: Plan) -> Tensor:
+        recorded = self._recorded(plan)
         assert recorded is not None
-        return recorded.run(embeddings, plan)
+        return recorded.run(self._embed(tokens), plan)
 
-    def _recorded(self, cache: KVCache, rows: int, keys: int) -> _Recorded | None:
+    def _recorded(self, plan: Plan) -> _Recorded | None:
         """The graph for a pass of this size; None: the cache has no room, or it could not be recorded."""
-        room = next((room for room in self._rooms if room.tenant() is cache), None)
+        room = next((room for room in self._rooms if room.memory.tensors is plan.layers), None)
         if room is None:
             return None
-        size = next(n for n in ROWS if n >= rows), min(key_size(keys), room.memory.capacity)
+        tokens = plan.positions.shape[1]
+        size = next(n for n in SIZES if n >= tokens), min(key_size(plan.keys), room.memory.capacity)
         if size not in room.graphs:
             try:
                 with torch.inference_mode(False), torch.no_grad():

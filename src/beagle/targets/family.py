@@ -10,6 +10,9 @@ from torch import nn
 
 from beagle.errors import BeagleError
 
+# by which states may differ from the model's own, as a share of their size (see ``difference``): rounding only
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.05}
+
 
 def base_of(model: Any) -> nn.Module:
     """A causal LM without its LM head."""
@@ -107,3 +110,22 @@ def difference(states: torch.Tensor, expected: torch.Tensor) -> float:
     if gaps.isnan().any():
         return float("nan")
     return float(gaps.max() if expected.dtype == torch.float32 else gaps.median())
+
+
+def refuse_difference(states: torch.Tensor, expected: torch.Tensor, what: str, name: str) -> None:
+    """
+    Args:
+        states: ``[n, hidden]`` of one kind of pass.
+        expected: the model's own.
+        what: names the kind.
+        name: of the target.
+    Raises:
+        BeagleError: they differ by more than rounding.
+    """
+    gap = difference(states, expected)
+    if not gap < TOLERANCE[expected.dtype]:  # also catches NaN
+        raise BeagleError(
+            f"{name}: {what} gives other hidden states here than in the model itself (by {gap:.2g} of their "
+            "size), so this family keeps a state or a mask that can't be served; choose a model with plain "
+            "attention in every layer"
+        )

@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 
 from beagle.errors import BeagleError
 from beagle.memory import use_huge_pages
-from beagle.targets import compiled, packages
-from beagle.targets.captured import CapturedPass
+from beagle.targets import aot_cache, compiled
+from beagle.targets.captured import Captured
 from beagle.targets.generation import left_out
-from beagle.targets.quantize import check_kind
+from beagle.targets.linears.quantized import check_kind
 from beagle.targets.target import Target
 
 EMBEDDED = "smollm2-135m"
@@ -93,7 +93,7 @@ def load_target(
     target = Target(model, tokenizer, name, quantize, cache_dir() / "probes")
     if fast is not None:
         target.use(fast)
-    if target.device.type == "cuda" and not packages.left_aside():
+    if target.device.type == "cuda" and not aot_cache.compiled_disabled():
         capture(target)
     if target.device.type == "cpu":
         use_huge_pages()
@@ -166,11 +166,11 @@ def load_model(
 def capture(target: Target) -> None:
     """Let passes on a GPU be replayed from graphs; a line says why where they can't, and ``compiled`` stays None."""
     try:
-        passes = CapturedPass(target.base, target.hidden_size, target.layers)
-        target.use(passes)
-        if passes.failure is not None:
+        captured = Captured(target.base, target.hidden_size, target.layers)
+        target.use(captured)
+        if captured.failure is not None:
             target.compiled = None
-            raise RuntimeError(passes.failure)
+            raise RuntimeError(captured.failure)
     except Exception as error:  # whatever a model does that a graph can't
         _console.print(
             f"[dim]{target.name}: its passes can't be captured as graphs ({first_line(error)}), so they run one kernel "

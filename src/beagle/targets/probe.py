@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,16 @@ class Layers:
     @property
     def are_plain(self) -> bool:
         """Whether causal attention to the whole context is all there is, so that a prompt needs no mask."""
-        return {*self.windows, *self.softcaps} == {None}
+        return not self.are_capped and self.distinct_windows == [None]
 
     @property
+    def are_capped(self) -> bool:
+        """Whether some layer's scores have a soft cap."""
+        return any(cap is not None for cap in self.softcaps)
+
+    @cached_property
     def distinct_windows(self) -> list[int | None]:
+        """Each window once, in the order of the layers."""
         return list(dict.fromkeys(self.windows))
 
     def mark(self, base: nn.Module) -> None:

@@ -1,50 +1,50 @@
-"""A wrapped causal LM: embed, prefill, verify a tree, true states, logits."""
+"""A wrapped causal LM: prefill, verify a tree, hidden states, logits."""
 
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beagle.errors import BeagleError
 from beagle.hf import own_attention
 from beagle.targets import probe
-from beagle.targets.attention import NAME, Pass, current_pass
+from beagle.targets.attention import NAME
 from beagle.targets.cache import KVCache
-from beagle.targets.compiled import FastPass
-from beagle.targets.exact import ExactPasses
 from beagle.targets.family import (
     base_of,
     context_limit,
-    difference,
     eos_ids,
+    refuse_difference,
     refuse_unsupported,
     sample_ids,
     weights_digest,
     weights_of_a_pass,
 )
-from beagle.targets.packing import pack_linears, packed
+from beagle.targets.linears.packed import pack_linears
+from beagle.targets.linears.quantized import BITS, check_kind, quantize_linears
+from beagle.targets.lm_head import LMHead
+from beagle.targets.plan import EXACT_BLOCK, EXACT_TOKENS, Kind, Plan, of_exact_tree, of_prompt, of_tree, of_trees
 from beagle.targets.probe import Layers
-from beagle.targets.quantize import BITS, RowQuantizer, check_kind, quantize_linears, quantized
-from beagle.targets.ragged import RaggedPasses
+from beagle.targets.runner import Checked, Eager, FastRunner, Runner, example
 from beagle.targets.shape import TreeShape
 
 PROMPT_TOKENS = 16_384  # of a prompt that run in one pass where no layer needs a mask
 MASK_ENTRIES = 2**23  # of one pass's mask, where there is one: queries times keys
 LEAST_TOKENS = 64  # of a pass, however long the prompt
-# by which states may differ from the model's own, as a share of their size (see ``difference``): rounding only
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.05}
 
 
 class Target:
     """Any Hugging Face causal LM whose layers go through transformers' attention interface.
 
-    A *true state* is the last hidden state after the final norm, so that ``logits(state)`` is the
-    distribution of the next token (paper §2).
+    Its *hidden states* are the last ones after the final norm, so that ``logits(state)`` is the distribution of the
+    next token (the paper's true states, §2).
 
     Attributes:
         pass_weights: weights that a pass multiplies each token with: layers and LM head.
@@ -53,7 +53,8 @@ class Target:
         layers: what the attention layers cache and see.
         context_limit: most tokens of a prompt and its answer.
         context_ends: why it ends before the model's own context; empty where it does not.
-        exact: passes of exact mode.
+        eager: runs any plan.
+        compiled: runs some plans faster, where there is such a runner.
     """
 
     def __init__(
@@ -70,10 +71,10 @@ class Target:
             model: a causal LM of transformers; it is changed and of no other use afterwards.
             tokenizer: the model's own.
             name: what errors call it.
-            quantize: ``int8`` or ``int4`` linear layers and LM head (see ``targets.quantize``); the embedding,
+            quantize: ``int8`` or ``int4`` linear layers and LM head (see ``targets.linears.quantized``); the embedding,
                 and the rows of the LM head that drafters and training read, keep their dtype.
             probes: folder that remembers which models were compared with their own attention; None: compare.
-            pack: reorder weights for the CPU's kernels (see ``targets.packing``). Without, passes read the model's
+            pack: reorder weights for the CPU's kernels (see ``targets.linears.packed``). Without, passes read the model's
                 own weights, whatever is written to them later.
         Raises:
             BeagleError: the family keeps no plain KV cache, or computes something that the pass does not;
@@ -93,10 +94,6 @@ class Target:
         self.device, self.dtype = weight.device, weight.dtype
         self.context_limit, self.context_ends = context_limit(self.config)
         self.eos_ids = eos_ids(model, tokenizer)
-        self._logit_scale = float(getattr(self.config, "logit_scale", 1.0) or 1.0) / float(
-            getattr(self.config, "logits_scaling", 1.0) or 1.0
-        )
-        self._logit_softcap = getattr(self.config, "final_logit_softcapping", None)
         model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -106,25 +103,15 @@ class Target:
         self.unquantized = quantize_linears(self.base, quantize) if quantize else []  # layers whose shape can't be
         if quantize:
             self.pass_bytes = self.pass_weights * BITS[quantize] // 8
-        if not isinstance(getattr(self.head, "weight", None), Tensor):
-            raise BeagleError(
-                f"{name}: its LM head is a {type(self.head).__name__}, not one linear layer; choose another model"
-            )
+        self._lm_head = LMHead(self.head, self.config, name, pack)
         if pack:
             pack_linears(self.base)
-        linear = pack and isinstance(self.head, nn.Linear)
-        self._apply_head = packed(self.head.weight.detach(), self.head.bias) if linear else self.head
-        self.compiled: FastPass | None = None
-        self.exact = ExactPasses(self)
-        self._ragged = RaggedPasses(self)
+        self.eager: Runner = Eager(self.base)
+        self.compiled: Checked | None = None
         self.layers = self._probe(probes)
         self.layer_count = len(self.layers.shapes)
-        if quantize:  # after the probe, which compares with the model's own LM head
-            apply = quantized(self.head.weight.detach(), self.head.bias, quantize, RowQuantizer())
-            if apply is None:
-                self.unquantized.append("LM head")
-            else:
-                self._apply_head = apply
+        if quantize and not self._lm_head.quantize(quantize):  # after the probe, which compares with the model's own
+            self.unquantized.append("LM head")
 
     @torch.no_grad()
     def _probe(self, folder: Path | None) -> Layers:
@@ -188,81 +175,45 @@ class Target:
         found["single tokens"] = torch.cat(singles), torch.cat([expected[begin:at], expected[n - 1 :]])
         found["a tree"] = drafted, expected[at : at + 4]
         for what, (states, own) in found.items():
-            self.refuse_difference(states, own, what)
-
-    def refuse_difference(self, states: Tensor, expected: Tensor, what: str) -> None:
-        """
-        Args:
-            states: ``[n, hidden]`` of one kind of pass. expected: the model's own. what: names the kind.
-        Raises:
-            BeagleError: they differ by more than rounding.
-        """
-        gap = difference(states, expected)
-        if not gap < TOLERANCE[self.dtype]:  # also catches NaN
-            raise BeagleError(
-                f"{self.name}: {what} gives other hidden states here than in the model itself (by {gap:.2g} of their "
-                "size), so this family keeps a state or a mask that can't be served; choose a model with plain "
-                "attention in every layer"
-            )
+            refuse_difference(states, own, what, self.name)
 
     @torch.no_grad()
-    def use(self, compiled: FastPass) -> None:
-        """Let trees run in a faster pass from now on; those of exact mode and over several rows
-        are compared when they are first asked for.
+    def use(self, runner: FastRunner) -> None:
+        """Let a faster runner compute what it can from now on. Its trees are compared with the eager ones now, its
+        other kinds of plans when the first one comes.
 
         Raises:
             BeagleError: it isn't this target's: its states are others.
         """
-        expected = self._states_of_a_chain()
-        self.compiled = compiled
+        self.compiled = Checked(runner, self.eager, self._example, self.name)
         try:
-            self.refuse_others(compiled, self._states_of_a_chain(), expected)
+            self.compiled.check("tree")
         except Exception:
             self.compiled = None
             raise
 
-    def _states_of_a_chain(self) -> Tensor:
-        ids = torch.arange(1, 11, device=self.device) % self.vocab_size
-        cache = self.new_cache(1, 16)
-        self.prefill(ids[None, :6], cache)
-        return self.verify(cache, ids[6:], TreeShape.chain(4))
-
-    def refuse_others(self, compiled: FastPass, states: Tensor, expected: Tensor) -> None:
-        """
-        Raises:
-            BeagleError: the compiled pass gave other states than the eager one, beyond rounding.
-        """
-        gap = (states - expected).abs().max() / expected.abs().max()
-        if not gap < 0.1:  # also catches NaN
-            raise BeagleError(f"{self.name}: the {compiled.kind} pass computes something else; {compiled.remedy}")
-
-    def forward(self, ids: Tensor, positions: Tensor, plan: Pass) -> Tensor:
-        """The eager pass: ``[batch, n]`` ids and positions to true states ``[batch, n, hidden]``."""
-        token = current_pass.set(plan)
-        try:
-            return self.base(input_ids=ids, position_ids=positions, use_cache=False)[0]
-        finally:
-            current_pass.reset(token)
+    def _example(self, kind: Kind) -> tuple[Tensor, Plan]:
+        return example(kind, self.new_cache, self.layers.distinct_windows, self.vocab_size, self.eager)
 
     def slot_bytes(self) -> int:
         """Bytes of one token's keys and values in the cache, all layers."""
         return sum(c.kv_heads * (c.key_dim + c.value_dim) for c in self.layers.shapes) * self.dtype.itemsize
 
     def slot_operations(self) -> int:
-        """Operations of attention for one row and one key, all layers."""
+        """Operations of attention for one token and one key, all layers."""
         shapes = zip(self.layers.heads, self.layers.shapes, strict=True)
         return sum(2 * heads * (c.key_dim + c.value_dim) for heads, c in shapes)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """
         Args:
-            batch: rows.
-            capacity: slots of each row, one for a token.
+            batch: sequences.
+            capacity: slots of each sequence, one for a token.
         Raises:
             BeagleError: there is no memory for it.
         """
         try:
-            own = self.compiled.new_cache(capacity) if self.compiled is not None and batch == 1 else None
+            own = self.compiled.runner.new_cache(capacity) if self.compiled is not None and batch == 1 else None
             return own or KVCache(
                 self.layers.shapes, batch=batch, capacity=capacity, dtype=self.dtype, device=self.device
             )
@@ -273,7 +224,7 @@ class Target:
             ) from error
 
     def with_room(self, cache: KVCache, slots: int) -> KVCache:
-        """This cache, or a copy of it with room for ``slots`` tokens of each row and as many more."""
+        """This cache, or a copy of it with room for ``slots`` tokens of each sequence and as many more."""
         if slots <= cache.capacity:
             return cache
         grown = self.new_cache(cache.batch, 2 * slots)
@@ -283,29 +234,12 @@ class Target:
         return grown
 
     @torch.no_grad()
-    def logits(self, states: Tensor) -> Tensor:
-        """``[..., hidden]`` to ``[..., vocabulary]``, in the model's dtype."""
-        out: Tensor = self._apply_head(states)
-        if self._logit_scale != 1.0:
-            out = out * self._logit_scale
-        if self._logit_softcap is not None:
-            out = torch.tanh(out / self._logit_softcap) * self._logit_softcap
-        return out
+    def run(self, tokens: Tensor, plan: Plan) -> Tensor:
+        """One pass: ids ``[batch, tokens]`` to hidden states ``[batch, tokens, hidden]``."""
+        fast = self.compiled
+        runner = fast if fast is not None and fast.takes(plan) else self.eager
+        return runner(tokens, plan)
 
-    def head_rows(self, index: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Weight ``[rows, hidden]`` and bias ``[rows]`` of the LM head for some tokens (all if None).
-
-        They carry the model's logit scale; a soft cap, which changes no order, is left out.
-        """
-        weight: Tensor = self.head.weight  # type: ignore[assignment]
-        bias: Tensor | None = self.head.bias  # type: ignore[assignment]
-        if index is not None:
-            weight, bias = weight[index], None if bias is None else bias[index]
-        if self._logit_scale != 1.0:
-            weight, bias = weight * self._logit_scale, None if bias is None else bias * self._logit_scale
-        return weight.detach(), None if bias is None else bias.detach()
-
-    @torch.no_grad()
     def prefill(self, ids: Tensor, cache: KVCache) -> Tensor:
         """Run prompts of one length, a long one piece by piece so that no mask grows with n², and commit them.
 
@@ -313,58 +247,107 @@ class Target:
             ids: ``[batch, n]``.
             cache: of as many sequences; the prompts go on behind what it has committed, the same for all of them.
         Returns:
-            True states ``[batch, n, hidden]``.
+            Hidden states ``[batch, n, hidden]``.
         """
-        before, n = cache.lengths[0], cache.lengths[0] + ids.shape[1]
-        positions = torch.arange(n, device=self.device)[None]
+        layers, start, end = self.layers, cache.lengths[0], cache.lengths[0] + ids.shape[1]
+        piece = max(LEAST_TOKENS, MASK_ENTRIES // end)
+        whole = PROMPT_TOKENS if layers.are_plain else math.isqrt(MASK_ENTRIES)  # where nothing is before it
         states = []
-        whole = PROMPT_TOKENS if self.layers.are_plain else math.isqrt(MASK_ENTRIES)
-        whole = whole if not before else before + max(LEAST_TOKENS, MASK_ENTRIES // n)
-        for first, last in pairwise([before, *range(whole, n, max(LEAST_TOKENS, MASK_ENTRIES // n)), n]):
-            own = positions[:, first:last]
-            plan = Pass(cache, slots=slice(first, last), key_positions=positions[:, :last], query_positions=own)
-            states.append(self.forward(ids[:, first - before : last - before], own, plan))
-        cache.lengths = [n] * ids.shape[0]
+        for first, last in pairwise([start, *range(start + piece if start else whole, end, piece), end]):
+            plan = of_prompt(cache, first, last, layers.distinct_windows, layers.are_capped)
+            states.append(self.run(ids[:, first - start : last - start], plan))
+        cache.lengths = [end] * ids.shape[0]
         return states[0] if len(states) == 1 else torch.cat(states, dim=1)
 
-    @torch.no_grad()
     def verify(self, cache: KVCache, tokens: Tensor, shape: TreeShape, done: int = 0) -> Tensor:
         """Run a tree of tokens in one pass (nothing is committed: see ``KVCache.compact``).
 
         Each node sees the committed context, its ancestors and itself.
 
         Args:
+            cache: of one sequence.
             tokens: ``[nodes - done]``, the root first.
+            shape: of the tree.
             done: first nodes of the shape that an earlier call has run and nothing has overwritten
                 since, so that a tree can grow level by level.
         Returns:
-            True states ``[nodes - done, hidden]``.
+            Hidden states ``[nodes - done, hidden]``.
         """
-        start, n = cache.length, len(shape.parents)
-        positions = (start + torch.tensor(shape.depths(), device=self.device))[None]
-        visible = torch.ones(1, n - done, start + n, dtype=torch.bool, device=self.device)
-        visible[0, :, start:] = shape.ancestors()[done:].to(self.device)
-        context = torch.arange(start, device=self.device)
-        plan = Pass(
-            cache,
-            slots=slice(start + done, start + n),
-            key_positions=torch.cat([context, positions[0]])[None],
-            query_positions=positions[:, done:],
-            visible=visible,
-        )
-        if self.compiled is not None and self.compiled.takes(cache, n - done, start + n):
-            return self.compiled(self.embed(tokens[None]), plan)[0]
-        return self.forward(tokens[None], positions[:, done:], plan)[0]
+        return self.run(tokens[None], of_tree(cache, shape, self.layers.distinct_windows, done))[0]
 
-    @torch.no_grad()
-    def verify_rows(self, cache: KVCache, tokens: Tensor, shapes: list[TreeShape], first: int = 0) -> Tensor:
-        """``verify`` for rows ``first``, ``first + 1``, … of a cache in one pass (nothing is committed).
+    def verify_trees(self, cache: KVCache, tokens: Tensor, shapes: list[TreeShape], first: int = 0) -> Tensor:
+        """``verify`` for several sequences of a cache in one pass (nothing is committed).
 
-        A prompt is a chain behind an empty row.
+        A prompt is a chain behind an empty sequence.
 
         Args:
-            tokens: ``[nodes of all rows]``, one row's after the other's. shapes: one for each row.
+            cache: of any number of sequences.
+            tokens: ``[nodes of all trees]``, one tree's after the other's.
+            shapes: a tree for each sequence.
+            first: sequence of the first tree; the others follow.
         Returns:
-            True states ``[nodes of all rows, hidden]``.
+            Hidden states ``[nodes of all trees, hidden]``.
         """
-        return self._ragged.verify(cache, tokens, shapes, first)
+        return self.run(tokens[None], of_trees(cache, shapes, self.layers.distinct_windows, first))[0]
+
+    def verify_exact(self, cache: KVCache, tokens: Tensor, shape: TreeShape, keys: int) -> Tensor:
+        """``verify`` in exact mode: states bit-equal to those of one node at a time.
+
+        Args:
+            cache: of one sequence.
+            tokens: ``[nodes]``, at most ``EXACT_TOKENS`` of them.
+            shape: of the tree.
+            keys: padded number of keys of every pass of this generation.
+        Returns:
+            Hidden states ``[nodes, hidden]``.
+        """
+        return self._run_exact(cache, tokens, shape, keys, max(len(tokens), self.min_exact_tokens))
+
+    def _run_exact(self, cache: KVCache, tokens: Tensor, shape: TreeShape, keys: int, count: int) -> Tensor:
+        """A pass of ``count`` tokens, of which the first are given."""
+        plan = of_exact_tree(cache, shape, keys, count, self.layers.distinct_windows)
+        return self.run(F.pad(tokens, (0, count - len(tokens)))[None], plan)[0, : len(tokens)]
+
+    @cached_property
+    def min_exact_tokens(self) -> int:
+        """Tokens from which on a token's bits are the same however many share an exact pass, on this machine.
+
+        Packed CPU kernels differ for a single token at most, GPU libraries for every number (then it is
+        ``EXACT_TOKENS``: all passes have as many). Tried out on a chain, for every number of tokens from two on.
+        """
+        random = torch.Generator().manual_seed(0)
+        ids = torch.randint(self.vocab_size, (EXACT_TOKENS + 8,), generator=random).to(self.device)
+        keys = 2 * EXACT_BLOCK
+        cache = self.new_cache(1, keys)
+        self.prefill(ids[None, :8], cache)
+
+        def states_of(n: int) -> Tensor:
+            return self._run_exact(cache, ids[8 : 8 + n], TreeShape.chain(n), keys, n)
+
+        whole = states_of(EXACT_TOKENS)
+        expected = self.verify(cache, ids[8:], TreeShape.chain(EXACT_TOKENS))
+        refuse_difference(whole, expected, "exact mode", self.name)
+        logits = self.logits(whole)
+        # A single token takes other kernels, which differ so rarely that few tokens don't show it (on CPUs with AMX one
+        # bf16 output in some 10,000); and a graph of any number of tokens is no graph of one.
+        compiled = self.compiled is not None and "exact" in self.compiled.runner.kinds
+        least = 1 if self.dtype == torch.float32 and not compiled else 2
+        for n in range(EXACT_TOKENS - 1, least - 1, -1):
+            part = states_of(n)
+            if not torch.equal(part, whole[:n]) or not torch.equal(self.logits(part), logits[:n]):
+                return n + 1
+        return least
+
+    @torch.no_grad()
+    def logits(self, states: Tensor) -> Tensor:
+        """``[..., hidden]`` to ``[..., vocabulary]``, in the model's dtype."""
+        return self._lm_head(states)
+
+    def exact_logits(self, states: Tensor) -> Tensor:
+        """``logits`` of ``[nodes, hidden]`` in exact mode."""
+        missing = max(0, self.min_exact_tokens - len(states))
+        return self.logits(F.pad(states, (0, 0, 0, missing)))[: len(states)]
+
+    def head_rows(self, index: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Weight ``[rows, hidden]`` and bias ``[rows]`` of the LM head for some tokens (see ``LMHead.rows``)."""
+        return self._lm_head.rows(index)

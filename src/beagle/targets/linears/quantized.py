@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beagle.errors import BeagleError
-from beagle.targets.packing import Apply, PackedLinear
+from beagle.targets.linears.packed import Apply, PackedLinear
 
 KINDS = ("int8", "int4")
 GROUP = 32

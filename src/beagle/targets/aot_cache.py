@@ -22,24 +22,24 @@ from beagle.files import write_json
 
 FORMAT = 4  # of a package; another one is another key
 OPTIONS = {"freezing": True}  # weights become constants, packed for the products
-ABOUT = "about.json"
+METADATA = "about.json"
 
 
-def kind(*made_of: object) -> str:
+def key(*made_of: object) -> str:
     """A name for all that makes a package useless elsewhere but the weights; little to compute."""
-    about = [
+    parts = [
         FORMAT, *made_of, torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(),
         sorted(OPTIONS.items()),
     ]  # fmt: skip
-    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def place(folder: Path, kind: str, weights: Mapping[str, Tensor]) -> Path:
-    """Where the package of a kind and of these very weights is."""
+def path(folder: Path, key: str, weights: Mapping[str, Tensor]) -> Path:
+    """Where the package of a key and of these very weights is."""
     with ThreadPoolExecutor() as pool:  # every start waits for it
         digests = pool.map(_digest, sorted(weights.items()))
         digest = hashlib.sha256(b"".join(digests)).hexdigest()
-    return folder / f"{kind}-{digest[:16]}"
+    return folder / f"{key}-{digest[:16]}"
 
 
 def _digest(named: tuple[str, Tensor]) -> bytes:
@@ -49,38 +49,38 @@ def _digest(named: tuple[str, Tensor]) -> bytes:
     return digest.digest()
 
 
-def left_aside() -> bool:
+def compiled_disabled() -> bool:
     """Whether ``BEAGLE_COMPILED=0`` asks for the eager pass."""
     return os.environ.get("BEAGLE_COMPILED") == "0"
 
 
-def find(folder: Path, kind: str, weights: Callable[[], Mapping[str, Tensor]]) -> Path | None:
-    """The package, if there is one and it isn't left aside."""
-    if left_aside() or not any(folder.glob(f"{kind}-*")):
+def find(folder: Path, key: str, weights: Callable[[], Mapping[str, Tensor]]) -> Path | None:
+    """The package, if there is one and compiled passes are not disabled."""
+    if compiled_disabled() or not any(folder.glob(f"{key}-*")):
         return None
-    found = place(folder, kind, weights())
+    found = path(folder, key, weights())
     return found if found.is_dir() else None
 
 
 @contextmanager
-def fresh(place: Path, about: dict[str, Any]) -> Iterator[Path]:
-    """A folder to write in; it takes its place, with ``about``, when all is written.
+def writing(package: Path, metadata: dict[str, Any]) -> Iterator[Path]:
+    """A folder to write in; it becomes the package, with its metadata, when all is written.
 
     Raises:
         BeagleError: there is no room.
     """
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=place.parent, prefix="."))
+        package.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=package.parent, prefix="."))
     except OSError as error:
-        raise _unwritable(place, error) from error
+        raise _unwritable(package, error) from error
     try:
         yield partial
-        write_json(partial / ABOUT, about)
-        shutil.rmtree(place, ignore_errors=True)
-        partial.rename(place)
+        write_json(partial / METADATA, metadata)
+        shutil.rmtree(package, ignore_errors=True)
+        partial.rename(package)
     except OSError as error:
-        raise _unwritable(place, error) from error
+        raise _unwritable(package, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -112,16 +112,16 @@ def export(graph: nn.Module, inputs: tuple[Any, ...], shapes: tuple[Any, ...], l
         ) from error
 
 
-def about(place: Path, what: str) -> Any:
-    """An entry of what ``fresh`` was given.
+def metadata(package: Path, entry: str) -> Any:
+    """An entry of what ``writing`` was given.
 
     Raises:
         BeagleError: the package is broken.
     """
     try:
-        return json.loads((place / ABOUT).read_text(encoding="utf-8"))[what]
+        return json.loads((package / METADATA).read_text(encoding="utf-8"))[entry]
     except (OSError, ValueError, KeyError) as error:
-        raise _unreadable(place) from error
+        raise _unreadable(package) from error
 
 
 def load(library: Path) -> Callable[[list[Tensor]], list[Tensor]]:
@@ -137,9 +137,9 @@ def load(library: Path) -> Callable[[list[Tensor]], list[Tensor]]:
     return run
 
 
-def _unreadable(place: Path) -> BeagleError:
-    return BeagleError(f"the compiled graphs in {place} can't be read; delete the folder")
+def _unreadable(package: Path) -> BeagleError:
+    return BeagleError(f"the compiled graphs in {package} can't be read; delete the folder")
 
 
-def _unwritable(place: Path, error: OSError) -> BeagleError:
-    return BeagleError(f"cannot write {place}: {error.strerror}; free space or set BEAGLE_CACHE")
+def _unwritable(package: Path, error: OSError) -> BeagleError:
+    return BeagleError(f"cannot write {package}: {error.strerror}; free space or set BEAGLE_CACHE")

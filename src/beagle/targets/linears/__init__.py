@@ -1,0 +1,1 @@
+"""How a layer multiplies: packed for the CPU's kernels, quantised, or joined with others."""

@@ -1,0 +1,66 @@
+"""From hidden states to logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beagle.errors import BeagleError
+from beagle.targets.linears.packed import packed
+from beagle.targets.linears.quantized import RowQuantizer, quantized
+
+
+class LMHead:
+    """A model's LM head with its logit scale and soft cap."""
+
+    def __init__(self, head: nn.Module, config: Any, name: str, pack: bool) -> None:
+        """
+        Args:
+            head: the model's own.
+            config: of its text model.
+            name: of the target, for errors.
+            pack: reorder the weight for the CPU's kernels.
+        Raises:
+            BeagleError: it isn't one linear layer.
+        """
+        if not isinstance(getattr(head, "weight", None), Tensor):
+            raise BeagleError(
+                f"{name}: its LM head is a {type(head).__name__}, not one linear layer; choose another model"
+            )
+        self._head: Any = head
+        self._apply = packed(head.weight.detach(), head.bias) if pack and isinstance(head, nn.Linear) else head
+        self._scale = float(getattr(config, "logit_scale", 1.0) or 1.0) / float(
+            getattr(config, "logits_scaling", 1.0) or 1.0
+        )
+        self._softcap = getattr(config, "final_logit_softcapping", None)
+
+    def quantize(self, kind: str) -> bool:
+        """Multiply with quantised weights from now on; False: their shape can't be."""
+        apply = quantized(self._head.weight.detach(), self._head.bias, kind, RowQuantizer())
+        if apply is not None:
+            self._apply = apply
+        return apply is not None
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """``[..., hidden]`` to ``[..., vocabulary]``, in the model's dtype."""
+        out: Tensor = self._apply(states)
+        if self._scale != 1.0:
+            out = out * self._scale
+        if self._softcap is not None:
+            out = torch.tanh(out / self._softcap) * self._softcap
+        return out
+
+    def rows(self, index: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Weight ``[rows, hidden]`` and bias ``[rows]`` for some tokens (all if None).
+
+        They carry the model's logit scale; a soft cap, which changes no order, is left out.
+        """
+        weight: Tensor = self._head.weight
+        bias: Tensor | None = self._head.bias
+        if index is not None:
+            weight, bias = weight[index], None if bias is None else bias[index]
+        if self._scale != 1.0:
+            weight, bias = weight * self._scale, None if bias is None else bias * self._scale
+        return weight.detach(), None if bias is None else bias.detach()

@@ -1,0 +1,242 @@
+"""The plan of one forward pass: what each token sees, and where its keys and values go.
+
+Attention reads nothing else. A plan holds tensors only, so that a compiled or captured graph can take them as inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from beagle.targets.cache import KVCache
+from beagle.targets.shape import TreeShape
+
+EXACT_TOKENS = 16  # most tokens of an exact pass; all of them, where kernels differ by number of tokens
+EXACT_BLOCK = 32  # the keys of a query's own block and of the one before are gathered for it
+Kind = Literal["prompt", "tree", "trees", "exact"]
+Windows = list[int | None]
+
+
+@dataclass(eq=False)
+class Sequences:
+    """Where the tokens of several sequences stand, which lie end to end in one pass.
+
+    Attributes:
+        sequence: each token's sequence of the cache, ``[tokens]``.
+        padding: the tokens of each sequence, ``[sequences, longest]``, padded with its last.
+        place: where each token stands in ``padding`` laid out flat, ``[tokens]``.
+        first: first sequence of the cache; the others follow.
+        full: whether nothing is padded.
+    """
+
+    sequence: Tensor
+    padding: Tensor
+    place: Tensor
+    first: int = 0
+    full: bool = False
+
+
+@dataclass(eq=False)
+class Plan:
+    """One forward pass.
+
+    Attributes:
+        kind: ``prompt``, ``tree``, ``trees`` (of several sequences) or ``exact`` (a tree in exact mode).
+        positions: of RoPE, ``[1, tokens]``.
+        slots: slots of the cache where fresh keys go.
+        layers: the cache's keys and values of each layer in turn, ``[batch, kv_heads, capacity, head_dim]``; written
+            in place.
+        keys: slots in view, from the first on; in exact mode those that all tokens share.
+        masks: by sliding window, additive, ``[sequences or 1, 1, queries, keys]``; in exact mode fp32,
+            ``[tokens, 1, keys + tail]``. A prompt has none where causal attention is all there is.
+        sequences: of ``trees``.
+        tail: in exact mode the slots that each token sees besides, in the order of their positions, ``[tokens, tail]``.
+        folded: masks repeated for the heads of a group, filled by attention.
+    """
+
+    kind: Kind
+    positions: Tensor
+    slots: slice | Tensor
+    layers: list[Tensor]
+    keys: int
+    masks: dict[int | None, Tensor]
+    sequences: Sequences | None = None
+    tail: Tensor | None = None
+    folded: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> list[Tensor]:
+        """What a graph takes. ``of_tensors`` is the inverse."""
+        slots = self.slots
+        if isinstance(slots, slice):
+            slots = torch.arange(slots.start, slots.stop, device=self.positions.device)
+        extra = [] if self.tail is None else [self.tail]
+        if self.sequences is not None:
+            extra = [self.sequences.sequence, self.sequences.padding, self.sequences.place]
+        return [self.positions, slots, *self.masks.values(), *self.layers, *extra]
+
+    @classmethod
+    def of_tensors(cls, kind: Kind, windows: Windows, tensors: list[Tensor]) -> Plan:
+        """A plan inside a graph.
+
+        Args:
+            kind: of the plan that gave the tensors.
+            windows: of its masks, in their order.
+            tensors: as ``tensors`` gives them.
+        """
+        positions, slots, *rest = tensors
+        masks, rest = dict(zip(windows, rest, strict=False)), rest[len(windows) :]
+        keys = next(iter(masks.values())).shape[-1]
+        if kind == "trees":
+            *layers, sequence, padding, place = rest
+            return cls(kind, positions, slots, layers, keys, masks, Sequences(sequence, padding, place))
+        if kind == "exact":
+            *layers, tail = rest
+            return cls(kind, positions, slots, layers, keys - tail.shape[1], masks, tail=tail)
+        return cls(kind, positions, slots, rest, keys, masks)
+
+
+def of_prompt(cache: KVCache, first: int, last: int, windows: Windows, capped: bool) -> Plan:
+    """Tokens ``first`` … ``last - 1`` of a prompt of each sequence; those before them have been run.
+
+    Args:
+        cache: written in place.
+        first: position of the first token.
+        last: position behind the last one.
+        windows: the layers' distinct sliding windows; None sees all.
+        capped: whether some layer has a soft cap, which needs a mask.
+    """
+    queries = torch.arange(first, last, device=cache.device)
+    plain = first == 0 and not capped
+    needed = [window for window in windows if not plain or (window is not None and window < last)]
+    masks: dict[int | None, Tensor] = {}
+    if needed:
+        keys = torch.arange(last, device=cache.device)
+        masks = _masks((keys <= queries[:, None])[None, None], queries[:, None], keys, needed, cache.dtype)
+    return Plan("prompt", queries[None], slice(first, last), cache.tensors, last, masks)
+
+
+def of_tree(cache: KVCache, tree: TreeShape, windows: Windows, done: int = 0) -> Plan:
+    """A tree behind what a cache of one sequence has committed.
+
+    Args:
+        cache: written in place.
+        tree: each node sees the context, its ancestors and itself.
+        windows: the layers' distinct sliding windows; None sees all.
+        done: first nodes that have been run.
+    """
+    start, n, device = cache.length, len(tree.parents), cache.device
+    positions = start + torch.tensor(tree.depths(), device=device)
+    visible = torch.ones(1, 1, n - done, start + n, dtype=torch.bool, device=device)
+    visible[..., start:] = tree.ancestors()[done:].to(device)
+    keys = torch.cat([torch.arange(start, device=device), positions])
+    queries = positions[done:]
+    masks = _masks(visible, queries[:, None], keys, windows, cache.dtype)
+    return Plan("tree", queries[None], slice(start + done, start + n), cache.tensors, start + n, masks)
+
+
+def of_trees(cache: KVCache, trees: list[TreeShape], windows: Windows, first: int = 0) -> Plan:
+    """A tree behind each of several sequences of a cache that stand side by side; a prompt is a chain.
+
+    Args:
+        cache: written in place.
+        trees: one for each sequence, behind what it has committed.
+        windows: the layers' distinct sliding windows; None sees all.
+        first: sequence of the first tree; the others follow.
+    """
+    starts = cache.lengths[first : first + len(trees)]
+    counts = [len(tree.parents) for tree in trees]
+    most, end = max(counts), max(start + n for start, n in zip(starts, counts, strict=True))
+    keys = torch.arange(end).repeat(len(trees), 1)
+    queries = torch.zeros(len(trees), most, dtype=torch.long)
+    visible = (keys < torch.tensor(starts)[:, None])[:, None].repeat(1, most, 1)
+    for i, (start, n, tree) in enumerate(zip(starts, counts, trees, strict=True)):
+        queries[i, :n] = keys[i, start : start + n] = torch.tensor(tree.depths()) + start
+        visible[i, :n, start : start + n] = tree.ancestors()
+    counted = torch.tensor(counts)
+    before = counted.cumsum(0) - counted  # tokens of the sequences before
+    index = torch.arange(len(trees)).repeat_interleave(counted)
+    column = torch.arange(len(index)) - before[index]  # how far into its sequence's tree a token stands
+    padding = before[:, None] + torch.arange(most).clamp(max=counted[:, None] - 1)
+    device = cache.device
+    sequences = Sequences(
+        (first + index).to(device),
+        padding.to(device),
+        (index * most + column).to(device),
+        first,
+        full=len(index) == len(trees) * most,
+    )
+    masks = _masks(
+        visible[:, None].to(device),
+        queries[:, None, :, None].to(device),
+        keys[:, None, None].to(device),
+        windows,
+        cache.dtype,
+    )
+    slots = (torch.tensor(starts)[index] + column).to(device)
+    positions = queries[index, column][None].to(device)
+    return Plan("trees", positions, slots, cache.tensors, end, masks, sequences)
+
+
+def of_exact_tree(cache: KVCache, tree: TreeShape, keys: int, tokens: int, windows: Windows) -> Plan:
+    """A tree whose nodes get the same bits however many of them share the pass.
+
+    A query at position p sees its keys in two parts, cut at a place that depends on p alone: those below the cut are
+    shared by all and lie in position order; the last ones are gathered for each query in path order, since a node's
+    ancestors stand at scattered slots. The number of keys never changes within a generation, and keys that a query
+    doesn't see get probability 0, which adds nothing: so every sum runs over the same numbers in the same order.
+
+    Args:
+        cache: of one sequence, written in place.
+        tree: at most ``EXACT_TOKENS`` nodes.
+        keys: padded number of shared keys, the same in every pass of a generation.
+        tokens: of the pass; those that the tree has less stand at position 0 and mean nothing.
+        windows: the layers' distinct sliding windows; None sees all.
+    """
+    start, n = cache.length, len(tree.parents)
+    depths = torch.tensor(tree.depths())
+    positions = torch.zeros(tokens, dtype=torch.long)
+    positions[:n] = start + depths
+    cuts = (positions // EXACT_BLOCK - 1).clamp(min=0) * EXACT_BLOCK
+    own = cuts[:, None] + torch.arange(2 * EXACT_BLOCK)  # positions of each query's own keys
+    tail = own.clamp(max=cache.capacity - 1)
+    for node in range(1, n):
+        at = node
+        while at > 0:
+            tail[node, start + depths[at] - cuts[node]] = start + at
+            at = tree.parents[at]
+    shared = torch.arange(keys).expand(tokens, -1)
+    queries = positions[:, None]
+    visible = torch.cat([shared < cuts[:, None], own <= queries], dim=1)
+    device = cache.device
+    masks = _masks(
+        visible[:, None].to(device),
+        queries[:, None].to(device),
+        torch.cat([shared, own], dim=1)[:, None].to(device),
+        windows,
+        torch.float32,
+    )
+    slots = slice(start, start + tokens)
+    return Plan("exact", positions[None].to(device), slots, cache.tensors, keys, masks, tail=tail.to(device))
+
+
+def _masks(
+    visible: Tensor, queries: Tensor, keys: Tensor, windows: Windows, dtype: torch.dtype
+) -> dict[int | None, Tensor]:
+    """Additive masks by window, in the shape of ``visible``.
+
+    Args:
+        visible: bool, whether a query sees a key where there is no window.
+        queries: their positions, to be broadcast to ``visible``.
+        keys: their positions, to be broadcast to ``visible``.
+        windows: of the masks.
+        dtype: of the masks.
+    """
+    masks = {}
+    for window in windows:
+        seen = visible if window is None else visible & (keys > queries - window)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        masks[window] = mask.masked_fill_(~seen, torch.finfo(dtype).min)
+    return masks

@@ -1,0 +1,171 @@
+"""Who computes a pass: the eager runner, or a faster one that has shown to agree with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from beagle.errors import BeagleError
+from beagle.targets.attention import current_plan
+from beagle.targets.cache import KVCache
+from beagle.targets.plan import EXACT_BLOCK, Kind, Plan, Windows, of_exact_tree, of_tree, of_trees
+from beagle.targets.shape import TreeShape
+
+
+class Runner(Protocol):
+    """Computes the hidden states of a plan."""
+
+    def takes(self, plan: Plan) -> bool:
+        """Whether it can run this plan."""
+
+    def __call__(self, tokens: Tensor, plan: Plan) -> Tensor:
+        """``[batch, tokens]`` ids to hidden states ``[batch, tokens, hidden]``; writes fresh keys and values."""
+
+
+class FastRunner(Runner, Protocol):
+    """Does what the eager runner does, faster.
+
+    Attributes:
+        name: for records of what was run.
+        remedy: what to do where it goes wrong.
+        kinds: of plans that it computes.
+    """
+
+    name: str
+    remedy: str
+    kinds: frozenset[Kind]
+
+    def new_cache(self, capacity: int) -> KVCache | None:
+        """A cache of one sequence for it; None: any will do, or there is none left."""
+
+
+def run_layers(base: nn.Module, plan: Plan, **inputs: Any) -> Tensor:
+    """The model without its LM head under a plan; inputs are ``input_ids`` or ``inputs_embeds``."""
+    token = current_plan.set(plan)
+    try:
+        states: Tensor = base(position_ids=plan.positions, use_cache=False, **inputs)[0]
+        return states
+    finally:
+        current_plan.reset(token)
+
+
+class Eager:
+    """transformers' own modules, any plan. Implements ``Runner``."""
+
+    def __init__(self, base: nn.Module) -> None:
+        """
+        Args:
+            base: the model without its LM head, with our attention.
+        """
+        self._base = base
+
+    def takes(self, plan: Plan) -> bool:
+        return True
+
+    def __call__(self, tokens: Tensor, plan: Plan) -> Tensor:
+        return run_layers(self._base, plan, input_ids=tokens)
+
+
+class Graph(nn.Module):
+    """Passes of one kind as a function of tensors, to be compiled or captured."""
+
+    def __init__(self, base: nn.Module, kind: Kind, windows: Windows) -> None:
+        """
+        Args:
+            base: the model without its LM head, with our attention.
+            kind: of the plans.
+            windows: of their masks, in their order.
+        """
+        super().__init__()
+        self.base = base
+        self.kind = kind
+        self.windows = windows
+
+    def forward(self, embeddings: Tensor, tensors: list[Tensor]) -> Tensor:
+        """
+        Args:
+            embeddings: ``[1, tokens, hidden]``.
+            tensors: of a plan.
+        Returns:
+            Hidden states ``[1, tokens, hidden]``.
+        """
+        plan = Plan.of_tensors(self.kind, self.windows, tensors)
+        return run_layers(self.base, plan, inputs_embeds=embeddings)
+
+
+class Checked:
+    """A faster runner, compared with the eager one on an example of each kind of plan before it is first used."""
+
+    def __init__(self, runner: FastRunner, eager: Runner, example: Callable[[Kind], tuple[Tensor, Plan]], name: str):
+        """
+        Args:
+            runner: the faster one.
+            eager: what it must agree with.
+            example: makes ids and a plan of a kind.
+            name: of the target, for errors.
+        """
+        self.runner = runner
+        self._eager, self._example, self._name = eager, example, name
+        self._agreed: set[Kind] = set()
+
+    def takes(self, plan: Plan) -> bool:
+        return self.runner.takes(plan)
+
+    def __call__(self, tokens: Tensor, plan: Plan) -> Tensor:
+        """
+        Raises:
+            BeagleError: the runner computes something else.
+        """
+        if plan.kind not in self._agreed:
+            self.check(plan.kind)
+        return self.runner(tokens, plan)
+
+    def check(self, kind: Kind) -> None:
+        """
+        Raises:
+            BeagleError: the runner gives other states than the eager one, beyond rounding.
+        """
+        tokens, plan = self._example(kind)
+        if not self.runner.takes(plan):
+            return
+        states, expected = self.runner(tokens, plan), self._eager(tokens, plan)
+        gap = (states - expected).abs().max() / expected.abs().max()
+        if not gap < 0.1:  # also catches NaN
+            raise BeagleError(
+                f"{self._name}: the {self.runner.name} pass computes something else; {self.runner.remedy}"
+            )
+        self._agreed.add(kind)
+
+
+@torch.no_grad()
+def example(
+    kind: Kind, new_cache: Callable[[int, int], KVCache], windows: Windows, vocab_size: int, eager: Runner | None
+) -> tuple[Tensor, Plan]:
+    """A small plan of a kind, with its ids ``[1, tokens]``: trees behind a context, or contexts of unequal length.
+
+    Args:
+        kind: ``tree``, ``trees`` or ``exact``.
+        new_cache: makes a cache of so many sequences and slots.
+        windows: the layers' distinct sliding windows.
+        vocab_size: ids are below it.
+        eager: runs the contexts; None: they stay empty.
+    """
+    contexts = [3, 6, 5] if kind == "trees" else [6]
+    tree = TreeShape([-1, 0, 0, 1])
+    trees = [TreeShape.chain(2), tree, TreeShape([-1])] if kind == "trees" else [tree]
+    cache = new_cache(4, 20) if kind == "trees" else new_cache(1, 2 * EXACT_BLOCK)
+    before, n = sum(contexts), sum(len(tree.parents) for tree in trees)
+    ids = (torch.arange(1, 1 + before + n, device=cache.device) % vocab_size)[None]
+    if eager is not None:
+        eager(ids[:, :before], of_trees(cache, [TreeShape.chain(length) for length in contexts], windows))
+    cache.lengths[: len(contexts)] = contexts
+    if kind == "trees":
+        plan = of_trees(cache, trees, windows)
+    elif kind == "exact":
+        plan = of_exact_tree(cache, tree, EXACT_BLOCK, n, windows)
+    else:
+        plan = of_tree(cache, tree, windows)
+    return ids[:, before:], plan

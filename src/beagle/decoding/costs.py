@@ -16,7 +16,7 @@ from statistics import median
 
 import torch
 
-from beagle.drafters.base import Drafter, TreePlan
+from beagle.drafters.base import Draft, Drafter, TreePlan
 from beagle.files import write_json
 from beagle.limits import MAX_NODES
 from beagle.memory import settle
@@ -61,6 +61,19 @@ class Costs:
             if rate > best_rate:
                 best, best_rate = n, rate
         return best
+
+    def share(self, drafts: list[Draft], roots: int) -> list[Draft]:
+        """The candidates of several drafts that are worth their share of one pass, the likeliest first.
+
+        Args:
+            drafts: best first, so that what is kept of each is a prefix, which is a tree.
+            roots: sequences of the pass, those without a draft included.
+        """
+        ranked = sorted((-score, i) for i, draft in enumerate(drafts) for score in draft.scores)
+        counts = [0] * len(drafts)
+        for _, i in ranked[: self.best_size([-score for score, _ in ranked], roots)]:
+            counts[i] += 1
+        return [draft.first(n) for draft, n in zip(drafts, counts, strict=True)]
 
     def _pass(self, rows: int) -> float:
         """``verify``, going on as steeply as its second half where a pass has more rows than were measured."""

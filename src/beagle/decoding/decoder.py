@@ -11,11 +11,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from beagle.decoding.costs import Costs
+from beagle.decoding.live_cache import LiveCache
 from beagle.decoding.prefixes import PrefixCache
 from beagle.decoding.sampling import Sampler
 from beagle.decoding.sequence import Emitted, Sequence, Step, room
@@ -24,7 +26,6 @@ from beagle.decoding.walk import Walk, accept
 from beagle.drafters.base import Draft, Drafter, TreePlan, prune
 from beagle.errors import BeagleError
 from beagle.limits import MAX_NODES
-from beagle.targets.cache import KVCache
 from beagle.targets.plan import EXACT_BLOCK, EXACT_TOKENS
 from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
@@ -77,8 +78,7 @@ class Decoder:
         self.size = size
         self.live: list[Sequence] = []
         self._entering: deque[Sequence] = deque()
-        self._cache: KVCache | None = None
-        self._one: KVCache | None = None  # the first sequence of the cache, where it has more
+        self._cache = LiveCache(target, size)
         self._drafter, self._plan = drafter, plan or TreePlan()
         self._costs, self._shared_costs, self._exact = costs, shared_costs, exact
         self._prefixes = None if exact else prefixes
@@ -99,7 +99,7 @@ class Decoder:
 
     def enter(self, sequences: Iterable[Sequence]) -> None:
         """Take on sequences, at most as many as are ``free``: their prompts run in the next steps."""
-        self._entering = deque(sorted([*self._entering, *sequences], key=lambda one: len(one.ids)))
+        self._entering += sorted(sequences, key=lambda one: len(one.ids))  # so that passes have little padding
 
     @torch.no_grad()
     def step(self) -> Emissions:
@@ -115,30 +115,24 @@ class Decoder:
         return emitted
 
     def leave(self, sequence: Sequence) -> None:
-        """End an answer, if it hasn't ended; the last live one takes its place in the cache."""
+        """End an answer, if it hasn't ended."""
         if sequence.ended:
             return
         sequence.ended = True
         sequence.context = sequence.cache = None  # their memory is free for others
         if sequence in self._entering:
             self._entering.remove(sequence)
-            return
         if sequence not in self.live:
             return
-        assert self._cache is not None
         at, last = self.live.index(sequence), len(self.live) - 1
         if self._prefixes is not None and sequence.error is None:
-            known = [*sequence.ids, *sequence.tokens][: self._cache.lengths[at]]
-            self._prefixes.keep(known, self._cache, at, torch.cat(sequence.states)[: len(known)])
+            cache = self._cache.whole
+            known = [*sequence.ids, *sequence.tokens][: cache.lengths[at]]
+            self._prefixes.keep(known, cache, at, torch.cat(sequence.states))
             sequence.states = []
-        if at != last:
-            self._cache.copy_row(at, self._cache, last)
-            self.live[at] = self.live[last]
+        self._cache.remove(at, last)
+        self.live[at] = self.live[last]
         self.live.pop()
-        if self.live:
-            self._cache.lengths[last] = 0
-        else:
-            self._cache = self._one = None
 
     def _fail(self, sequence: Sequence, error: Exception) -> tuple[Sequence, Emitted]:
         sequence.error = error
@@ -152,14 +146,9 @@ class Decoder:
         emitted: Emissions = []
         left = self._piece if self.live and self._piece is not None else None
         while self._entering and (left is None or left > 0):
-            began = time.perf_counter()
             together = self._together(left)
-            if len(together) > 1:
-                ran = sum(len(one.ids) for one in together)
-                emitted += self._enter_together(together, began)
-            else:
-                ran, entered = self._enter_alone(self._entering[0], left, began)
-                emitted += entered
+            ran, entered = self._enter_together(together) if len(together) > 1 else self._enter_alone(left)
+            emitted += entered
             left = None if left is None else left - ran
         return emitted
 
@@ -175,22 +164,28 @@ class Decoder:
             found.append(one)
         return found
 
-    def _enter_together(self, sequences: list[Sequence], began: float) -> Emissions:
-        """Run whole prompts in one pass."""
+    def _enter_together(self, sequences: list[Sequence]) -> tuple[int, Emissions]:
+        """Run whole prompts in one pass; how many tokens were run."""
+        began = time.perf_counter()
         first, lengths = len(self.live), [len(one.ids) for one in sequences]
-        cache = self._shared_cache(max(lengths))
         tokens = torch.tensor([token for one in sequences for token in one.ids], device=self.target.device)
-        states = self.target.verify_trees(cache, tokens, [TreeShape.chain(n) for n in lengths], first)
+        try:
+            cache = self._cache.share(max(map(self._slots, sequences)))
+            states = self.target.verify_trees(cache, tokens, [TreeShape.chain(n) for n in lengths], first)
+            parts = states.split(lengths)
+            logits = self.target.logits(torch.stack([part[-1] for part in parts]))
+        except Exception as error:  # of the pass that they share
+            return 0, [self._fail(one, error) for one in sequences]
         for i, length in enumerate(lengths):
             cache.lengths[first + i] = length
-        for one in sequences:
-            self._entering.remove(one)
+            self._entering.remove(sequences[i])
         self.live += sequences
-        parts = states.split(lengths)
-        return self._begin(sequences, parts, self.target.logits(torch.stack([part[-1] for part in parts])), began)
+        return len(tokens), self._begin(sequences, parts, logits, began)
 
-    def _enter_alone(self, sequence: Sequence, most: int | None, began: float) -> tuple[int, Emissions]:
-        """Run a prompt, or its next ``most`` tokens, in a cache of its own; how many tokens were run."""
+    def _enter_alone(self, most: int | None) -> tuple[int, Emissions]:
+        """Run the first prompt that waits, or its next ``most`` tokens, in a cache of its own; how many were run."""
+        began = time.perf_counter()
+        sequence = self._entering[0]
         try:
             if sequence.cache is None:
                 self._allocate(sequence)
@@ -201,27 +196,22 @@ class Decoder:
             if cache.length < len(sequence.ids):
                 sequence.stats.prefill_seconds += time.perf_counter() - began
                 return len(piece), []
-            if self.live:
-                shared = self._shared_cache(max(cache.length, self._keys(sequence) if self._exact else 0))
-                shared.copy_row(len(self.live), cache, 0)
-            else:
-                self._cache, self._one = cache, None
+            states = sequence.states[0] if len(sequence.states) == 1 else torch.cat(sequence.states)
+            logits = self.target.logits(states[-1])[None]
+            self._cache.add(cache, len(self.live), self._keys(sequence) if self._exact else self._slots(sequence))
         except Exception as error:
             return 0, [self._fail(sequence, error)]
-        sequence.cache = None
-        self._entering.remove(sequence)
+        self._entering.popleft()
         self.live.append(sequence)
-        states = sequence.states[0] if len(sequence.states) == 1 else torch.cat(sequence.states)
-        sequence.states = []
-        return len(piece), self._begin([sequence], [states], self.target.logits(states[-1])[None], began)
+        sequence.cache, sequence.states = None, []
+        return len(piece), self._begin([sequence], [states], logits, began)
 
     def _allocate(self, sequence: Sequence) -> None:
         """A cache for the prompt, and for the answer where it is the only one; with what is known of the prompt."""
         known = self._prefixes.find(sequence.ids) if self._prefixes is not None else None
         capacity = len(sequence.ids)
         if not self.live:
-            slots = capacity + sequence.max_new_tokens + MAX_NODES + 1
-            capacity = self._keys(sequence) if self._exact else min(_blocks(slots), capacity + FIRST_SLOTS)
+            capacity = self._keys(sequence) if self._exact else self._slots(sequence) + MAX_NODES + 1
         sequence.cache = self.target.new_cache(1, capacity)
         if known is not None:
             sequence.cache.copy_row(0, known.cache, 0, known.length)
@@ -237,36 +227,49 @@ class Decoder:
             logits: of each prompt's last token, ``[sequences, vocabulary]``.
             began: when their prompts did.
         """
-        root = Draft([], [], [])
-        walks = [Walk(root, one.sampler, first=i, position=0, left=1) for i, one in enumerate(sequences)]
+        no_draft, root = Draft([], [], []), TreeShape([-1])
+        walks = [Walk(no_draft, one.sampler, first=i, position=0, left=1) for i, one in enumerate(sequences)]
         accept(walks, logits)
-        emitted: Emissions = []
-        over: list[Sequence] = []
+        emitted = []
         for i, (one, own, walk) in enumerate(zip(sequences, states, walks, strict=True)):
-            try:
-                if walk.error is not None:
-                    raise walk.error
-                one.tokens += walk.chosen
-                one.stats.tokens += 1
-                if self._drafter is not None and one.drafts:
-                    one.context = self._drafter.context()
-                    one.context.extend(one.ids, own)
-                if self._keep_states:
-                    one.states.append(own)
-                if one.watch is not None:
-                    one.watch(Step([one.ids[-1]], TreeShape([-1]), own[-1:], logits[i : i + 1], [0]))
-            except Exception as error:
-                one.error = error
-            reason = one.finish_reason(walk.ended)
-            emitted.append((one, Emitted([], 0) if one.error else Emitted(walk.chosen, 0, reason)))
-            if one.error or reason is not None:
-                over.append(one)
-        for one in over:
-            self.leave(one)
+            if self._drafter is not None and one.drafts:
+                one.context = self._drafter.context()
+            one.stats.tokens += 1
+            step = partial(Step, [one.ids[-1]], root, own[-1:], logits[i : i + 1], [0])
+            emitted.append(self._take(one, walk, one.ids, own, step))
         seconds = (time.perf_counter() - began) / len(sequences)
         for one in sequences:
             one.stats.prefill_seconds += seconds
         return emitted
+
+    def _take(
+        self, sequence: Sequence, walk: Walk, tokens: list[int], states: Tensor, step: Callable[[], Step]
+    ) -> tuple[Sequence, Emitted]:
+        """Take what was chosen for a sequence.
+
+        Args:
+            sequence: live.
+            walk: at its end.
+            tokens: that are committed with it.
+            states: theirs, ``[tokens, hidden]``.
+            step: for whoever watches.
+        """
+        try:
+            if walk.error is not None:
+                raise walk.error
+            if sequence.context is not None:
+                sequence.context.extend(tokens, states)
+            if self._keep_states:
+                sequence.states.append(states)
+            if sequence.watch is not None:
+                sequence.watch(step())
+        except Exception as error:
+            return self._fail(sequence, error)
+        sequence.tokens += walk.chosen
+        reason = sequence.finish_reason(walk.ended)
+        if reason is not None:
+            self.leave(sequence)
+        return sequence, Emitted(walk.chosen, len(walk.path) - 1, reason)
 
     # iterations
 
@@ -290,47 +293,19 @@ class Decoder:
             accept(walks, logits)
         except Exception as error:  # of the pass that they share
             return [self._fail(one, error) for one in sequences]
-        assert self._cache is not None
-        self._cache.compact_rows([walk.path for walk in walks])
-        owns = states.split(sizes)
-        for one, tree, own, walk in zip(sequences, trees, owns, walks, strict=True):
-            try:
-                if walk.error is not None:
-                    raise walk.error
-                if one.context is not None or self._keep_states:
-                    accepted = own[walk.path]  # a copy: the pass's states need not stay
-                    if one.context is not None:
-                        one.context.extend([tree[0], *walk.chosen[:-1]], accepted)
-                    if self._keep_states:
-                        one.states.append(accepted)
-            except Exception as error:
-                one.error = error
+        self._cache.whole.compact_rows([walk.path for walk in walks])
+        emitted, owns = [], logits.split(sizes)
+        for i, (one, own, walk) in enumerate(zip(sequences, states.split(sizes), walks, strict=True)):
+            one.stats.note_pass(len(walk.path) - 1, len(walk.chosen), sizes[i] - 1)
+            step = partial(Step, trees[i], shapes[i], own, owns[i], walk.path)
+            accepted = own[walk.path]  # a copy: the pass's states need not stay
+            emitted.append(self._take(one, walk, [trees[i][0], *walk.chosen[:-1]], accepted, step))
         accepted_at = clock()
-
-        emitted: Emissions = []
-        over: list[Sequence] = []
-        for i, (one, walk) in enumerate(zip(sequences, walks, strict=True)):
-            if one.error is None:
-                one.tokens += walk.chosen
-                one.stats.note_pass(len(walk.path) - 1, len(walk.chosen), sizes[i] - 1)
-                try:
-                    if one.watch is not None:
-                        own_logits = logits.split(sizes)[i]
-                        one.watch(Step(trees[i], shapes[i], owns[i], own_logits, walk.path))
-                except Exception as error:
-                    one.error = error
-            reason = one.finish_reason(walk.ended)
-            emitted.append((one, Emitted([], 0) if one.error else Emitted(walk.chosen, len(walk.path) - 1, reason)))
-            if one.error or reason is not None:
-                over.append(one)
-        for one in over:
-            self.leave(one)
-        now = clock()
         for one in sequences:
             one.stats.draft_seconds += (drafted_at - began) / count
             one.stats.verify_seconds += (verified_at - drafted_at) / count
             one.stats.accept_seconds += (accepted_at - verified_at) / count
-            one.stats.decode_seconds += (now - began) / count
+            one.stats.decode_seconds += (accepted_at - began) / count
         return emitted
 
     def _draft(self, sequences: list[Sequence]) -> list[Draft]:
@@ -357,7 +332,7 @@ class Decoder:
             if alone:
                 made = [draft.first(costs.best_size(draft.scores)) for draft in made]
             else:
-                made = shared(made, costs, len(sequences))
+                made = costs.share(made, len(sequences))
         for i, draft in zip(drafting, made, strict=True):
             drafts[i] = draft
         return drafts
@@ -366,72 +341,41 @@ class Decoder:
         self, sequences: list[Sequence], trees: list[list[int]], shapes: list[TreeShape]
     ) -> tuple[Tensor, Tensor]:
         """Hidden states ``[tokens, hidden]`` and logits ``[tokens, vocabulary]`` of all trees, end to end."""
-        target, cache = self.target, self._cache
-        assert cache is not None
+        target = self.target
         if self._exact:
             found = []
             for i, (one, tree, shape) in enumerate(zip(sequences, trees, shapes, strict=True)):
                 tokens = torch.tensor(tree, device=target.device)
-                states = target.verify_exact(self._sequence(i), tokens, shape, self._keys(one))
+                states = target.verify_exact(self._cache.of(i), tokens, shape, self._keys(one))
                 found.append((states, target.exact_logits(states)))
             states, logits = found[0] if len(found) == 1 else [torch.cat(part) for part in zip(*found, strict=True)]
         else:
             tokens = torch.tensor([token for tree in trees for token in tree], device=target.device)
             if len(self.live) == 1:
-                states = target.verify(self._sequence(0), tokens, shapes[0])
+                states = target.verify(self._cache.of(0), tokens, shapes[0])
             else:
-                states = target.verify_trees(cache, tokens, shapes)
+                states = target.verify_trees(self._cache.whole, tokens, shapes)
             logits = target.logits(states)
         if target.device.type == "cuda":
             torch.cuda.synchronize(target.device)  # acceptance waits for the logits anyhow: time them where they belong
         return states, logits
 
-    # the cache
-
     def _grow(self, sizes: list[int]) -> Emissions:
         """Room for trees of these sizes; where there is no memory for it, the longest sequence fails."""
-        assert self._cache is not None
-        slots = [n + size for n, size in zip(self._cache.lengths, sizes, strict=False)]
-        if max(slots) > self._cache.capacity:
-            try:
-                self._cache, self._one = self.target.with_room(self._cache, max(slots)), None
-            except BeagleError as error:
-                return [self._fail(self.live[slots.index(max(slots))], error)]
+        slots = [n + size for n, size in zip(self._cache.whole.lengths, sizes, strict=False)]
+        try:
+            self._cache.reserve(max(slots))
+        except BeagleError as error:
+            return [self._fail(self.live[slots.index(max(slots))], error)]
         return []
+
+    def _slots(self, sequence: Sequence) -> int:
+        """Tokens of a sequence, or as many of them as a cache has room for at first."""
+        return min(len(sequence.ids) + sequence.max_new_tokens, len(sequence.ids) + FIRST_SLOTS)
 
     def _keys(self, sequence: Sequence) -> int:
         """Keys of every exact pass of an answer."""
         return _blocks(len(sequence.ids) + sequence.max_new_tokens + EXACT_TOKENS)
-
-    def _sequence(self, i: int) -> KVCache:
-        """One sequence of the cache as a cache of its own; what is committed there is committed here."""
-        assert self._cache is not None
-        if self._cache.batch == 1:
-            return self._cache
-        if i == 0 and self._one is not None:
-            view = self._one
-        else:
-            view = self._cache.sequence(i)
-            if i == 0:
-                self._one = view
-        view.lengths = [self._cache.lengths[i]]
-        return view
-
-    def _shared_cache(self, capacity: int) -> KVCache:
-        """The cache, with room for all sequences and so many tokens of each."""
-        if self._cache is None or self._cache.batch < self.size:
-            old, slots = self._cache, capacity + MAX_NODES + 1
-            room = max(slots, old.capacity if old is not None else 0, *(self._slots(one) for one in self._entering))
-            self._cache = self.target.new_cache(self.size, room)
-            self._cache.lengths = [0] * self.size
-            if old is not None:
-                self._cache.copy_row(0, old, 0)
-        self._cache, self._one = self.target.with_room(self._cache, capacity), None
-        return self._cache
-
-    def _slots(self, sequence: Sequence) -> int:
-        """Tokens of a sequence, or as many of them as a cache has room for at first."""
-        return min(len(sequence.ids) + sequence.max_new_tokens, FIRST_SLOTS) + MAX_NODES + 1
 
 
 def _blocks(slots: int) -> int:
@@ -441,21 +385,6 @@ def _blocks(slots: int) -> int:
 def _starts(sizes: list[int]) -> list[int]:
     """Where each of some parts of these sizes begins."""
     return [sum(sizes[:i]) for i in range(len(sizes))]
-
-
-def shared(drafts: list[Draft], costs: Costs, roots: int) -> list[Draft]:
-    """The candidates of all drafts that are worth their share of one pass, the likeliest first.
-
-    Args:
-        drafts: best first, so that what is kept of each is a prefix, which is a tree.
-        costs: of passes that several sequences share.
-        roots: sequences of the pass, those without a draft included.
-    """
-    ranked = sorted((-score, i) for i, draft in enumerate(drafts) for score in draft.scores)
-    counts = [0] * len(drafts)
-    for _, i in ranked[: costs.best_size([-score for score, _ in ranked], roots)]:
-        counts[i] += 1
-    return [draft.first(n) for draft, n in zip(drafts, counts, strict=True)]
 
 
 def decode(

@@ -105,7 +105,7 @@ class KVCache:
         """The first ``n`` tokens of one sequence, in a cache of their own with no room for more."""
         own = copy.copy(self)
         own._stacks = {shape: stack[:, row : row + 1, :, :n].clone() for shape, stack in self._stacks.items()}
-        own.tensors = own.keys = own.values = []
+        own.tensors = []
         own.batch, own.capacity, own.lengths = 1, n, [n]
         return own
 

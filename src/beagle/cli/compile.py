@@ -47,8 +47,8 @@ def compile(
     from beagle.drafters.checkpoint import find_head, load_head
     from beagle.drafters.head_drafter import HeadDrafter
     from beagle.drafters.load import DraftSpec, load_drafter, resolve_draft
-    from beagle.targets import compiled as passes
     from beagle.targets import aot_cache, loading
+    from beagle.targets import compiled as passes
     from beagle.targets.linears.quantized import check_kind
 
     check_kind(quantize)

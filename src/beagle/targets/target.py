@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from beagle.errors import BeagleError
 from beagle.hf import own_attention
-from beagle.targets import probe
+from beagle.targets import probe, proof
 from beagle.targets.attention import NAME
 from beagle.targets.cache import KVCache
 from beagle.targets.family import (
     base_of,
     context_limit,
     eos_ids,
-    refuse_difference,
     refuse_unsupported,
     sample_ids,
     weights_digest,
@@ -142,40 +141,10 @@ class Target:
                 "can't be served; choose another model"
             )
         self.layers = layers
-        self._compare(ids, expected)
+        proof.prove(self, ids, expected)
         if folder is not None:
             probe.remember(folder, key, layers)
         return layers
-
-    def _compare(self, ids: Tensor, expected: Tensor) -> None:
-        """
-        Args:
-            ids: ``[n]``. expected: the model's own states of them ``[n, hidden]``.
-        Raises:
-            BeagleError: prompt, single tokens or a tree give others, beyond rounding.
-        """
-        n = len(ids)
-        tree, shape = ids.new_tensor([0, 1, 2, 3, 0, 3]), TreeShape([-1, 0, 0, 2, 2, 3])  # its path: 0 2 3 5
-        steps = min(4, n - 7)
-        if steps < 0:
-            return  # a context of a few tokens: nothing to draft in
-        begin = n - steps - 5
-        cache = self.new_cache(1, n + len(tree))
-        found = {"a prompt": (self.prefill(ids[None, :begin], cache)[0], expected[:begin])}
-        singles = []
-        for at in range(begin, begin + steps):
-            singles.append(self.verify(cache, ids[at : at + 1], TreeShape([-1])))
-            cache.compact([0])
-        at, path = begin + steps, [0, 2, 3, 5]
-        tree[path] = ids[at : at + 4]
-        tree[[1, 4]] = (ids[at + 1 : at + 3] + 1) % self.vocab_size
-        drafted = self.verify(cache, tree, shape)[path]
-        cache.compact(path)
-        singles.append(self.verify(cache, ids[n - 1 :], TreeShape([-1])))
-        found["single tokens"] = torch.cat(singles), torch.cat([expected[begin:at], expected[n - 1 :]])
-        found["a tree"] = drafted, expected[at : at + 4]
-        for what, (states, own) in found.items():
-            refuse_difference(states, own, what, self.name)
 
     @torch.no_grad()
     def use(self, runner: FastRunner) -> None:
@@ -326,7 +295,7 @@ class Target:
 
         whole = states_of(EXACT_TOKENS)
         expected = self.verify(cache, ids[8:], TreeShape.chain(EXACT_TOKENS))
-        refuse_difference(whole, expected, "exact mode", self.name)
+        proof.refuse_difference(whole, expected, "exact mode", self.name)
         logits = self.logits(whole)
         # A single token takes other kernels, which differ so rarely that few tokens don't show it (on CPUs with AMX one
         # bf16 output in some 10,000); and a graph of any number of tokens is no graph of one.

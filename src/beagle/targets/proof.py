@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -35,8 +36,12 @@ def prove(target: Passes, ids: Tensor, expected: Tensor) -> None:
         ids: ``[n]``.
         expected: the model's own states of them ``[n, hidden]``.
     Raises:
-        BeagleError: some kind of pass gives others, beyond rounding.
+        BeagleError: some kind of pass gives others, beyond rounding; or they are no numbers.
     """
+    if not expected.isfinite().all():
+        raise BeagleError(
+            f"{target.name}: its states are no finite numbers; load it with dtype float32, or check its weights"
+        )
     n = len(ids)
     tree, shape = ids.new_tensor([0, 1, 2, 3, 0, 3]), TreeShape([-1, 0, 0, 2, 2, 3])  # its path: 0 2 3 5
     steps = min(4, n - 7)
@@ -60,6 +65,21 @@ def prove(target: Passes, ids: Tensor, expected: Tensor) -> None:
         torch.cat(singles), torch.cat([expected[begin:at], expected[n - 1 :]]), "single tokens", target.name
     )
     refuse_difference(drafted, expected[at : at + 4], "a tree", target.name)
+
+
+def first_equal(run: Callable[[int], tuple[Tensor, ...]], least: int, most: int) -> int:
+    """The least number of tokens from which on each token's results have the same bits, up to ``most`` tokens.
+
+    Args:
+        run: results of the first so many tokens, ``[tokens, ...]`` each.
+        least: where to stop.
+        most: tokens of the results that the others are compared with.
+    """
+    whole = run(most)
+    for n in range(most - 1, least - 1, -1):
+        if not all(torch.equal(some, all_of[:n]) for some, all_of in zip(run(n), whole, strict=True)):
+            return n + 1
+    return least
 
 
 def difference(states: Tensor, expected: Tensor) -> float:

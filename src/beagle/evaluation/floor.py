@@ -80,6 +80,6 @@ def synchronize(device: torch.device) -> None:
 def floor(target: Target, machine: Machine, rows: int, context: int) -> Floor:
     """Of a verification of so many rows, LM head included, on a context of so many tokens, all of them seen in every layer."""
     keys = context + rows
-    read = target.pass_bytes + keys * target.slot_bytes()
-    operations = rows * (2 * target.pass_weights + keys * target.slot_operations())
+    read = target.pass_bytes + keys * target.layers.slot_bytes(target.dtype)
+    operations = rows * (2 * target.pass_weights + keys * target.layers.slot_operations())
     return Floor(read, operations, max(read / machine.bandwidth, operations / machine.matrix_rate))

@@ -10,9 +10,6 @@ from torch import nn
 
 from beagle.errors import BeagleError
 
-# by which states may differ from the model's own, as a share of their size (see ``difference``): rounding only
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.05}
-
 
 def base_of(model: Any) -> nn.Module:
     """A causal LM without its LM head."""
@@ -98,34 +95,3 @@ def sample_ids(config: Any, vocab_size: int, n: int) -> torch.Tensor:
     plain = torch.tensor([i for i in range(most) if i not in special] or [0])
     random = torch.Generator().manual_seed(0)
     return plain[torch.randint(len(plain), (n,), generator=random)]
-
-
-def difference(states: torch.Tensor, expected: torch.Tensor) -> float:
-    """How far hidden states ``[n, hidden]`` are from others, as a share of their size.
-
-    In fp32 that of the worst token. In half precision the median token's: rounding may send a single token to
-    another expert, while a wrong mask, position or scale moves most of them.
-    """
-    gaps = (states.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
-    if gaps.isnan().any():
-        return float("nan")
-    return float(gaps.max() if expected.dtype == torch.float32 else gaps.median())
-
-
-def refuse_difference(states: torch.Tensor, expected: torch.Tensor, what: str, name: str) -> None:
-    """
-    Args:
-        states: ``[n, hidden]`` of one kind of pass.
-        expected: the model's own.
-        what: names the kind.
-        name: of the target.
-    Raises:
-        BeagleError: they differ by more than rounding.
-    """
-    gap = difference(states, expected)
-    if not gap < TOLERANCE[expected.dtype]:  # also catches NaN
-        raise BeagleError(
-            f"{name}: {what} gives other hidden states here than in the model itself (by {gap:.2g} of their "
-            "size), so this family keeps a state or a mask that can't be served; choose a model with plain "
-            "attention in every layer"
-        )

@@ -67,6 +67,14 @@ class Layers:
         """Each window once, in the order of the layers."""
         return list(dict.fromkeys(self.windows))
 
+    def slot_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of one token's keys and values in the cache, all layers."""
+        return sum(c.kv_heads * (c.key_dim + c.value_dim) for c in self.shapes) * dtype.itemsize
+
+    def slot_operations(self) -> int:
+        """Operations of attention for one token and one key, all layers."""
+        return sum(2 * heads * (c.key_dim + c.value_dim) for heads, c in zip(self.heads, self.shapes, strict=True))
+
     def mark(self, base: nn.Module) -> None:
         """Leave each layer's window on its module, where our attention function reads it."""
         modules = dict(base.named_modules())

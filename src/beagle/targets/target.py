@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from beagle.errors import BeagleError
 from beagle.hf import own_attention
-from beagle.targets import probe
+from beagle.targets import probe, proof
 from beagle.targets.attention import NAME
 from beagle.targets.cache import KVCache
 from beagle.targets.family import (
     base_of,
     context_limit,
     eos_ids,
-    refuse_difference,
     refuse_unsupported,
     sample_ids,
     weights_digest,
@@ -94,9 +93,7 @@ class Target:
         self.device, self.dtype = weight.device, weight.dtype
         self.context_limit, self.context_ends = context_limit(self.config)
         self.eos_ids = eos_ids(model, tokenizer)
-        model.eval()
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
+        model.eval().requires_grad_(False)
         self.digest = weights_digest(model)
         self.pass_weights, self.pass_bytes = weights_of_a_pass(self.base, self.head, self.embed)
         self.quantize = quantize
@@ -132,50 +129,16 @@ class Target:
         few = ids[None, : min(n, 12)]
         logits, states = model(input_ids=few, use_cache=False).logits, self.base(input_ids=few, use_cache=False)[0]
         model.set_attn_implementation(NAME)
-        if not expected.isfinite().all():
-            raise BeagleError(
-                f"{self.name}: its states are no finite numbers; load it with dtype float32, or check its weights"
-            )
+        self.layers = layers
+        proof.prove(self, ids, expected)
         if not torch.allclose(logits, self.logits(states), rtol=0.05, atol=0.05):
             raise BeagleError(
                 f"{self.name}: its logits are more than one linear layer over the last hidden state, so this family "
                 "can't be served; choose another model"
             )
-        self.layers = layers
-        self._compare(ids, expected)
         if folder is not None:
             probe.remember(folder, key, layers)
         return layers
-
-    def _compare(self, ids: Tensor, expected: Tensor) -> None:
-        """
-        Args:
-            ids: ``[n]``. expected: the model's own states of them ``[n, hidden]``.
-        Raises:
-            BeagleError: prompt, single tokens or a tree give others, beyond rounding.
-        """
-        n = len(ids)
-        tree, shape = ids.new_tensor([0, 1, 2, 3, 0, 3]), TreeShape([-1, 0, 0, 2, 2, 3])  # its path: 0 2 3 5
-        steps = min(4, n - 7)
-        if steps < 0:
-            return  # a context of a few tokens: nothing to draft in
-        begin = n - steps - 5
-        cache = self.new_cache(1, n + len(tree))
-        found = {"a prompt": (self.prefill(ids[None, :begin], cache)[0], expected[:begin])}
-        singles = []
-        for at in range(begin, begin + steps):
-            singles.append(self.verify(cache, ids[at : at + 1], TreeShape([-1])))
-            cache.compact([0])
-        at, path = begin + steps, [0, 2, 3, 5]
-        tree[path] = ids[at : at + 4]
-        tree[[1, 4]] = (ids[at + 1 : at + 3] + 1) % self.vocab_size
-        drafted = self.verify(cache, tree, shape)[path]
-        cache.compact(path)
-        singles.append(self.verify(cache, ids[n - 1 :], TreeShape([-1])))
-        found["single tokens"] = torch.cat(singles), torch.cat([expected[begin:at], expected[n - 1 :]])
-        found["a tree"] = drafted, expected[at : at + 4]
-        for what, (states, own) in found.items():
-            refuse_difference(states, own, what, self.name)
 
     @torch.no_grad()
     def use(self, runner: FastRunner) -> None:
@@ -194,15 +157,6 @@ class Target:
 
     def _example(self, kind: Kind) -> tuple[Tensor, Plan]:
         return example(kind, self.new_cache, self.layers.distinct_windows, self.vocab_size, self.eager)
-
-    def slot_bytes(self) -> int:
-        """Bytes of one token's keys and values in the cache, all layers."""
-        return sum(c.kv_heads * (c.key_dim + c.value_dim) for c in self.layers.shapes) * self.dtype.itemsize
-
-    def slot_operations(self) -> int:
-        """Operations of attention for one token and one key, all layers."""
-        shapes = zip(self.layers.heads, self.layers.shapes, strict=True)
-        return sum(2 * heads * (c.key_dim + c.value_dim) for heads, c in shapes)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """
@@ -315,8 +269,7 @@ class Target:
         Packed CPU kernels differ for a single token at most, GPU libraries for every number (then it is
         ``EXACT_TOKENS``: all passes have as many). Tried out on a chain, for every number of tokens from two on.
         """
-        random = torch.Generator().manual_seed(0)
-        ids = torch.randint(self.vocab_size, (EXACT_TOKENS + 8,), generator=random).to(self.device)
+        ids = sample_ids(self.config, self.vocab_size, EXACT_TOKENS + 8).to(self.device)
         keys = 2 * EXACT_BLOCK
         cache = self.new_cache(1, keys)
         self.prefill(ids[None, :8], cache)
@@ -324,19 +277,13 @@ class Target:
         def states_of(n: int) -> Tensor:
             return self._run_exact(cache, ids[8 : 8 + n], TreeShape.chain(n), keys, n)
 
-        whole = states_of(EXACT_TOKENS)
         expected = self.verify(cache, ids[8:], TreeShape.chain(EXACT_TOKENS))
-        refuse_difference(whole, expected, "exact mode", self.name)
-        logits = self.logits(whole)
+        proof.refuse_difference(states_of(EXACT_TOKENS), expected, "exact mode", self.name)
         # A single token takes other kernels, which differ so rarely that few tokens don't show it (on CPUs with AMX one
         # bf16 output in some 10,000); and a graph of any number of tokens is no graph of one.
         compiled = self.compiled is not None and "exact" in self.compiled.runner.kinds
         least = 1 if self.dtype == torch.float32 and not compiled else 2
-        for n in range(EXACT_TOKENS - 1, least - 1, -1):
-            part = states_of(n)
-            if not torch.equal(part, whole[:n]) or not torch.equal(self.logits(part), logits[:n]):
-                return n + 1
-        return least
+        return proof.first_equal(lambda n: (states := states_of(n), self.logits(states)), least, EXACT_TOKENS)
 
     @torch.no_grad()
     def logits(self, states: Tensor) -> Tensor:

@@ -1,0 +1,113 @@
+"""Whether a target's passes give the hidden states that the model itself gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from beagle.errors import BeagleError
+from beagle.targets.cache import KVCache
+from beagle.targets.shape import TreeShape
+
+# by which states may differ from the model's own, as a share of their size (see ``difference``): rounding only
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.05}
+
+
+class Passes(Protocol):
+    """What ``prove`` asks of a target."""
+
+    name: str
+    vocab_size: int
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache: ...
+
+    def prefill(self, ids: Tensor, cache: KVCache) -> Tensor: ...
+
+    def verify(self, cache: KVCache, tokens: Tensor, shape: TreeShape) -> Tensor: ...
+
+
+def prove(target: Passes, ids: Tensor, expected: Tensor) -> None:
+    """
+    Args:
+        target: runs the ids as a prompt, single tokens and a tree.
+        ids: ``[n]``.
+        expected: the model's own states of them ``[n, hidden]``.
+    Raises:
+        BeagleError: some kind of pass gives others, beyond rounding; or they are no numbers.
+    """
+    if not expected.isfinite().all():
+        raise BeagleError(
+            f"{target.name}: its states are no finite numbers; load it with dtype float32, or check its weights"
+        )
+    n = len(ids)
+    tree, shape = ids.new_tensor([0, 1, 2, 3, 0, 3]), TreeShape([-1, 0, 0, 2, 2, 3])  # its path: 0 2 3 5
+    steps = min(4, n - 7)
+    if steps < 0:
+        return  # a context of a few tokens: nothing to draft in
+    begin = n - steps - 5
+    cache = target.new_cache(1, n + len(tree))
+    prompt = target.prefill(ids[None, :begin], cache)[0]
+    singles = []
+    for at in range(begin, begin + steps):
+        singles.append(target.verify(cache, ids[at : at + 1], TreeShape([-1])))
+        cache.compact([0])
+    at, path = begin + steps, [0, 2, 3, 5]
+    tree[path] = ids[at : at + 4]
+    tree[[1, 4]] = (ids[at + 1 : at + 3] + 1) % target.vocab_size
+    drafted = target.verify(cache, tree, shape)[path]
+    cache.compact(path)
+    singles.append(target.verify(cache, ids[n - 1 :], TreeShape([-1])))
+    refuse_difference(prompt, expected[:begin], "a prompt", target.name)
+    refuse_difference(
+        torch.cat(singles), torch.cat([expected[begin:at], expected[n - 1 :]]), "single tokens", target.name
+    )
+    refuse_difference(drafted, expected[at : at + 4], "a tree", target.name)
+
+
+def first_equal(run: Callable[[int], tuple[Tensor, ...]], least: int, most: int) -> int:
+    """The least number of tokens from which on each token's results have the same bits, up to ``most`` tokens.
+
+    Args:
+        run: results of the first so many tokens, ``[tokens, ...]`` each.
+        least: where to stop.
+        most: tokens of the results that the others are compared with.
+    """
+    whole = run(most)
+    for n in range(most - 1, least - 1, -1):
+        if not all(torch.equal(some, all_of[:n]) for some, all_of in zip(run(n), whole, strict=True)):
+            return n + 1
+    return least
+
+
+def difference(states: Tensor, expected: Tensor) -> float:
+    """How far hidden states ``[n, hidden]`` are from others, as a share of their size.
+
+    In fp32 that of the worst token. In half precision the median token's: rounding may send a single token to
+    another expert, while a wrong mask, position or scale moves most of them.
+    """
+    gaps = (states.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
+    if gaps.isnan().any():
+        return float("nan")
+    return float(gaps.max() if expected.dtype == torch.float32 else gaps.median())
+
+
+def refuse_difference(states: Tensor, expected: Tensor, what: str, name: str) -> None:
+    """
+    Args:
+        states: ``[n, hidden]`` of one kind of pass.
+        expected: the model's own.
+        what: names the kind.
+        name: of the target.
+    Raises:
+        BeagleError: they differ by more than rounding.
+    """
+    gap = difference(states, expected)
+    if not gap < TOLERANCE[expected.dtype]:  # also catches NaN
+        raise BeagleError(
+            f"{name}: {what} gives other hidden states here than in the model itself (by {gap:.2g} of their "
+            "size), so this family keeps a state or a mask that can't be served; choose a model with plain "
+            "attention in every layer"
+        )

@@ -202,10 +202,10 @@ def interrupt(monkeypatch, at: str):
     """Ctrl-C in mode ``beagle`` of question ``at``; returns what lets the next run go through."""
     ask = run.ask
 
-    def interrupted(contender, name, prompt, *rest):
-        if prompt.id == at and contender.mode == "beagle":
+    def interrupted(system, name, prompt, *rest):
+        if prompt.id == at and system.mode == "beagle":
             raise KeyboardInterrupt
-        return ask(contender, name, prompt, *rest)
+        return ask(system, name, prompt, *rest)
 
     monkeypatch.setattr(run, "ask", interrupted)
     return lambda: monkeypatch.setattr(run, "ask", ask)

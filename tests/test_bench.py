@@ -9,10 +9,10 @@ import pytest
 from beagle.decoding.stats import Stats
 from beagle.errors import BeagleError
 from beagle.evaluation import figures, run
-from beagle.evaluation.modes import Contender, Drafts, Options, load_contenders
+from beagle.evaluation.first_divergence import first_divergence, is_near_tie
+from beagle.evaluation.hf_generate import HFGenerate
+from beagle.evaluation.modes import Drafts, Options, System, load_systems
 from beagle.evaluation.records import Record, Turn
-from beagle.evaluation.stock import Stock
-from beagle.evaluation.ties import first_difference, is_near_tie
 from beagle.model import Model
 from beagle.targets.chat import encode
 from beagle.training import states
@@ -196,9 +196,9 @@ def test_identical_is_by_whole_answers():
 @pytest.fixture(scope="module")
 def three(model):
     return [
-        Contender("plain", Model(model.target)),
-        Contender("beagle", model),
-        Contender("transformers", model, Stock(tiny_model())),
+        System("plain", Model(model.target)),
+        System("beagle", model),
+        System("transformers", model, HFGenerate(tiny_model())),
     ]
 
 
@@ -206,9 +206,9 @@ def test_modes_take_turns(three, monkeypatch):
     order = []
     ask = run.ask
 
-    def noted(contender, name, prompt, options, repeat):
-        order.append((prompt.id, repeat, contender.mode))
-        return ask(contender, name, prompt, options, repeat)
+    def noted(system, name, prompt, options, repeat):
+        order.append((prompt.id, repeat, system.mode))
+        return ask(system, name, prompt, options, repeat)
 
     monkeypatch.setattr(run, "ask", noted)
     prompts = [Prompt(name, ("w3 w4",)) for name in "abc"]
@@ -230,11 +230,11 @@ def test_first_difference_is_found_with_its_gap(three, model):
     plain, _ = three[0].answer("w3 w4", Options(8), 0)
     changed = [*plain[:3], (plain[3] + 1) % 64, *plain[4:]]
     context = encode(model.target, "w3 w4")
-    found = first_difference(model.target, context, changed, plain)
+    found = first_divergence(model.target, context, changed, plain)
     assert found["position"] == 3
     assert found["gap"] > 0
-    assert first_difference(model.target, context, plain, plain) is None
-    assert first_difference(model.target, context, plain[:5], plain) == {"position": 5, "gap": None}
+    assert first_divergence(model.target, context, plain, plain) is None
+    assert first_divergence(model.target, context, plain[:5], plain) == {"position": 5, "gap": None}
     gaps = {0.0: True, -0.25: True, 0.5: True, 0.51: False, None: False}
     assert {gap: is_near_tie({"gap": gap}) for gap in gaps} == gaps
     assert not is_near_tie(None)
@@ -243,11 +243,11 @@ def test_first_difference_is_found_with_its_gap(three, model):
 def test_unknown_mode_and_missing_head():
     target = tiny_target()
     with pytest.raises(BeagleError, match="mode 'fast'"):
-        load_contenders(target, ["fast"], Drafts())
+        load_systems(target, ["fast"], Drafts())
     with pytest.raises(BeagleError, match="twice"):
-        load_contenders(target, ["plain", "plain"], Drafts())
+        load_systems(target, ["plain", "plain"], Drafts())
     with pytest.raises(BeagleError, match="out of modes"):
-        load_contenders(target, ["beagle"], Drafts())
+        load_systems(target, ["beagle"], Drafts())
 
 
 def test_quantised_targets_are_lossless_and_named(bench):

@@ -8,8 +8,8 @@ import pytest
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import beagle
-from beagle.evaluation.modes import Drafts, Options, load_contenders
-from beagle.evaluation.stock import STOCK_MODES
+from beagle.evaluation.hf_generate import HF_MODES
+from beagle.evaluation.modes import Drafts, Options, load_systems
 from beagle.model import Model
 from beagle.targets.generation import CHANGES, left_out
 from beagle.targets.loading import load_target
@@ -76,10 +76,10 @@ def test_answers_follow_the_options_alone(folder, answers, capsys):
 def test_transformers_modes_decode_as_ours_do(folder, answers):
     assert AutoModelForCausalLM.from_pretrained(folder).generation_config.repetition_penalty == 1.3
     target = load_target(str(folder), dtype="float32")
-    contenders = load_contenders(target, STOCK_MODES, Drafts(small=str(folder)), dtype="float32")
-    for contender in contenders:
-        found = [contender.answer(prompt, Options(max_new_tokens=16), seed=0)[0] for prompt in PROMPTS]
-        assert found == answers, contender.mode
+    systems = load_systems(target, HF_MODES, Drafts(small=str(folder)), dtype="float32")
+    for system in systems:
+        found = [system.answer(prompt, Options(max_new_tokens=16), seed=0)[0] for prompt in PROMPTS]
+        assert found == answers, system.mode
 
 
 def test_bench_finds_them_identical(folder, beagle, tmp_path):

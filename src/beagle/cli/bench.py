@@ -48,10 +48,10 @@ def bench(
     --small-model Qwen/Qwen2.5-0.5B-Instruct --modes plain,lookup,small,prompt-lookup,assisted[/bold]
     """
     from beagle.evaluation.figures import figures
-    from beagle.evaluation.meta import command_line, describe, portable
-    from beagle.evaluation.modes import Drafts, Options, check_modes, load_contenders
+    from beagle.evaluation.modes import Drafts, Options, check_modes, load_systems
     from beagle.evaluation.run import run
     from beagle.evaluation.suites import unique
+    from beagle.meta import command_line, describe, redact_paths
     from beagle.training.prompts import answerable, read_prompts
 
     if json is not None:
@@ -69,14 +69,14 @@ def bench(
     engine: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     loaded = o.load_target(target, quantize=quantize, **engine)
     sets = {name: answerable(loaded, prompts, skip_bad_lines) for name, prompts in sets.items()}
-    contenders = load_contenders(loaded, chosen, drafts, plan, **engine)
+    systems = load_systems(loaded, chosen, drafts, plan, **engine)
     settings = Options(max_new_tokens, temperature, exact, seed)
     total = sum(map(len, sets.values()))
     records: list[Record] = []
     finished = 0
     stopped: BaseException | None = None
     try:
-        for part in follow(run(contenders, sets, settings), total):
+        for part in follow(run(systems, sets, settings), total):
             records += part
             finished += 1
     except (KeyboardInterrupt, BeagleError) as error:
@@ -85,12 +85,12 @@ def bench(
         stopped = error
     result = figures(records, greedy=not temperature)
     result["meta"] = {
-        **describe(loaded, (contender.model.drafter for contender in contenders)),
+        **describe(loaded, (system.model.drafter for system in systems)),
         "command": command_line(),
         "arguments": {
             "questions": [path.name for path in questions], "limit": limit, "max_new_tokens": max_new_tokens,
             "temperature": temperature, "exact": exact, "quantize": quantize, "seed": seed, "draft": draft,
-            "eagle": portable(eagle) if eagle else None, "small_model": portable(small_model) if small_model else None,
+            "eagle": redact_paths(eagle) if eagle else None, "small_model": redact_paths(small_model) if small_model else None,
             "tree": tree, "depth": depth, "top_k": tree_top_k, "nodes": nodes or "by cost",
         },
         "finished_questions": finished,

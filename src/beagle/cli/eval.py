@@ -14,7 +14,7 @@ from beagle.evaluation.records import SHOWN, Record, read_records, read_result, 
 
 if TYPE_CHECKING:
     from beagle.decoding.costs import Costs
-    from beagle.evaluation.modes import Contender
+    from beagle.evaluation.modes import System
     from beagle.training.prompts import Prompt
 
     Sets = dict[str, list[Prompt]]
@@ -70,9 +70,9 @@ def eval(
     from beagle.drafters.load import resolve_draft
     from beagle.evaluation import suites
     from beagle.evaluation.figures import figures
-    from beagle.evaluation.meta import command_line, describe, portable
-    from beagle.evaluation.modes import Drafts, Options, available, check_modes, load_contenders
+    from beagle.evaluation.modes import Drafts, Options, available, check_modes, load_systems
     from beagle.evaluation.run import run
+    from beagle.meta import command_line, describe, redact_paths
     from beagle.training.prompts import answerable
 
     if (suite is None) == (not questions):
@@ -86,21 +86,21 @@ def eval(
     length = max_new_tokens or (64 if suite == "quick" else 128)
     plan = o.tree_plan(tree, depth, tree_top_k, nodes)
     arguments: dict[str, Any] = {
-        "suite": suite, "questions": [portable(name) for name in questions or []], "limit": limit,
+        "suite": suite, "questions": [redact_paths(name) for name in questions or []], "limit": limit,
         "max_new_tokens": length, "repeats": repeats, "modes": chosen, "temperature": temperature, "exact": exact,
-        "seed": seed, "target": portable(target), "draft": portable(draft), "eagle": portable(eagle) if eagle else None,
-        "small_model": portable(small_model) if small_model else None, "dtype": dtype, "device": device,
+        "seed": seed, "target": redact_paths(target), "draft": redact_paths(draft), "eagle": redact_paths(eagle) if eagle else None,
+        "small_model": redact_paths(small_model) if small_model else None, "dtype": dtype, "device": device,
         "quantize": quantize, "tree": tree, "depth": depth, "top_k": tree_top_k, "nodes": nodes or "by cost",
     }  # fmt: skip
     records = _earlier(json, resume, arguments)
     engine: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     loaded = o.load_target(target, quantize=quantize, **engine)
     sets = {name: answerable(loaded, prompts, skip_bad_lines) for name, prompts in sets.items()}
-    contenders = load_contenders(loaded, chosen, drafts, plan, **engine)
-    about = describe(loaded, (contender.model.drafter for contender in contenders))
+    systems = load_systems(loaded, chosen, drafts, plan, **engine)
+    about = describe(loaded, (system.model.drafter for system in systems))
     meta: dict[str, Any] = {**about, "command": command_line(), "arguments": arguments}
-    costs = _costs(contenders, exact)
-    weights = {contender.mode: contender.weights_mb for contender in contenders}
+    costs = _costs(systems, exact)
+    weights = {system.mode: system.weights_mb for system in systems}
     meta["costs"] = {mode: vars(cost) for mode, cost in costs.items()}
     total = sum(map(len, sets.values()))
     asked = _questions(sets)
@@ -114,7 +114,7 @@ def eval(
     stopped: BaseException | None = None
     try:
         options = Options(length, temperature, exact, seed)
-        parts = run(contenders, sets, options, repeats=repeats, done=done, pieces=json is not None)
+        parts = run(systems, sets, options, repeats=repeats, done=done, pieces=json is not None)
         for part in follow(parts, total, len(done)):
             records += part
             if json is not None:
@@ -133,9 +133,9 @@ def eval(
         raise typer.Exit(130)
 
 
-def _costs(contenders: list[Contender], exact: bool) -> dict[str, Costs]:
+def _costs(systems: list[System], exact: bool) -> dict[str, Costs]:
     with o.console.status("measuring what a pass costs here"):
-        found = {contender.mode: contender.costs(exact) for contender in contenders}
+        found = {system.mode: system.costs(exact) for system in systems}
     return {mode: cost for mode, cost in found.items() if cost is not None}
 
 
@@ -154,7 +154,7 @@ def _earlier(path: Path | None, resume: bool, arguments: dict[str, Any]) -> list
     Raises:
         BeagleError: the file can't be written or is of another run, or would be overwritten unfinished.
     """
-    from beagle.evaluation.meta import describe
+    from beagle.meta import describe
 
     if path is None:
         return []

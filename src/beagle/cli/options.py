@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +11,6 @@ from rich.console import Console
 
 from beagle.drafters.base import TreePlan
 from beagle.errors import BeagleError
-from beagle.evaluation.compare.suites import Finding
 from beagle.limits import MAX_NODES
 
 if TYPE_CHECKING:
@@ -74,13 +72,6 @@ Eagle = Annotated[str | None, typer.Option(help="Folder of an EAGLE head that `b
 
 def split_modes(modes: str) -> list[str]:
     return [mode.strip() for mode in modes.split(",") if mode.strip()]
-
-
-def show_findings(findings: Iterable[Finding]) -> None:
-    """Each claim with what the paper found and what was found here."""
-    for f in findings:
-        verdict = "agrees" if f.agrees else "[yellow]differs[/yellow]"
-        console.print(f"{f.claim}: {f.found} (paper: {f.paper}): {verdict}", highlight=False, soft_wrap=True)
 
 
 def tree_plan(tree: str, depth: int, top_k: int, nodes: int) -> TreePlan:

@@ -43,11 +43,11 @@ def profile(
 
     Example: [bold]beagle profile --dtype bfloat16 --json profile.json --plot profile.png[/bold]
     """
-    from beagle.evaluation.meta import command_line, describe, portable
     from beagle.evaluation.modes import Options
     from beagle.evaluation.profile import Profile
     from beagle.evaluation.report.profile import save_profile
     from beagle.evaluation.suites import load_questions, load_suite
+    from beagle.meta import command_line, describe, redact_paths
 
     for path in (json, plot):
         if path is not None:
@@ -70,8 +70,8 @@ def profile(
         **describe(model.target, [model.drafter]),
         "command": command_line(),
         "arguments": {
-            "questions": [portable(name) for name in questions or ["quick"]], "limit": limit,
-            "max_new_tokens": max_new_tokens, "temperature": 0.0, "exact": exact, "draft": portable(draft),
+            "questions": [redact_paths(name) for name in questions or ["quick"]], "limit": limit,
+            "max_new_tokens": max_new_tokens, "temperature": 0.0, "exact": exact, "draft": redact_paths(draft),
             "tree": tree, "depth": depth, "top_k": tree_top_k, "nodes": nodes or "by cost",
         },
     }  # fmt: skip

@@ -7,8 +7,8 @@ from statistics import median, quantiles
 from typing import Any
 
 from beagle.decoding.costs import Costs
+from beagle.evaluation.first_divergence import is_near_tie
 from beagle.evaluation.records import Record, pooled
-from beagle.evaluation.ties import is_near_tie
 
 
 def figures(

@@ -43,7 +43,7 @@ class Record:
     Attributes:
         peak_memory_mb: of the process, or of the GPU. growth_mb: how much of it came while answering.
         difference: where it leaves plain decoding's answer, if it does and both are greedy:
-            ``turn``, ``position``, and ``gap`` (see ``ties.first_difference``).
+            ``turn``, ``position``, and ``gap`` (see ``ties.first_divergence``).
     """
 
     set: str

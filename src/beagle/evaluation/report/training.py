@@ -70,7 +70,7 @@ def read_log(path: Path) -> Log:
 
 
 def read_comparison(content: Mapping[str, Any], path: Path) -> tuple[list[Log], dict[str, dict[str, float]]]:
-    """The courses of the runs of a `beagle compare-training`, and what each variant needs.
+    """The courses of the runs of a `beagle research compare`, and what each variant needs.
 
     Raises:
         BeagleError: its runs lack what is needed.
@@ -89,7 +89,7 @@ def read_comparison(content: Mapping[str, Any], path: Path) -> tuple[list[Log], 
             needs[name] = {"peak_mb": memory, "seconds": 1e6 * run["seconds"] / run["tokens"]}
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise BeagleError(
-            f"'{path}' holds no readable comparison ({error}); give a compare.json of `beagle compare-training`"
+            f"'{path}' holds no readable comparison ({error}); give a compare.json of `beagle research compare`"
         ) from error
     return logs, needs
 

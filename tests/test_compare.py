@@ -20,10 +20,10 @@ import yaml
 from beagle.errors import BeagleError
 from beagle.evaluation.peak_memory import MemoryMeter
 from beagle.research.compare import run_variants, train_variant
-from beagle.research.compare.plots import apart
 from beagle.research.compare.results import Entry, entries, growth, reached
 from beagle.research.compare.suites import SUITES
 from beagle.research.compare.variants import parse, parse_list
+from beagle.research.training_log import expected_length
 from beagle.training import trainer
 from beagle.training.answers import AnswerGenerator
 from beagle.training.config import TrainConfig
@@ -249,7 +249,7 @@ def test_every_suite_judges_what_it_trains(made, tmp_path):
             stages = {s: cost for s, there in (("early", variant.early), ("late", variant.late)) if there}
             alphas = [0.5 - 0.01 * i] * 5
             record = {
-                "stages": stages, "step_alpha": alphas, "expected_length": train_variant.expected_length(alphas), "seed": 7,
+                "stages": stages, "step_alpha": alphas, "expected_length": expected_length(alphas), "seed": 7,
                 "parameters": 10, "seconds": 9, "curve": [{"seconds": 5, "expected_length": 3.0, "step_alpha": alphas}], "variant": variant.name,
             }  # fmt: skip
             trees = {tree: [{"tau": 2.0 - 0.1 * i, "tokens_per_second": 30.0 - i}] for tree in suite.trees}
@@ -371,19 +371,13 @@ def test_when_a_length_is_reached():
     assert reached(entry, 1.25, "seconds") == 5
     assert reached(entry, 2.0, "seconds") == 15
     assert reached(entry, 2.6, "seconds") is None
-    assert train_variant.expected_length([0.5, 0.5]) == 1.75
+    assert expected_length([0.5, 0.5]) == 1.75
 
 
 def test_seeds_are_averaged():
     records = [{"variant": "a", "seed": s, "expected_length": 1.0 + s, "step_alpha": [0.2 * s]} for s in (0, 1)]
     found = entries(records, {"plain": {}, "dynamic": {"a/seed0": {"tau": 1.0}, "a/seed1": {"tau": 2.0}}})["a"]
     assert (found.length, found.step_alpha, found.acceptance) == (1.5, [0.1], 1.5)
-
-
-def test_labels_are_moved_apart():
-    places = apart([0.5, 0.1, 0.5, 0.52], 0.1)
-    assert places[1] == pytest.approx(0.1)
-    assert sorted(places)[1:] == pytest.approx([0.4067, 0.5067, 0.6067], abs=1e-3)
 
 
 def test_a_variant_whose_process_is_killed():

@@ -87,7 +87,7 @@ def test_all_of_it_and_a_second_time(reproduce, here, tmp_path):
     assert {name: counts[name] for name in heads} == dict.fromkeys(heads, 1), "a head is trained once"
     assert {"beagle", "eagle", "beagle-early", "beagle-early-k1", "beagle-s1", "beagle-early-moe"} <= set(heads)
     assert (counts["answer"], counts["measure"], counts["decode"]) == (1, 1, 3)
-    index, page = (out / "index.md").read_text(), (out / "index.html").read_text()
+    index = (out / "index.md").read_text()
     for name, item in ITEMS.items():
         findings = json.loads((out / name / "findings.json").read_text())
         assert findings, name
@@ -105,7 +105,6 @@ def test_all_of_it_and_a_second_time(reproduce, here, tmp_path):
         if item.suite:
             assert {"compare.json", "compare.csv", "curves.csv"} <= {path.name for path in (out / name).iterdir()}
             assert "courses" in plots or item.suite.short
-    assert page.count("<figure>") == index.count(".png)")
     assert "Vicuna 7B" in index
     assert "familiar questions" in index  # the package's own were trained on
     result = json.loads((out / "table1" / "eval.json").read_text())

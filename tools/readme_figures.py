@@ -27,14 +27,21 @@ from figure_facts import FACTS, Result
 
 from beagle.evaluation.figures import speed_up_text
 from beagle.evaluation.records import read_result
+from beagle.evaluation.report.table import Table
 from beagle.evaluation.report.tables import DTYPES, costs, details, heading, machine, over_plain, overview, questions
-from beagle.research.compare.report import results_table, table
+from beagle.research.compare.report import claims as claims_table
+from beagle.research.compare.report import results_table
 from beagle.research.compare.results import entries
+from beagle.research.compare.suites import Finding
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end of \2 -->)", re.S)
 ENGINES = {"transformers": "transformers' `generate`", "plain": "Beagle, no drafts", "beagle": "Beagle, drafts"}
 DRAFTED = {"beagle": "", "chain": ", chain", "head": ", head alone"}  # modes with a line of their own, and its name
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    return Table("", header, rows).markdown().strip()
 
 
 def pages() -> list[Path]:
@@ -100,9 +107,8 @@ def suites(results: list[Result]) -> str:
 
 def claims(results: list[Result]) -> str:
     """What the paper says of training, and what the stored runs found."""
-    found = [finding for result in results for finding in result["findings"]]
-    rows = [[f["claim"], f["paper"], f["found"], "agrees" if f["agrees"] else "**differs**"] for f in found]
-    return table(["claim", "the paper", "found", ""], rows) + "\n"
+    found = [Finding(**finding) for result in results for finding in result["findings"]]
+    return claims_table(found).markdown()
 
 
 def trainings(results: list[Result]) -> str:
@@ -117,7 +123,7 @@ def trainings(results: list[Result]) -> str:
         budget += f" each, {seeds} seed{'s' * (seeds > 1)}"
         parts += [
             f"### {meta['arguments']['suite'] or 'variants'}: {meta['target']['name']}, {budget}", f"{machine(result)}.",
-            f"`{meta['command']}`", results_table(entries(result["runs"], result["decoding"])),
+            f"`{meta['command']}`", results_table(entries(result["runs"], result["decoding"])).markdown().strip(),
         ]  # fmt: skip
     return "\n" + "\n\n".join(parts) + "\n\n"
 
@@ -160,7 +166,7 @@ KINDS: dict[str, Callable[[list[Result]], str]] = {
     "modes": modes, "benches": benches, "sets": sets, "suites": suites, "claims": claims, "trainings": trainings,
     "engines": engines, "clients": clients, "variants": variants,
 }  # fmt: skip
-OF_EVALUATION = {"modes", "benches", "sets", "suites"}  # files that `beagle eval` and `beagle bench` write
+OF_EVALUATION = {"modes", "benches", "sets", "suites"}  # files that `beagle eval` writes
 
 
 def received(part: Result, mode: str = "beagle") -> list[str]:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from beagle.evaluation.figures import resolved, speed_up_text
-from beagle.evaluation.report.style import INK, new_figure, title
-from beagle.evaluation.report.tables import Table
+from beagle.evaluation.report import style
+from beagle.evaluation.report.style import DASHED, INK, new_figure, save
+from beagle.evaluation.report.table import Table
 
 COLOURS = {"transformers": "#a6761d", "Beagle": "#0072b2", "llama.cpp": "#009e73", "vLLM": "#d55e00"}
 
@@ -41,33 +42,21 @@ def heading(result: dict[str, Any]) -> str:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Bars of speed over transformers' plain ``generate``, fastest first; hatched where the spread holds 1."""
-    from matplotlib import pyplot
-
     ratios = {mode: r for mode, r in result["over_transformers"].items() if r}
     order = sorted(ratios, key=lambda mode: -ratios[mode]["pooled"])
     figure, (axis,) = new_figure(size=(9.0, 1.6 + 0.42 * len(order)))
-    reach = max(max(r["high"], r["pooled"]) for r in ratios.values())
     for y, mode in enumerate(order):
         r, colour = ratios[mode], COLOURS[result["labels"][mode].partition(":")[0]]
-        sure = mode == "transformers" or resolved(r)
-        axis.barh(
-            y, r["pooled"], 0.62, color=colour if sure else "none", edgecolor=colour, hatch=None if sure else "////"
-        )
+        fill = {"color": colour} if mode == "transformers" or resolved(r) else {"color": "none", "hatch": "////"}
+        axis.barh(y, r["pooled"], 0.62, edgecolor=colour, **fill)
         if mode != "transformers":
-            axis.plot([r["low"], r["high"]], [y, y], color=INK, linewidth=1.4)
-            for end in (r["low"], r["high"]):
-                axis.plot([end, end], [y - 0.13, y + 0.13], color=INK, linewidth=1.4)
+            style.spread_line(axis, y, r["low"], r["high"])
         text = f"{r['pooled']:.2f}×  ({result['modes'][mode]['tokens_per_second']:.0f} token/s)"
-        axis.annotate(
-            text, (max(r["high"], r["pooled"]), y), (6, 0), textcoords="offset points", va="center", fontsize=9
-        )
-    axis.axvline(1, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-    axis.set_yticks(range(len(order)), [result["labels"][mode] for mode in order])
-    axis.set_ylim(len(order) - 0.45, -0.55)
-    axis.set_xlim(0, reach * 1.3)
-    axis.tick_params(left=False)
+        style.note(axis, max(r["high"], r["pooled"]), y, text)
+    axis.axvline(1, color=INK, linewidth=0.9, linestyle=DASHED)
+    axis.set_xlim(0, 1.3 * max(max(r["high"], r["pooled"]) for r in ratios.values()))
+    style.label_rows(axis, [result["labels"][mode] for mode in order])
     axis.set_xlabel("speed over transformers' generate (dashed: 1×)")
     shown = "Bar: pooled; line: 10th to 90th percentile of questions; hatched: the spread holds 1."
-    title(figure, "Side by side with other engines", f"{heading(result)}. {shown}")
-    figure.savefig(path, dpi=160, facecolor="white")
-    pyplot.close(figure)
+    style.heading(figure, "Side by side with other engines", f"{heading(result)}. {shown}")
+    save(figure, path)

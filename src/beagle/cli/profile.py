@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from beagle.cli import options as o
-from beagle.cli.tables import follow, new_table
+from beagle.cli.tables import follow
 from beagle.errors import BeagleError
 from beagle.evaluation.records import Record
 from beagle.files import write_json
@@ -45,7 +45,7 @@ def profile(
     """
     from beagle.evaluation.modes import Options
     from beagle.evaluation.profile import Profile
-    from beagle.evaluation.report.profile import save_profile
+    from beagle.evaluation.report import plots
     from beagle.evaluation.suites import load_questions, load_suite
     from beagle.meta import command_line, describe, redact_paths
 
@@ -78,13 +78,14 @@ def profile(
     if json is not None:
         write_json(json, result)
     if plot is not None:
-        save_profile(result, plot)
+        plots.profile(result, plot)
     show(result)
 
 
 def show(result: dict[str, Any]) -> None:
     """Both tables, and the sentences that sum them up."""
     from beagle.evaluation.profile import CONTEXT
+    from beagle.evaluation.report.table import Table
     from beagle.evaluation.report.tables import PARTS, per_pass
 
     console = Console()
@@ -94,22 +95,20 @@ def show(result: dict[str, Any]) -> None:
         f"GFLOP/s in {result['meta']['target']['dtype']}",
         highlight=False,
     )
-    table = new_table(f"a pass after {CONTEXT} tokens", "rows", "ms", "floor ms", "read ms", "compute ms", "over floor")
-    for p in result["passes"]:
-        cells = [f"{p[name]:.2f}" for name in ("ms", "floor_ms", "read_ms", "compute_ms")]
-        table.add_row(str(p["rows"]), *cells, f"{p['ms'] / p['floor_ms']:.1f}×")
-    console.print(table)
-    table = new_table("an iteration, ms", "mode", *PARTS, "sum", "τ", "outside", "text", "token/s")
+    rows = [
+        [str(p["rows"]), *(f"{p[name]:.2f}" for name in ("ms", "floor_ms", "read_ms", "compute_ms")), f"{p['ms'] / p['floor_ms']:.1f}×"]
+        for p in result["passes"]
+    ]  # fmt: skip
+    header = ["tokens", "ms", "floor ms", "read ms", "compute ms", "over floor"]
+    console.print(Table(f"a pass after {CONTEXT} tokens", header, rows).rich())
+    rows = []
     for mode, m in result["modes"].items():
-        parts = per_pass(m)
-        if parts:
-            cells = [f"{parts[part]:.2f}" for part in PARTS]
+        if parts := per_pass(m):
             text = 1000 * m["text_seconds"] / m["passes"]
-            table.add_row(
-                mode, *cells, f"{sum(parts.values()):.2f}", f"{m['tau']:.2f}", f"{m['outside_share']:.1%}", f"{text:.2f}",
-                f"{m['tokens_per_second']:.1f}",
-            )  # fmt: skip
-    console.print(table)
+            cells = [f"{ms:.2f}" for ms in (*parts.values(), sum(parts.values()), m["tau"])]
+            rows.append([mode, *cells, f"{m['outside_share']:.1%}", f"{text:.2f}", f"{m['tokens_per_second']:.1f}"])
+    header = ["mode", *PARTS, "sum", "τ", "outside", "text", "token/s"]
+    console.print(Table("an iteration, ms", header, rows).rich())
     if "model" in result:
         against = result["model"]
         console.print(

@@ -193,11 +193,25 @@ def reproduce(
     try:
         for item in chosen:
             show_findings(session.run(item))
-            pages = write_index(out, command, f"Scale {scale}: {size.about}", material.note)
+            write_index(out, command, f"Scale {scale}: {size.about}", material.note)
     except KeyboardInterrupt:
         o.console.print(f"[yellow]stopped; run the same command again to go on in {out}[/yellow]")
         raise
-    o.console.print(f"written to {out}: {', '.join(path.name for path in pages)}, and a folder for each item")
+    o.console.print(f"written to {out}: index.md, and a folder for each item")
+
+
+@app.command()
+def plot(
+    logs: Annotated[list[Path], typer.Argument(help="Files log.csv that `beagle train` wrote.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the plots.")],
+) -> None:
+    """Acceptance in the course of trainings, as PNG and SVG: step-α and the expected length.
+
+    Example: [bold]beagle research plot runs/mine/log.csv runs/other/log.csv --out plots[/bold]
+    """
+    from beagle.research.training_log import plot_logs
+
+    o.console.print(f"written to {out}: {', '.join(plot_logs(logs, out))}", highlight=False, soft_wrap=True)
 
 
 def budget(items: Sequence[Item], scale: Scale, sets: dict[str, list]) -> list[str]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from beagle.research.compare.results import Entry
+from beagle.evaluation.report.table import Table
+from beagle.research.compare.results import ALPHAS, Entry
 from beagle.research.compare.suites import Finding
-from beagle.research.compare.train_variant import ALPHAS
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -58,12 +58,7 @@ def spread(values: list[float], digits: int = 2) -> str:
     return mean if len(values) < 2 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def results_table(entries: dict[str, Entry]) -> str:
+def results_table(entries: dict[str, Entry]) -> Table:
     """The figures of every variant; a dash where a stage is not there."""
 
     def of_stages(entry: Entry, figure: str, digits: int = 0) -> str:
@@ -86,11 +81,11 @@ def results_table(entries: dict[str, Entry]) -> str:
         for figures in entry.decoding.values():
             row += [spread([f["tau"] for f in figures]), spread([f["speedup"] for f in figures]) + "×"]
         rows.append(row)
-    return table(header, rows)
+    return Table("", header, rows)
 
 
 def iteration(figures: list[dict[str, Any]]) -> dict[str, float]:
-    """Milliseconds of an iteration by part, over all seeds."""
+    """Milliseconds of an iteration by part, over all seeds; ``other`` holds acceptance too."""
     passes = sum(f["passes"] for f in figures)
     draft, verify, whole = (
         1000 * sum(f[key] for f in figures) / max(1, passes) for key in ("draft_seconds", "verify_seconds", "seconds")
@@ -98,14 +93,20 @@ def iteration(figures: list[dict[str, Any]]) -> dict[str, float]:
     return {"draft": draft, "verify": verify, "other": max(0.0, whole - draft - verify)}
 
 
-def time_table(entries: dict[str, Entry]) -> str:
+def time_table(entries: dict[str, Entry]) -> Table:
     """Where an iteration's time goes, in ms (paper Figure 11)."""
     rows = []
     for name, entry in entries.items():
         for tree, figures in entry.decoding.items():
             parts = iteration(figures)
             rows.append([name, tree, *(f"{part:.1f}" for part in parts.values()), f"{sum(parts.values()):.1f}"])
-    return table(["variant", "tree", "draft", "verify", "other", "an iteration, ms"], rows)
+    return Table("", ["variant", "tree", "draft", "verify", "other", "an iteration, ms"], rows)
+
+
+def claims(findings: Iterable[Finding]) -> Table:
+    """What the paper says, what was found, and whether the two agree."""
+    rows = [[f.claim, f.paper, f.found, "agrees" if f.agrees else "**differs**"] for f in findings]
+    return Table("", ["claim", "the paper", "found", ""], rows)
 
 
 def page(
@@ -113,12 +114,11 @@ def page(
 ) -> str:
     """The whole comparison as Markdown."""
     parts = [f"# {title}", about, f"`{command}`"]
-    if findings:
-        rows = [[f.claim, f.paper, f.found, "agrees" if f.agrees else "**differs**"] for f in findings]
-        parts += [table(["claim", "the paper", "found", ""], rows)]
-    parts += [results_table(entries)]
+    tables = [claims(findings)] if findings else []
+    tables.append(results_table(entries))
     if next(iter(entries.values())).decoding:
-        parts += [time_table(entries)]
+        tables.append(time_table(entries))
+    parts += [table.markdown().strip() for table in tables]
     parts += [
         "Peak MB is the highest of the steps above what the process held before training. Expected length is "
         "1 + Σ_j Π_{i≤j} α_i on validation answers, of chain drafts; τ is tokens per target pass after prefill, over "

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+ALPHAS = 5  # steps that validation simulates
 OFTEN = 50  # drafts: a share of fewer says nothing
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import math
@@ -19,6 +18,7 @@ from beagle.errors import BeagleError
 from beagle.evaluation.peak_memory import MemoryMeter
 from beagle.files import write_json
 from beagle.meta import describe
+from beagle.research.training_log import expected_length, read_log
 from beagle.targets.loading import load_target
 from beagle.targets.target import Target
 from beagle.training.config import TrainConfig
@@ -26,7 +26,6 @@ from beagle.training.data import Stored
 from beagle.training.states import StateStore
 from beagle.training.trainer import Trainer
 
-ALPHAS = 5  # steps that validation simulates
 NEVER = 10**9
 
 
@@ -175,7 +174,7 @@ def train_variant(spec: Spec) -> dict[str, Any]:
         "step_alpha": [round(a, 4) for a in alphas],
         "tried": trainer.tried,
         "expected_length": round(expected_length(alphas), 4),
-        "curve": read_curve(spec.out / "log.csv"),
+        "curve": read_log(spec.out / "log.csv"),
         "settings": spec.settings(),
         "meta": about,
     }
@@ -193,26 +192,3 @@ def _figures(cost: Cost) -> dict[str, float]:
         "tokens_per_second": round(cost.tokens / cost.seconds, 1),
         "memory_mb": round(cost.memory_mb, 1),
     }
-
-
-def expected_length(alphas: list[float]) -> float:
-    """1 + Σ_j Π_{i<=j} α_i: the acceptance length of chain drafts, were they independent."""
-    return 1 + sum(math.prod(alphas[:j]) for j in range(1, len(alphas) + 1))
-
-
-def read_curve(path: Path) -> list[dict[str, Any]]:
-    """The run's log as points, by step; where a step was trained again after a crash, its last line counts."""
-    points: dict[int, dict[str, Any]] = {}
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            alphas = [float(row[f"alpha_{j}"]) for j in range(1, ALPHAS + 1)]
-            points[int(row["step"])] = {
-                "step": int(row["step"]),
-                "stage": row["stage"],
-                "loss": float(row["loss"]),
-                "seconds": float(row["seconds"]),
-                "tokens": int(row["tokens"]),
-                "step_alpha": alphas,
-                "expected_length": round(expected_length(alphas), 4),
-            }
-    return [points[step] for step in sorted(points)]

@@ -1,13 +1,14 @@
-"""A comparison's files: figures and findings, tables, plots, a page."""
+"""A comparison's files: figures and findings, tables, plots, a page of Markdown."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from beagle.files import write_json
-from beagle.research.compare import report
+from beagle.research.compare import plots, report
 from beagle.research.compare.results import Entry, entries
 from beagle.research.compare.suites import Finding, Suite
 
@@ -50,10 +51,10 @@ def write_comparison(
     report.write_csv(out / "curves.csv", report.curve_rows(found.values()))
     title = suite.title if suite else "Training compared"
     about = ran(records, meta, budget)
-    plots = _draw(found, f"{title}\n{about}", out, suite)
-    text = report.page(title, about, found, findings, meta["command"], plots)
+    names = _draw(found, f"{title}\n{about}", out, suite)
+    text = report.page(title, about, found, findings, meta["command"], names)
     (out / "compare.md").write_text(text, encoding="utf-8")
-    return Written(found, findings, plots)
+    return Written(found, findings, names)
 
 
 def ran(records: list[dict[str, Any]], meta: dict[str, Any], budget: str | None = None) -> str:
@@ -67,10 +68,7 @@ def ran(records: list[dict[str, Any]], meta: dict[str, Any], budget: str | None 
 
 
 def _draw(found: dict[str, Entry], about: str, out: Path, suite: Suite | None) -> list[str]:
-    try:
-        from beagle.research.compare import decoding_plots, plots
-    except ImportError:  # an extra: training does not need it
+    if find_spec("matplotlib") is None:  # an extra: training does not need it
         return []
     ordered, short = (suite.ordered, suite.short) if suite else (False, False)
-    names = plots.draw(found, about, out, ordered=ordered, costs_only=short)
-    return names + decoding_plots.draw(found, about, out, ordered)
+    return plots.draw(found, about, out, ordered=ordered, costs_only=short)

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from beagle.evaluation.records import read_records, read_result
-from beagle.evaluation.report import answer
-from beagle.evaluation.report.page import Section, html, markdown
-from beagle.evaluation.report.tables import Table, heading, machine, tables
+from beagle.evaluation.records import read_result
+from beagle.evaluation.report.table import Table
+from beagle.evaluation.report.tables import heading, machine, tables
+from beagle.evaluation.report.write import Section, markdown
 from beagle.research.compare.results import Entry, entries
 from beagle.research.compare.suites import Finding
 from beagle.research.compare.write import ran
@@ -21,8 +21,8 @@ from beagle.research.reproduce.tables import papers_table
 TITLE = "The paper's tables and figures, repeated"
 
 
-def write_index(out: Path, command: str, about: str, notes: str) -> list[Path]:
-    """``index.md`` and ``index.html`` of everything finished in ``out``.
+def write_index(out: Path, command: str, about: str, notes: str) -> None:
+    """Write ``index.md`` of everything finished in ``out``.
 
     Args:
         about: the scale, in words. notes: what a reader must know of the material.
@@ -34,10 +34,7 @@ def write_index(out: Path, command: str, about: str, notes: str) -> list[Path]:
         section = _compared(item, out / name) if item.suite else _tables(item, out / name)
         section.tables.insert(0, claims(findings))
         sections.append(section)
-    written = {"index.md": markdown(TITLE, sections), "index.html": html(TITLE, sections)}
-    for file, text in written.items():
-        (out / file).write_text(text, encoding="utf-8")
-    return [out / file for file in written]
+    (out / "index.md").write_text(markdown(TITLE, sections), encoding="utf-8")
 
 
 def verdicts(found: Mapping[str, list[Finding]]) -> Table:
@@ -58,15 +55,13 @@ def claims(findings: list[Finding]) -> Table:
 
 def _compared(item: Item, folder: Path) -> Section:
     content: dict[str, Any] = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
-    named = f"{item.name}/"
-    plots = {f"{named}{path.stem}": path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.svg"))}
     found = entries(content["runs"], content["decoding"])
     return Section(
         f"{item.name}: {item.title}",
         [ran(content["runs"], content["meta"])],
         "",
         [heads(found, item.suite is not None and item.suite.short)],
-        plots,
+        _plots(item, folder),
     )
 
 
@@ -89,10 +84,13 @@ def heads(found: Mapping[str, Entry], short: bool) -> Table:
 
 
 def _tables(item: Item, folder: Path) -> Section:
-    path = folder / "eval.json"
-    result = read_result(path)
-    plots = {f"{item.name}/{svg.stem}": svg.read_text(encoding="utf-8") for svg in sorted(folder.glob("*.svg"))}
-    section = Section(f"{item.name}: {item.title}", [heading(result), machine(result)], "", tables(result), plots)
+    result = read_result(folder / "eval.json")
+    section = Section(
+        f"{item.name}: {item.title}", [heading(result), machine(result)], "", tables(result), _plots(item, folder)
+    )
     section.tables.insert(0, papers_table())
-    section.answers = answer.for_page(read_records(path, result), result.get("questions", []), 3)
     return section
+
+
+def _plots(item: Item, folder: Path) -> list[str]:
+    return [f"{item.name}/{path.stem}" for path in sorted(folder.glob("*.png"))]

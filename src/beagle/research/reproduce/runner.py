@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +160,8 @@ class Session:
         result = run_variants.in_fresh_process(tables.measure, job)
         by_set = details(result)
         write_csv(out / "table.csv", [dict(zip(by_set.header, row, strict=True)) for row in by_set.rows])
-        with suppress(ImportError):  # matplotlib is an extra
-            plots(result, out, "")
+        if find_spec("matplotlib") is not None:  # an extra
+            plots(result, out)
         return tables.judge(result, read_records(job.out, result))
 
 

@@ -12,7 +12,8 @@ from beagle.errors import BeagleError
 from beagle.evaluation.figures import figures, ratio, resolved, speed_up_text
 from beagle.evaluation.modes import Drafts, Options, load_systems
 from beagle.evaluation.records import SHOWN, Record, read_records, read_result, write_result
-from beagle.evaluation.report.tables import Table, over_plain
+from beagle.evaluation.report.table import Table
+from beagle.evaluation.report.tables import over_plain
 from beagle.evaluation.run import run
 from beagle.meta import describe
 from beagle.research.compare.suites import Finding

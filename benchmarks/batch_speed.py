@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 import time
 from itertools import product
 from pathlib import Path
@@ -17,7 +15,7 @@ from statistics import median
 import beagle
 from beagle.decoding.stats import Stats
 from beagle.files import write_json
-from beagle.meta import describe, redact_paths
+from beagle.meta import command_line, describe
 from beagle.model import Answer, Model
 from beagle.training.prompts import read_prompts
 
@@ -38,7 +36,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=16, help="questions of each file")
     parser.add_argument("--rows", default="1,8", help="comma-separated; the first is what the others are compared with")
     parser.add_argument("--target", default="smollm2-135m")
-    parser.add_argument("--draft", default="auto", help="as of beagle bench; none measures plain decoding alone")
+    parser.add_argument("--draft", default="auto", help="as of beagle eval; none measures plain decoding alone")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -85,7 +83,7 @@ def main() -> None:
                 },
             }
         )
-    command = shlex.join(["python", "benchmarks/batch_speed.py", *map(redact_paths, sys.argv[1:])])
+    command = command_line("python benchmarks/batch_speed.py")
     write_json(given.json, {"table": table, "meta": {**describe(model.target), "command": command}})
     print(json.dumps(table, indent=1))
 

@@ -60,7 +60,7 @@ def main() -> None:
         share = sum(drafted == plain for drafted, plain in ours) / len(ours)
         result["modes"][f"beagle {kind}"]["lossless"] = round(share, 4)
         print(f"{kind}: {share:.0%} of the drafted answers are its plain ones")
-    command = command_line().replace("beagle", "python benchmarks/quantized.py", 1)
+    command = command_line("python benchmarks/quantized.py")
     write_json(arguments.json, {**result, "meta": {**describe(systems[0].model.target), "command": command}})
     show(result)
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +22,7 @@ from load_test import PLAN, Served
 
 import beagle
 from beagle.files import write_json
-from beagle.meta import describe, redact_paths
+from beagle.meta import command_line, describe
 from beagle.training.prompts import read_prompts
 
 WAYS = ("library", "whole", "streamed")
@@ -111,7 +109,7 @@ def main() -> None:
         "overhead": overheads,
         "runs": runs,
         "questions": len(questions),
-        "command": shlex.join(["python", "benchmarks/serve_overhead.py", *map(redact_paths, sys.argv[1:])]),
+        "command": command_line("python benchmarks/serve_overhead.py"),
         "meta": describe(),
     }
     write_json(options.json, result)

@@ -37,7 +37,7 @@ from beagle.evaluation.records import Record
 from beagle.evaluation.run import run
 from beagle.evaluation.suites import load_questions
 from beagle.files import write_json
-from beagle.meta import describe, redact_paths
+from beagle.meta import command_line, describe
 from beagle.targets.loading import load_target, resolve
 
 HERE = Path(__file__).parent
@@ -165,7 +165,7 @@ def main(words: list[str] | None = None) -> None:
     labels = {engine.name: engine.label for engine in chosen}
     meta = {
         **describe(systems[0].model.target),
-        "command": " ".join(["python benchmarks/side_by_side.py", *map(redact_paths, words or sys.argv[1:])]),
+        "command": command_line("python benchmarks/side_by_side.py", words),
         "settings": {
             "max_new_tokens": arguments.max_new_tokens,
             "repeats": arguments.repeats,

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 
 from beagle.files import write_json
-from beagle.meta import describe, redact_paths
+from beagle.meta import command_line, describe
 
 COMMANDS = {
     "beagle generate": ["-m", "beagle", "generate", "hi", "-n", "4"],
@@ -59,7 +59,7 @@ def main() -> None:
     result = {
         "seconds_to_first_byte": {name: {"median": median(of), "all": of} for name, of in seconds.items()},
         "packages": len({d.name for d in distributions()}),  # transformers imports some that it finds
-        "command": shlex.join(["python", "benchmarks/start_time.py", *map(redact_paths, sys.argv[1:])]),
+        "command": command_line("python benchmarks/start_time.py"),
         "meta": describe(),
     }
     write_json(options.json, result)

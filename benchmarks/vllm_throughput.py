@@ -28,7 +28,7 @@ from typing import Any
 import httpx
 
 from beagle.cli.serve_vllm import exported
-from beagle.meta import describe, redact_paths
+from beagle.meta import command_line, describe, redact_paths
 from beagle.targets.loading import resolve
 from beagle.training.prompts import read_prompts
 from beagle.vllm.launch import Launch, require_vllm
@@ -184,7 +184,7 @@ def main() -> None:
     result = {
         "table": rows,
         "runs": runs,
-        "command": shlex.join(["python", "benchmarks/vllm_throughput.py", *map(redact_paths, sys.argv[1:])]),
+        "command": command_line("python benchmarks/vllm_throughput.py"),
         "servers": {mode: server.line for mode, server in servers.items()},
         "preloaded": servers["none"].preload,
         "questions": len(questions),

@@ -18,8 +18,8 @@ from conftest import tiny_head, tiny_model, tiny_target, tiny_tokenizer
 BASELINES = ["plain", "beagle", "lookup", "small", "transformers", "prompt-lookup", "assisted"]
 
 
-def test_all_baselines_in_one_run(bench, folders):
-    ended, result = bench("--modes", ",".join(BASELINES), "--small-model", folders.target, "-n", 16)
+def test_all_baselines_in_one_run(first_turns, folders):
+    ended, result = first_turns("--modes", ",".join(BASELINES), "--small-model", folders.target, "-n", 16)
     assert ended.code == 0
     assert list(result["modes"]) == BASELINES
     tokens = result["modes"]["plain"]["tokens"]
@@ -37,10 +37,10 @@ def test_all_baselines_in_one_run(bench, folders):
 
 
 @pytest.mark.parametrize("mode", ["lookup", "small", "prompt-lookup", "assisted"])
-def test_each_baseline_alone_and_sampling(bench, folders, mode):
+def test_each_baseline_alone_and_sampling(first_turns, folders, mode):
     small = ["--small-model", folders.target] if mode in ("small", "assisted") else []
     options = ["--temperature", 1.2, "--limit", 2, "--tree", "chain"]
-    ended, result = bench("--modes", f"plain,{mode}", *small, *options)
+    ended, result = first_turns("--modes", f"plain,{mode}", *small, *options)
     assert ended.code == 0
     assert list(result["ratios"]) == [f"{mode}/plain"]
     assert result["modes"][mode]["questions"] == 2
@@ -48,15 +48,15 @@ def test_each_baseline_alone_and_sampling(bench, folders, mode):
         assert result["modes"][mode]["identical"] == 1.0
 
 
-def test_the_draft_named_may_be_any(bench, folders):
-    _, result = bench("--modes", "plain,beagle", "--draft", "lookup", "--tree", "chain", "-n", 40)
+def test_the_draft_named_may_be_any(first_turns, folders):
+    _, result = first_turns("--modes", "plain,beagle", "--draft", "lookup", "--tree", "chain", "-n", 40)
     assert result["modes"]["beagle"]["identical"] == 1.0
     assert result["meta"]["arguments"]["draft"] == "lookup"
 
 
-def test_small_models_that_are_missing_or_foreign(bench, folders, tmp_path):
+def test_small_models_that_are_missing_or_foreign(first_turns, folders, tmp_path):
     for mode in ("small", "assisted"):
-        ended, result = bench("--modes", f"plain,{mode}")
+        ended, result = first_turns("--modes", f"plain,{mode}")
         ended.refusal(f"mode '{mode}'", "small_model")
         assert "loading" not in ended.err  # found out before the work
         assert result is None
@@ -65,7 +65,7 @@ def test_small_models_that_are_missing_or_foreign(bench, folders, tmp_path):
     tiny_model(vocab_size=65).save_pretrained(tmp_path / "foreign")
     foreign.save_pretrained(tmp_path / "foreign")
     for mode in ("small", "assisted"):
-        ended, _ = bench("--modes", f"plain,{mode}", "--small-model", tmp_path / "foreign")
+        ended, _ = first_turns("--modes", f"plain,{mode}", "--small-model", tmp_path / "foreign")
         ended.refusal(tmp_path / "foreign", folders.target, "vocabulary")
 
 
@@ -123,8 +123,10 @@ def test_each_mode_drafts_with_its_own_drafter(mode, monkeypatch):
     assert (stats.drafted > 0) == (mode != "plain")
 
 
-def test_chain_drafts_with_the_same_heads_one_candidate_a_level(bench, folders):
-    _, result = bench("--draft", f"{folders.head}+lookup", "--modes", "plain,beagle,chain", "--limit", 2, "--nodes", 12)
+def test_chain_drafts_with_the_same_heads_one_candidate_a_level(first_turns, folders):
+    _, result = first_turns(
+        "--draft", f"{folders.head}+lookup", "--modes", "plain,beagle,chain", "--limit", 2, "--nodes", 12
+    )
     assert all(figures["identical"] == 1.0 for figures in result["modes"].values())
     tree, chain = (result["modes"][mode]["candidates_per_pass"] for mode in ("beagle", "chain"))
     assert chain <= 5 < tree
@@ -144,8 +146,8 @@ def test_passes_of_the_librarys_drafting_are_counted(model):
         assert (stats.tau == 1) == (mode == "transformers")
 
 
-def test_the_head_alone_is_a_mode_where_it_is_not_the_only_drafter(bench, folders):
-    _, result = bench("--draft", f"{folders.head}+lookup", "--modes", "plain,beagle,head", "--limit", 2)
+def test_the_head_alone_is_a_mode_where_it_is_not_the_only_drafter(first_turns, folders):
+    _, result = first_turns("--draft", f"{folders.head}+lookup", "--modes", "plain,beagle,head", "--limit", 2)
     assert list(result["ratios"]) == ["beagle/plain", "head/plain"]
     assert all(figures["identical"] == 1.0 for figures in result["modes"].values())
     assert [str(m.Drafts(draft).of("head", "tiny")) for draft in ("auto", "lookup", "none", "mine", "mine+lookup")] == [
@@ -158,13 +160,13 @@ def test_the_head_alone_is_a_mode_where_it_is_not_the_only_drafter(bench, folder
     assert m.available(m.Drafts(), DraftSpec())[:2] == ["plain", "lookup"]
 
 
-def test_eagle_heads_and_others_are_told_apart(bench, folders, tmp_path):
+def test_eagle_heads_and_others_are_told_apart(first_turns, folders, tmp_path):
     target = tiny_target()
     save_head(tiny_head(target, architecture="eagle"), tmp_path / "eagle", target="tiny", dtype=torch.float32, meta={})
-    ended, result = bench("--modes", "plain,beagle,eagle", "--eagle", tmp_path / "eagle", "--limit", 2)
+    ended, result = first_turns("--modes", "plain,beagle,eagle", "--eagle", tmp_path / "eagle", "--limit", 2)
     assert ended.code == 0
     assert list(result["ratios"]) == ["beagle/plain", "eagle/plain"]
     assert result["modes"]["eagle"]["identical"] == 1.0
     assert result["meta"]["arguments"]["eagle"] == "eagle"
-    bench("--modes", "eagle", "--eagle", folders.head)[0].refusal(folders.head, "as draft")
-    bench("--modes", "eagle")[0].refusal("mode 'eagle'", "name its folder")
+    first_turns("--modes", "eagle", "--eagle", folders.head)[0].refusal(folders.head, "as draft")
+    first_turns("--modes", "eagle")[0].refusal("mode 'eagle'", "name its folder")

@@ -164,7 +164,7 @@ def test_bad_requests(folders, beagle, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "arguments",
     [["generate"], ["generate", "w3", "-n", "0"], ["generate", "w3", "--depth", "0"], ["generate", "w3", "--what"],
-     ["sing"], ["train"], ["research"], ["generate", "w3", "--temperature", "-1"]],
+     ["sing"], ["train"], ["research", "compare"], ["generate", "w3", "--temperature", "-1"]],
 )  # fmt: skip
 def test_usage_errors(beagle, arguments):
     ended = beagle(*arguments)

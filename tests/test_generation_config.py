@@ -82,12 +82,12 @@ def test_transformers_modes_decode_as_ours_do(folder, answers):
         assert found == answers, system.mode
 
 
-def test_bench_finds_them_identical(folder, beagle, tmp_path):
+def test_eval_finds_them_identical(folder, beagle, tmp_path):
     questions = tmp_path / "q.jsonl"
     questions.write_text("".join(json.dumps({"id": str(i), "prompt": p}) + "\n" for i, p in enumerate(PROMPTS)))
     out = tmp_path / "out.json"
     modes = "plain,transformers,prompt-lookup"
-    ended = beagle("bench", "--target", folder, "--dtype", "float32", "--questions", questions, "-n", 12,
+    ended = beagle("eval", "--target", folder, "--dtype", "float32", "--questions", questions, "-n", 12,
                     "--modes", modes, "--json", out)  # fmt: skip
     assert ended.code == 0, ended.err
     assert all(mode["identical"] == 1 for mode in json.loads(out.read_text())["modes"].values())

@@ -8,7 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,9 @@ def describe(target: Target | None = None, drafters: Iterable[Drafter | None] = 
     return about
 
 
-def command_line() -> str:
-    """The command that runs, as anyone can repeat it."""
-    return shlex.join(["beagle", *(redact_paths(word) for word in sys.argv[1:])])
+def command_line(program: str = "beagle", words: Sequence[str] | None = None) -> str:
+    """The command that runs, as anyone can repeat it; ``words`` after the program are those of this process if None."""
+    return shlex.join([*program.split(), *map(redact_paths, sys.argv[1:] if words is None else words)])
 
 
 def redact_paths(word: str) -> str:

@@ -35,7 +35,7 @@ def demo(
 
     Example: [bold]beagle demo --dtype bfloat16[/bold]
     """
-    model = o.load_model(target, draft, dtype, device)
+    model = o.load_model(target, draft, dtype=dtype, device=device)
     if model.drafter is None:
         raise BeagleError(f"no draft head for {target}; pass --draft FOLDER (see `beagle train`)")
     console = Console()

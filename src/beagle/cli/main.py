@@ -12,7 +12,6 @@ import typer
 from rich.console import Console
 
 from beagle.cli import (
-    bench,
     chat,
     compile,
     demo,
@@ -35,7 +34,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Lossless speculative decoding with cross-attention draft heads.",
 )
-for module in (generate, chat, serve, demo, bench, eval, profile, compile, report, view, train, export):
+for module in (generate, chat, serve, demo, eval, profile, compile, report, view, train, export):
     app.command()(getattr(module, module.__name__.rsplit(".", 1)[-1]))
 app.add_typer(research.app, name="research")
 

@@ -16,7 +16,9 @@ from beagle.evaluation.records import Record
 from beagle.files import write_json
 
 
+@o.with_setup
 def profile(
+    *,
     questions: Annotated[
         list[str] | None, typer.Option(help="Question file, .jsonl (repeatable); without it, the quick suite.")
     ] = None,
@@ -24,17 +26,7 @@ def profile(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=2)] = 128,
     json: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the plot here: .png, .svg or .pdf.")] = None,
-    target: o.TargetName = "smollm2-135m",
-    draft: o.DraftName = "auto",
-    exact: o.Exact = False,
-    dtype: o.DType = "auto",
-    device: o.Device = "auto",
-    tree: o.Tree = "dynamic",
-    depth: o.Depth = o.PLAN.depth,
-    tree_top_k: o.TreeTopK = o.PLAN.top_k,
-    nodes: o.Nodes = 0,
-    quantize: o.Quantize = None,
-    trust_remote_code: o.Trust = False,
+    setup: o.Setup,
 ) -> None:
     """The floor of a pass here, its measured time, and where the rest of an iteration goes.
 
@@ -58,10 +50,9 @@ def profile(
         if find_spec("matplotlib") is None:
             raise BeagleError("--plot needs matplotlib; install it: pip install 'beagle-decoding[plots]'")
     sets = load_questions(questions, limit) if questions else load_suite("quick", limit)
-    plan = o.tree_plan(tree, depth, tree_top_k, nodes)
-    model = o.load_model(target, draft, dtype, device, plan, trust_remote_code, quantize)
+    model = setup.load_model()
     with o.console.status("measuring memory, products, passes and drafts"):
-        work = Profile(model, Options(max_new_tokens, exact=exact))
+        work = Profile(model, Options(max_new_tokens, exact=setup.exact))
     records: list[Record] = []
     for part in follow(work.run(sets), sum(map(len, sets.values()))):
         records += part
@@ -71,8 +62,7 @@ def profile(
         "command": command_line(),
         "arguments": {
             "questions": [redact_paths(name) for name in questions or ["quick"]], "limit": limit,
-            "max_new_tokens": max_new_tokens, "temperature": 0.0, "exact": exact, "draft": redact_paths(draft),
-            "tree": tree, "depth": depth, "top_k": tree_top_k, "nodes": nodes or "by cost",
+            "max_new_tokens": max_new_tokens, "temperature": 0.0, **setup.arguments(),
         },
     }  # fmt: skip
     if json is not None:

@@ -13,8 +13,6 @@ from beagle.decoding.stats import Stats
 from beagle.errors import BeagleError
 from beagle.files import write_text
 
-SHOWN = 600  # characters of a question that are kept for whoever looks at its answer
-
 
 @dataclass(frozen=True)
 class Turn:
@@ -108,7 +106,7 @@ def write_result(path: Path, result: dict[str, Any], records: Iterable[Record]) 
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A result file as ``beagle eval`` or ``beagle bench`` wrote it.
+    """A result file as ``beagle eval`` wrote it.
 
     Raises:
         BeagleError: it can't be read, or is something else.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,13 @@ from beagle.drafters import captured
 from beagle.drafters.base import TreePlan
 from beagle.drafters.checkpoint import load_head
 from beagle.drafters.head_drafter import HeadDrafter
+from beagle.errors import BeagleError
 from beagle.evaluation.figures import by, summary
 from beagle.evaluation.modes import Options, System
 from beagle.evaluation.records import Record
 from beagle.evaluation.run import run as side_by_side
 from beagle.evaluation.suites import unique
-from beagle.files import write_json
+from beagle.files import first_change, read_json, write_json
 from beagle.model import Model
 from beagle.research.compare.train_variant import quiet
 from beagle.targets.loading import load_target
@@ -42,14 +43,13 @@ class Work:
 
     def identity(self) -> dict[str, Any]:
         """What a stored result must have in common with this work to stand for it."""
-        about = {
+        return {
             "heads": {name: (folder / "model.safetensors").stat().st_mtime for name, folder in self.heads.items()},
             "sets": {name: [p.turns[0] for p in prompts] for name, prompts in self.sets.items()},
             "plans": {name: asdict(plan) for name, plan in self.plans.items()},
             "target": self.target,
             "max_new_tokens": self.max_new_tokens,
         }
-        return dict(json.loads(json.dumps(about)))
 
 
 def decode(work: Work) -> dict[str, Any]:
@@ -100,13 +100,10 @@ def _summary(records: list[Record]) -> dict[str, Any]:
 def decode_once(work: Work, path: Path, run: Any) -> dict[str, Any]:
     """``run(decode, work)``, unless ``path`` holds the result of the same work already."""
     identity = work.identity()
-    if path.is_file():
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored["work"] == identity:
-                return dict(stored["figures"])
-        except (ValueError, KeyError, TypeError):
-            pass  # decoded again: cheap beside the training
+    with suppress(BeagleError, KeyError):  # damaged: decoded again, which is cheap beside the training
+        stored = read_json(path, "delete it")
+        if stored is not None and first_change(stored["work"], identity) is None:
+            return dict(stored["figures"])
     figures = run(decode, work)
     write_json(path, {"work": identity, "figures": figures})
     return dict(figures)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from beagle.errors import BeagleError
+from beagle.files import first_change, read_json
 from beagle.research.compare.train_variant import Spec, train_variant
 from beagle.research.compare.variants import Variant
 from beagle.training.config import TrainConfig
@@ -135,16 +135,16 @@ def run_all(planned: list[Spec], report: Callable[[str], None]) -> list[dict[str
 def finished(spec: Spec) -> dict[str, Any] | None:
     """The record of a run that is through, if it is this very one."""
     path = spec.out / "result.json"
-    if not path.is_file():
+    remedy = "delete its folder and run the same command again"
+    record = read_json(path, remedy)
+    if record is None:
         return None
     try:
-        record = dict(json.loads(path.read_text(encoding="utf-8")))
         settings = record["settings"]
         settings["train"] = {**asdict(TrainConfig()), **settings["train"]}  # options younger than the run: at default
-        same = json.loads(json.dumps(settings)) == spec.settings()
-    except (ValueError, KeyError, TypeError) as error:
-        raise BeagleError(f"{path} is damaged ({error}); delete its folder and run the same command again") from error
-    if not same:
+    except (KeyError, TypeError) as error:
+        raise BeagleError(f"'{path}' is damaged ({error}); {remedy}") from error
+    if first_change(settings, spec.settings()):
         raise BeagleError(
             f"'{spec.out}' holds a run with another budget, recipe, target or data; choose another folder or delete it"
         )

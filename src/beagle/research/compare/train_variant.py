@@ -53,7 +53,7 @@ class Spec:
     def settings(self) -> dict[str, Any]:
         """What a finished run must have in common with this one to stand for it."""
         about = {"train": asdict(self.train), "head": self.head, "seconds": self.seconds, "target": self.target}
-        return dict(json.loads(json.dumps({**about, "data_tokens": self.data_tokens})))
+        return {**about, "data_tokens": self.data_tokens}
 
 
 @dataclass

@@ -14,7 +14,7 @@ from beagle.errors import BeagleError
 from beagle.evaluation.records import read_records
 from beagle.evaluation.report.plots import plots
 from beagle.evaluation.report.tables import details
-from beagle.files import write_json
+from beagle.files import first_change, read_json, write_json
 from beagle.meta import describe
 from beagle.research.compare import run_variants
 from beagle.research.compare.decoding import Work, decode_once
@@ -63,21 +63,14 @@ class Session:
             "answers": "given" if self.data else [len(self.material.prompts), self.material.prompts[0].turns[0]],
             "sets": {name: len(prompts) for name, prompts in self.material.sets.items()},
         }  # fmt: skip
-        about = json.loads(json.dumps(about))
         path = self.out / "reproduce.json"
-        if path.is_file():
-            try:
-                found = dict(json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError) as error:
-                raise BeagleError(f"{path} is damaged ({error}); delete '{self.out}' and run again") from error
-            for name, value in about.items():
-                if found.get(name) != value:
-                    raise BeagleError(
-                        f"'{self.out}' was begun with other {name}; repeat its command, choose another "
-                        "folder, or delete it"
-                    )
-            return
-        write_json(path, about)
+        found = read_json(path, f"delete '{self.out}' and run again")
+        if found is None:
+            write_json(path, about)
+        elif name := first_change(found, about):
+            raise BeagleError(
+                f"'{self.out}' was begun with other {name}; repeat its command, choose another folder, or delete it"
+            )
 
     def answers(self) -> StateStore:
         """The store of answers, made if none was given."""

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from beagle.drafters.base import TreePlan
 from beagle.errors import BeagleError
-from beagle.evaluation.figures import figures, ratio, resolved, speed_up_text
+from beagle.evaluation.figures import ratio, resolved, speed_up_text
 from beagle.evaluation.modes import Drafts, Options, load_systems
-from beagle.evaluation.records import SHOWN, Record, read_records, read_result, write_result
+from beagle.evaluation.records import Record, read_records, read_result
 from beagle.evaluation.report.table import Table
 from beagle.evaluation.report.tables import over_plain
-from beagle.evaluation.run import run
+from beagle.evaluation.session import Session
+from beagle.files import first_change
 from beagle.meta import describe
 from beagle.research.compare.suites import Finding
 from beagle.research.compare.train_variant import quiet
@@ -73,38 +74,20 @@ def measure(job: Job) -> dict[str, Any]:
     sets = job.sets
     if not getattr(target.tokenizer, "chat_template", None):  # later turns can't be told what was answered
         sets = {name: [replace(p, turns=p.turns[:1], system="") for p in prompts] for name, prompts in sets.items()}
-    weights = {system.mode: system.weights_mb for system in systems}
-    asked = [
-        {"set": name, "id": p.id, "category": p.category, "turns": [text[:SHOWN] for text in p.turns]}
-        for name, prompts in sets.items()
-        for p in prompts
-    ]
     meta = {**describe(target), "command": job.command, "arguments": arguments}
-    total = sum(map(len, sets.values()))
-
-    def result() -> dict[str, Any]:
-        finished = len({(r.set, r.id) for r in records})
-        state = {"finished_questions": finished, "interrupted": finished < total}
-        return figures(records, weights=weights) | {"meta": meta | state, "questions": asked}
-
-    done = {(r.set, r.id) for r in records}
-    for part in run(systems, sets, Options(job.max_new_tokens), done=done, pieces=True):
-        records += part
-        write_result(job.out, result(), records)
-        print(f"answered {len({(r.set, r.id) for r in records})} of {total} questions in all modes", flush=True)
+    session = Session(systems, sets, Options(job.max_new_tokens), meta, job.out, records)
+    for _ in session.run():
+        print(f"answered {len(session.done)} of {session.total} questions in all modes", flush=True)
     return read_result(job.out)
 
 
 def _earlier(path: Path, arguments: dict[str, Any]) -> list[Record]:
     """Answers of the same run, as far as it came."""
-    if not path.is_file():
-        return []
-    try:
+    with suppress(BeagleError):  # none yet, or half a file: made anew
         content = read_result(path)
-        same = content["meta"]["arguments"] == json.loads(json.dumps(arguments))
-        return read_records(path, content) if same else []
-    except BeagleError:
-        return []  # half a file: made anew
+        if first_change(content["meta"]["arguments"], arguments) is None:
+            return read_records(path, content)
+    return []
 
 
 def judge(result: dict[str, Any], records: list[Record]) -> list[Finding]:

@@ -22,8 +22,8 @@ from conftest import interrupt, tiny_model, tiny_target
 MODES = ["plain", "beagle", "transformers"]
 
 
-def test_json_of_a_whole_run(bench, folders, questions):
-    ended, result = bench("--seed", 5)
+def test_json_of_a_whole_run(first_turns, folders, questions):
+    ended, result = first_turns("--seed", 5)
     assert ended.code == 0
     assert list(result["modes"]) == MODES
     for found in result["modes"].values():
@@ -55,22 +55,28 @@ def test_json_of_a_whole_run(bench, folders, questions):
     assert "beagle/plain" in ended.out
 
 
-def test_limit_and_some_modes(bench):
-    ended, result = bench("--limit", 2, "--modes", "plain, beagle", "--exact")
+def test_first_turns_alone(first_turns):
+    _, result = first_turns("--modes", "plain")
+    assert [len(record["turns"]) for record in result["records"]] == [1, 1, 1, 1]  # question b has two
+    assert result["meta"]["arguments"]["first_turns"] is True
+
+
+def test_limit_and_some_modes(first_turns):
+    ended, result = first_turns("--limit", 2, "--modes", "plain, beagle", "--exact")
     assert ended.code == 0
     assert list(result["modes"]) == ["plain", "beagle"]
     assert list(result["ratios"]) == ["beagle/plain"]
     assert result["modes"]["beagle"]["questions"] == 2
     assert result["modes"]["beagle"]["identical"] == 1.0
-    _, result = bench("--limit", 1, "--modes", "transformers")
+    _, result = first_turns("--limit", 1, "--modes", "transformers")
     assert result["ratios"] == {}
     assert result["modes"]["transformers"]["identical"] is None
 
 
-def test_several_sets(bench, tmp_path):
+def test_several_sets(first_turns, tmp_path):
     second = tmp_path / "second.jsonl"
     second.write_text('{"prompt": "w40 w41"}\n')
-    ended, result = bench("--questions", second, "--modes", "beagle,plain")
+    ended, result = first_turns("--questions", second, "--modes", "beagle,plain")
     assert ended.code == 0
     assert {name: part["modes"]["plain"]["questions"] for name, part in result["sets"].items()} == {
         "mixed": 4,
@@ -81,17 +87,17 @@ def test_several_sets(bench, tmp_path):
     assert result["meta"]["arguments"]["questions"] == ["mixed.jsonl", "second.jsonl"]
 
 
-def test_sampling_with_drafts_is_identical(bench):
-    _, result = bench("--temperature", 1.2, "--modes", "plain,beagle", "--seed", 3)
+def test_sampling_with_drafts_is_identical(first_turns):
+    _, result = first_turns("--temperature", 1.2, "--modes", "plain,beagle", "--seed", 3)
     assert result["modes"]["beagle"]["identical"] == 1.0
     assert "first_differences" not in result
 
 
-def test_interrupted_run_keeps_finished_questions(bench, monkeypatch, tmp_path):
+def test_interrupted_run_keeps_finished_questions(first_turns, monkeypatch, tmp_path):
     interrupt(monkeypatch, "c")
     later = tmp_path / "later.jsonl"
     later.write_text('{"prompt": "w40 w41"}\n')
-    ended, result = bench("--questions", later)
+    ended, result = first_turns("--questions", later)
     assert ended.code == 130
     assert "mixed (2 questions)" in ended.out
     assert {figures["questions"] for figures in result["modes"].values()} == {2}
@@ -100,29 +106,29 @@ def test_interrupted_run_keeps_finished_questions(bench, monkeypatch, tmp_path):
     assert (result["meta"]["finished_questions"], result["meta"]["interrupted"]) == (2, True)
 
 
-def test_a_question_beyond_the_context_is_named_and_the_finished_ones_are_kept(bench, tmp_path):
+def test_a_question_beyond_the_context_is_named_and_the_finished_ones_are_kept(first_turns, tmp_path):
     later = tmp_path / "later.jsonl"
     later.write_text('{"id": "huge", "prompt": "' + "w4 " * 600 + '"}\n')
-    ended, result = bench("--questions", later, "--modes", "plain")
+    ended, result = first_turns("--questions", later, "--modes", "plain")
     ended.refusal("question 'huge' of later", "512", "shorten")
     assert "mixed (4 questions)" in ended.out
     assert (result["meta"]["finished_questions"], result["meta"]["interrupted"]) == (4, True)
 
 
-def test_figures_are_shown_where_they_cannot_be_stored(bench, monkeypatch):
+def test_figures_are_shown_where_they_cannot_be_stored(first_turns, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(states.os, "replace", full)
-    ended, result = bench("--modes", "plain")
+    ended, result = first_turns("--modes", "plain")
     ended.refusal("out.json", "No space left on device", "free space")
-    assert "mixed (4 questions)" in ended.out
+    assert "mixed (1 questions)" in ended.out  # no more is answered than could be stored
     assert result is None
 
 
-def test_interrupted_before_the_first_answer(bench, monkeypatch):
+def test_interrupted_before_the_first_answer(first_turns, monkeypatch):
     interrupt(monkeypatch, "a")
-    ended, result = bench()
+    ended, result = first_turns()
     assert ended.code == 130
     assert result is None
     assert "Traceback" not in ended.err
@@ -131,21 +137,21 @@ def test_interrupted_before_the_first_answer(bench, monkeypatch):
 def test_unwritable_json(folders, beagle, questions, tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "out.json", tmp_path):
-        ended = beagle("bench", "--questions", questions, *folders.options, "--json", path)
+        ended = beagle("eval", "--questions", questions, *folders.options, "--json", path)
         ended.refusal(f"cannot write '{path}'")
         assert "questions" not in ended.err  # found out before the work
     kept = tmp_path / "kept.json"
     kept.write_text("old")
-    beagle("bench", "--questions", questions, "--json", kept, "--modes", "no").refusal("mode 'no'", "plain")
+    beagle("eval", "--questions", questions, "--json", kept, "--modes", "no").refusal("mode 'no'", "plain")
     assert kept.read_text() == "old"
 
 
-def test_bad_lines(bench, questions):
+def test_bad_lines(first_turns, questions):
     questions.write_text('{"prompt": "w3"}\n{"prompt": \n{"prompt": "w5"}\n')
-    ended, result = bench()
+    ended, result = first_turns()
     ended.refusal(f"{questions}:2: no JSON from column 11", "--skip-bad-lines")
     assert result is None
-    ended, result = bench("--skip-bad-lines", "--modes", "plain")
+    ended, result = first_turns("--skip-bad-lines", "--modes", "plain")
     assert ended.code == 0
     assert f"{questions.name}:2: " in "".join(ended.err.splitlines())
     assert result["modes"]["plain"]["questions"] == 2
@@ -153,9 +159,11 @@ def test_bad_lines(bench, questions):
 
 def test_missing_questions_and_heads(folders, beagle, questions, tmp_path):
     missing = tmp_path / "missing.jsonl"
-    beagle("bench", "--questions", missing, *folders.options).refusal(missing)
-    beagle("bench", "--questions", questions, *folders.plain).refusal(folders.target, "pass a folder as draft", "modes")
-    ended = beagle("bench", "--questions", questions, *folders.plain, "--modes", "plain", "-n", 2)
+    beagle("eval", "--questions", missing, *folders.options).refusal(missing)
+    beagle("eval", "--questions", questions, *folders.plain, "--modes", "plain,beagle").refusal(
+        folders.target, "pass a folder as draft", "modes"
+    )
+    ended = beagle("eval", "--questions", questions, *folders.plain, "--modes", "plain", "-n", 2)
     assert ended.code == 0
 
 
@@ -250,8 +258,8 @@ def test_unknown_mode_and_missing_head():
         load_systems(target, ["beagle"], Drafts())
 
 
-def test_quantised_targets_are_lossless_and_named(bench):
-    ended, result = bench("--quantize", "int8", "--exact", "--modes", "plain,beagle")
+def test_quantised_targets_are_lossless_and_named(first_turns):
+    ended, result = first_turns("--quantize", "int8", "--exact", "--modes", "plain,beagle")
     assert ended.code == 0
     assert result["modes"]["beagle"]["identical"] == 1.0
     assert result["meta"]["target"]["quantize"] == "int8"

@@ -49,7 +49,10 @@ class Engine:
     """One bar of the plot.
 
     Attributes:
-        mode: of ``beagle.evaluation.modes``, in this process. options: of ``load_target``. gguf: type of the file that llama.cpp runs. vllm: settings of vLLM.
+        mode: of ``beagle.evaluation.modes``, in this process.
+        options: of ``load_target``.
+        gguf: type of the file that llama.cpp runs.
+        vllm: settings of vLLM.
     """
 
     name: str

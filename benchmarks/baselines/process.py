@@ -58,7 +58,8 @@ def start(mode: str, command: Sequence[Any], environment: Mapping[str, str], bes
     """Start an engine and wait until it is ready.
 
     Args:
-        command: its words; a dictionary becomes JSON. beside: whose target's tokenizer makes the prompts.
+        command: its words; a dictionary becomes JSON.
+        beside: whose target's tokenizer makes the prompts.
     Raises:
         Missing: it doesn't start.
     """

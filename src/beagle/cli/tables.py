@@ -37,8 +37,10 @@ def show(result: dict[str, Any]) -> None:
         console.print(one_set(name, part).rich())
         for pair, values in part["ratios"].items():
             console.print(f"  {pair}: {speed_up_text(values)}", highlight=False)
-        for category, few in part.get("categories", {}).items():
-            pairs = {pair: v for pair, v in few["ratios"].items() if pair.endswith("/plain") and v.get("count", 0) > 1}
+        for category, found in part.get("categories", {}).items():
+            pairs = {
+                pair: v for pair, v in found["ratios"].items() if pair.endswith("/plain") and v.get("count", 0) > 1
+            }
             if pairs:  # one measurement says nothing
                 shown = ", ".join(f"{pair} {speed_up_text(values)}" for pair, values in pairs.items())
                 console.print(f"  [dim]{category}: {shown}[/dim]", highlight=False)

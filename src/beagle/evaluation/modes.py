@@ -45,7 +45,8 @@ class Drafts:
 
     Attributes:
         beagle: of mode ``beagle``, whatever kind of draft it is; mode ``chain`` drafts with the same, one
-            candidate a level; mode ``head`` takes the head alone from it, or the shipped one where it has none. eagle: folder of an EAGLE head.
+            candidate a level; mode ``head`` takes the head alone from it, or the shipped one where it has none.
+        eagle: folder of an EAGLE head.
         small: name of a small model.
     """
 

@@ -39,7 +39,8 @@ class Record:
     """One mode's answer to a whole question, turn by turn, in one of the repeats.
 
     Attributes:
-        peak_memory_mb: of the process, or of the GPU. growth_mb: how much of it came while answering.
+        peak_memory_mb: of the process, or of the GPU.
+        growth_mb: how much of it came while answering.
         difference: where it leaves plain decoding's answer, if it does and both are greedy:
             ``turn``, ``position``, and ``gap`` (see ``ties.first_divergence``).
     """

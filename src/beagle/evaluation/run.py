@@ -36,7 +36,8 @@ def run(
     A question that can't be answered ends the run with a BeagleError that names it.
 
     Args:
-        done: set and id of questions to leave out. pieces: keep each token's text.
+        done: set and id of questions to leave out.
+        pieces: keep each token's text.
     """
     refuse_turns_without_template(systems, sets)
     if all((name, prompt.id) in done for name, prompts in sets.items() for prompt in prompts):

@@ -105,10 +105,10 @@ def details(result: Mapping[str, Any]) -> Table:
 def by_category(result: Mapping[str, Any]) -> Table | None:
     rows = []
     for name, part in result["sets"].items():
-        for category, few in part.get("categories", {}).items():
-            if questions(few) < 2:  # one measurement says nothing
+        for category, found in part.get("categories", {}).items():
+            if questions(found) < 2:  # one measurement says nothing
                 continue
-            rows += [[f"{name}: {category or '-'}", *_row(few, mode)] for mode in few["modes"]]
+            rows += [[f"{name}: {category or '-'}", *_row(found, mode)] for mode in found["modes"]]
     return Table("By category", ["category", *_HEADER], rows) if rows else None
 
 

@@ -31,8 +31,10 @@ class Work:
     """What to decode, and how.
 
     Attributes:
-        heads: folder of each draft checkpoint by run, ``variant/seed0``. target: arguments of ``load_target``.
-        sets: prompts by name of their file. plans: trees by name.
+        heads: folder of each draft checkpoint by run, ``variant/seed0``.
+        target: arguments of ``load_target``.
+        sets: prompts by name of their file.
+        plans: trees by name.
     """
 
     heads: dict[str, Path]

@@ -41,9 +41,9 @@ def in_fresh_process(work: Callable[..., T], *arguments: Any) -> T:
     """
     before = signal.signal(signal.SIGTERM, _end_children)
     try:
-        # where a shell starts a job in the background its processes ignore SIGINT, unless told
-        told = (signal.SIGINT, signal.default_int_handler)
-        with ProcessPoolExecutor(1, get_context("spawn"), signal.signal, told) as pool:
+        # where a shell starts a job in the background its processes ignore SIGINT, unless a handler is set
+        handler = (signal.SIGINT, signal.default_int_handler)
+        with ProcessPoolExecutor(1, get_context("spawn"), signal.signal, handler) as pool:
             return pool.submit(work, *arguments).result()
     except BrokenProcessPool as error:
         raise BeagleError(

@@ -30,7 +30,8 @@ class Finding:
 class Suite:
     """
     Attributes:
-        variants: as ``parse_list`` reads them. ordered: they are values of one parameter.
+        variants: as ``parse_list`` reads them.
+        ordered: they are values of one parameter.
         trees: kinds of tree to decode with; empty: what the command line says.
         short: meant to be run so shortly that acceptance says nothing; only what training costs is drawn.
     """
@@ -47,7 +48,7 @@ def listed(entries: Entries, value: Callable[[Entry], float], digits: int = 2) -
     return ", ".join(f"{name} {value(entry):.{digits}f}" for name, entry in entries.items())
 
 
-def kind(entries: Entries) -> str:
+def measure(entries: Entries) -> str:
     """What ``Entry.acceptance`` is here."""
     return "τ" if next(iter(entries.values())).decoding else "expected acceptance length"
 
@@ -72,7 +73,7 @@ def baselines(e: Entries) -> list[Finding]:
     share = None if when is None else when / spent
     return [
         Finding("Beagle accepts as much as EAGLE (at least 0.97 times)", "on a par: τ 4.1 to 4.0 on MT-Bench, 7B",
-                f"{kind(e)} {ours.acceptance:.2f} to {theirs.acceptance:.2f}: {ratio:.2f} times", ratio >= 0.97),
+                f"{measure(e)} {ours.acceptance:.2f} to {theirs.acceptance:.2f}: {ratio:.2f} times", ratio >= 0.97),
         Finding(f"Beagle's {named(last)} are above EAGLE's single step's", "Figure 3: above at every step but the first",
                 "difference by step " + " ".join(f"{d:+.2f}" for d in later), min(later) > 0),
         Finding("Beagle's early stage trains at least as fast", "higher training efficiency",
@@ -118,7 +119,7 @@ def fig3(e: Entries) -> list[Finding]:
 
 def fig4(e: Entries) -> list[Finding]:
     best = max(e, key=lambda name: e[name].decoded("tokens_per_second") or e[name].acceptance)
-    what = "speed" if kind(e) == "τ" else "expected acceptance length (no questions were decoded)"
+    what = "speed" if measure(e) == "τ" else "expected acceptance length (no questions were decoded)"
     last = depth(*e.values())
     tails = {name: fmean(x.step_alpha[1:last]) for name, x in e.items()}
     narrow = tails["beagle-early-k1"]
@@ -145,7 +146,7 @@ def fig6(e: Entries) -> list[Finding]:
     lengths = [x.acceptance for x in e.values()]
     return [
         Finding("batches of 4 to 32 sequences converge alike (within 5%)", "Figures 6, 7: alike",
-                f"{kind(e)} " + listed(e, lambda x: x.acceptance), max(lengths) / min(lengths) <= 1.05),
+                f"{measure(e)} " + listed(e, lambda x: x.acceptance), max(lengths) / min(lengths) <= 1.05),
     ]  # fmt: skip
 
 
@@ -154,11 +155,11 @@ def fig7(e: Entries) -> list[Finding]:
     pace = [x.stage("early", "tokens_per_second") or 0.0 for x in (blocks, experts)]
     return [
         Finding("inverse blocks beat random masks", "Figure 7: random masks lose",
-                f"{kind(e)} {blocks.acceptance:.3f} to {mixed.acceptance:.3f}", blocks.acceptance > mixed.acceptance),
+                f"{measure(e)} {blocks.acceptance:.3f} to {mixed.acceptance:.3f}", blocks.acceptance > mixed.acceptance),
         Finding("the regression loss helps", "Figures 6, 7: without it training degrades at the end",
                 f"with {blocks.acceptance:.3f}, without {bare.acceptance:.3f}", blocks.acceptance > bare.acceptance),
         Finding("a mixture of MLPs accepts more, and is slower", "Figures 6, 7: better acceptance, slower",
-                f"{kind(e)} {experts.acceptance:.3f} to {blocks.acceptance:.3f}, trains at {pace[1] / (pace[0] or 1):.2f} times the pace",
+                f"{measure(e)} {experts.acceptance:.3f} to {blocks.acceptance:.3f}, trains at {pace[1] / (pace[0] or 1):.2f} times the pace",
                 experts.acceptance > blocks.acceptance and pace[1] < pace[0]),
     ]  # fmt: skip
 
@@ -168,7 +169,7 @@ def fig10(e: Entries) -> list[Finding]:
     steps = [e[f"beagle-k5-s{s}"].acceptance for s in range(1, 5)]
     return [
         Finding("each stage adds to acceptance", "each about +0.3 τ: single token, early, late",
-                f"{kind(e)} {single.acceptance:.2f}, {early.acceptance:.2f}, {late.acceptance:.2f}",
+                f"{measure(e)} {single.acceptance:.2f}, {early.acceptance:.2f}, {late.acceptance:.2f}",
                 single.acceptance < early.acceptance < late.acceptance),
         Finding("more simulated steps are better", "Figure 10: s = 1 … 4", " ".join(f"{x:.3f}" for x in steps),
                 steps[-1] > steps[0]),
@@ -201,7 +202,7 @@ def fig12(e: Entries) -> list[Finding]:
         "beagle-noreg": "kept: without it training degrades at the end",
     }
     return [
-        Finding(what[name], paper[name], f"{kind(e)} {base:.3f} to {e[name].acceptance:.3f}", base > e[name].acceptance)
+        Finding(what[name], paper[name], f"{measure(e)} {base:.3f} to {e[name].acceptance:.3f}", base > e[name].acceptance)
         for name in what
     ]  # fmt: skip
 
@@ -214,7 +215,9 @@ def block(e: Entries) -> list[Finding]:
         "beagle-onewindow": "a window of the early stage's own helps (ours; the paper has one for both stages)",
     }
     return [
-        Finding(what[name], "not tried", f"{kind(e)} {base:.3f} to {e[name].acceptance:.3f}", base > e[name].acceptance)
+        Finding(
+            what[name], "not tried", f"{measure(e)} {base:.3f} to {e[name].acceptance:.3f}", base > e[name].acceptance
+        )
         for name in what
     ]
 

@@ -34,7 +34,8 @@ class Spec:
     """Everything the process needs.
 
     Attributes:
-        target: arguments of ``load_target``. data: folder of answers and states, and the tokens in it.
+        target: arguments of ``load_target``.
+        data: folder of answers and states, and the tokens in it.
         out: the run's own folder.
         train: its epochs are shares of the budget where ``seconds`` is set.
         seconds: of training, validation not counted; None: the epochs of ``train``.

@@ -53,8 +53,11 @@ class Variant:
     """One way to train a head.
 
     Attributes:
-        early, late: which stages it has; the recipe's epochs say how the budget is shared.
-        window: k of both stages, steps: s; None: the recipe's. batch: its size, the recipe's being 16.
+        early: whether it has the early stage; the recipe's epochs say how both share the budget.
+        late: whether it has the late stage.
+        window: k of both stages; None: the recipe's.
+        steps: s; None: the recipe's.
+        batch: its size, the recipe's being 16.
     """
 
     name: str
@@ -97,8 +100,8 @@ class Variant:
 
     def plain_name(self, recipe: Recipe) -> str:
         """Without the words that say what the recipe says: names of one training have one folder."""
-        said = (f"k{recipe.train.window}", f"s{recipe.train.steps}", f"u{recipe.train.steps}", f"b{PAPERS_BATCH}")
-        words = [word for word in self.name.split("-") if word not in said]
+        of_recipe = (f"k{recipe.train.window}", f"s{recipe.train.steps}", f"u{recipe.train.steps}", f"b{PAPERS_BATCH}")
+        words = [word for word in self.name.split("-") if word not in of_recipe]
         plain = "-".join(words)
         same = parse(plain).settings(recipe, 0) == self.settings(recipe, 0)
         return plain if same else self.name

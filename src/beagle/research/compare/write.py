@@ -39,7 +39,8 @@ def write_comparison(
     Args:
         decoding: figures by tree, then by ``variant/seedN`` (see ``decoding.decode``); may be empty.
         suite: what the variants are judged by; None: they are only shown.
-        meta: of the run, its command among it. budget: in words; None: the tokens of the first record.
+        meta: of the run, its command among it.
+        budget: in words; None: the tokens of the first record.
     """
     found = entries(records, decoding)
     findings = suite.judge(found) if suite else []

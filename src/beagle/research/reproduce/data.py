@@ -25,7 +25,9 @@ COPIES = 60  # sampled answers to each of them
 class Material:
     """
     Attributes:
-        prompts: to train on; empty where answers are given. sets: questions by name. note: what a reader must know.
+        prompts: to train on; empty where answers are given.
+        sets: questions by name.
+        note: what a reader must know.
         sampled: whether all answers are sampled, as prompts repeat.
     """
 
@@ -39,7 +41,8 @@ def find_material(prompts: Path | None, with_answers: bool, count: int | None, q
     """Prompts of a file, of ``$BEAGLE_DATA/train``, or the package's own; questions of the paper's sets, or its own.
 
     Args:
-        with_answers: answers are there already, and no prompts needed. count: of prompts, drawn with a fixed seed.
+        with_answers: answers are there already, and no prompts needed.
+        count: of prompts, drawn with a fixed seed.
         questions: of each set.
     Raises:
         BeagleError: a file is missing or can't be read.

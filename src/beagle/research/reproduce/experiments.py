@@ -15,7 +15,8 @@ class Item:
     """One of the paper's experiments.
 
     Attributes:
-        variants: heads that it trains. suite: what judges them; None: the side-by-side run of the tables.
+        variants: heads that it trains.
+        suite: what judges them; None: the side-by-side run of the tables.
         decodes: whether questions are answered with the heads.
     """
 

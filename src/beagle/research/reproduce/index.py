@@ -25,7 +25,8 @@ def write_index(out: Path, command: str, about: str, notes: str) -> None:
     """Write ``index.md`` of everything finished in ``out``.
 
     Args:
-        about: the scale, in words. notes: what a reader must know of the material.
+        about: the scale, in words.
+        notes: what a reader must know of the material.
     """
     found = {name: findings for name in ITEMS if (findings := read_findings(out / name)) is not None}
     sections = [Section("Verdicts", [line for line in (about, notes) if line], command, [verdicts(found)])]

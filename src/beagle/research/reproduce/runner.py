@@ -39,7 +39,8 @@ class Session:
     Attributes:
         target: arguments of ``load_target`` for training; ``decode_dtype`` replaces its dtype in decoding.
         data: a folder of answers that are there already; None: they are made.
-        command: that repeats all of it. say: takes a line on what is going on.
+        command: that repeats all of it.
+        say: takes a line on what is going on.
     """
 
     out: Path

@@ -22,11 +22,15 @@ class Scale:
     """One size of all experiments.
 
     Attributes:
-        about: what it takes, in words. recipe: of answers, training (windows and steps are the paper's: k = 5, s = 4)
+        about: what it takes, in words.
+        recipe: of answers, training (windows and steps are the paper's: k = 5, s = 4)
             and heads.
-        prompts: how many are answered; None: all there are. tokens: of training for each head; None: the epochs of
-            the recipe. memory_tokens: the same for runs that measure memory alone.
-        questions: of each set; None: all. max_new_tokens: of each answer.
+        prompts: how many are answered; None: all there are.
+        tokens: of training for each head; None: the epochs of
+            the recipe.
+        memory_tokens: the same for runs that measure memory alone.
+        questions: of each set; None: all.
+        max_new_tokens: of each answer.
         tree: of all decoding alike, so that speeds tell heads apart and not tree sizes.
     """
 

@@ -40,8 +40,15 @@ class Job:
     """What the process that measures needs.
 
     Attributes:
-        target: arguments of ``load_target``. heads: folders of both draft checkpoints.
-        arguments: what was asked for, as a result of ``beagle eval`` holds it.
+        target: arguments of ``load_target``.
+        beagle: folder of Beagle's draft checkpoint.
+        eagle: folder of EAGLE's.
+        sets: the questions by set.
+        tree: of every drafting mode.
+        max_new_tokens: of each answer.
+        out: the file of figures and answers.
+        command: that repeats all of it.
+        scale: its name.
     """
 
     target: dict[str, Any]

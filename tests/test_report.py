@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import re
+import sys
 
 import pytest
 
@@ -102,6 +103,13 @@ def test_a_whole_report(result, tmp_path, beagle):
     assert (tmp_path / "out" / "tiny_speed_up.svg").read_text() == before  # same figures, same file
     write_report([path, path], tmp_path / "out")
     assert "(tiny-2_speed_up.png)" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_plots_without_matplotlib_are_refused(result, tmp_path, beagle, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    beagle("report", result[1], "--out", tmp_path / "out").refusal("matplotlib", "beagle-decoding[plots]")
+    beagle("research", "plot", tmp_path / "log.csv", "--out", tmp_path / "out").refusal("matplotlib", "[plots]")
+    beagle("profile", "--plot", tmp_path / "a.png").refusal("matplotlib", "[plots]")
 
 
 def test_tables_of_the_terminal_hold_every_cell():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,7 +36,7 @@ def profile(
     """
     from beagle.evaluation.modes import Options
     from beagle.evaluation.profile import Profile
-    from beagle.evaluation.report import plots
+    from beagle.evaluation.report import plots, style
     from beagle.evaluation.suites import load_questions, load_suite
     from beagle.meta import command_line, describe, redact_paths
 
@@ -47,8 +46,7 @@ def profile(
     if plot is not None:
         if plot.suffix not in (".png", ".svg", ".pdf"):
             raise BeagleError(f"--plot '{plot}': the name must end in .png, .svg or .pdf")
-        if find_spec("matplotlib") is None:
-            raise BeagleError("--plot needs matplotlib; install it: pip install 'beagle-decoding[plots]'")
+        style.require_matplotlib()
     sets = load_questions(questions, limit) if questions else load_suite("quick", limit)
     model = setup.load_model()
     with o.console.status("measuring memory, products, passes and drafts"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from beagle.errors import BeagleError
-from beagle.evaluation.report.write import require_matplotlib
+from beagle.evaluation.report.style import require_matplotlib
 from beagle.research.compare.results import Entry
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from beagle.errors import BeagleError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,6 +28,20 @@ _SETTINGS: dict[str, Any] = {
     "axes.titlesize": 10.5, "axes.axisbelow": True, "grid.color": "#e3e6ea", "legend.frameon": False,
     "svg.fonttype": "path", "hatch.linewidth": 0.6, "figure.dpi": 100,
 }  # fmt: skip
+
+
+def has_matplotlib() -> bool:
+    """It is an extra, and takes a while to import."""
+    return find_spec("matplotlib") is not None
+
+
+def require_matplotlib() -> None:
+    """
+    Raises:
+        BeagleError: it isn't installed.
+    """
+    if not has_matplotlib():
+        raise BeagleError("plots need matplotlib; install it: pip install 'beagle-decoding[plots]'")
 
 
 def new_figure(

@@ -9,6 +9,7 @@ from pathlib import Path
 from beagle.errors import BeagleError
 from beagle.evaluation.records import read_result
 from beagle.evaluation.report.plots import plots
+from beagle.evaluation.report.style import require_matplotlib
 from beagle.evaluation.report.table import Table
 from beagle.evaluation.report.tables import heading, machine, tables
 
@@ -46,17 +47,6 @@ def markdown(title: str, sections: Sequence[Section]) -> str:
         for table in section.tables:
             lines += [table.markdown(), ""]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def require_matplotlib() -> None:
-    """
-    Raises:
-        BeagleError: it isn't installed.
-    """
-    try:
-        import matplotlib  # noqa: F401  (takes a while to import, and only plots need it)
-    except ImportError as error:
-        raise BeagleError("plots need matplotlib; install it: pip install 'beagle-decoding[plots]'") from error
 
 
 def write_report(paths: Sequence[Path], out: Path) -> Path:

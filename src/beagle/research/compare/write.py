@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from beagle.evaluation.report.style import has_matplotlib
 from beagle.files import write_json
 from beagle.research.compare import plots, report
 from beagle.research.compare.results import Entry, entries
@@ -52,7 +52,10 @@ def write_comparison(
     report.write_csv(out / "curves.csv", report.curve_rows(found.values()))
     title = suite.title if suite else "Training compared"
     about = ran(records, meta, budget)
-    names = _draw(found, f"{title}\n{about}", out, suite)
+    names = []
+    if has_matplotlib():
+        ordered, short = (suite.ordered, suite.short) if suite else (False, False)
+        names = plots.draw(found, f"{title}\n{about}", out, ordered=ordered, costs_only=short)
     text = report.page(title, about, found, findings, meta["command"], names)
     (out / "compare.md").write_text(text, encoding="utf-8")
     return Written(found, findings, names)
@@ -66,10 +69,3 @@ def ran(records: list[dict[str, Any]], meta: dict[str, Any], budget: str | None 
         f"{seeds} seed{'s' * (seeds > 1)}; {machine['gpu'] or machine['cpu'].split(',')[0]}, "
         f"{machine['threads']} of {machine['cores']} cores"
     )
-
-
-def _draw(found: dict[str, Entry], about: str, out: Path, suite: Suite | None) -> list[str]:
-    if find_spec("matplotlib") is None:  # an extra: training does not need it
-        return []
-    ordered, short = (suite.ordered, suite.short) if suite else (False, False)
-    return plots.draw(found, about, out, ordered=ordered, costs_only=short)

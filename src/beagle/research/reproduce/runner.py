@@ -6,13 +6,13 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from beagle.errors import BeagleError
 from beagle.evaluation.records import read_records
 from beagle.evaluation.report.plots import plots
+from beagle.evaluation.report.style import has_matplotlib
 from beagle.evaluation.report.tables import details
 from beagle.files import first_change, read_json, write_json
 from beagle.meta import describe
@@ -154,7 +154,7 @@ class Session:
         result = run_variants.in_fresh_process(tables.measure, job)
         by_set = details(result)
         write_csv(out / "table.csv", [dict(zip(by_set.header, row, strict=True)) for row in by_set.rows])
-        if find_spec("matplotlib") is not None:  # an extra
+        if has_matplotlib():
             plots(result, out)
         return tables.judge(result, read_records(job.out, result))
 

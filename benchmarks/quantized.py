@@ -9,7 +9,6 @@ Modes ``plain`` and ``beagle`` are the target as it is; ``plain int8`` and so on
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import beagle
@@ -18,17 +17,16 @@ from beagle.evaluation.figures import figures
 from beagle.evaluation.modes import Options, System
 from beagle.evaluation.records import Record
 from beagle.evaluation.run import run
-from beagle.evaluation.suites import unique
+from beagle.evaluation.suites import first_turns, load_questions
 from beagle.files import write_json
 from beagle.meta import command_line, describe
 from beagle.model import Model
 from beagle.targets.linears.quantized import KINDS
-from beagle.training.prompts import read_prompts
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=Path, action="append", required=True)
+    parser.add_argument("--questions", action="append", required=True)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--target", default="smollm2-135m")
@@ -42,12 +40,7 @@ def main() -> None:
         model = beagle.load(arguments.target, draft=arguments.draft, dtype=arguments.dtype, quantize=kind)
         for mode, one in (("plain", Model(model.target)), ("beagle", model)):
             systems.append(System(mode if kind is None else f"{mode} {kind}", one))
-    sets = {
-        path.stem: [
-            replace(p, turns=p.turns[:1], category="") for p in unique(read_prompts(path, limit=arguments.limit))
-        ]
-        for path in arguments.questions
-    }
+    sets = first_turns(load_questions(arguments.questions, arguments.limit))
     records: list[Record] = []
     for part in follow(
         run(systems, sets, Options(arguments.tokens, exact=arguments.exact)), sum(map(len, sets.values()))

@@ -35,7 +35,7 @@ from beagle.evaluation.figures import by, figures, ratio
 from beagle.evaluation.modes import Drafts, Options, System, load_systems
 from beagle.evaluation.records import Record
 from beagle.evaluation.run import run
-from beagle.evaluation.suites import load_questions
+from beagle.evaluation.suites import first_turns, load_questions
 from beagle.files import write_json
 from beagle.meta import command_line, describe
 from beagle.targets.loading import load_target, resolve
@@ -153,10 +153,7 @@ def main(words: list[str] | None = None) -> None:
     chosen = [
         e for e in ENGINES if e.name in names or e.name in ("transformers", "plain")
     ]  # what the others are compared with
-    sets = {
-        name: [replace(prompt, turns=prompt.turns[:1], category="") for prompt in prompts]
-        for name, prompts in load_questions(arguments.questions, arguments.limit).items()
-    }
+    sets = first_turns(load_questions(arguments.questions, arguments.limit))
     missing: dict[str, str] = {}
     systems = ours([engine for engine in chosen if engine.mode], arguments, missing)
     for engine in chosen:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,7 +72,7 @@ def eval(
         raise BeagleError("--resume needs --json, the file to go on with")
     sets = suites.load_suite(suite, limit) if suite else suites.load_questions(questions or [], limit, skip_bad_lines)
     if first_turns:
-        sets = {name: [replace(p, turns=p.turns[:1]) for p in prompts] for name, prompts in sets.items()}
+        sets = suites.first_turns(sets)
     drafts = Drafts(setup.draft, eagle, small_model)
     chosen = o.split_modes(modes) or available(drafts, resolve_draft(setup.draft, setup.target), quick=suite == "quick")
     check_modes(chosen, drafts)

@@ -62,9 +62,9 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that 
 Modes = Annotated[
     str,
     typer.Option(
-        help="Comma-separated. Our engine: plain, beagle (what --draft names), chain (the same, a chain instead of a tree), head (its head, without lookup), "
-        "eagle (--eagle), lookup (prompt lookup), small (--small-model drafts). transformers' generate: transformers, prompt-lookup, assisted (by "
-        "--small-model)."
+        help="Comma-separated. Our engine: plain, beagle (what --draft names), chain (the same, a chain instead of a "
+        "tree), head (its head, without lookup), eagle (--eagle), lookup (prompt lookup), small (--small-model drafts). "
+        "transformers' generate: transformers, prompt-lookup, assisted (by --small-model)."
     ),
 ]
 SmallModel = Annotated[

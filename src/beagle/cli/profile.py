@@ -29,7 +29,7 @@ def profile(
 ) -> None:
     """The floor of a pass here, its measured time, and where the rest of an iteration goes.
 
-    Measures how fast this machine reads memory and multiplies matrices, times passes by number of rows, then
+    Measures how fast this machine reads memory and multiplies matrices, times passes by number of tokens, then
     answers questions plainly and with drafts, taking turns. What each line means: docs/performance.md.
 
     Example: [bold]beagle profile --dtype bfloat16 --json profile.json --plot profile.png[/bold]
@@ -83,10 +83,11 @@ def show(result: dict[str, Any]) -> None:
         f"GFLOP/s in {result['meta']['target']['dtype']}",
         highlight=False,
     )
+    names = ("ms", "floor_ms", "read_ms", "compute_ms")
     rows = [
-        [str(p["rows"]), *(f"{p[name]:.2f}" for name in ("ms", "floor_ms", "read_ms", "compute_ms")), f"{p['ms'] / p['floor_ms']:.1f}×"]
+        [str(p["rows"]), *(f"{p[name]:.2f}" for name in names), f"{p['ms'] / p['floor_ms']:.1f}×"]
         for p in result["passes"]
-    ]  # fmt: skip
+    ]
     header = ["tokens", "ms", "floor ms", "read ms", "compute ms", "over floor"]
     console.print(Table(f"a pass after {CONTEXT} tokens", header, rows).rich())
     rows = []
@@ -104,5 +105,8 @@ def show(result: dict[str, Any]) -> None:
             f"that the cost model expects (a whole draft takes {result['draft_ms']:.2f} ms)",
             highlight=False,
         )
-    note = "outside: share of an iteration that is neither draft nor verify. text: tokenising and putting text together, no part of the speeds."
+    note = (
+        "outside: share of an iteration that is neither draft nor verify. text: tokenising and putting text together, "
+        "no part of the speeds."
+    )
     console.print(f"[dim]{note}[/dim]", highlight=False)

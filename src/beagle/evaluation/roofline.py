@@ -78,7 +78,14 @@ def synchronize(device: torch.device) -> None:
 
 
 def floor(target: Target, machine: Machine, rows: int, context: int) -> Floor:
-    """Of a verification of so many rows, LM head included, on a context of so many tokens, all of them seen in every layer."""
+    """The floor of a verification, LM head included.
+
+    Args:
+        target: whose pass it is.
+        machine: measured rates.
+        rows: tokens of the pass, root included.
+        context: tokens before them, all of them seen in every layer.
+    """
     keys = context + rows
     read = target.pass_bytes + keys * target.slot_bytes()
     operations = rows * (2 * target.pass_weights + keys * target.slot_operations())

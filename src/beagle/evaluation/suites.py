@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,6 +93,11 @@ def limit_by_category(prompts: Sequence[Prompt], limit: int | None) -> list[Prom
         seen[prompt.category] = seen.get(prompt.category, 0) + 1
         rounds.append((seen[prompt.category], at))
     return [prompts[at] for at in sorted(at for _, at in sorted(rounds)[:limit])]
+
+
+def first_turns(sets: Mapping[str, Sequence[Prompt]]) -> dict[str, list[Prompt]]:
+    """The questions without their later turns, which would ask each mode about its own answers."""
+    return {name: [replace(prompt, turns=prompt.turns[:1]) for prompt in prompts] for name, prompts in sets.items()}
 
 
 def unique(prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from beagle.evaluation.figures import by, summary
 from beagle.evaluation.modes import Options, System
 from beagle.evaluation.records import Record
 from beagle.evaluation.run import run as side_by_side
-from beagle.evaluation.suites import unique
+from beagle.evaluation.suites import first_turns, unique
 from beagle.files import first_change, read_json, write_json
 from beagle.model import Model
 from beagle.research.compare.train_variant import quiet
@@ -71,10 +71,7 @@ def decode(work: Work) -> dict[str, Any]:
     systems = [System(mode, Model(target, drafters[name], work.plans[tree])) for mode, (tree, name) in places.items()]
     places[PLAIN] = PLAIN, PLAIN
     systems.append(System(PLAIN, Model(target)))
-    sets = {
-        name: [replace(prompt, turns=prompt.turns[:1]) for prompt in unique(prompts)]
-        for name, prompts in work.sets.items()
-    }
+    sets = first_turns({name: unique(prompts) for name, prompts in work.sets.items()})
     records: list[Record] = []
     for name, prompts in sets.items():
         for part in side_by_side(systems, {name: prompts}, Options(work.max_new_tokens)):

@@ -26,9 +26,6 @@ CIRCLES = {
     "a helper is handed its whole target": {
         f"beagle.targets.{name}" for name in ("compiled", "exact", "ragged", "target", "traced")
     },
-    "a level's runner is handed its drafter": {
-        f"beagle.drafters.{name}" for name in ("beams", "captured", "compiled", "tree")
-    },
     "metrics are handed the engine": {"beagle.serving.engine", "beagle.serving.metrics"},
 }
 UPWARD: set[tuple[str, str]] = set()  # (module, what it imports from above)

@@ -227,7 +227,7 @@ def test_modes_take_turns(three, monkeypatch):
 
 
 def test_the_librarys_mode_runs_the_stock_model(three, model, monkeypatch):
-    monkeypatch.setattr(type(model.target), "forward", lambda *a: 1 / 0)
+    monkeypatch.setattr(type(model.target), "run", lambda *a: 1 / 0)
     ids, stats = three[2].answer("w3 w4", Options(8), 0)
     assert len(ids) == stats.tokens
     with pytest.raises(ZeroDivisionError):

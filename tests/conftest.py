@@ -202,10 +202,10 @@ def interrupt(monkeypatch, at: str):
     """Ctrl-C in mode ``beagle`` of question ``at``; returns what lets the next run go through."""
     ask = run.ask
 
-    def interrupted(contender, name, prompt, *rest):
-        if prompt.id == at and contender.mode == "beagle":
+    def interrupted(system, name, prompt, *rest):
+        if prompt.id == at and system.mode == "beagle":
             raise KeyboardInterrupt
-        return ask(contender, name, prompt, *rest)
+        return ask(system, name, prompt, *rest)
 
     monkeypatch.setattr(run, "ask", interrupted)
     return lambda: monkeypatch.setattr(run, "ask", ask)
@@ -288,12 +288,13 @@ def questions(tmp_path):
 
 
 @pytest.fixture
-def bench(folders, beagle, questions, tmp_path):
-    """Runs the command; returns its outcome and its JSON."""
+def first_turns(folders, beagle, questions, tmp_path):
+    """Runs `beagle eval` on the first turns in three modes; returns its outcome and its JSON."""
 
     def call(*extra):
         path = tmp_path / "figures" / "out.json"
-        ended = beagle("bench", "--questions", questions, *folders.options, "-n", 8, "--json", path, *extra)
+        options = ["--first-turns", "--modes", "plain,beagle,transformers", "-n", 8, "--json", path]
+        ended = beagle("eval", "--questions", questions, *folders.options, *options, *extra)
         return ended, json.loads(path.read_text()) if path.exists() else None
 
     return call

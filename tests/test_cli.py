@@ -164,7 +164,7 @@ def test_bad_requests(folders, beagle, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "arguments",
     [["generate"], ["generate", "w3", "-n", "0"], ["generate", "w3", "--depth", "0"], ["generate", "w3", "--what"],
-     ["sing"], ["train"], ["bench"], ["generate", "w3", "--temperature", "-1"]],
+     ["sing"], ["train"], ["research", "compare"], ["generate", "w3", "--temperature", "-1"]],
 )  # fmt: skip
 def test_usage_errors(beagle, arguments):
     ended = beagle(*arguments)
@@ -177,7 +177,7 @@ def test_usage_errors(beagle, arguments):
 def test_every_command_has_help(beagle, command):
     ended = beagle(command, "--help")
     assert ended.code == 0
-    assert ("--target" in ended.out) == (command not in ("report", "view"))
+    assert ("--target" in ended.out) == (command not in ("report", "view", "research"))
 
 
 def test_failures_of_ours_have_code_1(folders, beagle, monkeypatch):

@@ -1,4 +1,4 @@
-"""``beagle compare-training``: equal budgets, kept runs, its files, and what stops it."""
+"""``beagle research compare``: equal budgets, kept runs, its files, and what stops it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ import torch
 import yaml
 
 from beagle.errors import BeagleError
-from beagle.evaluation.compare import one, runs
-from beagle.evaluation.compare.plots import apart
-from beagle.evaluation.compare.results import Entry, entries, growth, reached
-from beagle.evaluation.compare.suites import SUITES
-from beagle.evaluation.compare.variants import parse, parse_list
-from beagle.evaluation.meta import MemoryMeter
+from beagle.evaluation.peak_memory import MemoryMeter
+from beagle.research.compare import run_variants, train_variant
+from beagle.research.compare.results import Entry, entries, growth, reached
+from beagle.research.compare.suites import SUITES
+from beagle.research.compare.variants import parse, parse_list
+from beagle.research.training_log import expected_length
 from beagle.training import trainer
 from beagle.training.answers import AnswerGenerator
 from beagle.training.config import TrainConfig
@@ -61,11 +61,11 @@ def here(monkeypatch):
     trained = []
 
     def run(work, *arguments):
-        if work is one.train_variant:
+        if work is train_variant.train_variant:
             trained.append((arguments[0].variant, arguments[0].seed))
         return work(*arguments)
 
-    monkeypatch.setattr(runs, "in_fresh_process", run)
+    monkeypatch.setattr(run_variants, "in_fresh_process", run)
     return trained
 
 
@@ -73,7 +73,7 @@ def here(monkeypatch):
 def compare(beagle, made, tmp_path):
     def call(*extra, out="out", budget=("--tokens", 500), data=made / "data"):
         options = ["--config", made / "recipe.yaml", "--target", made / "target", "--device", "cpu"]
-        return beagle("compare-training", "--data", data, "--out", tmp_path / out, *options, *budget, *extra)
+        return beagle("research", "compare", "--data", data, "--out", tmp_path / out, *options, *budget, *extra)
 
     return call
 
@@ -140,7 +140,7 @@ def test_interrupted_comparison_goes_on_where_it_stopped(compare, here, tmp_path
     options = ["--variants", "beagle,eagle"]
     assert compare(*options, out="whole").code == 0
     first = here.copy()
-    ordinary = one.Measured._one
+    ordinary = train_variant.Measured._one
 
     def interrupted(self, group):
         if self.head.architecture == "eagle" and self.step == 5:
@@ -148,13 +148,13 @@ def test_interrupted_comparison_goes_on_where_it_stopped(compare, here, tmp_path
         return ordinary(self, group)
 
     with monkeypatch.context() as patched:
-        patched.setattr(one.Measured, "_one", interrupted)
+        patched.setattr(train_variant.Measured, "_one", interrupted)
         ended = compare(*options)
         assert ended.code == 130
         assert "run the same command again" in ended.err
     seen = []
     with monkeypatch.context() as patched:
-        patched.setattr(one.Measured, "_one", lambda self, g: seen.append(self.step) or ordinary(self, g))
+        patched.setattr(train_variant.Measured, "_one", lambda self, g: seen.append(self.step) or ordinary(self, g))
         assert compare(*options).code == 0
     assert here == [*first, *first, ("eagle", 0)]
     assert seen[0] == 5
@@ -193,7 +193,7 @@ def test_data_of_another_kind_or_changed_meanwhile_is_refused(compare, here, mad
     manifest.write_text(json.dumps({**content, "template": "another"}))
     compare(data=tmp_path / "data").refusal("template 'another'", "another folder")
     manifest.write_text(json.dumps(content))
-    specs = runs.specs
+    specs = run_variants.specs
 
     def then_changed(*arguments):
         planned = specs(*arguments)
@@ -201,7 +201,7 @@ def test_data_of_another_kind_or_changed_meanwhile_is_refused(compare, here, mad
         shutil.copy(shard, shard.with_name("shard-00001.safetensors"))
         return planned
 
-    monkeypatch.setattr(runs, "specs", then_changed)
+    monkeypatch.setattr(run_variants, "specs", then_changed)
     compare(data=tmp_path / "data").refusal("has changed")
 
 
@@ -249,7 +249,7 @@ def test_every_suite_judges_what_it_trains(made, tmp_path):
             stages = {s: cost for s, there in (("early", variant.early), ("late", variant.late)) if there}
             alphas = [0.5 - 0.01 * i] * 5
             record = {
-                "stages": stages, "step_alpha": alphas, "expected_length": one.expected_length(alphas), "seed": 7,
+                "stages": stages, "step_alpha": alphas, "expected_length": expected_length(alphas), "seed": 7,
                 "parameters": 10, "seconds": 9, "curve": [{"seconds": 5, "expected_length": 3.0, "step_alpha": alphas}], "variant": variant.name,
             }  # fmt: skip
             trees = {tree: [{"tau": 2.0 - 0.1 * i, "tokens_per_second": 30.0 - i}] for tree in suite.trees}
@@ -309,11 +309,11 @@ def test_budget_in_steps_survives_the_trainers_rounding(made):
     store = StateStore.existing(made / "data")
     sizes = [sum(len(s.tokens) for s in g) for e in (0, 1) for g in batches(store, tokens=120, seed=3, epoch=e)]
     epoch = sum(1 for _ in batches(store, tokens=120, seed=3, epoch=0))
-    steps, per_epoch = runs.steps_for(store, 120, 3, sum(sizes[:epoch]) + 1)
+    steps, per_epoch = run_variants.steps_for(store, 120, 3, sum(sizes[:epoch]) + 1)
     assert (steps, per_epoch) == (epoch + 1, epoch)
     recipe = read_recipe(made / "recipe.yaml")
     for steps in range(1, 40):
-        train = runs.in_steps(replace(recipe.train, early_epochs=2 / 3, late_epochs=1 / 3), steps, per_epoch)
+        train = run_variants.in_steps(replace(recipe.train, early_epochs=2 / 3, late_epochs=1 / 3), steps, per_epoch)
         early = round(train.early_epochs * per_epoch)
         assert early == round(steps * 2 / 3)
         assert early + round(train.late_epochs * per_epoch) == steps
@@ -371,7 +371,7 @@ def test_when_a_length_is_reached():
     assert reached(entry, 1.25, "seconds") == 5
     assert reached(entry, 2.0, "seconds") == 15
     assert reached(entry, 2.6, "seconds") is None
-    assert one.expected_length([0.5, 0.5]) == 1.75
+    assert expected_length([0.5, 0.5]) == 1.75
 
 
 def test_seeds_are_averaged():
@@ -380,24 +380,18 @@ def test_seeds_are_averaged():
     assert (found.length, found.step_alpha, found.acceptance) == (1.5, [0.1], 1.5)
 
 
-def test_labels_are_moved_apart():
-    places = apart([0.5, 0.1, 0.5, 0.52], 0.1)
-    assert places[1] == pytest.approx(0.1)
-    assert sorted(places)[1:] == pytest.approx([0.4067, 0.5067, 0.6067], abs=1e-3)
-
-
 def test_a_variant_whose_process_is_killed():
     import os
 
     with pytest.raises(BeagleError, match="killed"):
-        runs.in_fresh_process(os._exit, 9)
+        run_variants.in_fresh_process(os._exit, 9)
 
 
 WORK = """
 import os, sys, time
 from pathlib import Path
 
-from beagle.evaluation.compare.runs import in_fresh_process
+from beagle.research.compare.run_variants import in_fresh_process
 
 def work(folder):
     try:

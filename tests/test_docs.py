@@ -86,7 +86,7 @@ def test_words_are_the_fields(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_no_figure_is_typed(page):
-    """Speed-ups stand in tables that scripts/readme_figures.py makes, so that each has a file."""
+    """Speed-ups stand in tables that tools/readme_figures.py makes, so that each has a file."""
     text = without_code(page.read_text(encoding="utf-8"))
     assert re.findall(r"\d+(?:\.\d+)?×|\d+\.\d+ times", text) == []
 
@@ -112,7 +112,9 @@ def test_links_lead_somewhere(page):
 
 def test_files_that_pages_name_exist():
     for page in PAGES:
-        for name in re.findall(r"`((?:results|configs|scripts|examples|tests)/[\w./-]*\w)`", page.read_text("utf-8")):
+        for name in re.findall(
+            r"`((?:results|configs|benchmarks|tools|examples|tests)/[\w./-]*\w)`", page.read_text("utf-8")
+        ):
             assert (ROOT / name).exists(), f"{page.name}: {name}"
 
 

@@ -10,7 +10,7 @@ from beagle.decoding.costs import Costs
 from beagle.decoding.stats import Stats
 from beagle.errors import BeagleError
 from beagle.evaluation import figures, run
-from beagle.evaluation.modes import Contender, Options
+from beagle.evaluation.modes import Options, System
 from beagle.evaluation.records import Record, Turn, read_records, read_result, write_result
 from beagle.model import Model
 from beagle.targets.chat import encode
@@ -136,15 +136,15 @@ def model():
 
 def test_the_second_turn_holds_the_models_own_first_answer(model, monkeypatch):
     heard = []
-    answer = Contender.answer
+    answer = System.answer
 
     def noted(self, prompt, *rest):
         heard.append(prompt)
         return answer(self, prompt, *rest)
 
-    monkeypatch.setattr(Contender, "answer", noted)
-    contender = Contender("plain", Model(model.target))
-    record = run.ask(contender, "set", Prompt("a", ("w3 w4", "w5")), Options(6), 0)
+    monkeypatch.setattr(System, "answer", noted)
+    system = System("plain", Model(model.target))
+    record = run.ask(system, "set", Prompt("a", ("w3 w4", "w5")), Options(6), 0)
     said = model.target.tokenizer.decode(record.turns[0].ids, skip_special_tokens=True)
     roles = [(m["role"], m["content"]) for m in heard[1]]
     assert roles == [("user", "w3 w4"), ("assistant", said), ("user", "w5")]
@@ -154,7 +154,7 @@ def test_the_second_turn_holds_the_models_own_first_answer(model, monkeypatch):
 
 def test_a_difference_is_looked_for_in_the_turn_where_it_is(model):
     prompt = Prompt("a", ("w3 w4", "w5"))
-    plain = run.ask(Contender("plain", Model(model.target)), "set", prompt, Options(6), 0)
+    plain = run.ask(System("plain", Model(model.target)), "set", prompt, Options(6), 0)
     wrong = [*plain.turns[1].ids[:2], (plain.turns[1].ids[2] + 1) % 64]
     other = Record("set", "a", "", "beagle", 0, [plain.turns[0], Turn(wrong, Stats())])
     same, found = run.compared(model.target, prompt, [plain, other])
@@ -167,10 +167,10 @@ def test_a_difference_is_looked_for_in_the_turn_where_it_is(model):
 
 def test_turns_without_a_template_are_refused_before_the_work(model, monkeypatch):
     monkeypatch.setattr(model.target.tokenizer, "chat_template", None)
-    contenders = [Contender("plain", Model(model.target))]
+    systems = [System("plain", Model(model.target))]
     with pytest.raises(BeagleError, match=r"'a' of set.*chat template"):
-        next(run.run(contenders, {"set": [Prompt("a", ("w3", "w4"))]}, Options(2)))
-    (part,) = run.run(contenders, {"set": [Prompt("a", ("w3",))]}, Options(2))
+        next(run.run(systems, {"set": [Prompt("a", ("w3", "w4"))]}, Options(2)))
+    (part,) = run.run(systems, {"set": [Prompt("a", ("w3",))]}, Options(2))
     assert len(part) == 1
 
 

@@ -8,7 +8,8 @@ import stat
 
 import pytest
 
-from beagle.files import write_text
+from beagle.errors import BeagleError
+from beagle.files import first_change, read_json, write_text
 from beagle.training import states
 
 
@@ -38,3 +39,22 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
         write_text(tmp_path / "a.json", "new")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     assert (tmp_path / "a.json").read_text() == "old"
+
+
+def test_json_of_an_earlier_run(tmp_path):
+    path = tmp_path / "a.json"
+    assert read_json(path, "delete it") is None
+    path.write_text('{"a": [1, 2]}')
+    assert read_json(path, "delete it") == {"a": [1, 2]}
+    for damaged in ("{", "[1]", "null"):
+        path.write_text(damaged)
+        with pytest.raises(BeagleError, match=r"a\.json' is damaged .*; delete it"):
+            read_json(path, "delete it")
+
+
+def test_what_a_run_has_in_common_with_an_earlier_one():
+    stored = {"sizes": [1, 2], "name": "x", "more": 1}
+    assert first_change(stored, {"name": "x", "sizes": (1, 2)}) is None  # tuples are lists in JSON
+    assert first_change(stored, {"name": "x", "sizes": (1, 3)}) == "sizes"
+    assert first_change(stored, {"new": None}) is None  # as if it had always been left out
+    assert first_change(stored, {"new": 0}) == "new"

@@ -8,8 +8,8 @@ import pytest
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import beagle
-from beagle.evaluation.modes import Drafts, Options, load_contenders
-from beagle.evaluation.stock import STOCK_MODES
+from beagle.evaluation.hf_generate import HF_MODES
+from beagle.evaluation.modes import Drafts, Options, load_systems
 from beagle.model import Model
 from beagle.targets.generation import CHANGES, left_out
 from beagle.targets.loading import load_target
@@ -76,18 +76,18 @@ def test_answers_follow_the_options_alone(folder, answers, capsys):
 def test_transformers_modes_decode_as_ours_do(folder, answers):
     assert AutoModelForCausalLM.from_pretrained(folder).generation_config.repetition_penalty == 1.3
     target = load_target(str(folder), dtype="float32")
-    contenders = load_contenders(target, STOCK_MODES, Drafts(small=str(folder)), dtype="float32")
-    for contender in contenders:
-        found = [contender.answer(prompt, Options(max_new_tokens=16), seed=0)[0] for prompt in PROMPTS]
-        assert found == answers, contender.mode
+    systems = load_systems(target, HF_MODES, Drafts(small=str(folder)), dtype="float32")
+    for system in systems:
+        found = [system.answer(prompt, Options(max_new_tokens=16), seed=0)[0] for prompt in PROMPTS]
+        assert found == answers, system.mode
 
 
-def test_bench_finds_them_identical(folder, beagle, tmp_path):
+def test_eval_finds_them_identical(folder, beagle, tmp_path):
     questions = tmp_path / "q.jsonl"
     questions.write_text("".join(json.dumps({"id": str(i), "prompt": p}) + "\n" for i, p in enumerate(PROMPTS)))
     out = tmp_path / "out.json"
     modes = "plain,transformers,prompt-lookup"
-    ended = beagle("bench", "--target", folder, "--dtype", "float32", "--questions", questions, "-n", 12,
+    ended = beagle("eval", "--target", folder, "--dtype", "float32", "--questions", questions, "-n", 12,
                     "--modes", modes, "--json", out)  # fmt: skip
     assert ended.code == 0, ended.err
     assert all(mode["identical"] == 1 for mode in json.loads(out.read_text())["modes"].values())

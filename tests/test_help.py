@@ -6,12 +6,19 @@ import subprocess
 import sys
 
 import pytest
+import typer
 
+from beagle.cli import research
 from beagle.cli.main import app
-from beagle.evaluation.reproduce.items import ITEMS
-from beagle.evaluation.reproduce.scales import SCALES
+from beagle.research.reproduce.experiments import ITEMS
+from beagle.research.reproduce.scales import SCALES
 
-COMMANDS = ["", *(c.name or c.callback.__name__ for c in app.registered_commands)]
+
+def names(commands: typer.Typer) -> list[str]:
+    return [c.name or c.callback.__name__ for c in commands.registered_commands]
+
+
+COMMANDS = ["", "research", *names(app), *(f"research {name}" for name in names(research.app))]
 HEAVY = ("torch", "transformers", "numpy", "safetensors", "huggingface_hub", "fastapi", "matplotlib")
 CODE = """
 import sys
@@ -37,7 +44,7 @@ def test_help_imports_nothing_heavy(command):
 
 
 def test_help_of_reproduce_names_all_items(beagle):
-    shown = beagle("reproduce", "--help").out
+    shown = beagle("research", "reproduce", "--help").out
     for name in (*ITEMS, *SCALES):
         assert name in shown
 
@@ -49,7 +56,7 @@ def test_every_command_drafts_the_librarys_tree():
     from beagle.drafters.base import TreePlan
 
     plan = TreePlan()
-    for registered in app.registered_commands:
+    for registered in (*app.registered_commands, *research.app.registered_commands):
         defaults = {n: p.default for n, p in inspect.signature(registered.callback).parameters.items()}
         assert "beam" not in defaults
         assert defaults.get("tree_top_k", plan.top_k) == plan.top_k

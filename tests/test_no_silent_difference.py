@@ -192,7 +192,7 @@ def test_a_long_prompt_takes_memory_in_proportion_to_its_length():
 import sys
 import torch
 from conftest import tiny_model, tiny_tokenizer
-from beagle.evaluation.meta import peak_memory_mb, reset_peak_memory
+from beagle.evaluation.peak_memory import peak_memory_mb, reset_peak_memory
 from beagle.model import Model
 from beagle.targets.target import Target
 

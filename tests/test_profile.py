@@ -11,7 +11,7 @@ from beagle.decoding.costs import Costs, cached_costs
 from beagle.drafters.base import TreePlan
 from beagle.drafters.lookup import LookupDrafter
 from beagle.evaluation import profile as profile_module
-from beagle.evaluation.floor import Machine, floor, probe
+from beagle.evaluation.roofline import Machine, floor, probe
 from conftest import SMALL, tiny_target
 
 LAYER = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 48 + 2 * 32  # q, k, v, o; MLP; norms
@@ -39,7 +39,7 @@ def test_floor_by_hand(target):
 
 
 def test_rates_are_those_of_work_done(target, monkeypatch):
-    monkeypatch.setattr("beagle.evaluation.floor.best_time", lambda work, device: 0.5)
+    monkeypatch.setattr("beagle.evaluation.roofline.best_time", lambda work, device: 0.5)
     assert probe(target) == Machine(bandwidth=64 * 2**20 / 0.5, matrix_rate=2 * 2048**3 / 0.5)
 
 

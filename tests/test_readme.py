@@ -33,7 +33,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("readme_figures", ROOT / "scripts" / "readme_figures.py")
+    spec = importlib.util.spec_from_file_location("readme_figures", ROOT / "tools" / "readme_figures.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -45,7 +45,7 @@ def test_tables_are_those_of_the_result_files(script):
         text = page.read_text(encoding="utf-8")
         kinds[page.name] = [block[1] for block in script.BLOCK.findall(text)]
         assert text.count("<!-- end of ") == len(kinds[page.name]), page
-        assert script.filled(text) == text, f"{page.name}: run python scripts/readme_figures.py"
+        assert script.filled(text) == text, f"{page.name}: run python tools/readme_figures.py"
     assert kinds["README.md"] == ["modes"]
     assert {"benches", "sets", "suites", "claims", "trainings"} <= set(kinds["results.md"])
 
@@ -174,7 +174,7 @@ def test_commands_named_in_prose_exist(beagle):
 
 
 WRITES = {"eval": "quick.json", "report": "report/report.md", "train": "runs/mine/head/config.json"}
-SHOWS = {"demo": "the same text, faster", "profile": "floor", "report": "report.html"}
+SHOWS = {"demo": "the same text, faster", "profile": "floor", "report": "report.md"}
 RUN = ["generate", "eval", "report", "profile", "demo", "train"]
 
 

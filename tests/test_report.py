@@ -1,11 +1,11 @@
-"""Reports and the viewer: what they show, where they refuse, and that the page needs nothing else."""
+"""Reports and the viewer: what they show, and where they refuse."""
 
 from __future__ import annotations
 
 import copy
-import json
+import io
 import re
-from itertools import pairwise
+import sys
 
 import pytest
 
@@ -14,8 +14,10 @@ from beagle.decoding.stats import Stats
 from beagle.errors import BeagleError
 from beagle.evaluation import figures
 from beagle.evaluation.records import Record, Turn, write_result
-from beagle.evaluation.report import answer, plots, tables, training
+from beagle.evaluation.report import answer, plots, tables
+from beagle.evaluation.report.table import Table
 from beagle.evaluation.report.write import write_report
+from beagle.research.training_log import read_log
 
 LOG = "step,stage,loss,seconds,tokens,alpha_1,alpha_2\n10,early,3,1,1000,0.5,0.2\n20,late,2,2,2000,0.5,0.4\n"
 
@@ -86,71 +88,69 @@ def test_rarely_tried_depths_are_not_plotted():
     assert plots.well_tried(m) == [0.5, 0.5]  # the third depth was tried 5 times
 
 
-def test_labels_do_not_touch():
-    heights = plots.spread_labels({"a": 0.5, "b": 0.5, "c": 0.51, "d": 0.9}, 0.1)
-    values = sorted(heights.values())
-    assert all(b - a >= 0.0999 for a, b in pairwise(values))
-    assert heights["d"] == 0.9
-
-
 def test_a_whole_report(result, tmp_path, beagle):
     _, path = result
-    log = tmp_path / "log.csv"
-    log.write_text(LOG)
-    ended = beagle("report", path, log, "--out", tmp_path / "out")
+    ended = beagle("report", path, "--out", tmp_path / "out")
     assert ended.code == 0, ended.err
-    plotted = {"tiny_speed_up", "tiny_step_alpha", "tiny_iteration", f"{tmp_path.name}_log"}
+    plotted = {"tiny_speed_up", "tiny_step_alpha", "tiny_iteration"}
     for name in plotted:
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     markdown = (tmp_path / "out" / "report.md").read_text()
     assert set(re.findall(r"\((\w+)\.png\)", markdown)) == plotted
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("<svg") == len(plotted)
-    assert not re.findall(r'(?:src|href)="(?!#)', page)  # nothing is asked from elsewhere
-    assert "a &lt;cpu&gt;" in page
-    data = json.loads(re.search(r'<script type="application/json">(.*?)</script>', page, re.S)[1])
-    assert [q["id"] for q in data] == ["0", "1", "2"]
-    assert data[0]["answers"]["beagle"]["turns"][0][1][:5] == [0, 1, 0, 0, 1]
+    assert "| beagle |" in markdown
     before = (tmp_path / "out" / "tiny_speed_up.svg").read_text()
-    write_report([path], tmp_path / "out", answers=1)
+    write_report([path], tmp_path / "out")
     assert (tmp_path / "out" / "tiny_speed_up.svg").read_text() == before  # same figures, same file
+    write_report([path, path], tmp_path / "out")
+    assert "(tiny-2_speed_up.png)" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_training_logs(tmp_path):
-    (tmp_path / "a.csv").write_text(LOG)
-    log = training.read_log(tmp_path / "a.csv")
-    assert log.taus == pytest.approx([1.6, 1.7])
-    assert log.changes() == [(0.0, "early"), (1500.0, "late")]
+def test_plots_without_matplotlib_are_refused(result, tmp_path, beagle, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    beagle("report", result[1], "--out", tmp_path / "out").refusal("matplotlib", "beagle-decoding[plots]")
+    beagle("research", "plot", tmp_path / "log.csv", "--out", tmp_path / "out").refusal("matplotlib", "[plots]")
+    beagle("profile", "--plot", tmp_path / "a.png").refusal("matplotlib", "[plots]")
 
 
-def test_comparisons_of_trainings(tmp_path, beagle):
-    points = [{"step": n, "stage": "early", "loss": 3.0, "tokens": n, "step_alpha": [0.5, 0.2 * n]} for n in (1, 2)]
-    runs = [
-        {
-            "variant": v,
-            "seed": 0,
-            "tokens": 10**6,
-            "seconds": 5.0,
-            "stages": {"early": {"memory_mb": 7.0}},
-            "curve": points,
-        }
-        for v in ("one", "two")
-    ]
-    path = tmp_path / "compare.json"
-    path.write_text(json.dumps({"runs": runs, "findings": [], "meta": {}}))
-    logs, needs = training.read_comparison(json.loads(path.read_text()), path)
-    assert [log.name for log in logs] == ["one", "two"]
-    assert logs[0].taus == pytest.approx([1.6, 1.7])
-    assert needs["one"] == {"peak_mb": 7.0, "seconds": 5.0}
-    assert beagle("report", path, "--out", tmp_path / "out").code == 0
-    assert (tmp_path / "out" / "compare_convergence.png").exists()
-    path.write_text(json.dumps({"runs": [{}], "findings": []}))
-    beagle("report", path, "--out", tmp_path / "out").refusal(path, "compare-training")
+def test_tables_of_the_terminal_hold_every_cell():
+    from rich.console import Console
+
+    table = Table("the title", ["mode", "what"], [["a", "[bold]1 | 2"]], "a note")
+    console = Console(width=60, record=True, file=io.StringIO())
+    console.print(table.rich())
+    shown = console.export_text()
+    assert all(text in shown for text in ("the title", "mode", "what", "[bold]1 | 2", "a note"))
+    assert table.markdown() == "**the title**\n\n| mode | what |\n| --- | --- |\n| a | [bold]1 \\| 2 |\n\na note\n"
 
 
-@pytest.mark.parametrize("content", ["", "a,b\n1,2\n", LOG.replace("0.5", "x"), '{"modes": {}}', "[]", None])
+def test_training_logs(tmp_path, beagle):
+    again = LOG + "20,late,2,3,2100,0.5,0.6\n"  # trained again after a crash
+    for name, text in (("a", LOG), ("b", again)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.csv").write_text(text)
+    points = read_log(tmp_path / "b" / "log.csv")
+    assert [(p["step"], p["stage"], p["tokens"]) for p in points] == [(10, "early", 1000), (20, "late", 2100)]
+    assert [p["expected_length"] for p in points] == pytest.approx([1.6, 1.8])
+    logs = [tmp_path / name / "log.csv" for name in ("a", "b")]
+    ended = beagle("research", "plot", *logs, "--out", tmp_path / "out")
+    assert ended.code == 0, ended.err
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"curves.png", "courses.png", "step_alpha.png"}
+    beagle("research", "plot", logs[0], logs[0], "--out", tmp_path / "out").refusal("'a'", "rename")
+    beagle("report", logs[0], "--out", tmp_path / "out").refusal(logs[0], "beagle research plot")
+
+
+@pytest.mark.parametrize("content", ["", "a,b\n1,2\n", LOG.replace("0.5", "x"), LOG.replace("alpha", "beta"), None])
+def test_other_files_are_no_training_logs(content, tmp_path, beagle):
+    path = tmp_path / "x.csv"
+    if content is not None:
+        path.write_text(content)
+    line = beagle("research", "plot", path, "--out", tmp_path / "out").refusal(path)
+    assert ";" in line
+
+
+@pytest.mark.parametrize("content", ["", '{"modes": {}}', '{"runs": [], "findings": []}', "[]", None])
 def test_other_files_are_refused(content, tmp_path, beagle):
-    path = tmp_path / ("x.csv" if content and "," in content else "x.json")
+    path = tmp_path / "x.json"
     if content is not None:
         path.write_text(content)
     line = beagle("report", path, "--out", tmp_path / "out").refusal(path)

@@ -144,8 +144,7 @@ def test_an_adapter_is_no_target(beagle, tmp_path):
     ended.refusal(tmp_path / "lora", "adapter (LoRA)", "merge_and_unload")
 
 
-@pytest.mark.parametrize("command", ["eval", "bench"])
-def test_questions_that_the_template_refuses_are_named_before_the_first(beagle, tmp_path, command):
+def test_questions_that_the_template_refuses_are_named_before_the_first(beagle, tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
@@ -158,9 +157,9 @@ def test_questions_that_the_template_refuses_are_named_before_the_first(beagle, 
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--questions", path, "--target", tmp_path / "target", "--draft", "none", "--modes", "plain", "-n", 4]
     options += ["--dtype", "float32", "--device", "cpu", "--json", tmp_path / "out.json"]
-    beagle(command, *options).refusal(f"{path}:2: ", "no system role", "--skip-bad-lines")
+    beagle("eval", *options).refusal(f"{path}:2: ", "no system role", "--skip-bad-lines")
     assert not (tmp_path / "out.json").exists()
-    ended = beagle(command, *options, "--skip-bad-lines")
+    ended = beagle("eval", *options, "--skip-bad-lines")
     assert ended.code == 0, ended.err
     assert json.loads((tmp_path / "out.json").read_text())["meta"]["finished_questions"] == 2
 

@@ -1,4 +1,4 @@
-"""The measuring scripts: large shapes, and other engines side by side."""
+"""The benchmarks: large shapes, and other engines side by side."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from beagle.evaluation.floor import Machine
-from beagle.evaluation.modes import Contender, Options
+from beagle.evaluation.modes import Options, System
+from beagle.evaluation.roofline import Machine
 from beagle.model import Model
 from conftest import tiny_target
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+SCRIPTS = Path(__file__).parent.parent / "benchmarks"
 ENGINE = """
 import json, sys
 print(json.dumps({"about": "echo 1"}), flush=True)
@@ -48,23 +48,23 @@ def test_drafts_are_right_as_often_as_asked(tmp_path, monkeypatch):
 @pytest.fixture
 def beside():
     target = tiny_target()
-    return Contender("plain", Model(target))
+    return System("plain", Model(target))
 
 
 def test_an_engine_in_its_own_process(beside, tmp_path):
-    process = importlib.import_module("rivals.process")
+    process = importlib.import_module("baselines.process")
     (tmp_path / "engine.py").write_text(ENGINE)
-    rival = process.start("echo", [sys.executable, tmp_path / "engine.py"], {}, beside)
-    ids, stats = rival.answer([5, 6, 7, 8], Options(max_new_tokens=3), 0)
-    assert (rival.about, ids) == ("echo 1", [5, 6, 7])
+    engine = process.start("echo", [sys.executable, tmp_path / "engine.py"], {}, beside)
+    ids, stats = engine.answer([5, 6, 7, 8], Options(max_new_tokens=3), 0)
+    assert (engine.about, ids) == ("echo 1", [5, 6, 7])
     assert (stats.tokens, stats.tau, stats.tokens_per_second, stats.prefill_seconds) == (3, 1.0, 4.0, 0.25)
     with pytest.raises(process.BeagleError, match="echo has ended: too long a prompt"):
-        rival.answer(list(range(3, 20)), Options(), 0)
-    rival.close()
+        engine.answer(list(range(3, 20)), Options(), 0)
+    engine.close()
 
 
 def test_engines_that_are_not_there(beside, tmp_path):
-    process = importlib.import_module("rivals.process")
+    process = importlib.import_module("baselines.process")
     with pytest.raises(process.Missing, match="no-such-engine"):
         process.start("x", [tmp_path / "no-such-engine"], {}, beside)
     with pytest.raises(process.Missing, match="did not start: no luck"):
@@ -78,7 +78,7 @@ def test_gguf_of_another_type(tmp_path, kind):
     from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
     from gguf.quants import dequantize, quantize
 
-    write = importlib.import_module("rivals.write_gguf")
+    write = importlib.import_module("baselines.write_gguf")
     weights = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).numpy()
     writer = GGUFWriter(tmp_path / "in.gguf", "llama")
     writer.add_file_type(LlamaFileType.MOSTLY_Q4_1)
@@ -106,7 +106,7 @@ def test_gguf_of_another_type(tmp_path, kind):
 
 def test_table_and_plot_show_losses_and_what_is_missing(tmp_path):
     pytest.importorskip("matplotlib")
-    tables = importlib.import_module("rivals.tables")
+    tables = importlib.import_module("baselines.tables")
     mode = {"questions": 4, "passes": 9, "tau": 1.0, "prefill_seconds": 1.0, "identical": 0.5}
     spread = {"median": 1.0, "count": 4}
     result = {
@@ -124,7 +124,7 @@ def test_table_and_plot_show_losses_and_what_is_missing(tmp_path):
         "not_measured": {"llama.cpp: BF16": "no --gguf FILE"},
         "meta": {
             "target": {"name": "tiny"}, "settings": {"max_new_tokens": 8}, "engines": {"vllm": "vLLM 1"},
-            "machine": {"cpu": "some", "threads": 2}, "command": "python scripts/side_by_side.py",
+            "machine": {"cpu": "some", "threads": 2}, "command": "python benchmarks/side_by_side.py",
         },
     }  # fmt: skip
     text = tables.markdown(result)

@@ -11,7 +11,7 @@ from beagle.decoding.sampling import Sampler
 from beagle.decoding.sequence import Step
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
-from beagle.evaluation.stock import Stock
+from beagle.evaluation.hf_generate import HFGenerate
 from beagle.targets.chat import encode
 from beagle.targets.loading import load_model
 from beagle.targets.plan import EXACT_TOKENS
@@ -53,7 +53,7 @@ def test_fp32_answers_are_the_targets_own(model, stock, question):
     plain = model.generate(question, draft=False, **options)
     fast = model.generate(question, **options)
     ids = encode(model.target, question)
-    library, _ = Stock(stock).answer("transformers", ids, max_new_tokens=40, temperature=0.0, seed=0)
+    library, _ = HFGenerate(stock).answer("transformers", ids, max_new_tokens=40, temperature=0.0, seed=0)
     assert fast.token_ids == plain.token_ids == library
     assert fast.text == plain.text
 

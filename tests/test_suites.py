@@ -69,8 +69,8 @@ def test_missing_suites_name_the_remedy(data, monkeypatch):
 
 def test_a_limit_takes_categories_in_turn():
     prompts = [Prompt(str(n), ("q",), c) for n, c in enumerate("aaabbc")]
-    assert [p.id for p in suites.take(prompts, 4)] == ["0", "1", "3", "5"]
-    assert suites.take(prompts, None) == suites.take(prompts, 9) == prompts
+    assert [p.id for p in suites.limit_by_category(prompts, 4)] == ["0", "1", "3", "5"]
+    assert suites.limit_by_category(prompts, None) == suites.limit_by_category(prompts, 9) == prompts
 
 
 def test_files(tmp_path):

@@ -1,11 +1,14 @@
-"""Files that a reader never sees half written."""
+"""Files that a reader never sees half written, and what a run finds of an earlier one."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from beagle.errors import BeagleError
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -30,3 +33,23 @@ def write_text(path: Path, text: str) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any] | None:
+    """The object that a JSON file holds; None if there is no such file.
+
+    Raises:
+        BeagleError: the file is damaged; ``remedy`` says what to do.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise BeagleError(f"'{path}' is damaged ({error}); {remedy}") from error
+
+
+def first_change(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """The first name in ``wanted`` whose value, as JSON has it, isn't the stored one; None if all are the same."""
+    now = json.loads(json.dumps(wanted))
+    return next((name for name, value in now.items() if stored.get(name) != value), None)

@@ -17,30 +17,20 @@ if TYPE_CHECKING:
     from beagle.model import Model, Piece
 
 
+@o.with_setup
 def chat(
-    target: o.TargetName = "smollm2-135m",
-    draft: o.DraftName = "auto",
+    *,
+    setup: o.Setup,
     system: Annotated[str, typer.Option(help="System message.")] = "",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 512,
     temperature: o.Temperature = 0.0,
     seed: o.Seed = 0,
-    exact: o.Exact = False,
-    dtype: o.DType = "auto",
-    quantize: o.Quantize = None,
-    device: o.Device = "auto",
-    tree: o.Tree = "dynamic",
-    depth: o.Depth = o.PLAN.depth,
-    tree_top_k: o.TreeTopK = o.PLAN.top_k,
-    nodes: o.Nodes = 0,
-    trust_remote_code: o.Trust = False,
 ) -> None:
     """Talk to the model; accepted draft tokens are green. /reset forgets, /exit (or Ctrl-D) ends.
 
     Example: [bold]beagle chat --target smollm2-135m[/bold]
     """
-    model = o.load_model(
-        target, draft, dtype, device, o.tree_plan(tree, depth, tree_top_k, nodes), trust_remote_code, quantize
-    )
+    model = setup.load_model()
     console = Console()
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
@@ -62,7 +52,7 @@ def chat(
         asked = [*messages, {"role": "user", "content": question}]
         try:
             for piece in model.stream(
-                asked, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, exact=exact, stats=stats
+                asked, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, exact=setup.exact, stats=stats
             ):
                 text += piece.text
                 console.print(coloured(model, piece), end="", soft_wrap=True, highlight=False)

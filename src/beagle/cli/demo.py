@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from beagle.cli import options as o
 from beagle.cli.chat import coloured
 from beagle.decoding.stats import Stats
 from beagle.errors import BeagleError, BeagleInternalError
+from beagle.evaluation.report.table import Table
 
 QUESTIONS = (
     "Natalia has 12 boxes with 8 pencils each. She gives away 30 pencils. How many are left? Explain step by step.",
@@ -35,7 +35,7 @@ def demo(
 
     Example: [bold]beagle demo --dtype bfloat16[/bold]
     """
-    model = o.load_model(target, draft, dtype, device)
+    model = o.load_model(target, draft, dtype=dtype, device=device)
     if model.drafter is None:
         raise BeagleError(f"no draft head for {target}; pass --draft FOLDER (see `beagle train`)")
     console = Console()
@@ -48,9 +48,7 @@ def demo(
     model.generate("Hello", max_new_tokens=8, exact=exact)  # warm-up, and the machine's costs
     totals = {"plain": Stats(), "Beagle": Stats()}
     same = 0
-    table = Table(title="the same text, faster", title_justify="left")
-    for column in ("question", "plain token/s", "Beagle token/s", "speed-up", "τ", "same text"):
-        table.add_column(column, justify="left" if column == "question" else "right")
+    rows = []
     for question in QUESTIONS:
         console.print(f"\n[bold]{question}[/bold]")
         ids: dict[str, list[int]] = {}
@@ -67,11 +65,11 @@ def demo(
             totals[mode].add(stats[mode])
         equal = ids["plain"] == ids["Beagle"]
         same += equal
-        table.add_row(question[:48] + "…", *row(stats["plain"], stats["Beagle"]), "yes" if equal else "no")
-    table.add_section()
-    table.add_row("all", *row(totals["plain"], totals["Beagle"]), f"{same} of {len(QUESTIONS)}")
+        rows.append([question[:48] + "…", *row(stats["plain"], stats["Beagle"]), "yes" if equal else "no"])
+    rows.append(["all", *row(totals["plain"], totals["Beagle"]), f"{same} of {len(QUESTIONS)}"])
+    header = ["question", "plain token/s", "Beagle token/s", "speed-up", "τ", "same text"]
     console.print()
-    console.print(table)
+    console.print(Table("the same text, faster", header, rows).rich())
     console.print("[dim]green: drafted and accepted; τ: tokens per pass of the target, 1 without drafts[/dim]")
     if exact:
         usual = Stats()

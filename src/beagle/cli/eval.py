@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from beagle.cli import options as o
 from beagle.cli.tables import follow, show
 from beagle.errors import BeagleError
-from beagle.evaluation.records import SHOWN, Record, read_records, read_result, write_result
-
-if TYPE_CHECKING:
-    from beagle.decoding.costs import Costs
-    from beagle.evaluation.modes import Contender
-    from beagle.training.prompts import Prompt
-
-    Sets = dict[str, list[Prompt]]
+from beagle.evaluation.records import Record, read_records, read_result
+from beagle.files import first_change
 
 
+@o.with_setup
 def eval(
+    *,
     suite: Annotated[str | None, typer.Option(help="quick (ships with the package), paper or spec-bench.")] = None,
     questions: Annotated[
         list[str] | None,
@@ -29,6 +25,7 @@ def eval(
             "several; repeatable)."
         ),
     ] = None,
+    first_turns: Annotated[bool, typer.Option("--first-turns", help="Only the first turn of each question.")] = False,
     json: Annotated[
         Path | None, typer.Option("--json", help="Write figures and every answer here, as they come.")
     ] = None,
@@ -45,20 +42,12 @@ def eval(
     modes: o.Modes = "",
     eagle: o.Eagle = None,
     small_model: o.SmallModel = None,
-    target: o.TargetName = "smollm2-135m",
-    draft: o.DraftName = "auto",
     temperature: o.Temperature = 0.0,
     seed: o.Seed = 0,
-    exact: o.Exact = False,
-    dtype: o.DType = "auto",
-    quantize: o.Quantize = None,
-    device: o.Device = "auto",
-    tree: o.Tree = "dynamic",
-    depth: o.Depth = o.PLAN.depth,
-    tree_top_k: o.TreeTopK = o.PLAN.top_k,
-    nodes: o.Nodes = 0,
-    skip_bad_lines: Annotated[bool, typer.Option("--skip-bad-lines")] = False,
-    trust_remote_code: o.Trust = False,
+    setup: o.Setup,
+    skip_bad_lines: Annotated[
+        bool, typer.Option("--skip-bad-lines", help="Leave out lines that are no question, or none for this target.")
+    ] = False,
 ) -> None:
     """Every available mode on a suite of questions, all turns, interleaved; ends in tables.
 
@@ -66,13 +55,15 @@ def eval(
 
     [bold]beagle eval --suite paper --limit 20 --repeats 3 --json results/paper.json[/bold]
     (then the same with [bold]--resume[/bold] if it was stopped, and [bold]beagle report results/paper.json --out report[/bold])
+
+    [bold]beagle eval --questions mt_bench.jsonl --first-turns --target Qwen/Qwen2.5-1.5B-Instruct
+    --small-model Qwen/Qwen2.5-0.5B-Instruct --modes plain,lookup,small,prompt-lookup,assisted[/bold]
     """
     from beagle.drafters.load import resolve_draft
     from beagle.evaluation import suites
-    from beagle.evaluation.figures import figures
-    from beagle.evaluation.meta import command_line, describe, portable
-    from beagle.evaluation.modes import Drafts, Options, available, check_modes, load_contenders
-    from beagle.evaluation.run import run
+    from beagle.evaluation.modes import Drafts, Options, available, check_modes, load_systems
+    from beagle.evaluation.session import Session
+    from beagle.meta import command_line, describe, redact_paths
     from beagle.training.prompts import answerable
 
     if (suite is None) == (not questions):
@@ -80,51 +71,40 @@ def eval(
     if resume and json is None:
         raise BeagleError("--resume needs --json, the file to go on with")
     sets = suites.load_suite(suite, limit) if suite else suites.load_questions(questions or [], limit, skip_bad_lines)
-    drafts = Drafts(draft, eagle, small_model)
-    chosen = o.split_modes(modes) or available(drafts, resolve_draft(draft, target), quick=suite == "quick")
+    if first_turns:
+        sets = suites.first_turns(sets)
+    drafts = Drafts(setup.draft, eagle, small_model)
+    chosen = o.split_modes(modes) or available(drafts, resolve_draft(setup.draft, setup.target), quick=suite == "quick")
     check_modes(chosen, drafts)
     length = max_new_tokens or (64 if suite == "quick" else 128)
-    plan = o.tree_plan(tree, depth, tree_top_k, nodes)
+    plan = setup.plan()
     arguments: dict[str, Any] = {
-        "suite": suite, "questions": [portable(name) for name in questions or []], "limit": limit,
-        "max_new_tokens": length, "repeats": repeats, "modes": chosen, "temperature": temperature, "exact": exact,
-        "seed": seed, "target": portable(target), "draft": portable(draft), "eagle": portable(eagle) if eagle else None,
-        "small_model": portable(small_model) if small_model else None, "dtype": dtype, "device": device,
-        "quantize": quantize, "tree": tree, "depth": depth, "top_k": tree_top_k, "nodes": nodes or "by cost",
+        "suite": suite, "questions": [redact_paths(name) for name in questions or []], "limit": limit,
+        "max_new_tokens": length, "repeats": repeats, "modes": chosen, "temperature": temperature, "seed": seed,
+        "eagle": redact_paths(eagle) if eagle else None,
+        "small_model": redact_paths(small_model) if small_model else None, **setup.arguments(),
+        "first_turns": first_turns or None,  # older files don't have it
     }  # fmt: skip
     records = _earlier(json, resume, arguments)
-    engine: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    loaded = o.load_target(target, quantize=quantize, **engine)
+    loaded = o.load_target(setup.target, quantize=setup.quantize, **setup.engine())
     sets = {name: answerable(loaded, prompts, skip_bad_lines) for name, prompts in sets.items()}
-    contenders = load_contenders(loaded, chosen, drafts, plan, **engine)
-    about = describe(loaded, (contender.model.drafter for contender in contenders))
-    meta: dict[str, Any] = {**about, "command": command_line(), "arguments": arguments}
-    costs = _costs(contenders, exact)
-    weights = {contender.mode: contender.weights_mb for contender in contenders}
-    meta["costs"] = {mode: vars(cost) for mode, cost in costs.items()}
-    total = sum(map(len, sets.values()))
-    asked = _questions(sets)
-
-    def result() -> dict[str, Any]:
-        finished = len({(r.set, r.id) for r in records})
-        state = {"finished_questions": finished, "interrupted": finished < total}
-        return figures(records, costs, weights, greedy=not temperature) | {"meta": meta | state, "questions": asked}
-
-    done = {(r.set, r.id) for r in records}
+    systems = load_systems(loaded, chosen, drafts, plan, **setup.engine())
+    with o.console.status("measuring what a pass costs here"):
+        costs = {s.mode: cost for s in systems if (cost := s.costs(setup.exact)) is not None}
+    about = describe(loaded, (system.model.drafter for system in systems))
+    about |= {"command": command_line(), "arguments": arguments, "costs": {m: vars(cost) for m, cost in costs.items()}}
+    options = Options(length, temperature, setup.exact, seed)
+    session = Session(systems, sets, options, about, json, records, costs, repeats)
     stopped: BaseException | None = None
     try:
-        options = Options(length, temperature, exact, seed)
-        parts = run(contenders, sets, options, repeats=repeats, done=done, pieces=json is not None)
-        for part in follow(parts, total, len(done)):
-            records += part
-            if json is not None:
-                write_result(json, result(), records)
+        for _ in follow(session.run(), session.total, len(session.done)):
+            pass
     except (KeyboardInterrupt, BeagleError) as error:
         if not records:
             raise
         stopped = error
     if records:
-        show(result())
+        show(session.result())
     if isinstance(stopped, BeagleError):
         raise stopped
     if stopped:
@@ -133,28 +113,13 @@ def eval(
         raise typer.Exit(130)
 
 
-def _costs(contenders: list[Contender], exact: bool) -> dict[str, Costs]:
-    with o.console.status("measuring what a pass costs here"):
-        found = {contender.mode: contender.costs(exact) for contender in contenders}
-    return {mode: cost for mode, cost in found.items() if cost is not None}
-
-
-def _questions(sets: Sets) -> list[dict[str, Any]]:
-    """What was asked, cut to what a viewer shows."""
-    return [
-        {"set": name, "id": p.id, "category": p.category, "turns": [text if len(text) <= SHOWN else text[:SHOWN] + "…" for text in p.turns]}
-        for name, prompts in sets.items()
-        for p in prompts
-    ]  # fmt: skip
-
-
 def _earlier(path: Path | None, resume: bool, arguments: dict[str, Any]) -> list[Record]:
     """The answers that an interrupted run of the same arguments on the same machine has left.
 
     Raises:
         BeagleError: the file can't be written or is of another run, or would be overwritten unfinished.
     """
-    from beagle.evaluation.meta import describe
+    from beagle.meta import describe
 
     if path is None:
         return []
@@ -171,14 +136,13 @@ def _earlier(path: Path | None, resume: bool, arguments: dict[str, Any]) -> list
         return []
     content = read_result(path)
     earlier = content["meta"].get("arguments", {})
-    for name, value in arguments.items():
-        if earlier.get(name) != value:
-            raise BeagleError(
-                f"--resume: '{path}' was made with {name} {earlier.get(name)}, not {value}; repeat its command "
-                "or choose another --json"
-            )
+    if name := first_change(earlier, arguments):
+        raise BeagleError(
+            f"--resume: '{path}' was made with {name} {earlier.get(name)}, not {arguments[name]}; repeat its command "
+            "or choose another --json"
+        )
     machine, here = content["meta"]["machine"], describe()["machine"]
-    if any(machine.get(name) != here[name] for name in ("cpu", "gpu", "threads")):
+    if first_change(machine, {name: here[name] for name in ("cpu", "gpu", "threads")}):
         raise BeagleError(
             f"--resume: '{path}' was made on another machine ({machine.get('cpu')}); choose another --json"
         )

@@ -14,10 +14,11 @@ from beagle.decoding.stats import Stats
 from beagle.errors import BeagleError
 
 
+@o.with_setup
 def generate(
+    *,
     prompt: Annotated[str, typer.Argument(help="The question; '-' reads standard input.")],
-    target: o.TargetName = "smollm2-135m",
-    draft: o.DraftName = "auto",
+    setup: o.Setup,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 256,
     temperature: o.Temperature = 0.0,
     top_k: Annotated[int, typer.Option(min=0)] = 0,
@@ -39,15 +40,6 @@ def generate(
     seed: o.Seed = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text (repeatable).")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
-    exact: o.Exact = False,
-    dtype: o.DType = "auto",
-    quantize: o.Quantize = None,
-    device: o.Device = "auto",
-    tree: o.Tree = "dynamic",
-    depth: o.Depth = o.PLAN.depth,
-    tree_top_k: o.TreeTopK = o.PLAN.top_k,
-    nodes: o.Nodes = 0,
-    trust_remote_code: o.Trust = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No figures after the answer.")] = False,
 ) -> None:
     """Answer one prompt, streaming; the figures follow on standard error.
@@ -63,9 +55,7 @@ def generate(
             raise BeagleError(f"standard input is no UTF-8 text ({error}); convert it first") from error
     elif len(prompt) < 200 and prompt.endswith(".txt") and Path(prompt).is_file():
         raise BeagleError(f"'{prompt}' is a file; pipe it in: beagle generate - < {prompt}")
-    model = o.load_model(
-        target, draft, dtype, device, o.tree_plan(tree, depth, tree_top_k, nodes), trust_remote_code, quantize
-    )
+    model = setup.load_model()
     stats = Stats()
     pieces = model.stream(
         prompt,
@@ -82,7 +72,7 @@ def generate(
         seed=seed,
         stop=stop or (),
         raw=raw,
-        exact=exact,
+        exact=setup.exact,
         stats=stats,
     )
     try:

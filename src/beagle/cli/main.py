@@ -12,9 +12,7 @@ import typer
 from rich.console import Console
 
 from beagle.cli import (
-    bench,
     chat,
-    compare,
     compile,
     demo,
     eval,
@@ -22,7 +20,7 @@ from beagle.cli import (
     generate,
     profile,
     report,
-    reproduce,
+    research,
     serve,
     train,
     view,
@@ -36,9 +34,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Lossless speculative decoding with cross-attention draft heads.",
 )
-for module in (generate, chat, serve, demo, bench, eval, profile, compile, report, view, train, reproduce, export):
+for module in (generate, chat, serve, demo, eval, profile, compile, report, view, train, export):
     app.command()(getattr(module, module.__name__.rsplit(".", 1)[-1]))
-app.command("compare-training")(compare.compare_training)
+app.add_typer(research.app, name="research")
 
 
 @app.callback()

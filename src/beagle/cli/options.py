@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +15,6 @@ from rich.console import Console
 
 from beagle.drafters.base import TreePlan
 from beagle.errors import BeagleError
-from beagle.evaluation.compare.suites import Finding
 from beagle.limits import MAX_NODES
 
 if TYPE_CHECKING:
@@ -60,9 +62,9 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that 
 Modes = Annotated[
     str,
     typer.Option(
-        help="Comma-separated. Our engine: plain, beagle (what --draft names), chain (the same, a chain instead of a tree), head (its head, without lookup), "
-        "eagle (--eagle), lookup (prompt lookup), small (--small-model drafts). transformers' generate: transformers, prompt-lookup, assisted (by "
-        "--small-model)."
+        help="Comma-separated. Our engine: plain, beagle (what --draft names), chain (the same, a chain instead of a "
+        "tree), head (its head, without lookup), eagle (--eagle), lookup (prompt lookup), small (--small-model drafts). "
+        "transformers' generate: transformers, prompt-lookup, assisted (by --small-model)."
     ),
 ]
 SmallModel = Annotated[
@@ -76,11 +78,60 @@ def split_modes(modes: str) -> list[str]:
     return [mode.strip() for mode in modes.split(",") if mode.strip()]
 
 
-def show_findings(findings: Iterable[Finding]) -> None:
-    """Each claim with what the paper found and what was found here."""
-    for f in findings:
-        verdict = "agrees" if f.agrees else "[yellow]differs[/yellow]"
-        console.print(f"{f.claim}: {f.found} (paper: {f.paper}): {verdict}", highlight=False, soft_wrap=True)
+@dataclass(frozen=True)
+class Setup:
+    """What most commands take alike: the target, what drafts, and how."""
+
+    target: TargetName = "smollm2-135m"
+    draft: DraftName = "auto"
+    exact: Exact = False
+    dtype: DType = "auto"
+    quantize: Quantize = None
+    device: Device = "auto"
+    tree: Tree = "dynamic"
+    depth: Depth = PLAN.depth
+    tree_top_k: TreeTopK = PLAN.top_k
+    nodes: Nodes = 0
+    trust_remote_code: Trust = False
+
+    def plan(self) -> TreePlan:
+        return tree_plan(self.tree, self.depth, self.tree_top_k, self.nodes)
+
+    def engine(self) -> dict[str, Any]:
+        """How models are loaded, but for the quantisation, which is the target's alone."""
+        return {"dtype": self.dtype, "device": self.device, "trust_remote_code": self.trust_remote_code}
+
+    def load_model(self) -> Model:
+        return load_model(self.target, self.draft, plan=self.plan(), quantize=self.quantize, **self.engine())
+
+    def arguments(self) -> dict[str, Any]:
+        """What a result file holds of this, without the folders of this machine."""
+        from beagle.meta import redact_paths
+
+        return {
+            "exact": self.exact, "target": redact_paths(self.target), "draft": redact_paths(self.draft),
+            "dtype": self.dtype, "device": self.device, "quantize": self.quantize, "tree": self.tree,
+            "depth": self.depth, "top_k": self.tree_top_k, "nodes": self.nodes or "by cost",
+        }  # fmt: skip
+
+
+def with_setup(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, with the fields of ``Setup`` as options in place of its parameter ``setup``."""
+    shared = inspect.signature(Setup, eval_str=True).parameters
+    own = inspect.signature(command, eval_str=True)
+
+    @wraps(command)
+    def expanded(**given: Any) -> None:
+        command(setup=Setup(**{name: given.pop(name) for name in shared}), **given)
+
+    parameters = [
+        parameter.replace(kind=parameter.KEYWORD_ONLY)
+        for name, whole in own.parameters.items()
+        for parameter in (shared.values() if name == "setup" else [whole])
+    ]
+    expanded.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return expanded
 
 
 def tree_plan(tree: str, depth: int, top_k: int, nodes: int) -> TreePlan:
@@ -89,28 +140,13 @@ def tree_plan(tree: str, depth: int, top_k: int, nodes: int) -> TreePlan:
     return TreePlan(tree, depth, top_k, nodes or None)  # type: ignore[arg-type]
 
 
-def load_model(
-    target: str,
-    draft: str,
-    dtype: str,
-    device: str,
-    plan: TreePlan | None = None,
-    trust: bool = False,
-    quantize: str | None = None,
-) -> Model:
+def load_model(target: str, draft: str, **options: Any) -> Model:
+    """A target and its drafter; options as of ``beagle.load``."""
     from beagle.model import load
 
     quiet_transformers()
     with console.status(f"loading {target}"):
-        model = load(
-            target,
-            draft=None if draft == "none" else draft,
-            dtype=dtype,
-            device=device,
-            plan=plan,
-            trust_remote_code=trust,
-            quantize=quantize,
-        )
+        model = load(target, draft=None if draft == "none" else draft, **options)
     if model.drafter is None and draft == "auto":
         console.print(f"[yellow]no head is shipped for {target}: decoding plainly (see `beagle train`)[/yellow]")
     return model

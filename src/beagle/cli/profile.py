@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,13 +9,15 @@ import typer
 from rich.console import Console
 
 from beagle.cli import options as o
-from beagle.cli.tables import follow, new_table
+from beagle.cli.tables import follow
 from beagle.errors import BeagleError
 from beagle.evaluation.records import Record
 from beagle.files import write_json
 
 
+@o.with_setup
 def profile(
+    *,
     questions: Annotated[
         list[str] | None, typer.Option(help="Question file, .jsonl (repeatable); without it, the quick suite.")
     ] = None,
@@ -24,30 +25,20 @@ def profile(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=2)] = 128,
     json: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the plot here: .png, .svg or .pdf.")] = None,
-    target: o.TargetName = "smollm2-135m",
-    draft: o.DraftName = "auto",
-    exact: o.Exact = False,
-    dtype: o.DType = "auto",
-    device: o.Device = "auto",
-    tree: o.Tree = "dynamic",
-    depth: o.Depth = o.PLAN.depth,
-    tree_top_k: o.TreeTopK = o.PLAN.top_k,
-    nodes: o.Nodes = 0,
-    quantize: o.Quantize = None,
-    trust_remote_code: o.Trust = False,
+    setup: o.Setup,
 ) -> None:
     """The floor of a pass here, its measured time, and where the rest of an iteration goes.
 
-    Measures how fast this machine reads memory and multiplies matrices, times passes by number of rows, then
+    Measures how fast this machine reads memory and multiplies matrices, times passes by number of tokens, then
     answers questions plainly and with drafts, taking turns. What each line means: docs/performance.md.
 
     Example: [bold]beagle profile --dtype bfloat16 --json profile.json --plot profile.png[/bold]
     """
-    from beagle.evaluation.meta import command_line, describe, portable
     from beagle.evaluation.modes import Options
     from beagle.evaluation.profile import Profile
-    from beagle.evaluation.report.profile import save_profile
+    from beagle.evaluation.report import plots, style
     from beagle.evaluation.suites import load_questions, load_suite
+    from beagle.meta import command_line, describe, redact_paths
 
     for path in (json, plot):
         if path is not None:
@@ -55,13 +46,11 @@ def profile(
     if plot is not None:
         if plot.suffix not in (".png", ".svg", ".pdf"):
             raise BeagleError(f"--plot '{plot}': the name must end in .png, .svg or .pdf")
-        if find_spec("matplotlib") is None:
-            raise BeagleError("--plot needs matplotlib; install it: pip install 'beagle-decoding[plots]'")
+        style.require_matplotlib()
     sets = load_questions(questions, limit) if questions else load_suite("quick", limit)
-    plan = o.tree_plan(tree, depth, tree_top_k, nodes)
-    model = o.load_model(target, draft, dtype, device, plan, trust_remote_code, quantize)
+    model = setup.load_model()
     with o.console.status("measuring memory, products, passes and drafts"):
-        work = Profile(model, Options(max_new_tokens, exact=exact))
+        work = Profile(model, Options(max_new_tokens, exact=setup.exact))
     records: list[Record] = []
     for part in follow(work.run(sets), sum(map(len, sets.values()))):
         records += part
@@ -70,21 +59,21 @@ def profile(
         **describe(model.target, [model.drafter]),
         "command": command_line(),
         "arguments": {
-            "questions": [portable(name) for name in questions or ["quick"]], "limit": limit,
-            "max_new_tokens": max_new_tokens, "temperature": 0.0, "exact": exact, "draft": portable(draft),
-            "tree": tree, "depth": depth, "top_k": tree_top_k, "nodes": nodes or "by cost",
+            "questions": [redact_paths(name) for name in questions or ["quick"]], "limit": limit,
+            "max_new_tokens": max_new_tokens, "temperature": 0.0, **setup.arguments(),
         },
     }  # fmt: skip
     if json is not None:
         write_json(json, result)
     if plot is not None:
-        save_profile(result, plot)
+        plots.profile(result, plot)
     show(result)
 
 
 def show(result: dict[str, Any]) -> None:
     """Both tables, and the sentences that sum them up."""
     from beagle.evaluation.profile import CONTEXT
+    from beagle.evaluation.report.table import Table
     from beagle.evaluation.report.tables import PARTS, per_pass
 
     console = Console()
@@ -94,22 +83,21 @@ def show(result: dict[str, Any]) -> None:
         f"GFLOP/s in {result['meta']['target']['dtype']}",
         highlight=False,
     )
-    table = new_table(f"a pass after {CONTEXT} tokens", "rows", "ms", "floor ms", "read ms", "compute ms", "over floor")
-    for p in result["passes"]:
-        cells = [f"{p[name]:.2f}" for name in ("ms", "floor_ms", "read_ms", "compute_ms")]
-        table.add_row(str(p["rows"]), *cells, f"{p['ms'] / p['floor_ms']:.1f}×")
-    console.print(table)
-    table = new_table("an iteration, ms", "mode", *PARTS, "sum", "τ", "outside", "text", "token/s")
+    names = ("ms", "floor_ms", "read_ms", "compute_ms")
+    rows = [
+        [str(p["rows"]), *(f"{p[name]:.2f}" for name in names), f"{p['ms'] / p['floor_ms']:.1f}×"]
+        for p in result["passes"]
+    ]
+    header = ["tokens", "ms", "floor ms", "read ms", "compute ms", "over floor"]
+    console.print(Table(f"a pass after {CONTEXT} tokens", header, rows).rich())
+    rows = []
     for mode, m in result["modes"].items():
-        parts = per_pass(m)
-        if parts:
-            cells = [f"{parts[part]:.2f}" for part in PARTS]
+        if parts := per_pass(m):
             text = 1000 * m["text_seconds"] / m["passes"]
-            table.add_row(
-                mode, *cells, f"{sum(parts.values()):.2f}", f"{m['tau']:.2f}", f"{m['outside_share']:.1%}", f"{text:.2f}",
-                f"{m['tokens_per_second']:.1f}",
-            )  # fmt: skip
-    console.print(table)
+            cells = [f"{ms:.2f}" for ms in (*parts.values(), sum(parts.values()), m["tau"])]
+            rows.append([mode, *cells, f"{m['outside_share']:.1%}", f"{text:.2f}", f"{m['tokens_per_second']:.1f}"])
+    header = ["mode", *PARTS, "sum", "τ", "outside", "text", "token/s"]
+    console.print(Table("an iteration, ms", header, rows).rich())
     if "model" in result:
         against = result["model"]
         console.print(
@@ -117,5 +105,8 @@ def show(result: dict[str, Any]) -> None:
             f"that the cost model expects (a whole draft takes {result['draft_ms']:.2f} ms)",
             highlight=False,
         )
-    note = "outside: share of an iteration that is neither draft nor verify. text: tokenising and putting text together, no part of the speeds."
+    note = (
+        "outside: share of an iteration that is neither draft nor verify. text: tokenising and putting text together, "
+        "no part of the speeds."
+    )
     console.print(f"[dim]{note}[/dim]", highlight=False)

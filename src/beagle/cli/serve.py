@@ -14,10 +14,11 @@ from beagle.errors import BeagleError
 from beagle.threads import Owner
 
 
+@o.with_setup
 def serve(
+    *,
     ctx: typer.Context,
-    target: o.TargetName = "smollm2-135m",
-    draft: o.DraftName = "auto",
+    setup: o.Setup,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     api_key: Annotated[
@@ -35,15 +36,6 @@ def serve(
     prefix_cache: Annotated[
         int, typer.Option(min=0, help="Tokens of ended answers kept for prompts that begin alike; 0 keeps none.")
     ] = 8192,
-    exact: o.Exact = False,
-    dtype: o.DType = "auto",
-    quantize: o.Quantize = None,
-    device: o.Device = "auto",
-    tree: o.Tree = "dynamic",
-    depth: o.Depth = o.PLAN.depth,
-    tree_top_k: o.TreeTopK = o.PLAN.top_k,
-    nodes: o.Nodes = 0,
-    trust_remote_code: o.Trust = False,
     engine: Annotated[
         str, typer.Option(help="beagle, or vllm (its own server and batching, with the head; needs vLLM installed).")
     ] = "beagle",
@@ -75,20 +67,19 @@ def serve(
         ) from error
     listener = bind(host, port)
     with listener:
-        plan = o.tree_plan(tree, depth, tree_top_k, nodes)
 
         def load() -> Model:
-            model = o.load_model(target, draft, dtype, device, plan, trust_remote_code, quantize)
+            model = setup.load_model()
             with o.console.status("warming up"):
-                model.decoder(live, exact=exact)  # measures this machine's costs, once
-                model.generate("Hello", max_new_tokens=8, exact=exact)
+                model.decoder(live, exact=setup.exact)  # measures this machine's costs, once
+                model.generate("Hello", max_new_tokens=8, exact=setup.exact)
             return model
 
         owner = Owner("beagle-engine")
         model = owner.submit(load).result()
         limits = Limits(live, queue, seconds, context or None, max_new_tokens, grace=grace, prefix_cache=prefix_cache)
-        running = Engine(model, limits, exact=exact, owner=owner)
-        served = name or (Path(target).resolve().name if Path(target).exists() else target)
+        running = Engine(model, limits, exact=setup.exact, owner=owner)
+        served = name or (Path(setup.target).resolve().name if Path(setup.target).exists() else setup.target)
         app = create_app(running, name=served, api_key=api_key or None)
         address = listener.getsockname()
         where = f"[{address[0]}]" if ":" in address[0] else address[0]

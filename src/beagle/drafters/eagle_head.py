@@ -1,5 +1,5 @@
 """The EAGLE draft head (EAGLE, arXiv 2401.15077; EAGLE-2, arXiv 2406.16858, has the same): one
-self-attention decoder layer over fused features, the rival that the paper compares with.
+self-attention decoder layer over fused features, the baseline that the paper compares with.
 
 Slot i holds the feature x_i of the target's state h_i and the token t_{i+1}; its output stands in for
 h_{i+1} and so predicts t_{i+2}:

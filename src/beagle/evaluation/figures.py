@@ -7,8 +7,8 @@ from statistics import median, quantiles
 from typing import Any
 
 from beagle.decoding.costs import Costs
+from beagle.evaluation.first_divergence import is_near_tie
 from beagle.evaluation.records import Record, pooled
-from beagle.evaluation.ties import is_near_tie
 
 
 def figures(
@@ -21,7 +21,8 @@ def figures(
     """All figures of a run: ``modes`` and ``ratios`` of everything, the same by set, and first differences.
 
     Args:
-        costs: measured costs by mode, for the expected speed-ups. weights: megabytes of each mode besides the target.
+        costs: measured costs by mode, for the expected speed-ups.
+        weights: megabytes of each mode besides the target.
         greedy: whether answers were compared with plain decoding's (sampled ones aren't: see ``run``).
     """
     result = summary(records, costs, weights)
@@ -30,7 +31,7 @@ def figures(
     for name, part in sets.items():
         categories = by(part, "category")
         if len(categories) > 1:
-            result["sets"][name]["categories"] = {c: summary(few, costs, weights) for c, few in categories.items()}
+            result["sets"][name]["categories"] = {c: summary(found, costs, weights) for c, found in categories.items()}
     if "plain" in result["modes"] and greedy:
         result["first_differences"] = {
             mode: {

@@ -13,8 +13,8 @@ from beagle.drafters.head_drafter import HeadDrafter
 from beagle.drafters.load import DraftSpec, load_drafter
 from beagle.drafters.small import refuse_other_vocabulary
 from beagle.errors import BeagleError
-from beagle.evaluation.meta import reset_peak_memory
-from beagle.evaluation.stock import STOCK_MODES, Stock
+from beagle.evaluation.hf_generate import HF_MODES, HFGenerate
+from beagle.evaluation.peak_memory import reset_peak_memory
 from beagle.model import Model
 from beagle.targets.chat import Message, encode
 from beagle.targets.generation import neutral
@@ -23,7 +23,7 @@ from beagle.targets.target import Target
 
 T = TypeVar("T")
 OUR_MODES = ("plain", "beagle", "chain", "head", "eagle", "lookup", "small")
-MODES = (*OUR_MODES, *STOCK_MODES)
+MODES = (*OUR_MODES, *HF_MODES)
 NEEDS = {"eagle": "an EAGLE head; name its folder (eagle)"} | dict.fromkeys(
     ("small", "assisted"), "a small model; name it (small_model)"
 )
@@ -45,7 +45,8 @@ class Drafts:
 
     Attributes:
         beagle: of mode ``beagle``, whatever kind of draft it is; mode ``chain`` drafts with the same, one
-            candidate a level; mode ``head`` takes the head alone from it, or the shipped one where it has none. eagle: folder of an EAGLE head.
+            candidate a level; mode ``head`` takes the head alone from it, or the shipped one where it has none.
+        eagle: folder of an EAGLE head.
         small: name of a small model.
     """
 
@@ -66,24 +67,24 @@ class Drafts:
 
 
 @dataclass(frozen=True)
-class Contender:
+class System:
     """One mode, ready to answer.
 
     Attributes:
         model: the target, with the mode's drafter where it has one.
-        stock: what transformers' own modes run on.
+        hf: what transformers' own modes run on.
         weights_mb: memory that loading the mode took besides the target.
     """
 
     mode: str
     model: Model
-    stock: Stock | None = None
+    hf: HFGenerate | None = None
     weights_mb: float = 0.0
 
     def answer(self, prompt: str | Sequence[Message], options: Options, seed: int) -> tuple[list[int], Stats]:
         """Token ids and figures of an answer."""
-        if self.stock is not None:
-            return self.stock.answer(
+        if self.hf is not None:
+            return self.hf.answer(
                 self.mode,
                 encode(self.model.target, prompt),
                 max_new_tokens=options.max_new_tokens,
@@ -134,9 +135,9 @@ def check_modes(modes: Sequence[str], drafts: Drafts) -> None:
             raise BeagleError(f"mode '{mode}' drafts with {NEEDS[mode]}")
 
 
-def load_contenders(
+def load_systems(
     target: Target, modes: Sequence[str], drafts: Drafts, plan: TreePlan | None = None, **options: Any
-) -> list[Contender]:
+) -> list[System]:
     """Load what each mode needs besides the target; options as of ``targets.loading.load_model``.
 
     All of our modes share the one target; transformers' modes share a second copy of the model, as
@@ -146,11 +147,11 @@ def load_contenders(
         BeagleError: a mode can't run, or something can't be loaded or doesn't fit the target.
     """
     check_modes(modes, drafts)
-    contenders = [
-        _ours(target, mode, drafts.of(mode, target.name), plan, options) for mode in modes if mode not in STOCK_MODES
+    systems = [
+        _ours(target, mode, drafts.of(mode, target.name), plan, options) for mode in modes if mode not in HF_MODES
     ]  # before the copy is loaded, whose memory is no part of theirs
-    stock: dict[str, Contender] = {}
-    if wanted := [mode for mode in modes if mode in STOCK_MODES]:
+    transformers_modes: dict[str, System] = {}
+    if wanted := [mode for mode in modes if mode in HF_MODES]:
         copy = load_model(target.name, **options)[0]
         copy.generation_config = neutral(copy.generation_config, target.eos_ids)  # as our modes decode
         for mode in wanted:
@@ -159,12 +160,12 @@ def load_contenders(
                 (assistant, tokenizer), weights = weighed(lambda: load_model(str(drafts.small), **options))
                 refuse_other_vocabulary(target, tokenizer, str(drafts.small))
                 assistant.generation_config = neutral(assistant.generation_config, target.eos_ids)
-            stock[mode] = Contender(mode, Model(target), Stock(copy, assistant), weights)
-    ours = {contender.mode: contender for contender in contenders}
-    return [(ours | stock)[mode] for mode in modes]
+            transformers_modes[mode] = System(mode, Model(target), HFGenerate(copy, assistant), weights)
+    ours = {system.mode: system for system in systems}
+    return [(ours | transformers_modes)[mode] for mode in modes]
 
 
-def _ours(target: Target, mode: str, draft: DraftSpec, plan: TreePlan | None, options: Mapping[str, Any]) -> Contender:
+def _ours(target: Target, mode: str, draft: DraftSpec, plan: TreePlan | None, options: Mapping[str, Any]) -> System:
     drafter, weights = weighed(lambda: load_drafter(draft, target, **options))
     if mode in ("beagle", "chain") and drafter is None:
         raise BeagleError(f"no draft head for {target.name}; pass a folder as draft or leave '{mode}' out of modes")
@@ -172,7 +173,7 @@ def _ours(target: Target, mode: str, draft: DraftSpec, plan: TreePlan | None, op
         plan = replace(plan or TreePlan(), kind="chain")
     if mode == "eagle" and not (isinstance(drafter, HeadDrafter) and drafter.head.architecture == "eagle"):
         raise BeagleError(f"eagle '{draft}' holds no EAGLE head; pass it as draft, or choose another folder")
-    return Contender(mode, Model(target, drafter, plan), weights_mb=weights)
+    return System(mode, Model(target, drafter, plan), weights_mb=weights)
 
 
 def weighed(load: Callable[[], T]) -> tuple[T, float]:

@@ -12,9 +12,9 @@ from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.drafters.lookup import LookupDrafter
 from beagle.evaluation.figures import figures
-from beagle.evaluation.floor import Machine, floor, probe
-from beagle.evaluation.modes import Contender, Options
+from beagle.evaluation.modes import Options, System
 from beagle.evaluation.records import Record
+from beagle.evaluation.roofline import Machine, floor, probe
 from beagle.evaluation.run import Sets, run
 from beagle.memory import settle
 from beagle.model import Model
@@ -25,7 +25,7 @@ CONTEXT = 256  # tokens before the passes that are timed by their rows
 
 
 @dataclass(frozen=True)
-class Timed(Contender):
+class Timed(System):
     """A mode that also notes each answer's time outside the engine: tokenising, putting text together."""
 
     texts: list[float] = field(default_factory=list)

@@ -13,8 +13,6 @@ from beagle.decoding.stats import Stats
 from beagle.errors import BeagleError
 from beagle.files import write_text
 
-SHOWN = 600  # characters of a question that are kept for whoever looks at its answer
-
 
 @dataclass(frozen=True)
 class Turn:
@@ -41,9 +39,10 @@ class Record:
     """One mode's answer to a whole question, turn by turn, in one of the repeats.
 
     Attributes:
-        peak_memory_mb: of the process, or of the GPU. growth_mb: how much of it came while answering.
+        peak_memory_mb: of the process, or of the GPU.
+        growth_mb: how much of it came while answering.
         difference: where it leaves plain decoding's answer, if it does and both are greedy:
-            ``turn``, ``position``, and ``gap`` (see ``ties.first_difference``).
+            ``turn``, ``position``, and ``gap`` (see ``ties.first_divergence``).
     """
 
     set: str
@@ -108,7 +107,7 @@ def write_result(path: Path, result: dict[str, Any], records: Iterable[Record]) 
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A result file as ``beagle eval`` or ``beagle bench`` wrote it.
+    """A result file as ``beagle eval`` wrote it.
 
     Raises:
         BeagleError: it can't be read, or is something else.

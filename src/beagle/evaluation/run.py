@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from beagle.errors import BeagleError
-from beagle.evaluation.meta import peak_memory_mb, reset_peak_memory
-from beagle.evaluation.modes import Contender, Options
+from beagle.evaluation.first_divergence import first_divergence
+from beagle.evaluation.modes import Options, System
+from beagle.evaluation.peak_memory import peak_memory_mb, reset_peak_memory
 from beagle.evaluation.records import Record, Turn
-from beagle.evaluation.ties import first_difference
 from beagle.memory import settle
 from beagle.targets.chat import Message, encode
 from beagle.targets.target import Target
@@ -21,7 +21,7 @@ WARM_UP = Prompt("warm-up", ("Say hello.",))
 
 
 def run(
-    contenders: Sequence[Contender],
+    systems: Sequence[System],
     sets: Sets,
     options: Options,
     *,
@@ -36,29 +36,30 @@ def run(
     A question that can't be answered ends the run with a BeagleError that names it.
 
     Args:
-        done: set and id of questions to leave out. pieces: keep each token's text.
+        done: set and id of questions to leave out.
+        pieces: keep each token's text.
     """
-    refuse_turns_without_template(contenders, sets)
+    refuse_turns_without_template(systems, sets)
     if all((name, prompt.id) in done for name, prompts in sets.items() for prompt in prompts):
         return
     settle()
-    for contender in contenders:
-        ask(contender, "", WARM_UP, replace(options, max_new_tokens=8, temperature=0.0), 0)
+    for system in systems:
+        ask(system, "", WARM_UP, replace(options, max_new_tokens=8, temperature=0.0), 0)
     for name, prompts in sets.items():
         for i, prompt in enumerate(prompts):
             if (name, prompt.id) in done:
                 continue
             records = []
             for repeat in range(repeats):
-                for j in range(len(contenders)):
-                    contender = contenders[(i + repeat + j) % len(contenders)]
+                for j in range(len(systems)):
+                    system = systems[(i + repeat + j) % len(systems)]
                     try:
-                        records.append(ask(contender, name, prompt, options, repeat))
+                        records.append(ask(system, name, prompt, options, repeat))
                     except BeagleError as error:
                         raise BeagleError(f"question '{prompt.id}' of {name}: {error}") from error
-            order = [contender.mode for contender in contenders]
+            order = [system.mode for system in systems]
             records.sort(key=lambda record: (record.repeat, order.index(record.mode)))
-            target = contenders[0].model.target
+            target = systems[0].model.target
             if not options.temperature:
                 records = compared(target, prompt, records)
             if pieces:  # repeats say the same, or are there for their times
@@ -66,16 +67,16 @@ def run(
             yield records
 
 
-def ask(contender: Contender, name: str, prompt: Prompt, options: Options, repeat: int) -> Record:
+def ask(system: System, name: str, prompt: Prompt, options: Options, repeat: int) -> Record:
     """One mode's answers to all turns of a question; its own answers stand between them."""
     turns: list[Turn] = []
     before = reset_peak_memory()
     for n in range(len(prompt.turns)):
-        asked = question(contender.model.target, prompt, turns[:n])
-        turns.append(Turn(*contender.answer(asked, options, options.seed + repeat)))
+        asked = question(system.model.target, prompt, turns[:n])
+        turns.append(Turn(*system.answer(asked, options, options.seed + repeat)))
     peak = peak_memory_mb()
     growth = max(0.0, peak - before)
-    return Record(name, prompt.id, prompt.category, contender.mode, repeat, turns, round(peak, 1), round(growth, 1))
+    return Record(name, prompt.id, prompt.category, system.mode, repeat, turns, round(peak, 1), round(growth, 1))
 
 
 def question(target: Target, prompt: Prompt, answered: Sequence[Turn]) -> str | list[Message]:
@@ -97,7 +98,7 @@ def compared(target: Target, prompt: Prompt, records: list[Record]) -> list[Reco
             if turn.ids == reference.turns[n].ids:
                 continue
             asked = encode(target, question(target, prompt, record.turns[:n]))
-            found = first_difference(target, asked, turn.ids, reference.turns[n].ids)
+            found = first_divergence(target, asked, turn.ids, reference.turns[n].ids)
             difference = {"turn": n, **(found or {})}
             break
         out.append(replace(record, difference=difference))
@@ -118,12 +119,12 @@ def with_pieces(target: Target, record: Record) -> Record:
     return replace(record, turns=turns)
 
 
-def refuse_turns_without_template(contenders: Sequence[Contender], sets: Sets) -> None:
+def refuse_turns_without_template(systems: Sequence[System], sets: Sets) -> None:
     """
     Raises:
         BeagleError: a question has a second turn or a system message, and the target has no form for them.
     """
-    target = contenders[0].model.target
+    target = systems[0].model.target
     if getattr(target.tokenizer, "chat_template", None):
         return
     for name, prompts in sets.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def load_suite(name: str, limit: int | None = None) -> dict[str, list[Prompt]]:
     if name not in SUITES:
         raise BeagleError(f"suite '{name}' is unknown; use {', '.join(SUITES)}, or question files of your own")
     if name == "quick":
-        return {"quick": take(read_prompts(QUICK), limit)}
+        return {"quick": limit_by_category(read_prompts(QUICK), limit)}
     folder = data_folder(name)
     sets = {Path(file).stem: read_prompts(folder / file, skip_bad_lines=None) for file in SUITES[name]}
     if name == "spec-bench":
@@ -38,7 +38,7 @@ def load_suite(name: str, limit: int | None = None) -> dict[str, list[Prompt]]:
         for prompt in sets["spec_bench"]:
             parts.setdefault("mt_bench" if prompt.category in MT_BENCH else prompt.category, []).append(prompt)
         sets = parts
-    return {name: take(prompts, limit) for name, prompts in sets.items()}
+    return {name: limit_by_category(prompts, limit) for name, prompts in sets.items()}
 
 
 def data_folder(suite: str) -> Path:
@@ -79,11 +79,11 @@ def load_questions(
         if label in sets:
             raise BeagleError(f"two question files are named '{label}'; rename one, names tell the sets apart")
         prompts = hub_prompts(name) if hub else read_prompts(path, skip_bad_lines=skip_bad_lines)
-        sets[label] = take(unique(prompts), limit)
+        sets[label] = limit_by_category(unique(prompts), limit)
     return sets
 
 
-def take(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
+def limit_by_category(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
     """The first of each category in turn, so that a few questions are not all of one kind; in the file's order."""
     if limit is None or limit >= len(prompts):
         return list(prompts)
@@ -93,6 +93,11 @@ def take(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
         seen[prompt.category] = seen.get(prompt.category, 0) + 1
         rounds.append((seen[prompt.category], at))
     return [prompts[at] for at in sorted(at for _, at in sorted(rounds)[:limit])]
+
+
+def first_turns(sets: Mapping[str, Sequence[Prompt]]) -> dict[str, list[Prompt]]:
+    """The questions without their later turns, which would ask each mode about its own answers."""
+    return {name: [replace(prompt, turns=prompt.turns[:1]) for prompt in prompts] for name, prompts in sets.items()}
 
 
 def unique(prompts: Sequence[Prompt]) -> list[Prompt]:

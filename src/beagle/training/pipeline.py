@@ -16,8 +16,8 @@ from rich.progress import Progress, TextColumn
 
 from beagle.drafters.checkpoint import HEADS
 from beagle.errors import BeagleError
-from beagle.evaluation.meta import describe
 from beagle.files import write_json
+from beagle.meta import describe
 from beagle.targets.target import Target
 from beagle.training.answers import AnswerGenerator, Sample
 from beagle.training.config import Positive, TrainConfig

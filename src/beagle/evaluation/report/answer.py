@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich.text import Text
 
@@ -54,23 +53,3 @@ def legend() -> Text:
     for depth, style in enumerate(TERMINAL[1:], 1):
         text.append(f" {depth}{'+' if depth == len(TERMINAL) - 1 else ''} ", style)
     return text.append(" accepted at this depth of the draft")
-
-
-def for_page(records: Iterable[Record], questions: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:
-    """What the page's viewer needs of the first ``most`` questions of each set."""
-    seen: dict[str, int] = {}
-    kept: dict[tuple[str, str], dict[str, Any]] = {}
-    for asked in questions:
-        seen[asked["set"]] = seen.get(asked["set"], 0) + 1
-        if seen[asked["set"]] <= most:
-            kept[asked["set"], asked["id"]] = {**asked, "answers": {}}
-    for r in records:
-        if not r.repeat and (r.set, r.id) in kept:
-            stats = r.stats
-            kept[r.set, r.id]["answers"][r.mode] = {
-                "turns": [[t.pieces, t.origins()] for t in r.turns],
-                "tau": round(stats.tau, 2),
-                "speed": round(stats.tokens_per_second, 1),
-                "passes": stats.passes,
-            }
-    return [asked for asked in kept.values() if asked["answers"]]

@@ -1,28 +1,15 @@
-"""The tables of a report, as data; Markdown and the page render the same ones."""
+"""The tables of a side-by-side run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from beagle.evaluation.figures import resolved, speed_up_text
+from beagle.evaluation.report.table import Table
 
 PARTS = ("draft", "verify", "accept", "other")
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-
-
-@dataclass(frozen=True)
-class Table:
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-    note: str = ""
-
-    def markdown(self) -> str:
-        lines = [self.header, ["---"] * len(self.header), *self.rows]
-        text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-        return f"**{self.title}**\n\n{text}\n" + (f"\n{self.note}\n" if self.note else "")
 
 
 def heading(result: Mapping[str, Any]) -> str:
@@ -118,27 +105,32 @@ def details(result: Mapping[str, Any]) -> Table:
 def by_category(result: Mapping[str, Any]) -> Table | None:
     rows = []
     for name, part in result["sets"].items():
-        for category, few in part.get("categories", {}).items():
-            if questions(few) < 2:  # one measurement says nothing
+        for category, found in part.get("categories", {}).items():
+            if questions(found) < 2:  # one measurement says nothing
                 continue
-            rows += [[f"{name}: {category or '-'}", *_row(few, mode)] for mode in few["modes"]]
+            rows += [[f"{name}: {category or '-'}", *_row(found, mode)] for mode in found["modes"]]
     return Table("By category", ["category", *_HEADER], rows) if rows else None
 
 
-_HEADER = ["mode", "questions", "token/s", "speed-up (spread)", "τ", "step-α 1…5", "identical", "near-ties"]
+_FIGURES = ["τ", "step-α 1…5", "identical", "near-ties"]
+_HEADER = ["mode", "questions", "token/s", "speed-up (spread)", *_FIGURES]
+
+
+def one_set(name: str, part: Mapping[str, Any]) -> Table:
+    """Every mode on one set."""
+    rows = [[mode, f"{m['tokens_per_second']:.1f}", *_figures(m, 1)] for mode, m in part["modes"].items()]
+    return Table(f"{name} ({questions(part)} questions)", ["mode", "token/s", *_FIGURES], rows)
 
 
 def _row(part: Mapping[str, Any], mode: str) -> list[str]:
     m = part["modes"][mode]
-    return [
-        mode,
-        str(m["questions"]),
-        f"{m['tokens_per_second']:.1f}",
-        "1" if mode == "plain" else speed_up_text(over_plain(part, mode)),
-        f"{m['tau']:.2f}",
-        " ".join(f"{a:.2f}" for a in m["step_alpha"][:5]) or "-",
-        *("-" if m.get(name) is None else f"{m[name]:.0%}" for name in ("identical", "near_ties")),
-    ]
+    over = "1" if mode == "plain" else speed_up_text(over_plain(part, mode))
+    return [mode, str(m["questions"]), f"{m['tokens_per_second']:.1f}", over, *_figures(m)]
+
+
+def _figures(m: Mapping[str, Any], digits: int = 0) -> list[str]:
+    shares = ["-" if m.get(name) is None else f"{m[name]:.{digits}%}" for name in ("identical", "near_ties")]
+    return [f"{m['tau']:.2f}", " ".join(f"{a:.2f}" for a in m["step_alpha"][:5]) or "-", *shares]
 
 
 def costs(result: Mapping[str, Any]) -> Table:
@@ -153,15 +145,14 @@ def costs(result: Mapping[str, Any]) -> Table:
                 f"{m['candidates_per_pass']:.1f}" if parts else "-",
                 f"{m['prefill_seconds'] / m['questions']:.2f}",
                 "-" if expected is None else f"{expected:.2f}×",
-                "1" if mode == "plain" else speed_up_text(over_plain(result, mode)),
                 f"{m['peak_memory_mb']:.0f}",
                 "-" if above is None else f"{above:.0f}",
             ]
         )
-    header = ["mode", *PARTS, "candidates", "prefill", "expected speed-up", "measured speed-up", "peak MB", "+MB"]
+    header = ["mode", *PARTS, "candidates", "prefill", "expected", "peak MB", "+MB"]
     note = (
-        "Draft to other: milliseconds a pass; candidates: a pass; prefill: seconds a question; expected: from τ and the "
-        "measured costs of a pass and a draft; +MB: memory above the target."
+        "Draft to other: milliseconds a pass; candidates: a pass; prefill: seconds a question; expected: the speed-up by "
+        "τ and the measured costs of a pass and a draft; +MB: memory above the target."
     )
     return Table("Where time and memory go", header, rows, note)
 

@@ -16,6 +16,8 @@ from beagle.errors import BeagleError
 if TYPE_CHECKING:
     from beagle.model import Model, Piece
 
+KEPT_TOKENS = 8192  # of the conversation, so that only what is new of a turn is run
+
 
 @o.with_setup
 def chat(
@@ -30,7 +32,7 @@ def chat(
 
     Example: [bold]beagle chat --target smollm2-135m[/bold]
     """
-    model = setup.load_model()
+    model = setup.load_model(prefix_cache=KEPT_TOKENS)
     console = Console()
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)

@@ -101,8 +101,10 @@ class Setup:
         """How models are loaded, but for the quantisation, which is the target's alone."""
         return {"dtype": self.dtype, "device": self.device, "trust_remote_code": self.trust_remote_code}
 
-    def load_model(self) -> Model:
-        return load_model(self.target, self.draft, plan=self.plan(), quantize=self.quantize, **self.engine())
+    def load_model(self, **options: Any) -> Model:
+        """The target and its drafter; further options as of ``beagle.load``."""
+        own = {"plan": self.plan(), "quantize": self.quantize, **self.engine()}
+        return load_model(self.target, self.draft, **own, **options)
 
     def arguments(self) -> dict[str, Any]:
         """What a result file holds of this, without the folders of this machine."""

@@ -120,7 +120,7 @@ def main() -> None:
             for clients in arguments.clients:
                 for name, served in servers.items():
                     # texts of their own, so that no prompt is known from an earlier round
-                    own = [f"({clients}) {question}" for question in asked]
+                    own = [f"({number}.{clients}.{i}) {question}" for i, question in enumerate(asked)]
                     found = measure(served.url, clients, own, arguments.tokens)
                     rounds.setdefault(f"{name}, {clients} clients", []).append(found)
                     print(f"{name}, {clients} clients: {found['tokens_per_second']:.1f} tokens/s", flush=True)

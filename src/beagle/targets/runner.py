@@ -158,7 +158,8 @@ def example(
     trees = [TreeShape.chain(2), tree, TreeShape([-1])] if kind == "trees" else [tree]
     cache = new_cache(4, 20) if kind == "trees" else new_cache(1, 2 * EXACT_BLOCK)
     before, n = sum(contexts), sum(len(tree.parents) for tree in trees)
-    ids = (torch.arange(1, 1 + before + n, device=cache.device) % vocab_size)[None]
+    # drawn, not counted: the first ids of a vocabulary are special, and rounding among them is ten times as large
+    ids = torch.randint(vocab_size, (1, before + n), generator=torch.Generator().manual_seed(0)).to(cache.device)
     if eager is not None:
         eager(ids[:, :before], of_trees(cache, [TreeShape.chain(length) for length in contexts], windows))
     cache.lengths[: len(contexts)] = contexts

@@ -25,7 +25,7 @@ from beagle.decoding.stats import Stats
 from beagle.decoding.walk import Walk, accept
 from beagle.drafters.base import Draft, Drafter, TreePlan, prune
 from beagle.errors import BeagleError
-from beagle.limits import MAX_NODES
+from beagle.limits import MAX_NODES, MAX_TREE_TOKENS
 from beagle.targets.plan import EXACT_BLOCK, EXACT_TOKENS
 from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
@@ -211,7 +211,7 @@ class Decoder:
         known = self._prefixes.find(sequence.ids) if self._prefixes is not None else None
         capacity = len(sequence.ids)
         if not self.live:
-            capacity = self._keys(sequence) if self._exact else self._slots(sequence) + MAX_NODES + 1
+            capacity = self._keys(sequence) if self._exact else self._slots(sequence) + MAX_TREE_TOKENS
         sequence.cache = self.target.new_cache(1, capacity)
         if known is not None:
             sequence.cache.copy_row(0, known.cache, 0, known.length)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from beagle.limits import MAX_NODES
+from beagle.limits import MAX_TREE_TOKENS
 from beagle.targets.cache import KVCache
 from beagle.targets.target import Target
 
@@ -50,7 +50,7 @@ class LiveCache:
         """
         old = self._cache
         if old is None or old.batch < self._size:
-            capacity = max(capacity + MAX_NODES + 1, old.capacity if old is not None else 0)
+            capacity = max(capacity + MAX_TREE_TOKENS, old.capacity if old is not None else 0)
             self._cache = self._target.new_cache(self._size, capacity)
             if old is not None:
                 self._cache.copy_row(0, old, 0)

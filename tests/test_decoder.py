@@ -180,3 +180,289 @@ def test_a_watcher_sees_its_own_sequence():
 def roots(steps):
     """The first token of each iteration's tree is the last one of the iteration before."""
     return [int(step.logits[step.path[-1]].argmax()) for step in steps[:-1]]
+
+
+# what goes wrong in one sequence
+
+
+class Refuses(Exception):
+    """What goes wrong in a test."""
+
+
+def three(target, **options) -> list[Sequence]:
+    """Sequences of unequal length, the one in the middle to go wrong."""
+    sequences = []
+    for i, (n, most) in enumerate(((4, 30), (9, 30), (2, 40))):
+        own = options if i == 1 else {}
+        sequences.append(sequence_of(target, list(range(3, 3 + n)), SamplingParams(max_new_tokens=most), **own))
+    return sequences
+
+
+def others_go_on(target, decoder: Decoder, sequences: list[Sequence], error: type[Exception] = Refuses) -> Sequence:
+    """The one that failed; the others have their own answers."""
+    (failed,) = until_done(decoder, *sequences)
+    assert isinstance(failed.error, error)
+    assert failed.ended
+    assert failed.stats.tokens == len(failed.tokens)
+    for one in sequences:
+        expected = alone(target, one.ids, SamplingParams(max_new_tokens=one.max_new_tokens))
+        if one is failed:
+            assert one.tokens == expected[: len(one.tokens)]
+            assert len(one.tokens) < len(expected)
+        else:
+            assert one.error is None
+            assert one.tokens == expected
+    return failed
+
+
+@pytest.fixture
+def endless():
+    target = tiny_target()
+    target.eos_ids = frozenset()
+    return target
+
+
+@pytest.fixture(params=["together", "one by one"])
+def make(request, endless):
+    """A decoder for three, whose prompts run together or each alone."""
+    prefixes = PrefixCache(400) if request.param == "one by one" else None
+
+    def call(name: str = "beagle", **options) -> Decoder:
+        own = options.pop("drafter", None) or drafter(name, endless)
+        return Decoder(endless, size=3, drafter=own, plan=DYNAMIC, prefixes=prefixes, **options)
+
+    return call
+
+
+@pytest.mark.parametrize("at", [0, 3])
+def test_a_watcher_that_fails_ends_its_sequence_alone(endless, make, at):
+    calls = []
+
+    def watch(step):
+        calls.append(step)
+        if len(calls) > at:
+            raise Refuses
+
+    sequences = three(endless, watch=watch)
+    assert others_go_on(endless, make(), sequences) is sequences[1]
+
+
+@pytest.mark.parametrize("at", [0, 5])
+def test_a_sampler_that_fails_ends_its_sequence_alone(endless, make, at):
+    class Failing(Sampler):
+        def ended(self, token):
+            if len(sequences[1].tokens) >= at:
+                raise Refuses
+            return super().ended(token)
+
+    sequences = three(endless)
+    sequences[1].sampler = Failing()
+    assert others_go_on(endless, make(), sequences) is sequences[1]
+
+
+@pytest.mark.parametrize("when", ["made", "prompt", "later"])
+def test_a_context_of_the_drafter_that_fails_ends_its_sequence_alone(endless, make, when):
+    own, made = LookupDrafter(), []
+
+    def context():
+        made.append(LookupDrafter.context(own))
+        if len(made) == 2 and when == "made":
+            raise BeagleError("no memory")
+        if len(made) == 2:
+            extend, calls = made[1].extend, []
+
+            def failing(tokens, states):
+                calls.append(tokens)
+                if when == "prompt" or len(calls) > 3:
+                    raise BeagleError("no memory")
+                extend(tokens, states)
+
+            made[1].extend = failing
+        return made[-1]
+
+    own.context = context
+    others_go_on(endless, make(drafter=own), three(endless), BeagleError)
+
+
+@pytest.mark.parametrize("name", ["lookup", "beagle", "small"])
+def test_a_draft_that_fails_ends_its_sequence_alone(endless, make, name):
+    """A draft needs room, too: of a small model's cache, say."""
+    own = drafter(name, endless)
+    draft = own.draft
+
+    def failing(contexts, roots, *rest):
+        made = draft(contexts, roots, *rest)
+        if any(context is sequences[1].context for context in contexts) and len(sequences[1].tokens) > 5:
+            raise BeagleError("no memory")
+        return made
+
+    own.draft = failing
+    sequences = three(endless)
+    assert others_go_on(endless, make(drafter=own), sequences, BeagleError) is sequences[1]
+
+
+def test_a_head_forgets_no_state_when_it_has_no_memory(endless, monkeypatch):
+    """The states that wait for their keys are those of all contexts that draft together."""
+    own = drafter("beagle", endless)
+    contexts = [own.context() for _ in range(2)]
+    for n, context in enumerate(contexts, 20):
+        context.extend([3] * n, torch.randn(n, 32))
+        context.extend([4], torch.randn(1, 32))
+    with monkeypatch.context() as patch:
+        patch.setattr(contexts[1], "reserve", lambda capacity: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            own.draft(contexts, [5, 5], DYNAMIC)
+    own.draft(contexts, [5, 5], DYNAMIC)
+    assert [context.keys for context in contexts] == [21, 22]
+
+
+@pytest.mark.parametrize("name", ["plain", "lookup"])
+def test_numbers_that_are_none_harm_no_other_sequence(endless, make, name):
+    """Keys that are NaN are not left where another sequence's mask hides them: NaN times 0 is NaN."""
+    sequences = three(endless)
+    answers = [alone(endless, one.ids, SamplingParams(max_new_tokens=one.max_new_tokens)) for one in sequences]
+    unused = min(set(range(20, 64)) - {token for answer in answers for token in answer})
+    endless.embed.weight.data[unused] = float("nan")
+    bad = sequence_of(endless, [*range(3, 20), unused, *range(3, 45)], SamplingParams(max_new_tokens=5))
+    decoder = make(name)
+    decoder.enter(sequences[:1])
+    decoder.step()
+    decoder.enter([bad])
+    failed = [one for one, _ in decoder.step() if one.error is not None]
+    assert failed == [bad]
+    assert "nan" in str(bad.error)
+    assert until_done(decoder, *sequences[1:]) == []
+    assert [one.tokens for one in sequences] == answers
+
+
+def test_numbers_that_turn_bad_harm_no_sequence_that_takes_the_room(endless, make):
+    """The longest sequence fails amid its answer; the last one takes its part of the cache."""
+    sequences = three(endless)
+    decoder = make("plain")
+    for i in (1, 0, 2):
+        decoder.enter([sequences[i]])
+        decoder.step()
+    row = decoder.live.index(sequences[1])
+    for tensor in decoder._cache.whole.tensors:
+        tensor[row, :, 2:15] = float("nan")  # behind what has come so far, too
+    failed = until_done(decoder)
+    assert failed == [sequences[1]]
+    for one in (sequences[0], sequences[2]):
+        assert one.tokens == alone(endless, one.ids, SamplingParams(max_new_tokens=one.max_new_tokens))
+
+
+def limited(target, monkeypatch, slots: int):
+    """No memory for caches of so many slots and more."""
+    new_cache = target.new_cache
+
+    def limit(batch, capacity):
+        if batch * capacity >= slots:
+            raise BeagleError(f"no memory for {batch} times {capacity}")
+        return new_cache(batch, capacity)
+
+    monkeypatch.setattr(target, "new_cache", limit)
+
+
+def test_no_memory_for_the_longest_answer_ends_it_alone(endless, make, monkeypatch):
+    sequences = three(endless)
+    expected = [alone(endless, one.ids, SamplingParams(max_new_tokens=one.max_new_tokens)) for one in sequences]
+    sequences[1] = sequence_of(endless, list(range(3, 12)), SamplingParams(max_new_tokens=400))
+    limited(endless, monkeypatch, 3 * 300)
+    failed = until_done(make(), *sequences)
+    assert failed == [sequences[1]]
+    assert [sequences[0].tokens, sequences[2].tokens] == [expected[0], expected[2]]
+
+
+def test_no_memory_to_grow_ends_the_longest_alone(endless, make, monkeypatch):
+    monkeypatch.setattr("beagle.decoding.decoder.FIRST_SLOTS", 10)
+    sequences = three(endless)
+    sequences[1] = sequence_of(endless, list(range(3, 12)), SamplingParams(max_new_tokens=300))
+    expected = [alone(endless, one.ids, SamplingParams(max_new_tokens=one.max_new_tokens)) for one in sequences]
+    limited(endless, monkeypatch, 3 * 150)
+    failed = until_done(make("plain"), *sequences)
+    assert failed == [sequences[1]]
+    assert sequences[1].tokens == expected[1][: len(sequences[1].tokens)]
+    assert [sequences[0].tokens, sequences[2].tokens] == [expected[0], expected[2]]
+
+
+def test_an_exact_pass_that_fails_ends_its_sequence_alone(endless, monkeypatch):
+    sequences = three(endless)
+    expected = [alone(endless, one.ids, SamplingParams(max_new_tokens=one.max_new_tokens), True) for one in sequences]
+    keys = Decoder(endless, exact=True)._keys
+    verify = endless.verify_exact
+    sequences[1] = sequence_of(endless, list(range(3, 12)), SamplingParams(max_new_tokens=300))
+    most = keys(sequences[1])
+
+    def failing(cache, tokens, shape, keys):
+        if keys == most and len(sequences[1].tokens) > 4:
+            raise Refuses
+        return verify(cache, tokens, shape, keys)
+
+    monkeypatch.setattr(endless, "verify_exact", failing)
+    decoder = Decoder(endless, size=3, drafter=drafter("lookup", endless), plan=DYNAMIC, exact=True)
+    failed = until_done(decoder, *sequences)
+    assert failed == [sequences[1]]
+    assert [sequences[0].tokens, sequences[2].tokens] == [expected[0], expected[2]]
+
+
+# prompts in pieces
+
+
+def passes_of(target, monkeypatch) -> list[int]:
+    """Tokens of each pass over prompts."""
+    prefill, lengths = target.prefill, []
+
+    def noted(ids, cache):
+        lengths.append(ids.shape[1])
+        return prefill(ids, cache)
+
+    monkeypatch.setattr(target, "prefill", noted)
+    return lengths
+
+
+@pytest.mark.parametrize(("first", "keeping"), [("live", False), ("live", True), ("entering", True)])
+def test_a_long_prompt_stalls_nobody_for_longer_than_a_piece(endless, monkeypatch, first, keeping):
+    prefixes = PrefixCache(400) if keeping else None
+    decoder = Decoder(endless, size=3, drafter=drafter("lookup", endless), plan=DYNAMIC, prefixes=prefixes, piece=16)
+    short = sequence_of(endless, [5, 9], SamplingParams(max_new_tokens=60))
+    long = sequence_of(endless, [3 + i % 40 for i in range(150)], SamplingParams(max_new_tokens=10))
+    expected = [alone(endless, one.ids, SamplingParams(max_new_tokens=one.max_new_tokens)) for one in (short, long)]
+    lengths = passes_of(endless, monkeypatch)
+    decoder.enter([short, long] if first == "entering" else [short])
+    if first == "live":
+        decoder.step()
+        decoder.enter([long])
+    while not long.ended:
+        before, count = sum(lengths), len(short.tokens)
+        decoder.step()
+        if count and not short.ended:
+            assert len(short.tokens) > count
+        assert sum(lengths) - before <= 16 + (0 if count else 2)
+    assert max(lengths) == 16
+    until_done(decoder)
+    assert [short.tokens, long.tokens] == expected
+
+
+def test_a_prompt_alone_runs_at_once(endless, monkeypatch):
+    lengths = passes_of(endless, monkeypatch)
+    decoder = Decoder(endless, size=3, prefixes=PrefixCache(400), piece=16)
+    until_done(decoder, sequence_of(endless, [3 + i % 40 for i in range(150)], SamplingParams(max_new_tokens=4)))
+    assert lengths == [150]
+
+
+def test_a_prompt_that_is_given_up_between_two_pieces_leaves_nothing(endless):
+    decoder = Decoder(endless, size=2, piece=16)
+    short = sequence_of(endless, [5, 9], SamplingParams(max_new_tokens=40))
+    long = sequence_of(endless, [3 + i % 40 for i in range(150)], SamplingParams(max_new_tokens=10))
+    decoder.enter([short])
+    decoder.step()
+    decoder.enter([long])
+    decoder.step()
+    assert long.cache is not None
+    decoder.leave(long)
+    assert decoder.free == 1
+    assert long.cache is None
+    after = sequence_of(endless, [7, 8], SamplingParams(max_new_tokens=10))
+    until_done(decoder, after)
+    for one in (short, after):
+        assert one.tokens == alone(endless, one.ids, SamplingParams(max_new_tokens=one.max_new_tokens))

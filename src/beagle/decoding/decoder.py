@@ -116,9 +116,13 @@ class Decoder:
             New tokens, prompts' first. Sequences whose answers end, or fail, have left.
         """
         before = len(self.live)
-        emitted = self._run_prompts()
-        if before:
-            emitted += self._iterate(before)
+        try:
+            emitted = self._run_prompts()
+            if before:
+                emitted += self._iterate(before)
+        except BaseException:  # Ctrl-C, say
+            self._prefixes = None  # what of the step is in the cache is not known: none of it is kept
+            raise
         return emitted
 
     def leave(self, sequence: Sequence) -> None:
@@ -135,7 +139,7 @@ class Decoder:
         if self._prefixes is not None and sequence.error is None:
             cache = self._cache.whole
             known = [*sequence.ids, *sequence.tokens][: cache.lengths[at]]
-            self._prefixes.keep(known, cache, at, torch.cat(sequence.states))
+            self._prefixes.keep(known, cache, at, sequence.states)
             sequence.states = []
         self._cache.remove(at, last, clear=sequence.error is not None)
         self.live[at] = self.live[last]

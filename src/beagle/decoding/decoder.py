@@ -35,6 +35,13 @@ TOGETHER = 4096  # tokens of prompts that run in one pass, the shorter ones coun
 Emissions = list[tuple[Sequence, Emitted]]
 
 
+class _OfOne(Exception):
+    """What went wrong in one of several sequences."""
+
+    def __init__(self, sequence: Sequence, error: Exception) -> None:
+        self.sequence, self.error = sequence, error
+
+
 class Decoder:
     """Sequences that decode together; they enter and leave at any time between two steps.
 
@@ -109,9 +116,13 @@ class Decoder:
             New tokens, prompts' first. Sequences whose answers end, or fail, have left.
         """
         before = len(self.live)
-        emitted = self._run_prompts()
-        if before:
-            emitted += self._iterate(before)
+        try:
+            emitted = self._run_prompts()
+            if before:
+                emitted += self._iterate(before)
+        except BaseException:  # Ctrl-C, say
+            self._prefixes = None  # what of the step is in the cache is not known: none of it is kept
+            raise
         return emitted
 
     def leave(self, sequence: Sequence) -> None:
@@ -128,9 +139,9 @@ class Decoder:
         if self._prefixes is not None and sequence.error is None:
             cache = self._cache.whole
             known = [*sequence.ids, *sequence.tokens][: cache.lengths[at]]
-            self._prefixes.keep(known, cache, at, torch.cat(sequence.states))
+            self._prefixes.keep(known, cache, at, sequence.states)
             sequence.states = []
-        self._cache.remove(at, last)
+        self._cache.remove(at, last, clear=sequence.error is not None)
         self.live[at] = self.live[last]
         self.live.pop()
 
@@ -144,8 +155,10 @@ class Decoder:
     def _run_prompts(self) -> Emissions:
         """All prompts that wait; where others are live no more than a ``piece``."""
         emitted: Emissions = []
-        left = self._piece if self.live and self._piece is not None else None
+        left: int | None = None
         while self._entering and (left is None or left > 0):
+            if left is None and self.live:  # from before, or since a moment: they wait for no more than a piece
+                left = self._piece
             together = self._together(left)
             ran, entered = self._enter_together(together) if len(together) > 1 else self._enter_alone(left)
             emitted += entered
@@ -171,6 +184,9 @@ class Decoder:
         tokens = torch.tensor([token for one in sequences for token in one.ids], device=self.target.device)
         try:
             cache = self._cache.share(max(map(self._slots, sequences)))
+        except BeagleError as error:
+            return 0, [self._fail(max(sequences, key=self._slots), error)]
+        try:
             states = self.target.verify_trees(cache, tokens, [TreeShape.chain(n) for n in lengths], first)
             parts = states.split(lengths)
             logits = self.target.logits(torch.stack([part[-1] for part in parts]))
@@ -232,11 +248,9 @@ class Decoder:
         accept(walks, logits)
         emitted = []
         for i, (one, own, walk) in enumerate(zip(sequences, states, walks, strict=True)):
-            if self._drafter is not None and one.drafts:
-                one.context = self._drafter.context()
-            one.stats.tokens += 1
             step = partial(Step, [one.ids[-1]], root, own[-1:], logits[i : i + 1], [0])
             emitted.append(self._take(one, walk, one.ids, own, step))
+            one.stats.tokens += one.error is None
         seconds = (time.perf_counter() - began) / len(sequences)
         for one in sequences:
             one.stats.prefill_seconds += seconds
@@ -257,7 +271,8 @@ class Decoder:
         try:
             if walk.error is not None:
                 raise walk.error
-            if sequence.context is not None:
+            if self._drafter is not None and sequence.drafts:
+                sequence.context = sequence.context or self._drafter.context()
                 sequence.context.extend(tokens, states)
             if self._keep_states:
                 sequence.states.append(states)
@@ -281,8 +296,7 @@ class Decoder:
             drafts = self._draft(sequences)
             drafted_at = clock()
             sizes = [1 + len(draft.tokens) for draft in drafts]
-            if failed := self._grow(sizes):
-                return failed
+            self._grow(sizes)
             shapes = [draft.tree() for draft in drafts]
             trees = [[one.tokens[-1], *draft.tokens] for one, draft in zip(sequences, drafts, strict=True)]
             states, logits = self._verify(sequences, trees, shapes)
@@ -291,15 +305,18 @@ class Decoder:
             for one, draft, first in zip(sequences, drafts, _starts(sizes), strict=True):
                 walks.append(Walk(draft, one.sampler, first=first, position=len(one.tokens), left=one.left))
             accept(walks, logits)
+        except _OfOne as failed:
+            return [self._fail(failed.sequence, failed.error)]
         except Exception as error:  # of the pass that they share
             return [self._fail(one, error) for one in sequences]
         self._cache.whole.compact_rows([walk.path for walk in walks])
         emitted, owns = [], logits.split(sizes)
         for i, (one, own, walk) in enumerate(zip(sequences, states.split(sizes), walks, strict=True)):
-            one.stats.note_pass(len(walk.path) - 1, len(walk.chosen), sizes[i] - 1)
             step = partial(Step, trees[i], shapes[i], own, owns[i], walk.path)
             accepted = own[walk.path]  # a copy: the pass's states need not stay
             emitted.append(self._take(one, walk, [trees[i][0], *walk.chosen[:-1]], accepted, step))
+            if one.error is None:
+                one.stats.note_pass(len(walk.path) - 1, len(walk.chosen), sizes[i] - 1)
         accepted_at = clock()
         for one in sequences:
             one.stats.draft_seconds += (drafted_at - began) / count
@@ -318,12 +335,9 @@ class Decoder:
         costs = self._costs if alone else self._shared_costs
         reach = [min(self._plan.depth, sequences[i].left - 1) for i in drafting]  # never past the limit or the context
         nodes = self._plan.nodes if len(sequences) == 1 else None
-        made = self._drafter.draft(
-            [context for i in drafting if (context := sequences[i].context)],
-            [sequences[i].tokens[-1] for i in drafting],
-            replace(self._plan, depth=max(reach), nodes=nodes),
-            costs.min_gain(1 if alone else len(sequences)) if costs else 0.0,
-        )
+        plan = replace(self._plan, depth=max(reach), nodes=nodes)
+        min_gain = costs.min_gain(1 if alone else len(sequences)) if costs else 0.0
+        made = self._draft_together([sequences[i] for i in drafting], plan, min_gain)
         most = EXACT_TOKENS - 1 if self._exact else MAX_NODES
         if self._plan.kind != "static" and self._plan.nodes is not None:
             most = min(most, self._plan.nodes)
@@ -337,6 +351,21 @@ class Decoder:
             drafts[i] = draft
         return drafts
 
+    def _draft_together(self, sequences: list[Sequence], plan: TreePlan, min_gain: float) -> list[Draft]:
+        """Their drafter's candidates; where it fails, whose draft fails alone, too, is to blame."""
+        assert self._drafter is not None
+        contexts = [context for one in sequences if (context := one.context) is not None]
+        roots = [one.tokens[-1] for one in sequences]
+        try:
+            return self._drafter.draft(contexts, roots, plan, min_gain)
+        except Exception:
+            for one, context, root in zip(sequences, contexts, roots, strict=True):
+                try:
+                    self._drafter.draft([context], [root], plan, min_gain)
+                except Exception as error:
+                    raise _OfOne(one, error) from error
+            raise
+
     def _verify(
         self, sequences: list[Sequence], trees: list[list[int]], shapes: list[TreeShape]
     ) -> tuple[Tensor, Tensor]:
@@ -346,8 +375,11 @@ class Decoder:
             found = []
             for i, (one, tree, shape) in enumerate(zip(sequences, trees, shapes, strict=True)):
                 tokens = torch.tensor(tree, device=target.device)
-                states = target.verify_exact(self._cache.of(i), tokens, shape, self._keys(one))
-                found.append((states, target.exact_logits(states)))
+                try:
+                    states = target.verify_exact(self._cache.of(i), tokens, shape, self._keys(one))
+                    found.append((states, target.exact_logits(states)))
+                except Exception as error:
+                    raise _OfOne(one, error) from error
             states, logits = found[0] if len(found) == 1 else [torch.cat(part) for part in zip(*found, strict=True)]
         else:
             tokens = torch.tensor([token for tree in trees for token in tree], device=target.device)
@@ -360,14 +392,13 @@ class Decoder:
             torch.cuda.synchronize(target.device)  # acceptance waits for the logits anyhow: time them where they belong
         return states, logits
 
-    def _grow(self, sizes: list[int]) -> Emissions:
-        """Room for trees of these sizes; where there is no memory for it, the longest sequence fails."""
+    def _grow(self, sizes: list[int]) -> None:
+        """Room for trees of these sizes; where there is no memory for it, the longest sequence is to blame."""
         slots = [n + size for n, size in zip(self._cache.whole.lengths, sizes, strict=False)]
         try:
             self._cache.reserve(max(slots))
         except BeagleError as error:
-            return [self._fail(self.live[slots.index(max(slots))], error)]
-        return []
+            raise _OfOne(self.live[slots.index(max(slots))], error) from error
 
     def _slots(self, sequence: Sequence) -> int:
         """Tokens of a sequence, or as many of them as a cache has room for at first."""

@@ -80,11 +80,19 @@ class LiveCache:
         view.lengths = [self.whole.lengths[i]]
         return view
 
-    def remove(self, at: int, last: int) -> None:
-        """Sequence ``at`` leaves; ``last`` is the number of the last live one."""
+    def remove(self, at: int, last: int, clear: bool = False) -> None:
+        """A sequence leaves.
+
+        Args:
+            at: its number.
+            last: number of the last live one.
+            clear: its keys may be NaN, which the mask of whoever comes next would not hide: 0 times NaN is NaN.
+        """
         if last == 0:
             self._cache = self._first = None
             return
+        if clear:
+            self.whole.clear_row(at)
         if at != last:
             self.whole.copy_row(at, self.whole, last)
         self.whole.lengths[last] = 0

@@ -64,14 +64,14 @@ class PrefixCache:
         self._kept.append(found)
         return found.first(common[best])
 
-    def keep(self, tokens: list[int], cache: KVCache, row: int, states: Tensor) -> None:
+    def keep(self, tokens: list[int], cache: KVCache, row: int, states: list[Tensor]) -> None:
         """Keep a sequence: a copy of its keys and values, as far as there is room.
 
         Args:
             tokens: that the target has run.
             cache: where their keys and values are.
             row: its sequence there.
-            states: hidden states ``[tokens, hidden]``.
+            states: hidden states ``[n, hidden]`` of all tokens, piece by piece.
         """
         ids = torch.tensor(tokens[: self.most])
         for one in self._kept:
@@ -84,7 +84,7 @@ class PrefixCache:
             self._kept.pop(0)
         try:
             copied = cache.copy_of(row, len(ids))
-            self._kept.append(Prefix(ids, copied, states[: len(ids)].clone()))
+            self._kept.append(Prefix(ids, copied, torch.cat(states)[: len(ids)].clone()))
         except RuntimeError:  # no memory: then the next prompt is run whole
             self._kept.clear()
 

@@ -76,7 +76,6 @@ def write_unread(contexts: Sequence[HeadContext]) -> None:
         states += [state for _, state in context.unread]
         slots += range(context.keys, context.keys + len(known))
         counts.append(len(known))
-        context.unread = []
         context.reserve(context.length)
     if not tokens:
         return
@@ -86,3 +85,4 @@ def write_unread(contexts: Sequence[HeadContext]) -> None:
     for context, key, value, n in zip(contexts, k.split(counts, 1), v.split(counts, 1), counts, strict=True):
         context.write(key, value, context.keys)
         context.keys += n
+        context.unread = []  # last: where memory was short nothing is lost

@@ -62,6 +62,12 @@ class KVCache:
             stack.zero_()
         self.lengths = [0] * self.batch
 
+    def clear_row(self, row: int) -> None:
+        """``clear`` for one sequence."""
+        for stack in self._stacks.values():
+            stack[:, row].zero_()
+        self.lengths[row] = 0
+
     def sequence(self, row: int) -> KVCache:
         """One sequence of the cache as a cache of its own over the same memory, with nothing committed."""
         view = copy.copy(self)

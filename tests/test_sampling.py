@@ -80,7 +80,7 @@ class KnownCache:
     def lengths(self):
         return [len(self.ids)]
 
-    def compact_rows(self, paths):
+    def compact_sequences(self, paths):
         self.ids += tuple(self.tree[i] for i in paths[0])
 
 

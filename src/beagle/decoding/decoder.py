@@ -214,7 +214,7 @@ class Decoder:
             capacity = self._keys(sequence) if self._exact else self._slots(sequence) + MAX_NODES + 1
         sequence.cache = self.target.new_cache(1, capacity)
         if known is not None:
-            sequence.cache.copy_row(0, known.cache, 0, known.length)
+            sequence.cache.copy_sequence(0, known.cache, 0, known.length)
             sequence.states = [known.states]
             sequence.cached_tokens = known.length
 
@@ -293,7 +293,7 @@ class Decoder:
             accept(walks, logits)
         except Exception as error:  # of the pass that they share
             return [self._fail(one, error) for one in sequences]
-        self._cache.whole.compact_rows([walk.path for walk in walks])
+        self._cache.whole.compact_sequences([walk.path for walk in walks])
         emitted, owns = [], logits.split(sizes)
         for i, (one, own, walk) in enumerate(zip(sequences, states.split(sizes), walks, strict=True)):
             one.stats.note_pass(len(walk.path) - 1, len(walk.chosen), sizes[i] - 1)

@@ -60,9 +60,9 @@ class Right(Drafter[DraftContext]):
         return self.inner.context()
 
     def draft(
-        self, contexts: Sequence[DraftContext], roots: list[int], plan: TreePlan, min_gain: float = 0.0
+        self, contexts: Sequence[DraftContext], roots: list[int], plan: TreePlan, min_expected_tokens: float = 0.0
     ) -> list[Draft]:
-        self.inner.draft(contexts, roots, plan, min_gain)
+        self.inner.draft(contexts, roots, plan, min_expected_tokens)
         return [self.candidates(root, plan) for root in roots]
 
     def candidates(self, root: int, plan: TreePlan) -> Draft:

@@ -41,15 +41,15 @@ def pair(request) -> tuple[One, One, Recorder]:
     return eager, fast, recorder
 
 
-def drafts(drafter: One, plan: TreePlan, context: int, min_gain: float = 0.0) -> list:
+def drafts(drafter: One, plan: TreePlan, context: int, min_expected_tokens: float = 0.0) -> list:
     """Of a context, after its growth, and of another shorter one in the same memory."""
     tokens = [3 + i % 40 for i in range(context)]
     drafter.begin(tokens, states(context))
-    found = [drafter.draft(12, plan, min_gain)]
+    found = [drafter.draft(12, plan, min_expected_tokens)]
     drafter.extend([12, 13], states(2, 2))
-    found.append(drafter.draft(14, plan, min_gain))
+    found.append(drafter.draft(14, plan, min_expected_tokens))
     drafter.begin(tokens[:5], states(5, 3))
-    return [*found, drafter.draft(15, plan, min_gain)]
+    return [*found, drafter.draft(15, plan, min_expected_tokens)]
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=list(PLANS))

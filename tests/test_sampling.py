@@ -131,7 +131,7 @@ class Known:
     def context(self):
         return KnownContext()
 
-    def draft(self, contexts, roots, plan, min_gain=0.0):
+    def draft(self, contexts, roots, plan, min_expected_tokens=0.0):
         ((context,), (root,)) = contexts, roots
         key = context.ids, root, plan
         if key not in self.drafts:

@@ -322,7 +322,7 @@ class Decoder:
             [context for i in drafting if (context := sequences[i].context)],
             [sequences[i].tokens[-1] for i in drafting],
             replace(self._plan, depth=max(reach), nodes=nodes),
-            costs.min_gain(1 if alone else len(sequences)) if costs else 0.0,
+            costs.min_expected_tokens(1 if alone else len(sequences)) if costs else 0.0,
         )
         most = EXACT_TOKENS - 1 if self._exact else MAX_NODES
         if self._plan.kind != "static" and self._plan.nodes is not None:
@@ -330,7 +330,7 @@ class Decoder:
         made = [prune(draft, depth, most) for draft, depth in zip(made, reach, strict=True)]
         if costs is not None and self._plan.sized_by_costs:
             if alone:
-                made = [draft.first(costs.best_size(draft.scores)) for draft in made]
+                made = [draft.first(costs.best_tree_size(draft.scores)) for draft in made]
             else:
                 made = costs.share(made, len(sequences))
         for i, draft in zip(drafting, made, strict=True):

@@ -73,9 +73,9 @@ class HeadDrafter(Drafter[HeadContext]):
 
     @torch.no_grad()
     def draft(
-        self, contexts: Sequence[HeadContext], roots: list[int], plan: TreePlan, min_gain: float = 0.0
+        self, contexts: Sequence[HeadContext], roots: list[int], plan: TreePlan, min_expected_tokens: float = 0.0
     ) -> list[Draft]:
-        if min_gain > 1 and len(contexts) > 1:  # of one context it may be a busy hour's measurement
+        if min_expected_tokens > 1 and len(contexts) > 1:  # of one context it may be a busy hour's measurement
             return [Draft([], [], []) for _ in contexts]
         write_unread(contexts)
         levels = None
@@ -86,8 +86,8 @@ class HeadDrafter(Drafter[HeadContext]):
             beams = Beams.of_contexts(self.head, contexts, self.rotations, plan.depth, width)
             tokens = torch.tensor(roots, device=self.device)[:, None]
             newest = torch.stack([context.newest for context in contexts])
-            levels = grow(self._run_level, beams, tokens, newest, plan, min_gain)
-        return ranked_drafts(levels, len(contexts), plan, least_score(min_gain))
+            levels = grow(self._run_level, beams, tokens, newest, plan, min_expected_tokens)
+        return ranked_drafts(levels, len(contexts), plan, least_score(min_expected_tokens))
 
     def _run_level(self, beams: Beams, tokens: Tensor, newest: Tensor) -> LevelOutput:
         if self.compiled is not None and self.compiled.takes(beams, tokens.shape[1]):

@@ -26,7 +26,7 @@ class Batch:
 
     Attributes:
         embeddings: ``[batch, n, hidden]`` e(t_i), frozen.
-        states: ``[batch, n, hidden]`` true states h_i.
+        states: ``[batch, n, hidden]`` hidden states h_i.
         first: ``[batch]`` first slot that bears a loss (prompt length - 1).
         last: ``[batch]`` last such slot (tokens - 2: its output is compared with h_{last+1}).
     """
@@ -153,9 +153,9 @@ def _attend(
     q = q * q.shape[-1] ** -0.5
     scores = torch.stack([(q * key).sum(-1) for key in own_k], dim=-1)
     scores = torch.cat([q @ k.transpose(-1, -2) + mask, scores], dim=-1)
-    chances = F.softmax(scores.float(), dim=-1).to(v.dtype)
+    probs = F.softmax(scores.float(), dim=-1).to(v.dtype)
     n = k.shape[2]
-    out = chances[..., :n] @ v
+    out = probs[..., :n] @ v
     for i, value in enumerate(own_v, n):
-        out = out + chances[..., i, None] * value
+        out = out + probs[..., i, None] * value
     return out

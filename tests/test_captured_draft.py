@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from beagle.drafters.base import TreePlan
-from beagle.drafters.captured import CapturedDraft, capture
+from beagle.drafters.captured import CapturedDraft, capture_drafts
 from beagle.model import Model, Piece
 from beagle.targets.captured import LEAST_KEYS
 from conftest import LIVELY, SMALL, Recorder, tiny_drafter, tiny_target
@@ -148,5 +148,5 @@ def test_a_graph_that_drafts_something_else_is_refused(pair, capsys):
 
 def test_on_a_cpu_nothing_is_captured():
     drafter = tiny_drafter(tiny_target())
-    capture(drafter)
+    capture_drafts(drafter)
     assert drafter.captured is None

@@ -19,7 +19,7 @@ import torch
 from beagle.drafters.base import Draft, Drafter, TreePlan
 from beagle.files import write_json
 from beagle.limits import MAX_NODES
-from beagle.memory import settle
+from beagle.memory import finish_huge_pages
 from beagle.targets.loading import cache_dir
 from beagle.targets.plan import EXACT_BLOCK, EXACT_TOKENS
 from beagle.targets.target import Target, TreeShape
@@ -129,7 +129,7 @@ def measure(
     Args:
         exact: passes of exact mode. batch: passes that several contexts can share.
     """
-    settle()
+    finish_huge_pages()
     context = max(1, min(context, target.context_limit - SIZES[-1] - 1))
     sizes = [n for n in SIZES if context + n <= target.context_limit and (not exact or n <= EXACT_TOKENS)]
     keys = -(-(context + sizes[-1]) // EXACT_BLOCK) * EXACT_BLOCK

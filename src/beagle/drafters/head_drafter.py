@@ -13,7 +13,7 @@ from beagle.drafters.block import Block, Rotations
 from beagle.drafters.context import HeadContext, write_unread
 from beagle.drafters.grow import Beams, EagerLevels, Level, LevelOutput, LevelRunner, grow, least_score, ranked_drafts
 from beagle.targets.linears.packed import pack_linears, packed
-from beagle.targets.linears.quantized import RowQuantizer, quantize_linears, quantized
+from beagle.targets.linears.quantized import VectorQuantizer, quantize_linears, quantized
 from beagle.targets.target import Target
 
 
@@ -52,7 +52,7 @@ class HeadDrafter(Drafter[HeadContext]):
         self.head = head
         self.device = target.device
         self.lm_head, bias = target.head_rows(head.draft_vocab if trimmed else None)
-        whole = quantized(self.lm_head, bias, "int8", RowQuantizer()) if target.quantize else None
+        whole = quantized(self.lm_head, bias, "int8", VectorQuantizer()) if target.quantize else None
         self.rotations = Rotations(head, self.lm_head.dtype, self.device)
         self.eager = EagerLevels(head, target.embed, whole or packed(self.lm_head, bias))
         self.compiled: SomeLevels | None = None

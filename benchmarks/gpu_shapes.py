@@ -32,7 +32,7 @@ from beagle.drafters.head_drafter import HeadDrafter
 from beagle.evaluation.roofline import floor, probe
 from beagle.meta import describe
 from beagle.targets import aot_cache
-from beagle.targets.loading import capture, pick_device, pick_dtype
+from beagle.targets.loading import capture_target, pick_device, pick_dtype
 from beagle.targets.target import Target
 
 # hidden, MLP, layers, heads, KV heads, head width, vocabulary
@@ -60,9 +60,9 @@ class Right(Drafter[DraftContext]):
         return self.inner.context()
 
     def draft(
-        self, contexts: Sequence[DraftContext], roots: list[int], plan: TreePlan, min_gain: float = 0.0
+        self, contexts: Sequence[DraftContext], roots: list[int], plan: TreePlan, min_expected_tokens: float = 0.0
     ) -> list[Draft]:
-        self.inner.draft(contexts, roots, plan, min_gain)
+        self.inner.draft(contexts, roots, plan, min_expected_tokens)
         return [self.candidates(root, plan) for root in roots]
 
     def candidates(self, root: int, plan: TreePlan) -> Draft:
@@ -96,7 +96,7 @@ def counting_target(shape: str, dtype: torch.dtype, device: torch.device, graphs
         model.get_output_embeddings().weight.copy_(rows.roll(1, 0))
     target = Target(model, None, f"llama-{shape}")
     if graphs:
-        capture(target)
+        capture_target(target)
     return target
 
 
@@ -123,7 +123,7 @@ def measure(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
         for size in arguments.size if chance is not None else [0]:  # candidates; the root comes on top
             own = copy.copy(drafter)
             if graphs:
-                captured.capture(own)  # anew: a graph drafts as many levels as it was recorded for
+                captured.capture_drafts(own)  # anew: a graph drafts as many levels as it was recorded for
             inner = None if chance is None else Right(own, target.vocab_size, chance)
             plan = TreePlan(depth=min(arguments.depth, size or 1), top_k=arguments.tree_top_k, nodes=size or None)
             answer(target, inner, plan, arguments.tokens)  # warm-up, with graphs for all its contexts

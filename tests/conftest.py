@@ -174,7 +174,7 @@ class Oracle(Drafter[Counted]):
     def context(self):
         return Counted()
 
-    def draft(self, contexts, roots, plan, min_gain=0.0):
+    def draft(self, contexts, roots, plan, min_expected_tokens=0.0):
         return [self.candidates(context, plan) for context in contexts]
 
     def candidates(self, context, plan):

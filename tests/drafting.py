@@ -19,8 +19,8 @@ class One:
     def extend(self, tokens, states) -> None:
         self.context.extend(tokens, states)
 
-    def draft(self, root: int, plan: TreePlan, min_gain: float = 0.0) -> Draft:
-        (draft,) = self.drafter.draft([self.context], [root], plan, min_gain)
+    def draft(self, root: int, plan: TreePlan, min_expected_tokens: float = 0.0) -> Draft:
+        (draft,) = self.drafter.draft([self.context], [root], plan, min_expected_tokens)
         return draft
 
     def __getattr__(self, name: str):

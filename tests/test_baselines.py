@@ -104,7 +104,7 @@ def test_each_mode_drafts_with_its_own_drafter(mode, monkeypatch):
             used.append(self.name)
             return Nothing()
 
-        def draft(self, contexts, roots, plan, min_gain=0.0):
+        def draft(self, contexts, roots, plan, min_expected_tokens=0.0):
             return [Draft([5], [-1], [-1.0])]
 
     monkeypatch.setattr(m, "load_drafter", lambda draft, *a, **o: None if str(draft) == "none" else Named(str(draft)))

@@ -95,24 +95,24 @@ def test_heads_draft_for_each_context_what_they_would_alone(kind, plan, stopping
     contexts = [[3 + (7 * i + j * j) % 50 for j in range(2 + 5 * i)] for i in range(4)]
     all_states = [target.prefill(torch.tensor([ids]), target.new_cache(1, 64))[0] for ids in contexts]
 
-    def alone(min_gain: float) -> list[Draft]:
+    def alone(min_expected_tokens: float) -> list[Draft]:
         drafts = []
         for ids, states in zip(contexts, all_states, strict=True):
             context = one.context()
             context.extend(ids, states)
-            drafts += one.draft([context], [9], plan, min_gain)
+            drafts += one.draft([context], [9], plan, min_expected_tokens)
         return drafts
 
-    whole, min_gain = alone(0.0), 0.0
+    whole, min_expected_tokens = alone(0.0), 0.0
     if stopping:  # half of the contexts after a level
         first = [sum(math.exp(s) for s, p in zip(d.scores, d.parents, strict=True) if p < 0) for d in whole]
-        min_gain = sum(sorted(first)[1:3]) / 2
+        min_expected_tokens = sum(sorted(first)[1:3]) / 2
     fresh = [one.context() for _ in contexts]
     for context, ids, states in zip(fresh, contexts, all_states, strict=True):
         context.extend(ids[:-1], states[:-1])
     for context, ids, states in zip(fresh, contexts, all_states, strict=True):
         context.extend(ids[-1:], states[-1:])
-    together, single = one.draft(fresh, [9] * 4, plan, min_gain), alone(min_gain)
+    together, single = one.draft(fresh, [9] * 4, plan, min_expected_tokens), alone(min_expected_tokens)
     for draft, own in zip(together, single, strict=True):
         assert (draft.tokens, draft.parents) == (own.tokens, own.parents)
         assert draft.scores == pytest.approx(own.scores, abs=1e-4)
@@ -152,8 +152,8 @@ def test_costs_go_on_beyond_what_was_measured():
     rising = Costs([float(n) for n in range(9)], 10.0, 5)
     free = Costs([1.0] * 9, 0.0, 5)
     scores = [-0.01] * 20
-    assert free.best_size(scores, 10) == 20  # more rows than the 8 measured
-    assert rising.best_size([-9.0] * 20, 10) == 0
+    assert free.best_tree_size(scores, 10) == 20  # more rows than the 8 measured
+    assert rising.best_tree_size([-9.0] * 20, 10) == 0
 
 
 def test_drafts_are_cut_at_a_depth():

@@ -151,7 +151,7 @@ def test_a_family_that_cannot_be_captured_runs_as_before(monkeypatch, capsys):
 
     monkeypatch.setattr(captured, "GraphRecorder", lambda device: fail)
     target = eager("llama")
-    loading.capture(target)
+    loading.capture_target(target)
     assert target.compiled is None
     said = " ".join(capsys.readouterr().err.split())
     assert "can't be captured as graphs (called a synchronizing CUDA operation)" in said

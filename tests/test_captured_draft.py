@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from beagle.drafters.base import TreePlan
-from beagle.drafters.captured import CapturedDraft, capture
+from beagle.drafters.captured import CapturedDraft, capture_drafts
 from beagle.model import Model, Piece
 from beagle.targets.captured import LEAST_KEYS
 from conftest import LIVELY, SMALL, Recorder, tiny_drafter, tiny_target
@@ -41,15 +41,15 @@ def pair(request) -> tuple[One, One, Recorder]:
     return eager, fast, recorder
 
 
-def drafts(drafter: One, plan: TreePlan, context: int, min_gain: float = 0.0) -> list:
+def drafts(drafter: One, plan: TreePlan, context: int, min_expected_tokens: float = 0.0) -> list:
     """Of a context, after its growth, and of another shorter one in the same memory."""
     tokens = [3 + i % 40 for i in range(context)]
     drafter.begin(tokens, states(context))
-    found = [drafter.draft(12, plan, min_gain)]
+    found = [drafter.draft(12, plan, min_expected_tokens)]
     drafter.extend([12, 13], states(2, 2))
-    found.append(drafter.draft(14, plan, min_gain))
+    found.append(drafter.draft(14, plan, min_expected_tokens))
     drafter.begin(tokens[:5], states(5, 3))
-    return [*found, drafter.draft(15, plan, min_gain)]
+    return [*found, drafter.draft(15, plan, min_expected_tokens)]
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=list(PLANS))
@@ -148,5 +148,5 @@ def test_a_graph_that_drafts_something_else_is_refused(pair, capsys):
 
 def test_on_a_cpu_nothing_is_captured():
     drafter = tiny_drafter(tiny_target())
-    capture(drafter)
+    capture_drafts(drafter)
     assert drafter.captured is None

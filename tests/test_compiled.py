@@ -78,7 +78,7 @@ def rows_of(target: Target, shapes: list[TreeShape]) -> torch.Tensor:
     cache.lengths = [len(prompt) for prompt in prompts]
     counts = [len(shape.parents) for shape in shapes]
     first = target.verify_trees(cache, torch.arange(5, 5 + sum(counts)) % 29, shapes)
-    cache.compact_rows([[0]] * len(shapes))
+    cache.compact_sequences([[0]] * len(shapes))
     return torch.cat(
         [first, target.verify_trees(cache, torch.arange(9, 9 + len(shapes)), [TreeShape([-1])] * len(shapes))]
     )

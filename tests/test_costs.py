@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beagle.decoding.costs import SEVERAL, Costs, cached_costs, interpolate, measure, spread
+from beagle.decoding.costs import SEVERAL, Costs, cached_costs, interpolate, measure, tree_sizes
 from beagle.drafters.base import TreePlan
 from beagle.drafters.lookup import LookupDrafter
 from beagle.drafters.small import SmallModelDrafter
@@ -20,11 +20,11 @@ SCORES = [math.log(p) for p in (0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.01)]
 
 
 def test_no_candidates_where_every_row_costs_a_whole_pass():
-    assert Costs([float(n) for n in range(65)], draft=0.0, depth=5).best_size(SCORES) == 0
+    assert Costs([float(n) for n in range(65)], draft=0.0, depth=5).best_tree_size(SCORES) == 0
 
 
 def test_all_candidates_where_rows_are_free():
-    assert Costs([1.0] * 65, draft=0.04, depth=5).best_size(SCORES) == len(SCORES)
+    assert Costs([1.0] * 65, draft=0.04, depth=5).best_tree_size(SCORES) == len(SCORES)
 
 
 def test_size_is_the_best_rate_between_these():
@@ -32,34 +32,36 @@ def test_size_is_the_best_rate_between_these():
     rates = [
         (1 + sum(math.exp(s) for s in SCORES[:n])) / (costs.verify[n + 1] + costs.draft) for n in range(len(SCORES) + 1)
     ]
-    size = costs.best_size(SCORES)
+    size = costs.best_tree_size(SCORES)
     assert size == rates.index(max(rates))
     assert 0 < size < len(SCORES)
 
 
 def test_more_candidates_than_measured_rows():
-    assert Costs([1.0] * 9, draft=0.0, depth=5).best_size([-0.1] * 60) == 7
-    assert Costs([1.0] * 9, draft=0.0, depth=5).best_size([]) == 0
+    assert Costs([1.0] * 9, draft=0.0, depth=5).best_tree_size([-0.1] * 60) == 7
+    assert Costs([1.0] * 9, draft=0.0, depth=5).best_tree_size([]) == 0
 
 
 def test_another_level_must_earn_its_time():
-    assert Costs([2.0, 2.0], draft=2.5, depth=5).min_gain() == pytest.approx(0.5)
+    assert Costs([2.0, 2.0], draft=2.5, depth=5).min_expected_tokens() == pytest.approx(0.5)
     rows = [1.9 + 0.1 * n for n in range(65)]  # each row more costs 0.1
-    assert Costs(rows, draft=2.5, depth=5).min_gain() == pytest.approx(0.6)
+    assert Costs(rows, draft=2.5, depth=5).min_expected_tokens() == pytest.approx(0.6)
 
 
 def test_several_contexts_share_a_level_and_ask_more_of_it():
-    costs = Costs([float(n) for n in range(65)], draft=2.5, depth=5, draft_more=1.5)  # a row costs what a token does
+    costs = Costs(
+        [float(n) for n in range(65)], draft=2.5, depth=5, seconds_per_extra_context=1.5
+    )  # a row costs what a token does
     assert costs.drafting(4) == 7.0
-    assert costs.min_gain(4) == pytest.approx(2 * (7.0 / 5 / 4 + 1.0))
+    assert costs.min_expected_tokens(4) == pytest.approx(2 * (7.0 / 5 / 4 + 1.0))
     shared_level = Costs([4.0] * 65, draft=2.5, depth=5)
-    assert shared_level.min_gain(4) == pytest.approx(2 * (2.5 / 5 / 4) / 1.0)
+    assert shared_level.min_expected_tokens(4) == pytest.approx(2 * (2.5 / 5 / 4) / 1.0)
 
 
 def test_the_draft_that_is_done_already_makes_no_candidate_worth_while():
     rows = [1.0 + 0.5 * n for n in range(65)]
-    cheap, dear = (Costs(rows, draft=draft, depth=5, draft_more=draft) for draft in (0.0, 50.0))
-    assert dear.best_size([-1.0] * 20, 4) == cheap.best_size([-1.0] * 20, 4)
+    cheap, dear = (Costs(rows, draft=draft, depth=5, seconds_per_extra_context=draft) for draft in (0.0, 50.0))
+    assert dear.best_tree_size([-1.0] * 20, 4) == cheap.best_tree_size([-1.0] * 20, 4)
 
 
 @given(st.dictionaries(st.integers(1, 64), st.floats(0, 10), min_size=1))
@@ -94,7 +96,7 @@ def test_batches_have_costs_of_their_own(target, monkeypatch):
 
 @given(st.integers(1, 64), st.integers(1, 8))
 def test_nodes_are_spread_evenly(nodes, rows):
-    counts = spread(nodes, rows)
+    counts = tree_sizes(nodes, rows)
     assert sum(counts) == nodes
     assert len(counts) == min(nodes, rows)
     assert max(counts) - min(counts) <= 1

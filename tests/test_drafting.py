@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from beagle.drafters.base import ROW_SHARE, STATIC_PATHS, Draft, TreePlan
+from beagle.drafters.base import NODE_GAIN_SHARE, STATIC_PATHS, Draft, TreePlan
 from beagle.drafters.head_drafter import HeadDrafter
 from beagle.research.ablations import AblatedHead
 from conftest import LIVELY, tiny_drafter, tiny_head, tiny_target
@@ -173,15 +173,18 @@ def test_keys_are_made_when_a_draft_reads_them(target, monkeypatch, architecture
 
 def test_levels_that_gain_too_little_are_not_drafted(drafting):
     drafter, plan = drafting[1], TreePlan("dynamic", depth=5, top_k=4)
-    assert set(drafter.draft(ROOT, plan, min_gain=1.0).parents) <= {-1}
-    assert drafter.drafter.draft([drafter.context] * 2, [ROOT, ROOT], plan, min_gain=1.1) == [Draft([], [], [])] * 2
+    assert set(drafter.draft(ROOT, plan, min_expected_tokens=1.0).parents) <= {-1}
+    assert (
+        drafter.drafter.draft([drafter.context] * 2, [ROOT, ROOT], plan, min_expected_tokens=1.1)
+        == [Draft([], [], [])] * 2
+    )
 
 
 def test_candidates_without_hope_are_not_followed(drafting):
     drafter, plan = drafting[1], TreePlan("dynamic", depth=3, top_k=4)
     whole = drafter.draft(ROOT, plan)
     least = sorted(whole.scores)[len(whole.scores) // 3] - 1e-4
-    draft = drafter.draft(ROOT, plan, min_gain=math.exp(least) / ROW_SHARE)
+    draft = drafter.draft(ROOT, plan, min_expected_tokens=math.exp(least) / NODE_GAIN_SHARE)
     assert min(draft.scores) >= least
     assert set(paths(draft)) <= set(paths(whole))
     firsts = [whole.tokens[i] for i, parent in enumerate(whole.parents) if parent < 0 and whole.scores[i] >= least]

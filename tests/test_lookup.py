@@ -103,11 +103,11 @@ def test_scores_tell_how_often_such_matches_were_right(tokens, max_ngram):
             hits[n] += tokens[starts[-1]] == tokens[i]
     drafter = begun(tokens, max_ngram)
     for n in range(1, max_ngram + 1):
-        assert drafter.chance(n) == (hits[n] + n) / (tries[n] + n + 2)
-    assert drafter.chance(max_ngram + 3) == drafter.chance(max_ngram)
+        assert drafter.hit_rate(n) == (hits[n] + n) / (tries[n] + n + 2)
+    assert drafter.hit_rate(max_ngram + 3) == drafter.hit_rate(max_ngram)
     n, starts = found([*tokens, tokens[-1]], max_ngram)
     draft = drafter.draft(tokens[-1], TreePlan("chain", depth=3))
-    expected = itertools.accumulate(math.log(drafter.chance(n + i)) for i in range(3 if starts else 0))
+    expected = itertools.accumulate(math.log(drafter.hit_rate(n + i)) for i in range(3 if starts else 0))
     assert draft.scores == pytest.approx(list(expected))
 
 
@@ -128,7 +128,7 @@ def test_a_new_context_forgets_the_last_one():
     drafter = begun([4, 5, 6, 4, 5])
     drafter.begin([30, 31], STATES)
     assert drafter.draft(4, TreePlan()).tokens == []
-    assert drafter.chance(1) == 1 / 3
+    assert drafter.hit_rate(1) == 1 / 3
 
 
 def test_empty_ngrams_are_refused():

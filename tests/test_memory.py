@@ -40,5 +40,5 @@ def test_who_measures_waits(monkeypatch):
     monkeypatch.setattr(memory, "PATIENCE", 1e6)
     monkeypatch.setattr(memory, "collapse", lambda: (time.sleep(0.05), done.append(1)))
     memory.use_huge_pages()
-    memory.settle()
+    memory.finish_huge_pages()
     assert done == [1]

@@ -15,7 +15,7 @@ from beagle.drafters.base import TreePlan
 from beagle.drafters.lookup import LookupDrafter
 from beagle.errors import BeagleError
 from beagle.targets.linears.packed import PackedLinear
-from beagle.targets.linears.quantized import FINE, KINDS, RowQuantizer, dequantized, quantize_linears, quantized
+from beagle.targets.linears.quantized import FINE, KINDS, VectorQuantizer, dequantized, quantize_linears, quantized
 from beagle.targets.target import Target
 from beagle.training.states import Fingerprint, StateStore
 from conftest import FAMILIES, tiny_drafter, tiny_model, tiny_tokenizer
@@ -54,7 +54,7 @@ def test_product_is_that_of_the_dequantised_weights(dtype, kind, with_bias):
     bias = torch.linspace(-3, 3, 48).to(dtype) if with_bias else None
     expected = F.linear(x.float(), dequantized(weight, kind), None if bias is None else bias.float())
     for shape in ((9, 96), (3, 3, 96), (1, 9, 96)):
-        ours = quantized(weight, bias, kind, RowQuantizer())(x.view(shape))
+        ours = quantized(weight, bias, kind, VectorQuantizer())(x.view(shape))
         assert ours.dtype == dtype
         assert ours.shape == (*shape[:-1], 48)
         close = 2e-3 if dtype == FULL else 0.02
@@ -72,14 +72,14 @@ def test_dequantised_weights_are_off_by_half_a_step(kind, step):
 def test_a_row_does_not_depend_on_its_company(kind):
     weight, x = weight_and_rows(HALF)
     x[3] *= 1000  # a scale for all rows would drown the others
-    apply = quantized(weight, None, kind, RowQuantizer())
+    apply = quantized(weight, None, kind, VectorQuantizer())
     whole = apply(x)
     for n in range(1, 9):
         assert torch.equal(apply(x[:n].clone()), whole[:n])
 
 
 def test_rows_that_change_in_place_are_quantised_again():
-    rows = RowQuantizer()
+    rows = VectorQuantizer()
     x = torch.ones(2, 4)
     before = rows(x)
     assert rows(x) is before
@@ -90,7 +90,7 @@ def test_rows_that_change_in_place_are_quantised_again():
 def test_rows_keep_15_bits():
     x = torch.randn(5, 400, generator=torch.Generator().manual_seed(2))
     x[1, 7] = 300.0  # a huge entry
-    quants, scales = RowQuantizer()(x)
+    quants, scales = VectorQuantizer()(x)
     coarse, fine = quants.float().chunk(2)
     gap = ((coarse + fine / FINE) * scales - x).abs().amax(1) / x.abs().amax(1)
     assert (gap < 1.1 / 2 / 127 / FINE).all()
@@ -98,7 +98,7 @@ def test_rows_keep_15_bits():
 
 def test_rows_of_zeros():
     weight, x = weight_and_rows(HALF)
-    assert not quantized(weight, None, "int8", RowQuantizer())(torch.zeros_like(x)).any()
+    assert not quantized(weight, None, "int8", VectorQuantizer())(torch.zeros_like(x)).any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,7 +162,7 @@ def test_kernels_that_are_missing_or_wrong_are_refused(kind, where, name, broken
     monkeypatch.setattr(where, name, product, raising=False)
     reason = "not here" if isinstance(broken, Exception) else "products are wrong"
     with pytest.raises(BeagleError, match=f"quantize {kind}: .* no kernel for bfloat16 on cpu .*{reason}"):
-        quantized(torch.ones(64, 64, dtype=HALF), None, kind, RowQuantizer())
+        quantized(torch.ones(64, 64, dtype=HALF), None, kind, VectorQuantizer())
 
 
 def test_costs_and_states_are_told_from_the_plain_target(tmp_path, monkeypatch):

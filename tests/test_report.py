@@ -173,12 +173,12 @@ def test_ids_that_two_sets_share():
     one = record("plain", "1", [0], 1.0)
     two = Record("hard", *list(vars(one).values())[1:])
     with pytest.raises(BeagleError, match="easy/1"):
-        answer.find([one, two], "1")
-    assert answer.find([one, two], "hard/1") is two
+        answer.find_record([one, two], "1")
+    assert answer.find_record([one, two], "hard/1") is two
 
 
 def test_colours_follow_the_depth():
     turn = record("beagle", "1", [2, 0], 1.0)
-    (text,) = answer.coloured(turn)
+    (text,) = answer.coloured_turns(turn)
     shown = [(text.plain[span.start : span.end], span.style) for span in text.spans]
     assert shown == [(" beagle<1>", answer.TERMINAL[1]), (" beagle<2>", answer.TERMINAL[2])]

@@ -80,7 +80,7 @@ class KnownCache:
     def lengths(self):
         return [len(self.ids)]
 
-    def compact_rows(self, paths):
+    def compact_sequences(self, paths):
         self.ids += tuple(self.tree[i] for i in paths[0])
 
 
@@ -131,7 +131,7 @@ class Known:
     def context(self):
         return KnownContext()
 
-    def draft(self, contexts, roots, plan, min_gain=0.0):
+    def draft(self, contexts, roots, plan, min_expected_tokens=0.0):
         ((context,), (root,)) = contexts, roots
         key = context.ids, root, plan
         if key not in self.drafts:

@@ -190,8 +190,8 @@ def test_levels_that_gain_too_little_are_not_drafted(target):
     drafter = One(SmallModelDrafter(target, small_model()))
     drafter.begin(CONTEXT, STATES)
     plan = TreePlan("dynamic", depth=5, top_k=4)
-    assert drafter.draft(ROOT, plan, min_gain=1.1).parents == []
-    assert drafter.draft(ROOT, plan, min_gain=1.0).parents == [-1] * 4
+    assert drafter.draft(ROOT, plan, min_expected_tokens=1.1).parents == []
+    assert drafter.draft(ROOT, plan, min_expected_tokens=1.0).parents == [-1] * 4
 
 
 def test_long_contexts_grow_the_cache(target):

@@ -81,7 +81,7 @@ def test_sequences_that_share_passes_go_on_like_single_ones(family):
         torch.testing.assert_close(states, alone, atol=1e-4, rtol=1e-4)
     for tokens in ([20, 21, 22], [23, 24, 25], [26, 27, 28]):
         states = target.verify_trees(cache, torch.tensor(tokens), [TreeShape([-1])] * 3)
-        cache.compact_rows([[0]] * 3)
+        cache.compact_sequences([[0]] * 3)
         for own, token, state in zip(owns, tokens, states, strict=True):
             alone = target.verify(own, torch.tensor([token]), TreeShape([-1]))[0]
             own.compact([0])
@@ -92,7 +92,7 @@ def test_copied_row_goes_on_like_its_source():
     target = tiny_target("gemma3_text")
     source, cache = target.new_cache(1, 16), target.new_cache(2, 32)
     target.prefill(torch.tensor([CONTEXT]), source)
-    cache.copy_row(1, source, 0)
+    cache.copy_sequence(1, source, 0)
     expected = target.verify(source, torch.tensor([20]), TreeShape([-1]))[0]
     states = target.verify_trees(cache, torch.tensor([3, 20]), [TreeShape([-1])] * 2)
     torch.testing.assert_close(states[1], expected, atol=1e-5, rtol=1e-5)

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from beagle.threads import SPINS, Owner, wait_briefly
+from beagle.threads import SPINS, ModelThread, wait_briefly
 
 
 def test_they_spin_a_little(monkeypatch):
@@ -22,7 +22,7 @@ def test_what_the_user_set_stays(monkeypatch):
 
 
 def test_an_owner_is_one_thread_for_all():
-    owner = Owner("mine")
+    owner = ModelThread("mine")
     first, second = (owner.submit(threading.current_thread) for _ in range(2))
     assert first.result(10) is second.result(10)
     assert first.result().name == "mine"
@@ -30,7 +30,7 @@ def test_an_owner_is_one_thread_for_all():
 
 
 def test_an_owner_survives_what_fails():
-    owner = Owner("mine")
+    owner = ModelThread("mine")
     with pytest.raises(ZeroDivisionError):
         owner.submit(lambda: 1 // 0).result(10)
     assert owner.submit(lambda: 7).result(10) == 7

@@ -211,12 +211,12 @@ def test_serve_refuses(folders, beagle, started, monkeypatch):
     ids=str,
 )
 def test_who_asks_to_sample(content, expected):
-    assert greedy.samples(json.dumps(content).encode()) is expected
+    assert greedy.asks_to_sample(json.dumps(content).encode()) is expected
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe\x00", b"[" * 100_000], ids=lambda body: str(body[:3]))
 def test_what_is_no_json_is_passed_on(body):
-    assert greedy.samples(body) is False
+    assert greedy.asks_to_sample(body) is False
 
 
 def ask(body: bytes, broken: bool, monkeypatch, method: str = "POST", kind: str = "http"):

@@ -58,5 +58,5 @@ def plot(result: dict[str, Any], path: Path) -> None:
     style.label_rows(axis, [result["labels"][mode] for mode in order])
     axis.set_xlabel("speed over transformers' generate (dashed: 1×)")
     shown = "Bar: pooled; line: 10th to 90th percentile of questions; hatched: the spread holds 1."
-    style.heading(figure, "Side by side with other engines", f"{heading(result)}. {shown}")
+    style.add_heading(figure, "Side by side with other engines", f"{heading(result)}. {shown}")
     save(figure, path)

@@ -31,7 +31,7 @@ def use_huge_pages() -> None:
     _asked_for.append(timer)
 
 
-def settle() -> None:
+def finish_huge_pages() -> None:
     """Do at once all that was asked for, and wait until it is done: what is timed beside it is slow."""
     while _asked_for:
         timer = _asked_for.pop()

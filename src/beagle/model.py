@@ -20,7 +20,7 @@ from beagle.drafters.base import Drafter, TreePlan
 from beagle.drafters.load import load_drafter, resolve_draft
 from beagle.errors import BeagleError
 from beagle.targets.chat import Message, encode
-from beagle.targets.loading import EMBEDDED, load_target
+from beagle.targets.loading import DEFAULT_TARGET, load_target
 from beagle.targets.target import Target
 
 
@@ -264,7 +264,7 @@ class Model:
 
 
 def load(
-    target: str = EMBEDDED,
+    target: str = DEFAULT_TARGET,
     *,
     draft: str | None = "auto",
     dtype: str = "auto",

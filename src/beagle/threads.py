@@ -25,7 +25,7 @@ def wait_briefly() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
 
 
-class Owner:
+class ModelThread:
     """One thread, not the main one, for all that computes with a model: loading it, too.
 
     GNU OpenMP gives each thread that computes a team of its own, and lets no team spin between two products once

@@ -24,7 +24,7 @@ import beagle
 from beagle.decoding.stats import Stats
 from beagle.drafters.checkpoint import find_head, load_head
 from beagle.targets.chat import encode
-from beagle.targets.loading import EMBEDDED, resolve
+from beagle.targets.loading import DEFAULT_TARGET, resolve
 from beagle.vllm.export import export
 from conftest import REAL_CACHE
 
@@ -59,7 +59,7 @@ def model() -> beagle.Model:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BEAGLE_CACHE", str(REAL_CACHE))
         plan = beagle.TreePlan("chain", DEPTH)
-        model = beagle.load(EMBEDDED, draft="head", dtype="float32", device="cpu", plan=plan)
+        model = beagle.load(DEFAULT_TARGET, draft="head", dtype="float32", device="cpu", plan=plan)
     model.target.eos_ids = frozenset()
     return model
 
@@ -72,10 +72,10 @@ def prompts(model) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def folders(model, tmp_path_factory) -> Folders:
     root = tmp_path_factory.mktemp("exported")
-    head = load_head(find_head("head", EMBEDDED), model.target)
+    head = load_head(find_head("head", DEFAULT_TARGET), model.target)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BEAGLE_CACHE", str(REAL_CACHE))
-        target = resolve(EMBEDDED)
+        target = resolve(DEFAULT_TARGET)
     export(head, model.target, root / "vllm")
     export(head, model.target, root / "spec", to="speculators", depth=DEPTH, verifier=target)
     return Folders(target, str(root / "vllm"), str(root / "spec"))
@@ -199,7 +199,7 @@ def test_the_server(model, folders, plain, tmp_path):
                 except httpx.HTTPError:
                     time.sleep(1)
             assert process.poll() is None, log.read_text()[-3000:]
-            body = {"model": EMBEDDED, "messages": [{"role": "user", "content": QUESTIONS[0]}], "max_tokens": 16}
+            body = {"model": DEFAULT_TARGET, "messages": [{"role": "user", "content": QUESTIONS[0]}], "max_tokens": 16}
             path = "/v1/chat/completions"
             assert http.post(path, json=body).status_code == 401
             http.headers["authorization"] = "Bearer secret"
@@ -224,7 +224,7 @@ def test_the_server(model, folders, plain, tmp_path):
 
 def test_a_head_as_trained_is_refused_with_the_remedy(folders):
     with pytest.raises(Exception, match="beagle export"):
-        Engine(folders.target, str(find_head("head", EMBEDDED)))
+        Engine(folders.target, str(find_head("head", DEFAULT_TARGET)))
 
 
 def test_settings_that_the_shipped_head_has_not(tmp_path):

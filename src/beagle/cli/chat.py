@@ -57,7 +57,7 @@ def chat(
                 asked, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, exact=setup.exact, stats=stats
             ):
                 text += piece.text
-                console.print(coloured(model, piece), end="", soft_wrap=True, highlight=False)
+                console.print(coloured_piece(model, piece), end="", soft_wrap=True, highlight=False)
         except KeyboardInterrupt:
             console.print(" [yellow](stopped)[/yellow]", end="")
         except BeagleError as error:  # too long, say: the conversation goes on without this message
@@ -68,7 +68,7 @@ def chat(
         messages = [*asked, {"role": "assistant", "content": text}]
 
 
-def coloured(model: Model, piece: Piece) -> Text:
+def coloured_piece(model: Model, piece: Piece) -> Text:
     """A piece with its drafted part in green."""
     drafted = model.target.tokenizer.decode(piece.token_ids[: piece.drafted], skip_special_tokens=True)
     border = min(len(drafted), len(piece.text))

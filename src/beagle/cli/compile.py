@@ -67,10 +67,10 @@ def compile(
         o.console.print(f"the pass of {target} is compiled already")
     del model, known
     loaded = o.load_target(target, quantize=quantize, **engine)
-    for rows, (eager, fast) in compare(loaded).items():
-        show(f"{rows:>3} row{'s' * (rows > 1)}", eager, fast)
+    for tokens, (eager, fast) in compare_passes(loaded).items():
+        show_speed_up(f"{tokens:>3} token{'s' * (tokens > 1)}", eager, fast)
     if loaded.compiled is not None and "trees" in loaded.compiled.runner.kinds:
-        show(f"a row of each of {BATCH} answers", *compare_batch(loaded))
+        show_speed_up(f"a token of each of {BATCH} answers", *compare_batch(loaded))
     if spec.head is None:
         return
     place = find_head(spec.head, target)
@@ -80,7 +80,7 @@ def compile(
             told(*levels.build(folder, loaded, head, place.name))
     drafter = load_drafter(DraftSpec(head=spec.head), loaded)
     assert isinstance(drafter, HeadDrafter)
-    show(f"a draft of {TreePlan().depth} levels", *compare_drafts(drafter))
+    show_speed_up(f"a draft of {TreePlan().depth} levels", *compare_drafts(drafter))
 
 
 def told(place: Path, seconds: float) -> None:
@@ -88,14 +88,14 @@ def told(place: Path, seconds: float) -> None:
     o.console.print(f"compiled in {seconds:.0f} s: {place} ({size:.0f} MB)", highlight=False)
 
 
-def show(what: str, eager: float, fast: float) -> None:
+def show_speed_up(what: str, eager: float, fast: float) -> None:
     o.console.print(
         f"{what}: {1e3 * eager:.1f} ms before, {1e3 * fast:.1f} ms now ({eager / fast:.2f}×)", highlight=False
     )
 
 
-def compare(target: Target) -> dict[int, tuple[float, float]]:
-    """Median seconds of an eager and a compiled pass, interleaved, by number of rows."""
+def compare_passes(target: Target) -> dict[int, tuple[float, float]]:
+    """Median seconds of an eager and a compiled pass, interleaved, by number of tokens."""
     import torch
     from torch import Tensor
 
@@ -105,14 +105,14 @@ def compare(target: Target) -> dict[int, tuple[float, float]]:
     cache = target.new_cache(1, CONTEXT + SIZES[-1])
     target.prefill(torch.ones(1, CONTEXT, dtype=torch.long), cache)
     found = {}
-    for rows in SIZES:
-        tokens, shape = torch.ones(rows, dtype=torch.long), TreeShape.chain(rows)
+    for size in SIZES:
+        tokens, shape = torch.ones(size, dtype=torch.long), TreeShape.chain(size)
 
         def run(compiled: bool, tokens: Tensor = tokens, shape: TreeShape = shape) -> None:
             target.compiled = fast if compiled else None
             target.verify(cache, tokens, shape)
 
-        found[rows] = in_turn(run)
+        found[size] = in_turn(run)
     target.compiled = fast
     return found
 

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from beagle.cli import options as o
-from beagle.cli.chat import coloured
+from beagle.cli.chat import coloured_piece
 from beagle.decoding.stats import Stats
 from beagle.errors import BeagleError, BeagleInternalError
 from beagle.evaluation.report.table import Table
@@ -60,7 +60,7 @@ def demo(
                 question, max_new_tokens=max_new_tokens, exact=exact, draft=mode == "Beagle", stats=stats[mode]
             ):
                 ids[mode] += piece.token_ids
-                console.print(coloured(model, piece), end="", soft_wrap=True, highlight=False)
+                console.print(coloured_piece(model, piece), end="", soft_wrap=True, highlight=False)
             console.print(f"\n[dim]{stats[mode].tokens_per_second:.1f} token/s[/dim]", highlight=False)
             totals[mode].add(stats[mode])
         equal = ids["plain"] == ids["Beagle"]

@@ -60,10 +60,10 @@ def export(
 def trained_for(draft: str) -> str:
     """Name of the target of a draft, as its config has it."""
     from beagle.drafters.checkpoint import find_head
-    from beagle.targets.loading import EMBEDDED
+    from beagle.targets.loading import DEFAULT_TARGET
 
     if draft == "head":
-        return EMBEDDED
+        return DEFAULT_TARGET
     path = find_head(draft, "") / "config.json"
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))

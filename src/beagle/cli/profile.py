@@ -67,10 +67,10 @@ def profile(
         write_json(json, result)
     if plot is not None:
         plots.profile(result, plot)
-    show(result)
+    show_profile(result)
 
 
-def show(result: dict[str, Any]) -> None:
+def show_profile(result: dict[str, Any]) -> None:
     """Both tables, and the sentences that sum them up."""
     from beagle.evaluation.profile import CONTEXT
     from beagle.evaluation.report.table import Table

@@ -11,7 +11,7 @@ import typer
 from beagle.cli import options as o
 from beagle.cli import serve_vllm
 from beagle.errors import BeagleError
-from beagle.threads import Owner
+from beagle.threads import ModelThread
 
 
 @o.with_setup
@@ -75,7 +75,7 @@ def serve(
                 model.generate("Hello", max_new_tokens=8, exact=setup.exact)
             return model
 
-        owner = Owner("beagle-engine")
+        owner = ModelThread("beagle-engine")
         model = owner.submit(load).result()
         limits = Limits(live, queue, seconds, context or None, max_new_tokens, grace=grace, prefix_cache=prefix_cache)
         running = Engine(model, limits, exact=setup.exact, owner=owner)

@@ -1,4 +1,4 @@
-"""``beagle view``: one answer of a result, its tokens coloured by where they came from."""
+"""``beagle view``: one answer of a result, its tokens coloured_turns by where they came from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.rule import Rule
 
 from beagle.evaluation.records import read_records, read_result
-from beagle.evaluation.report.answer import coloured, find, legend
+from beagle.evaluation.report.answer import coloured_turns, find_record, legend
 
 
 def view(
@@ -23,12 +23,12 @@ def view(
     Example: [bold]beagle view results/paper.json --question mt_bench-81 --mode beagle[/bold]
     """
     content = read_result(result)
-    record = find(read_records(result, content), question, mode)
+    record = find_record(read_records(result, content), question, mode)
     asked = {(q["set"], q["id"]): q["turns"] for q in content.get("questions", [])}
     turns = asked.get((record.set, record.id), [""] * len(record.turns))
     console = Console()
     console.print(legend())
-    for text, answer in zip(turns, coloured(record), strict=False):
+    for text, answer in zip(turns, coloured_turns(record), strict=False):
         console.print(Rule(style="dim"))
         console.print(text, style="bold", markup=False, highlight=False)
         console.print()

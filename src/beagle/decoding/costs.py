@@ -1,7 +1,7 @@
 """What a pass costs on this machine, measured once, and the tree size that follows from it.
 
 A tree of n candidates is worth (1 + Σ_{i<=n} P_i) / T_verify(n), where P_i, the cumulative draft probability of
-candidate i, estimates its chance of acceptance (EAGLE-2). Of a single answer, T_draft is added to T_verify(n).
+candidate i, estimates the probability of its acceptance (EAGLE-2). Of a single answer, T_draft is added to T_verify(n).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from beagle.drafters.base import Draft, Drafter, TreePlan
 from beagle.files import write_json
 from beagle.limits import MAX_NODES
-from beagle.memory import settle
+from beagle.memory import finish_huge_pages
 from beagle.targets.loading import cache_dir
 from beagle.targets.plan import EXACT_BLOCK, EXACT_TOKENS
 from beagle.targets.target import Target, TreeShape
@@ -33,20 +33,23 @@ class Costs:
     """Seconds on this machine.
 
     Attributes:
-        verify: by a pass's rows, up to 64, in exact mode 16; those of a batch belong to up to ``SEVERAL`` contexts. draft: a whole draft of ``depth`` levels.
-        draft_more: what each further context adds to it that drafts beside the first.
+        verify: of a pass, by its tokens: up to ``MAX_NODES``, in exact mode ``EXACT_TOKENS``. Those of a batch belong to
+            up to ``SEVERAL`` contexts.
+        draft: of a whole draft.
+        depth: levels of that draft.
+        seconds_per_extra_context: what each further context adds to it that drafts beside the first.
     """
 
     verify: list[float]
     draft: float
     depth: int
-    draft_more: float = 0.0
+    seconds_per_extra_context: float = 0.0
 
     def drafting(self, contexts: int) -> float:
         """Seconds of a draft of so many contexts at once."""
-        return self.draft + (contexts - 1) * self.draft_more
+        return self.draft + (contexts - 1) * self.seconds_per_extra_context
 
-    def best_size(self, scores: list[float], roots: int = 1) -> int:
+    def best_tree_size(self, scores: list[float], roots: int = 1) -> int:
         """Candidates worth verifying, given their cumulative log-probabilities, best first.
 
         Args:
@@ -71,31 +74,31 @@ class Costs:
         """
         ranked = sorted((-score, i) for i, draft in enumerate(drafts) for score in draft.scores)
         counts = [0] * len(drafts)
-        for _, i in ranked[: self.best_size([-score for score, _ in ranked], roots)]:
+        for _, i in ranked[: self.best_tree_size([-score for score, _ in ranked], roots)]:
             counts[i] += 1
         return [draft.first(n) for draft, n in zip(drafts, counts, strict=True)]
 
-    def _pass(self, rows: int) -> float:
-        """``verify``, going on as steeply as its second half where a pass has more rows than were measured."""
+    def _pass(self, tokens: int) -> float:
+        """``verify``, going on as steeply as its second half where a pass has more tokens than were measured."""
         last = len(self.verify) - 1
-        if rows <= last:
-            return self.verify[rows]
-        return self.verify[last] + (rows - last) * (self.verify[last] - self.verify[last // 2]) / (last - last // 2)
+        if tokens <= last:
+            return self.verify[tokens]
+        return self.verify[last] + (tokens - last) * (self.verify[last] - self.verify[last // 2]) / (last - last // 2)
 
-    def min_gain(self, contexts: int = 1) -> float:
-        """Chance that some node of the beam is right, below which another level isn't worth its time.
+    def min_expected_tokens(self, contexts: int = 1) -> float:
+        """Probability that some node of the beam is right, below which another level isn't worth its time.
 
-        A level costs its own time, a share of it where several contexts draft at once, and that of a row to verify;
+        A level costs its own time, a share of it where several contexts draft at once, and that of a token to verify;
         at the speed of plain decoding that is so many tokens. Where the beam is right, the level is about half
         the time. Above 1 not even the first level is worth it, whose beam is the root.
         """
         plain = self._pass(contexts)
-        row = (self._pass(contexts + 7) - plain) / 7
-        return 2 * (self.drafting(contexts) / contexts / self.depth + row) / (plain / contexts)
+        token = (self._pass(contexts + 7) - plain) / 7
+        return 2 * (self.drafting(contexts) / contexts / self.depth + token) / (plain / contexts)
 
 
 def interpolate(points: dict[int, float]) -> list[float]:
-    """Times for 0 … max rows from measured ones, made non-decreasing."""
+    """Times of passes of 0 … max tokens from measured ones, made non-decreasing."""
     sizes = sorted(points)
     out = [points[sizes[0]]]
     for n in range(1, sizes[-1] + 1):
@@ -106,10 +109,10 @@ def interpolate(points: dict[int, float]) -> list[float]:
     return out
 
 
-def spread(nodes: int, rows: int) -> list[int]:
-    """So many nodes over at most so many rows, evenly."""
-    rows = min(nodes, rows)
-    return [nodes // rows + (i < nodes % rows) for i in range(rows)]
+def tree_sizes(nodes: int, trees: int) -> list[int]:
+    """So many nodes over at most so many trees, evenly."""
+    trees = min(nodes, trees)
+    return [nodes // trees + (i < nodes % trees) for i in range(trees)]
 
 
 def measure(
@@ -126,7 +129,7 @@ def measure(
     Args:
         exact: passes of exact mode. batch: passes that several contexts can share.
     """
-    settle()
+    finish_huge_pages()
     context = max(1, min(context, target.context_limit - SIZES[-1] - 1))
     sizes = [n for n in SIZES if context + n <= target.context_limit and (not exact or n <= EXACT_TOKENS)]
     keys = -(-(context + sizes[-1]) // EXACT_BLOCK) * EXACT_BLOCK
@@ -146,12 +149,12 @@ def measure(
         for n in sizes:
             tokens = torch.ones(n, dtype=torch.long, device=target.device)
             shape = TreeShape([-1, *([0] * (n - 1))])
-            rows = [TreeShape([-1, *([0] * (of - 1))]) for of in spread(n, SEVERAL)]
+            trees = [TreeShape([-1, *([0] * (size - 1))]) for size in tree_sizes(n, SEVERAL)]
             began = time.perf_counter()
             if exact:
                 target.exact_logits(target.verify_exact(cache, tokens, shape, keys)).max(-1).indices.tolist()
             elif batch:
-                target.logits(target.verify_trees(cache, tokens, rows)).max(-1).indices.tolist()
+                target.logits(target.verify_trees(cache, tokens, trees)).max(-1).indices.tolist()
             else:
                 target.logits(target.verify(cache, tokens, shape)).max(-1).indices.tolist()
             times[n].append(time.perf_counter() - began)

@@ -230,7 +230,7 @@ class Decoder:
             capacity = self._keys(sequence) if self._exact else self._slots(sequence) + MAX_TREE_TOKENS
         sequence.cache = self.target.new_cache(1, capacity)
         if known is not None:
-            sequence.cache.copy_row(0, known.cache, 0, known.length)
+            sequence.cache.copy_sequence(0, known.cache, 0, known.length)
             sequence.states = [known.states]
             sequence.cached_tokens = known.length
 
@@ -309,7 +309,7 @@ class Decoder:
             return [self._fail(failed.sequence, failed.error)]
         except Exception as error:  # of the pass that they share
             return [self._fail(one, error) for one in sequences]
-        self._cache.whole.compact_rows([walk.path for walk in walks])
+        self._cache.whole.compact_sequences([walk.path for walk in walks])
         emitted, owns = [], logits.split(sizes)
         for i, (one, own, walk) in enumerate(zip(sequences, states.split(sizes), walks, strict=True)):
             step = partial(Step, trees[i], shapes[i], own, owns[i], walk.path)
@@ -336,7 +336,7 @@ class Decoder:
         reach = [min(self._plan.depth, sequences[i].left - 1) for i in drafting]  # never past the limit or the context
         nodes = self._plan.nodes if len(sequences) == 1 else None
         plan = replace(self._plan, depth=max(reach), nodes=nodes)
-        min_gain = costs.min_gain(1 if alone else len(sequences)) if costs else 0.0
+        min_gain = costs.min_expected_tokens(1 if alone else len(sequences)) if costs else 0.0
         made = self._draft_together([sequences[i] for i in drafting], plan, min_gain)
         most = EXACT_TOKENS - 1 if self._exact else MAX_NODES
         if self._plan.kind != "static" and self._plan.nodes is not None:
@@ -344,7 +344,7 @@ class Decoder:
         made = [prune(draft, depth, most) for draft, depth in zip(made, reach, strict=True)]
         if costs is not None and self._plan.sized_by_costs:
             if alone:
-                made = [draft.first(costs.best_size(draft.scores)) for draft in made]
+                made = [draft.first(costs.best_tree_size(draft.scores)) for draft in made]
             else:
                 made = costs.share(made, len(sequences))
         for i, draft in zip(drafting, made, strict=True):

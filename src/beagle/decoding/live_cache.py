@@ -38,7 +38,7 @@ class LiveCache:
             BeagleError: there is no memory for it.
         """
         if at:
-            self.share(max(own.length, capacity)).copy_row(at, own, 0)
+            self.share(max(own.length, capacity)).copy_sequence(at, own, 0)
         else:
             self._cache, self._first = own, None
 
@@ -53,7 +53,7 @@ class LiveCache:
             capacity = max(capacity + MAX_TREE_TOKENS, old.capacity if old is not None else 0)
             self._cache = self._target.new_cache(self._size, capacity)
             if old is not None:
-                self._cache.copy_row(0, old, 0)
+                self._cache.copy_sequence(0, old, 0)
         self.reserve(capacity)
         self._first = None
         return self.whole
@@ -92,7 +92,7 @@ class LiveCache:
             self._cache = self._first = None
             return
         if clear:
-            self.whole.clear_row(at)
+            self.whole.clear_sequence(at)
         if at != last:
-            self.whole.copy_row(at, self.whole, last)
+            self.whole.copy_sequence(at, self.whole, last)
         self.whole.lengths[last] = 0

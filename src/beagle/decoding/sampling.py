@@ -286,7 +286,7 @@ class Sampler:
         Raises:
             BeagleError: see ``check``.
         """
-        return choose_rows([self], logits[None], [position])[0]
+        return choose_all([self], logits[None], [position])[0]
 
     def check(self, largest: float) -> None:
         """
@@ -308,11 +308,13 @@ class Sampler:
         return token in self._ends
 
 
-def choose_rows(samplers: Sequence[Sampler], logits: Tensor, positions: Sequence[int]) -> list[int]:
-    """``Sampler.choose`` for several answers at once: a sampler, logits and a position for each row.
+def choose_all(samplers: Sequence[Sampler], logits: Tensor, positions: Sequence[int]) -> list[int]:
+    """``Sampler.choose`` for several answers at once: each has a sampler, logits and a position.
 
     Args:
-        logits: ``[rows, vocabulary]``.
+        samplers: one for each answer.
+        logits: ``[answers, vocabulary]``.
+        positions: of each answer, which the chosen token takes.
     Raises:
         BeagleError: see ``Sampler.check``.
     """
@@ -320,20 +322,20 @@ def choose_rows(samplers: Sequence[Sampler], logits: Tensor, positions: Sequence
         logits = torch.stack([one.process(own.float()) for one, own in zip(samplers, logits, strict=True)])
     chosen = [0] * len(samplers)
     alike: dict[tuple[float, ...], list[int]] = {}
-    for row, one in enumerate(samplers):
+    for i, one in enumerate(samplers):
         by = one.sampling
-        alike.setdefault((by.temperature, by.top_k, by.top_p, by.min_p) if by.temperature else (0.0,), []).append(row)
-    for (temperature, *_), rows in alike.items():
-        own = logits if len(alike) == 1 else logits[rows]
+        alike.setdefault((by.temperature, by.top_k, by.top_p, by.min_p) if by.temperature else (0.0,), []).append(i)
+    for (temperature, *_), group in alike.items():
+        own = logits if len(alike) == 1 else logits[group]
         if not temperature:
             largest, tokens = own.max(-1)  # argmax takes far longer in bf16
         else:
-            cumulative = samplers[rows[0]].probabilities(own).cumsum(-1)
+            cumulative = samplers[group[0]].probabilities(own).cumsum(-1)
             largest = cumulative[:, -1]  # NaN where a logit is, or all are infinite
-            drawn = cumulative.new_tensor([[samplers[row].uniform(positions[row])] for row in rows])
+            drawn = cumulative.new_tensor([[samplers[i].uniform(positions[i])] for i in group])
             found = torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True)
             tokens = found[:, 0].clamp(max=logits.shape[-1] - 1)
-        for row, token, value in zip(rows, tokens.tolist(), largest.tolist(), strict=True):
-            samplers[row].check(value)
-            chosen[row] = token
+        for i, token, value in zip(group, tokens.tolist(), largest.tolist(), strict=True):
+            samplers[i].check(value)
+            chosen[i] = token
     return chosen

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from beagle.decoding.sampling import Sampler, choose_rows
+from beagle.decoding.sampling import Sampler, choose_all
 from beagle.drafters.base import Draft
 
 
@@ -31,7 +31,7 @@ class Walk:
         Args:
             draft: candidates, the root left out.
             sampler: of the answer.
-            first: the root's row of the pass's logits.
+            first: index of the root's logits among those of the pass.
             position: of the answer, which the root's choice takes.
             left: most tokens to choose.
         """
@@ -47,8 +47,8 @@ class Walk:
             self._children.setdefault((parent + 1, token), node)
 
     @property
-    def row(self) -> int:
-        """Row of the logits that the next token is chosen from."""
+    def index(self) -> int:
+        """Of the logits that the next token is chosen from."""
         return self._first + self.path[-1]
 
     @property
@@ -89,13 +89,13 @@ def choose(walks: Sequence[Walk], logits: Tensor) -> list[int | Exception]:
     if len(walks) > 1:
         samplers, positions = [walk.sampler for walk in walks], [walk.position for walk in walks]
         try:
-            return [*choose_rows(samplers, logits[[walk.row for walk in walks]], positions)]
+            return [*choose_all(samplers, logits[[walk.index for walk in walks]], positions)]
         except Exception:  # of one of them: found out below
             pass
     found: list[int | Exception] = []
     for walk in walks:
         try:
-            found.append(walk.sampler.choose(logits[walk.row], walk.position))
+            found.append(walk.sampler.choose(logits[walk.index], walk.position))
         except Exception as error:
             found.append(error)
     return found
@@ -117,7 +117,7 @@ def _accept_greedy(walks: Sequence[Walk], logits: Tensor) -> None:
     for walk in walks:
         while walk.active:
             try:
-                walk.sampler.check(largest[walk.row])
-                walk.take(tokens[walk.row])
+                walk.sampler.check(largest[walk.index])
+                walk.take(tokens[walk.index])
             except Exception as error:
                 walk.fail(error)

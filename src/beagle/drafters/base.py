@@ -58,7 +58,7 @@ STATIC_PATHS: frozenset[tuple[int, ...]] = frozenset(
 )  # fmt: skip
 
 
-ROW_SHARE = 0.15  # of ``min_gain``, below which a candidate is not worth a row: it counts a level and a row twice
+NODE_GAIN_SHARE = 0.15  # of ``min_expected_tokens``, below which a candidate is not worth verifying: it counts a level and a node twice
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class DraftContext(ABC):
 
         Args:
             tokens: first the whole prompt, then what each pass accepted.
-            states: their true hidden states ``[n, hidden]``.
+            states: their hidden states ``[n, hidden]``.
         """
 
 
@@ -146,7 +146,7 @@ class Drafter(ABC, Generic[Context]):
 
     @abstractmethod
     def draft(
-        self, contexts: Sequence[Context], roots: list[int], plan: TreePlan, min_gain: float = 0.0
+        self, contexts: Sequence[Context], roots: list[int], plan: TreePlan, min_expected_tokens: float = 0.0
     ) -> list[Draft]:
         """Candidates for what follows each context.
 
@@ -154,8 +154,8 @@ class Drafter(ABC, Generic[Context]):
             contexts: of this drafter, each with its prompt.
             roots: the newest token of each, which the target has not run yet.
             plan: shape of the trees.
-            min_gain: expected accepted tokens below which another level is not worth its time (above 1, none is);
-                a candidate with less than ``ROW_SHARE`` of it is not worth a row, and nothing that follows it is.
+            min_expected_tokens: expected accepted tokens below which another level is not worth its time (above 1, none is);
+                a candidate with less than ``NODE_GAIN_SHARE`` of it is not worth verifying, and nothing that follows it is.
 
         Returns:
             A draft for each context.

@@ -156,7 +156,7 @@ class Block(nn.Module, ABC):
 
         Args:
             tokens: of the answer.
-            states: their true states ``[n, hidden]``.
+            states: their hidden states ``[n, hidden]``.
             newest: the state before them, ``[1, hidden]``; ``[0, hidden]`` before the prompt.
 
         Returns:

@@ -27,7 +27,7 @@ AGREES = 0.25  # between the log-probabilities of a level's best candidates: rou
 _console = Console(stderr=True)
 
 
-def capture(drafter: HeadDrafter) -> None:
+def capture_drafts(drafter: HeadDrafter) -> None:
     """Let drafts on a GPU be replayed from graphs, which are recorded when their size first comes."""
     if drafter.device.type == "cuda" and not aot_cache.compiled_disabled():
         drafter.use_captured(CapturedDraft(drafter.eager, drafter.rotations))

@@ -29,7 +29,7 @@ class CombinedContext(DraftContext):
 class CombinedDrafter(Drafter[CombinedContext]):
     """The candidates of a head (or another drafter) and of prompt lookup, merged where they agree.
 
-    Both scores estimate a candidate's chance of acceptance, and where both propose it, it is likelier than either says.
+    Both scores estimate a candidate's probability of acceptance, and where both propose it, it is likelier than either says.
     """
 
     def __init__(self, head: Drafter, lookup: LookupDrafter) -> None:
@@ -41,13 +41,13 @@ class CombinedDrafter(Drafter[CombinedContext]):
         return CombinedContext(self.head.context(), self.lookup.context())
 
     def draft(
-        self, contexts: Sequence[CombinedContext], roots: list[int], plan: TreePlan, min_gain: float = 0.0
+        self, contexts: Sequence[CombinedContext], roots: list[int], plan: TreePlan, min_expected_tokens: float = 0.0
     ) -> list[Draft]:
-        drafts = self.lookup.draft([context.lookup for context in contexts], roots, plan, min_gain)
+        drafts = self.lookup.draft([context.lookup for context in contexts], roots, plan, min_expected_tokens)
         unsure = [i for i, repeated in enumerate(drafts) if depth_of(repeated, SURE) < plan.depth]
         if unsure:
             heads, own_roots = [contexts[i].head for i in unsure], [roots[i] for i in unsure]
-            for i, draft in zip(unsure, self.head.draft(heads, own_roots, plan, min_gain), strict=True):
+            for i, draft in zip(unsure, self.head.draft(heads, own_roots, plan, min_expected_tokens), strict=True):
                 drafts[i] = merge(draft, drafts[i], plan.nodes or MAX_NODES)
         return drafts
 
@@ -63,12 +63,12 @@ def depth_of(draft: Draft, least: float) -> int:
 def merge(one: Draft, other: Draft, most: int) -> Draft:
     """The ``most`` best candidates of two drafts, each path once.
 
-    A candidate that both propose fails where both are wrong: their chances of it given its parent are joined as those
+    A candidate that both propose fails where both are wrong: their probabilities of it given its parent are joined as those
     of independent causes. What a draft says of it besides, it says relative to its own parent.
     """
     tokens: list[int] = []
     parents: list[int] = []
-    misses: list[float] = []  # chance that a candidate is wrong, given that its parent is right
+    misses: list[float] = []  # probability that a candidate is wrong, given that its parent is right
     nodes: dict[tuple[int, int], int] = {}
     for draft in (one, other):
         place: list[int] = []

@@ -1,4 +1,4 @@
-"""What a draft head remembers of one answer: cached keys of its true hidden states."""
+"""What a draft head remembers of one answer: cached keys of its hidden states."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from beagle.drafters.base import ROW_SHARE, STATIC_PATHS, Draft, TreePlan, best_first
+from beagle.drafters.base import NODE_GAIN_SHARE, STATIC_PATHS, Draft, TreePlan, best_first
 from beagle.drafters.block import Block, Rotation, Rotations
 from beagle.drafters.context import HeadContext
 from beagle.limits import MAX_NODES
@@ -174,15 +174,20 @@ class Level:
     parents: Tensor
 
 
-def least_score(min_gain: float) -> float:
-    """Cumulative log-probability below which a candidate is not worth a row, see ``Drafter.draft``."""
-    return math.log(ROW_SHARE * min_gain) if min_gain > 0 else -math.inf
+def least_score(min_expected_tokens: float) -> float:
+    """Cumulative log-probability below which a candidate is not worth verifying, see ``Drafter.draft``."""
+    return math.log(NODE_GAIN_SHARE * min_expected_tokens) if min_expected_tokens > 0 else -math.inf
 
 
 def grow(
-    run_level: LevelRunner, beams: Beams, tokens: Tensor, newest: Tensor, plan: TreePlan, min_gain: float = 0.0
+    run_level: LevelRunner,
+    beams: Beams,
+    tokens: Tensor,
+    newest: Tensor,
+    plan: TreePlan,
+    min_expected_tokens: float = 0.0,
 ) -> list[Level]:
-    """All levels; nothing of it waits for the device, unless the tree is static or ``min_gain`` above 0.
+    """All levels; nothing of it waits for the device, unless the tree is static or ``min_expected_tokens`` above 0.
 
     Args:
         run_level: computes a level.
@@ -190,7 +195,7 @@ def grow(
         tokens: the roots, ``[contexts, 1]``.
         newest: the state before each, ``[contexts, 1, hidden]``.
         plan: shape of the trees.
-        min_gain: see ``Drafter.draft``.
+        min_expected_tokens: see ``Drafter.draft``.
 
     Returns:
         Candidates of each level, all that were scored (paper §3, EAGLE-2's expansion): ``ranked_drafts`` chooses.
@@ -202,15 +207,15 @@ def grow(
     scores = torch.zeros(len(tokens), 1, device=tokens.device)
     ids = torch.full((len(tokens), 1), -1, device=tokens.device)  # candidate index of each beam node
     total = 0
-    least = least_score(min_gain)
+    least = least_score(min_expected_tokens)
     for level in range(1, plan.depth + 1):
         beams.level = level
         states, logits, sums = run_level(beams, tokens, newest)
         best, index = logits.topk(min(width, logits.shape[-1]), dim=-1)  # [contexts * beam, width]
-        # rounding may put the log of a chance near 1 above 0, and a child before its parent
-        chances = (best - sums).clamp(max=0.0).unflatten(0, tokens.shape)
+        # rounding may put the log of a probability near 1 above 0, and a child before its parent
+        log_probs = (best - sums).clamp(max=0.0).unflatten(0, tokens.shape)
         children = best.shape[1]
-        level_scores = (scores[..., None] + chances).flatten(1)
+        level_scores = (scores[..., None] + log_probs).flatten(1)
         level_tokens = beams.head.draft_vocab[index].view(len(live), -1)
         level_parents = ids.repeat_interleave(children, dim=1)
         keep: Tensor | None = None
@@ -229,7 +234,7 @@ def grow(
             break
         if keep is None:
             scores, chosen = level_scores.topk(min(width, level_scores.shape[1]), dim=1)
-            if min_gain > 0:
+            if min_expected_tokens > 0:
                 worth = int((scores >= least).sum(1).max())
                 scores, chosen = scores[:, : max(worth, 2)], chosen[:, : max(worth, 2)]
             parents = chosen // children  # each beam node's parent in the level above
@@ -242,9 +247,9 @@ def grow(
         beams.descend(parents)
         ids = total + chosen
         total += level_tokens.shape[1]
-        if min_gain > 0:
+        if min_expected_tokens > 0:
             gains = torch.where(scores >= least, scores.exp(), 0.0).sum(1)
-            on = [i for i, gain in enumerate(gains.tolist()) if gain >= min_gain]
+            on = [i for i, gain in enumerate(gains.tolist()) if gain >= min_expected_tokens]
             if not on:
                 break
             if len(on) < len(live):

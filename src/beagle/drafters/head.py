@@ -70,7 +70,7 @@ class BeagleHead(Block):
     def level(self, seen: LevelView, embeddings: Tensor, newest: Tensor) -> Tensor:
         """A predicted state's key is made when a descendant needs it, so the deepest level's never are."""
         rotation = seen.rotation()
-        if seen.level > 1:  # the root's state is a true one, cached
+        if seen.level > 1:  # the root's state is the target's own, cached
             seen.append(*self.keys_values(newest, rotation))
         attended = seen.attend(self.queries(embeddings, rotation))
         return self.finish(attended, embeddings, newest)

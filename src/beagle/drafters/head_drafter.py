@@ -13,7 +13,7 @@ from beagle.drafters.block import Block, Rotations
 from beagle.drafters.context import HeadContext, write_unread
 from beagle.drafters.grow import Beams, EagerLevels, Level, LevelOutput, LevelRunner, grow, least_score, ranked_drafts
 from beagle.targets.linears.packed import pack_linears, packed
-from beagle.targets.linears.quantized import RowQuantizer, quantize_linears, quantized
+from beagle.targets.linears.quantized import VectorQuantizer, quantize_linears, quantized
 from beagle.targets.target import Target
 
 
@@ -52,7 +52,7 @@ class HeadDrafter(Drafter[HeadContext]):
         self.head = head
         self.device = target.device
         self.lm_head, bias = target.head_rows(head.draft_vocab if trimmed else None)
-        whole = quantized(self.lm_head, bias, "int8", RowQuantizer()) if target.quantize else None
+        whole = quantized(self.lm_head, bias, "int8", VectorQuantizer()) if target.quantize else None
         self.rotations = Rotations(head, self.lm_head.dtype, self.device)
         self.eager = EagerLevels(head, target.embed, whole or packed(self.lm_head, bias))
         self.compiled: SomeLevels | None = None
@@ -73,9 +73,9 @@ class HeadDrafter(Drafter[HeadContext]):
 
     @torch.no_grad()
     def draft(
-        self, contexts: Sequence[HeadContext], roots: list[int], plan: TreePlan, min_gain: float = 0.0
+        self, contexts: Sequence[HeadContext], roots: list[int], plan: TreePlan, min_expected_tokens: float = 0.0
     ) -> list[Draft]:
-        if min_gain > 1 and len(contexts) > 1:  # of one context it may be a busy hour's measurement
+        if min_expected_tokens > 1 and len(contexts) > 1:  # of one context it may be a busy hour's measurement
             return [Draft([], [], []) for _ in contexts]
         write_unread(contexts)
         levels = None
@@ -86,8 +86,8 @@ class HeadDrafter(Drafter[HeadContext]):
             beams = Beams.of_contexts(self.head, contexts, self.rotations, plan.depth, width)
             tokens = torch.tensor(roots, device=self.device)[:, None]
             newest = torch.stack([context.newest for context in contexts])
-            levels = grow(self._run_level, beams, tokens, newest, plan, min_gain)
-        return ranked_drafts(levels, len(contexts), plan, least_score(min_gain))
+            levels = grow(self._run_level, beams, tokens, newest, plan, min_expected_tokens)
+        return ranked_drafts(levels, len(contexts), plan, least_score(min_expected_tokens))
 
     def _run_level(self, beams: Beams, tokens: Tensor, newest: Tensor) -> LevelOutput:
         if self.compiled is not None and self.compiled.takes(beams, tokens.shape[1]):

@@ -85,7 +85,7 @@ def load_drafter(spec: DraftSpec, target: Target, **options: Any) -> Drafter | N
         drafter = headed = HeadDrafter(target, head)
         if fast is not None:
             headed.use_compiled(fast)
-        captured.capture(headed)
+        captured.capture_drafts(headed)
     elif spec.model is not None:
         drafter = load_small(spec.model, target, **options)
     if not spec.lookup:

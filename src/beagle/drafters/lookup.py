@@ -41,7 +41,7 @@ class LookupContext(DraftContext):
                 self._hits[n] += self.tokens[starts[-2]] == token
                 return
 
-    def chance(self, n: int) -> float:
+    def hit_rate(self, n: int) -> float:
         """How often a match of n tokens was right in this context; n / (n + 2) before anything is known."""
         n = min(n, self.max_ngram)
         return (self._hits[n] + n) / (self._tries[n] + n + 2)
@@ -66,7 +66,7 @@ class LookupContext(DraftContext):
 class LookupDrafter(Drafter[LookupContext]):
     """Proposes what followed earlier occurrences of the newest n-gram.
 
-    A chain is the newest match, a tree the newest ``top_k`` matches, merged where they agree. ``min_gain`` is not
+    A chain is the newest match, a tree the newest ``top_k`` matches, merged where they agree. ``min_expected_tokens`` is not
     needed: another level costs no time here.
     """
 
@@ -85,7 +85,7 @@ class LookupDrafter(Drafter[LookupContext]):
         return LookupContext(self.max_ngram)
 
     def draft(
-        self, contexts: Sequence[LookupContext], roots: list[int], plan: TreePlan, min_gain: float = 0.0
+        self, contexts: Sequence[LookupContext], roots: list[int], plan: TreePlan, min_expected_tokens: float = 0.0
     ) -> list[Draft]:
         return [self._draft(context, root, plan) for context, root in zip(contexts, roots, strict=True)]
 
@@ -115,6 +115,6 @@ class LookupDrafter(Drafter[LookupContext]):
         total = sum(0.5**age for age in range(len(newest)))
         right = [0.0]
         for depth in range(plan.depth):
-            right.append(right[-1] + math.log(context.chance(n + depth)))
+            right.append(right[-1] + math.log(context.hit_rate(n + depth)))
         scores = [right[depth] + math.log(weight / total) for depth, weight in zip(depths, weights, strict=True)]
         return best_first(tokens, parents, scores, plan.nodes or MAX_NODES)

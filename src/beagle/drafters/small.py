@@ -86,12 +86,14 @@ class SmallModelDrafter(Drafter[SmallModelContext]):
         return SmallModelContext(self.small)
 
     def draft(
-        self, contexts: Sequence[SmallModelContext], roots: list[int], plan: TreePlan, min_gain: float = 0.0
+        self, contexts: Sequence[SmallModelContext], roots: list[int], plan: TreePlan, min_expected_tokens: float = 0.0
     ) -> list[Draft]:
-        return [self._draft(context, root, plan, min_gain) for context, root in zip(contexts, roots, strict=True)]
+        return [
+            self._draft(context, root, plan, min_expected_tokens) for context, root in zip(contexts, roots, strict=True)
+        ]
 
-    def _draft(self, context: SmallModelContext, root: int, plan: TreePlan, min_gain: float) -> Draft:
-        if min_gain > 1 or not context.can_run([*context.pending, root]):
+    def _draft(self, context: SmallModelContext, root: int, plan: TreePlan, min_expected_tokens: float) -> Draft:
+        if min_expected_tokens > 1 or not context.can_run([*context.pending, root]):
             return Draft([], [], [])
         length = context.length
         depth = min(plan.depth, self.small.context_limit - length)
@@ -122,7 +124,7 @@ class SmallModelDrafter(Drafter[SmallModelContext]):
                     paths.append((*path, rank))
             fresh = range(first, len(tokens))
             beam = list(fresh) if static else heapq.nlargest(width, fresh, key=scores.__getitem__)
-            if level == depth or not beam or sum(math.exp(scores[i]) for i in beam) < min_gain:
+            if level == depth or not beam or sum(math.exp(scores[i]) for i in beam) < min_expected_tokens:
                 break
             done = len(shape)
             for candidate in beam:

@@ -52,7 +52,7 @@ def by(records: Iterable[Record], key: str) -> dict[str, list[Record]]:
     return parts
 
 
-def question(record: Record) -> tuple[str, str, int]:
+def question_key(record: Record) -> tuple[str, str, int]:
     return record.set, record.id, record.repeat
 
 
@@ -61,7 +61,7 @@ def summary(
 ) -> dict[str, Any]:
     """The figures of some records as JSON: ``modes`` and ``ratios``.
 
-    Counts and times are pooled over all turns, questions and repeats; a speed takes each question at its
+    Counts and times are pooled over all turns, questions and repeats; a speed takes each question_key at its
     median over the repeats. ``identical``: share of answers equal to plain decoding's, token for token, in
     all turns; ``near_ties``: share of those that leave it where the target was near a tie.
     """
@@ -90,8 +90,8 @@ def _mode(records: Sequence[Record], plain: Sequence[Record] | None) -> dict[str
     count = len(records)
     same = None
     if plain:
-        reference = {question(r): r.answers for r in plain}
-        same = round(sum(r.answers == reference[question(r)] for r in records) / count, 4)
+        reference = {question_key(r): r.answers for r in plain}
+        same = round(sum(r.answers == reference[question_key(r)] for r in records) / count, 4)
     return {
         "questions": len({(r.set, r.id) for r in records}),
         "tokens": total.tokens,
@@ -126,14 +126,14 @@ def ratio(over: Sequence[Record], under: Sequence[Record]) -> dict[str, Any]:
     """Speed of one mode over that of another.
 
     Returns:
-        ``pooled`` (quotient of the two speeds), and over the pairs of the same question and repeat ``median``,
+        ``pooled`` (quotient of the two speeds), and over the pairs of the same question_key and repeat ``median``,
         ``low`` and ``high`` (10th and 90th percentile: the spread) and ``count``. Empty where nothing was timed.
     """
-    slow = {question(r): r.stats.tokens_per_second for r in under}
+    slow = {question_key(r): r.stats.tokens_per_second for r in under}
     each = [
-        r.stats.tokens_per_second / slow[question(r)]
+        r.stats.tokens_per_second / slow[question_key(r)]
         for r in over
-        if r.stats.tokens_per_second and slow.get(question(r))
+        if r.stats.tokens_per_second and slow.get(question_key(r))
     ]
     if not each:
         return {}

@@ -16,7 +16,7 @@ from beagle.evaluation.modes import Options, System
 from beagle.evaluation.records import Record
 from beagle.evaluation.roofline import Machine, floor, probe
 from beagle.evaluation.run import Sets, run
-from beagle.memory import settle
+from beagle.memory import finish_huge_pages
 from beagle.model import Model
 from beagle.targets.chat import Message
 from beagle.targets.target import Target
@@ -44,7 +44,7 @@ class Profile:
         """Measures the machine and the costs of a pass anew: old ones may come from a busier hour."""
         self.model = model
         self.options = options
-        settle()
+        finish_huge_pages()
         self.machine = probe(model.target)
         # a pass costs the same whatever drafts; decoding plainly, the cheapest drafter stands in
         timed = model if model.drafter is not None else Model(model.target, LookupDrafter(), TreePlan())

@@ -32,8 +32,8 @@ from beagle.drafters.checkpoint import shipped_head
 from beagle.drafters.load import DraftSpec, load_drafter
 from beagle.errors import BeagleError
 from beagle.integrations.checks import refuse_arguments, refuse_batch, refuse_model, refuse_request, unpadded
+from beagle.integrations.generate_sampler import GenerateSampler, processors_of
 from beagle.integrations.hooks import has_adapters_of_one_call
-from beagle.integrations.row import Row, of_row
 from beagle.integrations.twin import Parts, own_logits, refuse_otherwise, twin
 from beagle.model import Model
 from beagle.targets.target import Target
@@ -171,31 +171,33 @@ class Speculation:
         self.stats = Stats()
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        rows = [
-            Row(ids, generation_config, of_row(logits_processor, i), stopping_criteria, streamer, self._name)
+        samplers = [
+            GenerateSampler(
+                ids, generation_config, processors_of(logits_processor, i), stopping_criteria, streamer, self._name
+            )
             for i, ids in enumerate(input_ids)
         ]
-        for row, prompt in zip(rows, prompts, strict=True):
-            self._answer(ours, row, prompt, new)
+        for sampler, prompt in zip(samplers, prompts, strict=True):
+            self._answer(ours, sampler, prompt, new)
         if streamer is not None:
             streamer.end()
         pad = generation_config._pad_token_tensor
-        longest = max(len(row.ids) for row in rows)
-        sequences = input_ids.new_full((len(rows), longest), 0 if pad is None else int(pad))
-        for i, row in enumerate(rows):
-            sequences[i, : len(row.ids)] = row.ids
+        longest = max(len(sampler.ids) for sampler in samplers)
+        sequences = input_ids.new_full((len(samplers), longest), 0 if pad is None else int(pad))
+        for i, sampler in enumerate(samplers):
+            sequences[i, : len(sampler.ids)] = sampler.ids
         if not generation_config.return_dict_in_generate:
             return sequences
-        kept: dict[str, Any] = {"scores": rows[0].scores, "logits": rows[0].logits}
+        kept: dict[str, Any] = {"scores": samplers[0].scores, "logits": samplers[0].logits}
         return GenerateDecoderOnlyOutput(sequences=cast(LongTensor, sequences), **kept)
 
-    def _answer(self, ours: Model, row: Row, prompt: Sequence[int], new: int) -> None:
+    def _answer(self, ours: Model, sampler: GenerateSampler, prompt: Sequence[int], new: int) -> None:
         stats = Stats()
         steps = decode(
             ours.target,
             list(prompt),
             max_new_tokens=new,
-            sampler=row,
+            sampler=sampler,
             stats=stats,
             drafter=ours.drafter,
             plan=ours.plan,

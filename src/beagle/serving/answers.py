@@ -27,7 +27,7 @@ def sse(content: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(content, separators=(",", ":"), allow_nan=False).encode() + b"\n\n"
 
 
-class Answer(ABC):
+class ServedAnswer(ABC):
     """One request's answer; the two endpoints differ in how they put a choice."""
 
     object: str
@@ -145,7 +145,7 @@ class Answer(ABC):
         return sse(content)
 
 
-class ChatAnswer(Answer):
+class ChatAnswer(ServedAnswer):
     """``chat.completion``, and its chunks."""
 
     object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
@@ -176,7 +176,7 @@ class ChatAnswer(Answer):
         return {"token": token.token, "logprob": token.logprob, "bytes": list(token.content)}
 
 
-class CompletionAnswer(Answer):
+class CompletionAnswer(ServedAnswer):
     """``text_completion``, whole and in chunks."""
 
     object, chunk_object, prefix = "text_completion", "text_completion", "cmpl-"

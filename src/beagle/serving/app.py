@@ -18,7 +18,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from beagle.serving.answers import Answer, ChatAnswer, CompletionAnswer, error_body
+from beagle.serving.answers import ChatAnswer, CompletionAnswer, ServedAnswer, error_body
 from beagle.serving.engine import Engine
 from beagle.serving.guard import Guard
 from beagle.serving.schema import ChatRequest, CompletionRequest
@@ -90,7 +90,7 @@ def create_app(engine: Engine, *, name: str, api_key: str | None = None) -> Fast
             )
 
     async def respond(
-        body: ChatRequest | CompletionRequest, work: Work, kind: type[Answer], request: Request
+        body: ChatRequest | CompletionRequest, work: Work, kind: type[ServedAnswer], request: Request
     ) -> Response:
         check_model(body.model)
         include_usage = body.stream_options is not None and body.stream_options.include_usage
@@ -178,7 +178,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, running: Running, answer: Answer, headers: dict[str, str], seconds: float) -> None:
+    def __init__(self, running: Running, answer: ServedAnswer, headers: dict[str, str], seconds: float) -> None:
         self._running, self._answer, self._seconds = running, answer, seconds
         self.status_code, self.background = 200, None
         self.init_headers({**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})

@@ -20,7 +20,7 @@ from beagle.serving.choice import Choice
 from beagle.serving.metrics import Metrics
 from beagle.serving.work import ChoiceEnd, Delta, Done, Event, Failed, Job, ServeError, Work
 from beagle.targets.chat import encode
-from beagle.threads import Owner
+from beagle.threads import ModelThread
 
 PIECE = 512  # tokens of a prompt that run between two passes of the answers that are live
 log = logging.getLogger("beagle.serving")
@@ -59,7 +59,7 @@ class Engine:
     """
 
     def __init__(
-        self, model: Model, limits: Limits | None = None, *, exact: bool = False, owner: Owner | None = None
+        self, model: Model, limits: Limits | None = None, *, exact: bool = False, owner: ModelThread | None = None
     ) -> None:
         """
         Args:
@@ -74,7 +74,7 @@ class Engine:
         self._closing = False
         self._close_at = math.inf
         self._mean_seconds = 1.0  # of a request; what Retry-After is told from
-        self._owner = owner or Owner("beagle-engine")
+        self._owner = owner or ModelThread("beagle-engine")
         self._ended: Future[None] | None = None
 
     def start(self) -> None:

@@ -11,7 +11,7 @@ from beagle.decoding.sampling import SamplingParams
 from beagle.decoding.stats import Stats
 from beagle.targets.chat import Message
 
-Prompt = str | list[Message] | list[int]
+PromptInput = str | list[Message] | list[int]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Work:
         watch: report every pass's tree and every token's draft depth.
     """
 
-    prompts: list[Prompt]
+    prompts: list[PromptInput]
     seed: int
     raw: bool = False
     n: int = 1

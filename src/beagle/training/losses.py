@@ -1,4 +1,4 @@
-"""The losses of paper §4.2, computed so that the logits of all rows never exist at once."""
+"""The losses of paper §4.2, computed so that the logits of all slots never exist at once."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROUND = 64  # of rows: products of few shapes, as oneDNN keeps what it made for each
-CHUNK = 512  # rows whose logits exist at a time: fewer are slower products, more are slower memory
+ROUND = 64  # of slots: products of few shapes, as oneDNN keeps what it made for each
+CHUNK = 512  # slots whose logits exist at a time: fewer are slower products, more are slower memory
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
@@ -25,12 +25,12 @@ class _SoftCrossEntropy(torch.autograd.Function):
         total = predicted.new_zeros(())
         gradient = torch.empty_like(predicted)
         for at in range(0, len(predicted), CHUNK):
-            rows = slice(at, at + CHUNK)
-            log_q = F.log_softmax(F.linear(predicted[rows], head, bias).float(), dim=-1)
-            p = F.softmax(F.linear(true[rows], head, bias).float(), dim=-1)
-            total += -(weights[rows] * torch.linalg.vecdot(p, log_q)).sum()
-            error = log_q.exp_().sub_(p).mul_(weights[rows, None])
-            gradient[rows] = error.to(head.dtype) @ head
+            chunk = slice(at, at + CHUNK)
+            log_q = F.log_softmax(F.linear(predicted[chunk], head, bias).float(), dim=-1)
+            p = F.softmax(F.linear(true[chunk], head, bias).float(), dim=-1)
+            total += -(weights[chunk] * torch.linalg.vecdot(p, log_q)).sum()
+            error = log_q.exp_().sub_(p).mul_(weights[chunk, None])
+            gradient[chunk] = error.to(head.dtype) @ head
         ctx.save_for_backward(gradient[:real])
         return total
 
@@ -46,8 +46,12 @@ def soft_cross_entropy(
     """Cross-entropy of the draft's distribution against the target's, both over the draft vocabulary.
 
     Args:
-        predicted, true: states ``[rows, hidden]``. head: LM head rows ``[draft_vocab, hidden]``.
-        weights: ``[rows]``. bias: ``[draft_vocab]`` of the LM head, where it has one.
+        predicted: states ``[slots, hidden]``.
+        true: the target's, ``[slots, hidden]``.
+        head: rows of the LM head, ``[draft_vocab, hidden]``.
+        weights: of the slots, ``[slots]``.
+        bias: ``[draft_vocab]`` of the LM head, where it has one.
+
     Returns:
         The weighted sum, a scalar.
     """
@@ -56,6 +60,6 @@ def soft_cross_entropy(
 
 
 def regression(predicted: Tensor, true: Tensor, weights: Tensor) -> Tensor:
-    """Smooth-L1 between states (EAGLE's "vloss"), mean over channels, weighted sum over rows."""
-    per_row = F.smooth_l1_loss(predicted.float(), true.float(), reduction="none").mean(-1)
-    return (weights * per_row).sum()
+    """Smooth-L1 between states (EAGLE's "vloss"), mean over channels, weighted sum over slots."""
+    per_slot = F.smooth_l1_loss(predicted.float(), true.float(), reduction="none").mean(-1)
+    return (weights * per_slot).sum()

@@ -32,7 +32,7 @@ class AnswerConfig:
     """How the target's answers are made.
 
     Attributes:
-        states: ``disk`` stores true states (2 bytes x hidden size a token); ``live`` stores tokens
+        states: ``disk`` stores hidden states (2 bytes x hidden size a token); ``live`` stores tokens
             only and runs the target again in every epoch.
         max_tokens: stop after this many tokens, prompts included (None: all prompts).
     """

@@ -20,7 +20,7 @@ from beagle.training.data import Stored, collate
 from beagle.training.losses import regression, soft_cross_entropy
 from beagle.training.windows import Batch, Part
 
-LMHead = tuple[Tensor, Tensor | None]  # weight [draft_vocab, hidden], bias [draft_vocab]
+LMHeadWeights = tuple[Tensor, Tensor | None]  # weight [draft_vocab, hidden], bias [draft_vocab]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ STAGES: dict[type[Block], Stages] = {
 
 
 def stage_loss(
-    head: Block, batch: Batch, lm_head: LMHead, config: TrainConfig, *, stage: str, offset: int, noise: Tensor
+    head: Block, batch: Batch, lm_head: LMHeadWeights, config: TrainConfig, *, stage: str, offset: int, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Loss of one batch (cross-entropy plus regression) and its cross-entropy alone."""
     keys_from = batch.states + config.noise * noise
@@ -98,7 +98,7 @@ def step_alpha(head: Block, target: Target, groups: list[list[Stored]], steps: i
     return (right / tried.clamp(min=1)).tolist(), tried.tolist()
 
 
-def lm_head_rows(target: Target, index: Tensor | None = None) -> LMHead:
+def lm_head_rows(target: Target, index: Tensor | None = None) -> LMHeadWeights:
     """Weight and bias of the target's LM head for some tokens, in fp32."""
     weight, bias = target.head_rows(index)
     return weight.float(), None if bias is None else bias.float()

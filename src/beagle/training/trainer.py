@@ -27,7 +27,7 @@ from beagle.targets.target import Target
 from beagle.training.config import TrainConfig
 from beagle.training.data import Stored, batches, collate, frequent_tokens, nothing_to_train_on, samples
 from beagle.training.folder import CHECKPOINT, append_log, cut_log, identity, read_progress
-from beagle.training.stages import LMHead, lm_head_rows, stage_loss, step_alpha
+from beagle.training.stages import LMHeadWeights, lm_head_rows, stage_loss, step_alpha
 from beagle.training.states import StateStore
 from beagle.training.windows import Batch
 
@@ -110,7 +110,7 @@ class Trainer:
         out.mkdir(parents=True, exist_ok=True)
         self._resume()
 
-    def _lm_head(self) -> LMHead:
+    def _lm_head(self) -> LMHeadWeights:
         """In the dtype of products: autocast would cast it for each of them, since it keeps only what is trained."""
         weight, bias = lm_head_rows(self.target, self.head.draft_vocab)
         return (weight.bfloat16() if self.autocast else weight), bias

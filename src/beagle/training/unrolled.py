@@ -19,7 +19,7 @@ from beagle.training.windows import Batch, Part, additive, attend_with_own, base
 
 
 def single(head: EagleHead, batch: Batch, keys_from: Tensor, window: int, offset: int) -> Part:
-    """EAGLE's own training: teacher-forced (noised) true states, all slots in one causal pass.
+    """EAGLE's own training: teacher-forced (noised) hidden states, all slots in one causal pass.
 
     Args and returns as ``windows.early``; there are no windows here.
     """

@@ -1,7 +1,7 @@
 """Two-Stage Block-Attention Training: which slot sees what (paper §4.2, A.2, A.3).
 
 In slots (see ``drafters.head``): a window of base b covers slots b … b+k-1; its true keys are those
-of slots <= b. A batch brings ``first`` and ``last``, the slots of each row that bear a loss.
+of slots <= b. A batch brings ``first`` and ``last``, the slots of each sample that bear a loss.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Batch:
 
     Attributes:
         embeddings: ``[batch, n, hidden]`` e(t_i), frozen.
-        states: ``[batch, n, hidden]`` true states h_i.
+        states: ``[batch, n, hidden]`` hidden states h_i.
         first: ``[batch]`` first slot that bears a loss (prompt length - 1).
         last: ``[batch]`` last such slot (tokens - 2: its output is compared with h_{last+1}).
     """
@@ -37,7 +37,7 @@ class Batch:
     last: Tensor
 
     def pick(self, source: Tensor, index: Tensor) -> Tensor:
-        """Rows of ``source [batch, n, hidden]`` at ``index [batch, m]``."""
+        """Vectors of ``source [batch, n, hidden]`` at ``index [batch, m]``."""
         index = index.clamp(0, source.shape[1] - 1)
         return source.gather(1, index[..., None].expand(-1, -1, source.shape[-1]))
 
@@ -70,7 +70,7 @@ def early(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset
 
 
 def span(batch: Batch) -> int:
-    """Most slots of a row that bear a loss, rounded up."""
+    """Most slots of a sample that bear a loss, rounded up."""
     return round_up(int((batch.last - batch.first).max()) + 1, ROUND)
 
 
@@ -153,9 +153,9 @@ def _attend(
     q = q * q.shape[-1] ** -0.5
     scores = torch.stack([(q * key).sum(-1) for key in own_k], dim=-1)
     scores = torch.cat([q @ k.transpose(-1, -2) + mask, scores], dim=-1)
-    chances = F.softmax(scores.float(), dim=-1).to(v.dtype)
+    probs = F.softmax(scores.float(), dim=-1).to(v.dtype)
     n = k.shape[2]
-    out = chances[..., :n] @ v
+    out = probs[..., :n] @ v
     for i, value in enumerate(own_v, n):
-        out = out + chances[..., i, None] * value
+        out = out + probs[..., i, None] * value
     return out

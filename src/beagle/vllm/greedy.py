@@ -14,17 +14,17 @@ from typing import Any
 import torch
 
 WARNING = (
-    "On this backend vLLM samples from a wrong distribution while it speculates (vllm-project/vllm#55005): "
+    "On this backend vLLM asks_to_sample from a wrong distribution while it speculates (vllm-project/vllm#55005): "
     "use temperature 0 only. The middleware beagle.vllm.greedy.GreedyOnly refuses other requests."
 )
 REFUSAL = (
-    "temperature must be 0: on this backend vLLM samples from a wrong distribution while it speculates "
+    "temperature must be 0: on this backend vLLM asks_to_sample from a wrong distribution while it speculates "
     "(vllm-project/vllm#55005)"
 )
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
+ASGIMessage = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[ASGIMessage]]
+Send = Callable[[ASGIMessage], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 
@@ -58,25 +58,25 @@ class GreedyOnly:
         if not self.active or scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
-        messages: list[Message] = []
+        messages: list[ASGIMessage] = []
         while True:
             message = await receive()
             messages.append(message)
             if message["type"] != "http.request" or not message.get("more_body"):
                 break
-        if samples(b"".join(message.get("body", b"") for message in messages)):
-            await refuse(send)
+        if asks_to_sample(b"".join(message.get("body", b"") for message in messages)):
+            await refuse_sampling(send)
             return
         waiting = iter(messages)
 
-        async def replay() -> Message:
+        async def replay() -> ASGIMessage:
             return next(waiting, None) or await receive()
 
         await self.app(scope, replay, send)
 
 
-def samples(body: bytes) -> bool:
-    """Whether a request's body names a temperature other than 0; what is no JSON is vLLM's to refuse."""
+def asks_to_sample(body: bytes) -> bool:
+    """Whether a request's body names a temperature other than 0; what is no JSON is vLLM's to refuse_sampling."""
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
@@ -91,11 +91,11 @@ def samples(body: bytes) -> bool:
             if not float(given) <= 0:  # text is a number to vLLM, too
                 return True
         except (TypeError, ValueError):
-            continue  # vLLM's to refuse
+            continue  # vLLM's to refuse_sampling
     return False
 
 
-async def refuse(send: Send) -> None:
+async def refuse_sampling(send: Send) -> None:
     """400, in OpenAI's form."""
     error = {"message": REFUSAL, "type": "invalid_request_error", "param": "temperature", "code": None}
     body = json.dumps({"error": error}).encode()

@@ -2,7 +2,7 @@
 
 vLLM calls it as an EAGLE draft model: slot i gets the token t_{i+1}, the position i and the target's
 state h_i after its final norm; what it returns stands in for h_{i+1} and is fed back for the next
-slot. After verification vLLM runs it on the true states, over the keys of the predicted ones.
+slot. After verification vLLM runs it on the hidden states, over the keys of the predicted ones.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from beagle.evaluation.records import Record
 TERMINAL = ("", "black on #cfe3f5", "black on #9cc7ea", "black on #64a5da", "white on #2f7fbf", "white on #0f5a99")
 
 
-def find(records: Sequence[Record], identity: str, mode: str | None = None) -> Record:
+def find_record(records: Sequence[Record], identity: str, mode: str | None = None) -> Record:
     """The record of a question (``ID``, or ``SET/ID`` where sets share ids), of a drafting mode unless named.
 
     Raises:
@@ -36,7 +36,7 @@ def find(records: Sequence[Record], identity: str, mode: str | None = None) -> R
     return by_mode[mode]
 
 
-def coloured(record: Record) -> list[Text]:
+def coloured_turns(record: Record) -> list[Text]:
     """Each turn's answer for a terminal: the deeper in the draft, the darker its ground."""
     turns = []
     for turn in record.turns:

@@ -55,7 +55,7 @@ def speed_up(result: Mapping[str, Any]) -> Any:
     what = (
         "Bar: pooled, line: 10th to 90th percentile of questions, hatched: not resolved, ◇: expected by the cost model."
     )
-    style.heading(figure, "Speed-up over plain decoding", f"{heading(result)}. {what}")
+    style.add_heading(figure, "Speed-up over plain decoding", f"{heading(result)}. {what}")
     return figure
 
 
@@ -85,8 +85,8 @@ def step_alpha(result: Mapping[str, Any]) -> Any:
     axis.grid(axis="y")
     axis.set_xlabel("depth j in the draft")
     axis.set_ylabel("step-α: accepted at depth j, given depth j−1")
-    style.legend(axis)
-    style.heading(figure, "Acceptance by depth", f"{heading(result)}. Depths tried at least {OFTEN} times.")
+    style.add_legend(axis)
+    style.add_heading(figure, "Acceptance by depth", f"{heading(result)}. Depths tried at least {OFTEN} times.")
     return figure
 
 
@@ -104,7 +104,7 @@ def iteration(result: Mapping[str, Any]) -> Any:
         return None
     figure, (axis,) = new_figure(size=(8.2, 1.95 + 0.5 * len(bars)))
     _iteration(axis, result, bars)
-    style.heading(figure, "Where an iteration's time goes", heading(result))
+    style.add_heading(figure, "Where an iteration's time goes", heading(result))
     return figure
 
 
@@ -129,7 +129,7 @@ def profile(result: Mapping[str, Any], path: Path) -> None:
     if "model" in result:
         model = result["model"]
         run += f" Speed-up {model['achieved_speed_up']:.2f}×, expected {model['expected_speed_up']:.2f}×."
-    style.heading(figure, "Against the machine's limits", run)
+    style.add_heading(figure, "Against the machine's limits", run)
     save(figure, path)
 
 

@@ -59,7 +59,7 @@ def new_figure(
     return figure, list(axes.flat)
 
 
-def heading(figure: Figure, what: str, run: str) -> None:
+def add_heading(figure: Figure, what: str, run: str) -> None:
     """What is shown, in bold, and under it what was run."""
     width, height = figure.get_size_inches()
     lines = [line for part in run.splitlines() for line in textwrap.wrap(part, int(width * 13.5))]
@@ -82,7 +82,7 @@ def save(figure: Figure, *paths: Path) -> None:
     pyplot.close(figure)
 
 
-def legend(axis: Any) -> None:
+def add_legend(axis: Any) -> None:
     """Names of the lines, at the right of the axes."""
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 

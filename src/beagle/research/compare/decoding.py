@@ -66,7 +66,7 @@ def decode(work: Work) -> dict[str, Any]:
     for name, folder in work.heads.items():
         head = load_head(folder, target)
         drafters[name] = HeadDrafter(target, head)
-        captured.capture(drafters[name])
+        captured.capture_drafts(drafters[name])
     places = {f"{tree} {name}": (tree, name) for tree in work.plans for name in drafters}
     systems = [System(mode, Model(target, drafters[name], work.plans[tree])) for mode, (tree, name) in places.items()]
     places[PLAIN] = PLAIN, PLAIN

@@ -42,7 +42,7 @@ def draw(entries: Entries, about: str, folder: Path, *, ordered: bool = False, c
     for name, found in figures.items():
         if found is not None:
             figure, title, notes = found
-            style.heading(figure, title, f"{about}\n{notes}")
+            style.add_heading(figure, title, f"{about}\n{notes}")
             style.save(figure, folder / f"{name}.png", folder / f"{name}.svg")
             names.append(f"{name}.png")
     return names
@@ -85,7 +85,7 @@ def memory(entries: Entries) -> tuple[Any, str, str] | None:
     axis.set_xlabel("simulated steps s")
     axis.set_title("peak MB above the process before training")
     axis.grid(axis="y")
-    style.legend(axis)
+    style.add_legend(axis)
     return figure, "Training memory against simulated steps", ""
 
 
@@ -106,7 +106,7 @@ def step_alpha(entries: Entries, colour: Mapping[str, str]) -> tuple[Any, str, s
     axis.set_xlabel("position of the drafted token")
     axis.set_title("step-α: accepted, given that the ones before it were")
     axis.grid(axis="y")
-    style.legend(axis)
+    style.add_legend(axis)
     return figure, "Acceptance by position", f"positions with {OFTEN} drafts at least"
 
 
@@ -128,7 +128,7 @@ def curves(entries: Entries, colour: Mapping[str, str]) -> tuple[Any, str, str]:
         axis.set_title(title)
         axis.set_xlabel(label)
         axis.grid(axis="y")
-    style.legend(axes[1])
+    style.add_legend(axes[1])
     notes = ["thin: single seeds"] * any(len(e.records) > 1 for e in entries.values())
     notes += ["diamond: first validation of the late stage"] * changes
     return figure, "Acceptance against tokens seen and time spent", "; ".join(notes)
@@ -152,7 +152,7 @@ def courses(entries: Entries, colour: Mapping[str, str]) -> tuple[Any, str, str]
         axis.set_xlabel("million tokens")
         axis.grid(axis="y")
     axes[0].set_ylim(0, None)  # of all panels, which share it
-    style.legend(axes[-1])
+    style.add_legend(axes[-1])
     notes = f"positions with {OFTEN} drafts at least at the end"
     return figure, "Step-α on held-out answers, in the course of training", notes
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 Apply = Callable[[Tensor], Tensor]
 PACKED_DTYPES = (torch.bfloat16, torch.float16)  # fp32 products take plain weights at full speed
-ROWS = 16  # the number of rows that the order is chosen for; any number works
+PACKED_TOKENS = 16  # the number of tokens that the order is chosen for; any number works
 
 
 def packed(weight: Tensor, bias: Tensor | None = None) -> Apply:
@@ -21,7 +21,7 @@ def packed(weight: Tensor, bias: Tensor | None = None) -> Apply:
     """
     if weight.device.type == "cpu" and weight.dtype in PACKED_DTYPES and torch.backends.mkldnn.is_available():
         try:
-            ordered = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+            ordered = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_TOKENS)
             apply = torch.ops.mkldnn._linear_pointwise
             probe = torch.ones(2, weight.shape[1], dtype=weight.dtype)
             ours, plain = apply(probe, ordered, bias, "none", [], ""), F.linear(probe, weight, bias)

@@ -1,10 +1,10 @@
-"""Linear layers with int8 or int4 weights, a function of each row alone.
+"""Linear layers with int8 or int4 weights, a function of each input vector alone.
 
-``int8``: weights with a scale per output channel. Each row of the input becomes whole numbers of 15 bits with
-a scale of its own, as two rows of int8: coarse, and what that leaves. (One row of int8 would drown the rest
+``int8``: weights with a scale per output channel. Each vector of the input becomes whole numbers of 15 bits
+with a scale of its own, as two vectors of int8: coarse, and what that leaves. (One alone would drown the rest
 of a state beside its few huge entries.) The product is one of integers and therefore exact: it does not
-depend on how many rows share it, nor on the order of its sums. It also is what CPUs multiply fastest; PyTorch's
-weight-only int8 kernel computes in fp32, and verification is made of passes of many rows.
+depend on how many vectors share it, nor on the order of its sums. It also is what CPUs multiply fastest; PyTorch's
+weight-only int8 kernel computes in fp32, and verification is made of passes of many tokens.
 
 ``int4``: weights in groups of ``GROUP`` inputs with a scale and an offset; the input stays as it is.
 """
@@ -21,8 +21,8 @@ from beagle.targets.linears.packed import Apply, PackedLinear
 KINDS = ("int8", "int4")
 GROUP = 32
 BITS = {"int8": 8, "int4": 5}  # of memory a weight, a group's scale and offset shared among its weights
-FINE = 254  # steps of the fine row in one of the coarse row: the rest of a rounding is -127 … 127 of them
-INT_MM_ROWS = 32  # CUDA's integer product takes more than 16 rows, in multiples of 8
+FINE = 254  # steps of the fine vector in one of the coarse one: the rest of a rounding is -127 … 127 of them
+INT_MM_VECTORS = 32  # CUDA's integer product takes more than 16 vectors, in multiples of 8
 
 
 def check_kind(kind: str | None) -> None:
@@ -34,20 +34,20 @@ def check_kind(kind: str | None) -> None:
         raise BeagleError(f"quantize '{kind}' is unknown; use {' or '.join(KINDS)}, or leave it out")
 
 
-class RowQuantizer:
-    """Rows in whole numbers with a scale each; layers that read the same tensor (q, k, v; gate, up) share the work."""
+class VectorQuantizer:
+    """Vectors in whole numbers with a scale each; layers that read the same tensor (q, k, v; gate, up) share the work."""
 
     def __init__(self) -> None:
         self._last: tuple[Tensor, int, tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``[..., in]`` -> int8 ``[2 * rows, in]``, all coarse rows before the fine ones, and fp32 scales ``[rows, 1]``."""
+        """``[..., in]`` -> int8 ``[2 * n, in]``, the n coarse vectors before the fine ones, and fp32 scales ``[n, 1]``."""
         last = self._last
         if last is not None and last[0] is x and last[1] == x._version:
             return last[2]
-        rows = x.reshape(-1, x.shape[-1]).float()
-        scales = rows.abs().amax(-1, keepdim=True).clamp_(min=1e-12).div_(127)
-        steps = rows / scales
+        vectors = x.reshape(-1, x.shape[-1]).float()
+        scales = vectors.abs().amax(-1, keepdim=True).clamp_(min=1e-12).div_(127)
+        steps = vectors / scales
         coarse = steps.round()
         fine = steps.sub_(coarse).mul_(FINE).round_()
         both = torch.cat([coarse, fine]).to(torch.int8), scales
@@ -55,18 +55,22 @@ class RowQuantizer:
         return both
 
 
-def quantized(weight: Tensor, bias: Tensor | None, kind: str, rows: RowQuantizer) -> Apply | None:
+def quantized(weight: Tensor, bias: Tensor | None, kind: str, quantizer: VectorQuantizer) -> Apply | None:
     """``x [..., in] -> x @ weight.T + bias [..., out]`` with quantised weights; None if the shape can't be.
 
     Args:
-        weight: ``[out, in]``. bias: ``[out]`` or None. rows: shared by layers with the same input.
+        weight: ``[out, in]``.
+        bias: ``[out]`` or None.
+        kind: ``int8`` or ``int4``.
+        quantizer: shared by layers with the same input.
+
     Raises:
         BeagleError: this build of PyTorch has no right kernel for it here.
     """
     if not _fits(weight, kind):
         return None
     try:
-        apply = _int8(weight, bias, rows) if kind == "int8" else _int4(weight, bias)
+        apply = _int8(weight, bias, quantizer) if kind == "int8" else _int4(weight, bias)
         right = _is_right(apply, weight, bias, kind)
     except (RuntimeError, AttributeError, NotImplementedError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -78,14 +82,14 @@ def quantized(weight: Tensor, bias: Tensor | None, kind: str, rows: RowQuantizer
 
 def quantize_linears(module: nn.Module, kind: str) -> list[str]:
     """Replace every plain ``nn.Linear`` below ``module``, in place; the names of those whose shape can't be."""
-    rows = RowQuantizer()
+    quantizer = VectorQuantizer()
     left = []
     for where, parent in list(module.named_modules()):
         for name, child in list(parent.named_children()):
             if type(child) is not nn.Linear:
                 continue
             bias = None if child.bias is None else child.bias.detach()
-            apply = quantized(child.weight.detach(), bias, kind, rows)
+            apply = quantized(child.weight.detach(), bias, kind, quantizer)
             if apply is None:
                 left.append(f"{where}.{name}".strip("."))
             else:
@@ -101,16 +105,16 @@ def _fits(weight: Tensor, kind: str) -> bool:
     return outputs % 16 == 0 and inputs % (128 if cuda else GROUP) == 0  # CUDA's order takes 8 tiles of 16 inputs
 
 
-def _int8(weight: Tensor, bias: Tensor | None, rows: RowQuantizer) -> Apply:
+def _int8(weight: Tensor, bias: Tensor | None, quantizer: VectorQuantizer) -> Apply:
     scales, whole = _int8_weight(weight)
     turned = whole.t()
     cuda = weight.device.type == "cuda"
 
     def apply(x: Tensor) -> Tensor:
-        quants, own = rows(x)
+        quants, own = quantizer(x)
         n = quants.shape[0]  # not len(): a traced pass keeps it open
         if cuda and (n <= 16 or n % 8):
-            missing = max(INT_MM_ROWS - n, -n % 8)
+            missing = max(INT_MM_VECTORS - n, -n % 8)
             quants = F.pad(quants, (0, 0, 0, missing))
         sums = torch._int_mm(quants, turned)[:n].float()
         coarse, fine = sums.chunk(2)

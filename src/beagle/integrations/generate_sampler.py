@@ -1,4 +1,4 @@
-"""One row of a ``generate`` call: tokens are chosen, and the answer ended, by transformers' own parts."""
+"""The sampler of one prompt of a ``generate`` call: tokens are chosen, and the answer ended, by transformers' own parts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from beagle.decoding.sampling import Sampler
 
 
-class Row(Sampler):
+class GenerateSampler(Sampler):
     """Sees each position once and in order, as transformers' own loop does.
 
     A token of the answer is chosen at one node of one tree (see ``decoding.walk.accept``), so logits
@@ -77,13 +77,13 @@ class Row(Sampler):
         return over
 
 
-def of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
-    """The processors of a batch for one of its rows: one of transformers' own knows each row's padding."""
+def processors_of(processors: LogitsProcessorList, i: int) -> LogitsProcessorList:
+    """The processors of a batch for prompt ``i`` of it: one of transformers' own knows each prompt's padding."""
     mine = LogitsProcessorList()
     for processor in processors:
         padding = getattr(processor, "prompt_ignore_length", None)
         if isinstance(padding, Tensor):
             processor = copy.copy(processor)
-            processor.prompt_ignore_length = padding[row : row + 1]
+            processor.prompt_ignore_length = padding[i : i + 1]
         mine.append(processor)
     return mine

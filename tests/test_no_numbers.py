@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from beagle.decoding import batch, loop
-from beagle.drafters.base import TreePlan
+from beagle.decoding.sampling import Sampler
+from beagle.decoding.walk import Walk, accept
+from beagle.drafters.base import Draft, TreePlan
 from beagle.errors import BeagleError
 from beagle.integrations.transformers import speculate
 from beagle.model import Model
@@ -95,15 +96,15 @@ def test_weights_that_are_no_numbers_are_refused_at_once():
 
 def test_other_nodes_of_a_tree_may_be_no_numbers():
     """Only the way through the tree is asked: a candidate that isn't chosen changes no answer."""
-    sampler = loop.Sampler()
-    draft = loop.Draft([7, 8], [-1, -1], [0.0, 0.0])
+    draft = Draft([7, 8], [-1, -1], [0.0, 0.0])
     logits = torch.zeros(3, 16)
     logits[0, 8] = logits[2, 3] = 1
     logits[1] = torch.nan
-    assert loop.accept(logits, draft, sampler, 1, 5) == ([0, 2], [8, 3], False)
-    walk = loop.Walk(draft, sampler.ended, 5)
-    loop.greedy(walk, *loop.best_of(logits), sampler)
-    assert (walk.path, walk.chosen) == ([0, 2], [8, 3])
+    for count in (1, 2):  # alone, and beside another sequence
+        walks = [Walk(draft, Sampler(), first=3 * i, position=1, left=5) for i in range(count)]
+        accept(walks, logits.repeat(count, 1))
+        for walk in walks:
+            assert (walk.path, walk.chosen, walk.ended, walk.error) == ([0, 2], [8, 3], False, None)
 
 
 @pytest.mark.parametrize("kind", ["chain", "dynamic"])
@@ -113,8 +114,7 @@ def test_caches_grow_behind_a_prompt(monkeypatch, kind):
     options = {"max_new_tokens": 90, "ignore_eos": True, "temperature": 1.0}
     prompts = [PROMPT, [7], [8, 9]]
     expected = [Model(target).generate(prompt, **options).token_ids for prompt in prompts]
-    for module in (loop, batch):
-        monkeypatch.setattr(module, "FIRST_SLOTS", 3)
+    monkeypatch.setattr("beagle.decoding.decoder.FIRST_SLOTS", 3)
     for model in (Model(target), Model(target, drafter, TreePlan(kind, depth=3, top_k=4, nodes=8))):
         assert [model.generate(prompt, **options).token_ids for prompt in prompts] == expected
         assert [a.token_ids for a in model.generate_batch(prompts, rows=2, **options)] == expected

@@ -172,7 +172,7 @@ def test_nothing_is_kept_of_a_step_that_was_interrupted(at, monkeypatch):
         if at == "extend":
             patch.setattr("beagle.drafters.lookup.LookupContext.extend", interrupt)
         else:  # amid the moves
-            patch.setattr("beagle.targets.cache.KVCache.compact_rows", half_done)
+            patch.setattr("beagle.targets.cache.KVCache.compact_sequences", half_done)
         with pytest.raises(KeyboardInterrupt):
             next(stream)
     assert model.prefixes.tokens == 0

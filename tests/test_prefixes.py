@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from beagle.decoding.decoder import Decoder
 from beagle.decoding.prefixes import PrefixCache
 from beagle.decoding.sampling import SamplingParams
 from beagle.drafters.lookup import LookupDrafter
+from beagle.errors import BeagleError
 from beagle.model import Model
 from beagle.targets.captured import Captured
 from conftest import FAMILIES, Recorder, tiny_target
@@ -197,6 +200,32 @@ def test_a_stream_that_is_closed_is_kept():
     assert model.prefixes.tokens > len(PROMPT)
     expected = alone(target, PROMPT, SamplingParams(max_new_tokens=30))
     assert model.generate(PROMPT, max_new_tokens=30).token_ids == expected
+
+
+def test_keys_of_a_failed_answer_are_let_go_with_its_error(monkeypatch):
+    """Whoever catches it may ask for less at once: memory may be what was missing."""
+    target = tiny_target()
+    caches, new_cache = [], target.new_cache
+
+    def noted(*arguments):
+        cache = new_cache(*arguments)
+        caches.append(weakref.ref(cache))
+        return cache
+
+    def fail(states):
+        raise BeagleError("no memory")
+
+    monkeypatch.setattr(target, "new_cache", noted)
+    monkeypatch.setattr(target, "logits", fail)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(BeagleError) as caught:
+            Model(target, LookupDrafter(), DYNAMIC).generate(PROMPT, max_new_tokens=5)
+        del caught
+        assert [cache() for cache in caches] == [None]
+    finally:
+        gc.enable()
 
 
 def test_a_kept_prefix_that_finds_no_memory_ends_its_sequence_alone(monkeypatch):

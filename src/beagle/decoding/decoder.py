@@ -462,3 +462,4 @@ def decode(
                 yield emitted
     finally:
         decoder.leave(sequence)
+        sequence.error = None  # its traceback holds the sequence and its keys

@@ -244,6 +244,7 @@ class Engine:
         if error is not None:
             decoder.leave(choice.sequence)
             self._fail(job, self._failure(error))
+            choice.sequence.error = None  # its traceback holds the sequence and its keys
             return
         self._send(job, delta)
         if choice.reason is None:
@@ -276,7 +277,8 @@ class Engine:
     def _count(self, job: Job, choice: Choice) -> None:
         """Add what a choice has cost to its request's."""
         job.stats.add(choice.sequence.stats)
-        job.cached_tokens += choice.sequence.cached_tokens
+        if job.current % job.work.n == 0:  # a prompt counts once, and later choices find what the first one ran
+            job.cached_tokens += choice.sequence.cached_tokens
 
     def _finish(self, job: Job, cut: str | None) -> None:
         self._leave(job)

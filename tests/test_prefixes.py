@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import random
+import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -126,6 +128,28 @@ def test_the_least_recently_used_goes_first():
     assert prefixes.find([5]) is None
     keep(prefixes, target, [5] * 12)  # what it begins with is no longer kept by itself
     assert prefixes.tokens == 22
+
+
+def test_threads_share_what_is_kept():
+    target = tiny_target()
+    prefixes = PrefixCache(40)
+    interval = sys.getswitchinterval()
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(150):
+            ids = rng.choices(range(3, 6), k=12)
+            keep(prefixes, target, ids)
+            found = prefixes.find([*ids, 4])
+            assert found is None or found.tokens.tolist() == ids[: found.length]
+
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert prefixes.tokens <= 40
 
 
 def test_no_memory_to_keep_a_sequence_harms_nobody(monkeypatch):

@@ -11,13 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from beagle.drafters.lookup import LookupContext
 from beagle.errors import BeagleError
 from beagle.model import Model
 from beagle.serving import engine as engine_module
 from beagle.serving.engine import Limits
 from beagle.targets.cache import KVCache
-from conftest import tiny_target
 from serving import PROMPTS, serving, text, wait_for
 
 
@@ -82,10 +80,12 @@ def test_a_second_turn_runs_what_is_new():
         cached = second.usage.prompt_tokens_details.cached_tokens
         assert lengths == [first.usage.prompt_tokens, second.usage.prompt_tokens - cached]
         assert cached >= first.usage.prompt_tokens  # the template starts the answer as the model was asked to
-        assert second.choices[0].message.content == Model(running.model.target).generate(messages, max_new_tokens=8).text
-        streamed = list(
-            running.ask(messages, max_tokens=8, stream=True, stream_options={"include_usage": True})
-        )[-1].usage
+        assert (
+            second.choices[0].message.content == Model(running.model.target).generate(messages, max_new_tokens=8).text
+        )
+        streamed = list(running.ask(messages, max_tokens=8, stream=True, stream_options={"include_usage": True}))[
+            -1
+        ].usage
         assert streamed.prompt_tokens_details.cached_tokens == second.usage.prompt_tokens - 1
 
 
@@ -152,7 +152,9 @@ def test_a_request_that_fails_is_the_only_one(where, monkeypatch):
             bad = {}
         else:
             bad = {"logit_bias": {"9": 1}}
-            monkeypatch.setattr("beagle.decoding.sampling.Sampler.process", lambda self, logits: 1 / 0 if self._processors else logits)
+            monkeypatch.setattr(
+                "beagle.decoding.sampling.Sampler.process", lambda self, logits: 1 / 0 if self._processors else logits
+            )
 
         def ask(i: int):
             messages, options = asked[i]

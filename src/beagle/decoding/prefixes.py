@@ -7,6 +7,7 @@ at hand only what is new of a prompt is run.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class Prefix:
 
 
 class PrefixCache:
-    """The newest sequences, of at most ``most`` tokens together; the least recently used goes first."""
+    """The newest sequences, of at most ``most`` tokens together; the least recently used goes first. Threads may share it."""
 
     def __init__(self, most: int) -> None:
         """
@@ -47,6 +48,7 @@ class PrefixCache:
         """
         self.most = most
         self._kept: list[Prefix] = []  # the least recently used first
+        self._lock = Lock()
 
     @property
     def tokens(self) -> int:
@@ -56,13 +58,14 @@ class PrefixCache:
     def find(self, ids: list[int]) -> Prefix | None:
         """The longest beginning of a prompt that is kept, at most all of it but the last token; None if there is none."""
         prompt = torch.tensor(ids[:-1])
-        common = [_common(one.tokens, prompt) for one in self._kept]
-        if not max(common, default=0):
-            return None
-        best = max(range(len(common)), key=common.__getitem__)
-        found = self._kept.pop(best)
-        self._kept.append(found)
-        return found.first(common[best])
+        with self._lock:
+            common = [_common(one.tokens, prompt) for one in self._kept]
+            if not max(common, default=0):
+                return None
+            best = max(range(len(common)), key=common.__getitem__)
+            found = self._kept.pop(best)
+            self._kept.append(found)
+            return found.first(common[best])
 
     def keep(self, tokens: list[int], cache: KVCache, row: int, states: list[Tensor]) -> None:
         """Keep a sequence: a copy of its keys and values, as far as there is room.
@@ -74,19 +77,20 @@ class PrefixCache:
             states: hidden states ``[n, hidden]`` of all tokens, piece by piece.
         """
         ids = torch.tensor(tokens[: self.most])
-        for one in self._kept:
-            if _common(one.tokens, ids) == len(ids):  # nothing new
-                self._kept.remove(one)
-                self._kept.append(one)
-                return
-        self._kept = [one for one in self._kept if _common(one.tokens, ids) < one.length]
-        while self._kept and self.tokens + len(ids) > self.most:
-            self._kept.pop(0)
-        try:
-            copied = cache.copy_of(row, len(ids))
-            self._kept.append(Prefix(ids, copied, torch.cat(states)[: len(ids)].clone()))
-        except RuntimeError:  # no memory: then the next prompt is run whole
-            self._kept.clear()
+        with self._lock:
+            for one in self._kept:
+                if _common(one.tokens, ids) == len(ids):  # nothing new
+                    self._kept.remove(one)
+                    self._kept.append(one)
+                    return
+            self._kept = [one for one in self._kept if _common(one.tokens, ids) < one.length]
+            while self._kept and self.tokens + len(ids) > self.most:
+                self._kept.pop(0)
+            try:
+                copied = cache.copy_of(row, len(ids))
+                self._kept.append(Prefix(ids, copied, torch.cat(states)[: len(ids)].clone()))
+            except RuntimeError:  # no memory: then the next prompt is run whole
+                self._kept.clear()
 
 
 def _common(one: Tensor, other: Tensor) -> int:

@@ -54,7 +54,8 @@ class AnswerGenerator:
     Whether a prompt's answers are sampled, and how, depends on its content and the seed alone.
 
     Attributes:
-        too_long: turns that were passed over since they are too long. empty: answers that ended at once.
+        too_long: turns that were passed over since they are too long.
+        empty: answers that ended at once.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ from beagle.drafters import captured
 from beagle.drafters.base import Draft, DraftContext, Drafter, TreePlan
 from beagle.drafters.head import BeagleHead, HeadConfig
 from beagle.drafters.head_drafter import HeadDrafter
-from beagle.evaluation.roofline import floor, probe
+from beagle.evaluation.roofline import probe, roofline
 from beagle.meta import describe
 from beagle.targets import aot_cache
 from beagle.targets.loading import capture_target, pick_device, pick_dtype
@@ -134,7 +134,7 @@ def measure(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
             row = {"candidates": size, "chance": chance, "tau": stats.tau, "tokens_per_second": stats.tokens_per_second}
             for part in ("draft", "verify", "accept", "other"):
                 row[f"{part}_ms"] = 1000 * getattr(stats, f"{part}_seconds") / passes
-            row["floor_ms"] = 1000 * floor(target, machine, size + 1, PROMPT + arguments.tokens // 2).seconds
+            row["floor_ms"] = 1000 * roofline(target, machine, size + 1, PROMPT + arguments.tokens // 2).seconds
             row["speed_up"] = stats.tokens_per_second / (
                 rows[0]["tokens_per_second"] if rows else row["tokens_per_second"]
             )

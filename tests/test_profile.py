@@ -1,4 +1,4 @@
-"""The floor of a pass, and the command that shows it beside what was measured."""
+"""The roofline of a pass, and the command that shows it beside what was measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from beagle.decoding.costs import Costs, cached_costs
 from beagle.drafters.base import TreePlan
 from beagle.drafters.lookup import LookupDrafter
 from beagle.evaluation import profile as profile_module
-from beagle.evaluation.roofline import Machine, floor, probe
+from beagle.evaluation.roofline import Machine, probe, roofline
 from conftest import SMALL, tiny_target
 
 LAYER = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 48 + 2 * 32  # q, k, v, o; MLP; norms
@@ -26,16 +26,16 @@ def test_weights_of_a_pass_are_all_but_the_embeddings(dtype, tied):
     assert target.pass_bytes == WEIGHTS * dtype.itemsize
 
 
-def test_floor_by_hand(target):
+def test_roofline_by_hand(target):
     rows, context = 3, 10
     slot = 2 * SMALL["num_hidden_layers"] * SMALL["num_key_value_heads"] * SMALL["head_dim"] * 4
     read = WEIGHTS * 4 + 13 * slot
     attention = 3 * 4 * (8 + 8) * 2  # layers, heads, key and value width
     operations = rows * (2 * WEIGHTS + 13 * attention)
-    slow_memory = floor(target, Machine(bandwidth=1.0, matrix_rate=1e12), rows, context)
+    slow_memory = roofline(target, Machine(bandwidth=1.0, matrix_rate=1e12), rows, context)
     assert (slow_memory.bytes, slow_memory.operations) == (read, operations)
     assert slow_memory.seconds == read
-    assert floor(target, Machine(bandwidth=1e12, matrix_rate=2.0), rows, context).seconds == operations / 2
+    assert roofline(target, Machine(bandwidth=1e12, matrix_rate=2.0), rows, context).seconds == operations / 2
 
 
 def test_rates_are_those_of_work_done(target, monkeypatch):

@@ -174,7 +174,7 @@ def test_commands_named_in_prose_exist(beagle):
 
 
 WRITES = {"eval": "quick.json", "report": "report/report.md", "train": "runs/mine/head/config.json"}
-SHOWS = {"demo": "the same text, faster", "profile": "floor", "report": "report.md"}
+SHOWS = {"demo": "the same text, faster", "profile": "roofline", "report": "report.md"}
 RUN = ["generate", "eval", "report", "profile", "demo", "train"]
 
 

@@ -69,7 +69,7 @@ FACTS: dict[str, list[Fact]] = {
         fact("share of an iteration: everything else", PROFILE)(lambda r: share(r, "accept", "other")),
         fact("speed-up from drafts", PROFILE)(lambda r: f"{r['model']['achieved_speed_up']:.2f}×"),
         fact("speed-up that the cost model expects", PROFILE)(lambda r: f"{r['model']['expected_speed_up']:.2f}×"),
-        fact("time of a one-token pass over its floor", PROFILE)(
+        fact("time of a one-token pass over its roofline", PROFILE)(
             lambda r: f"{r['passes'][0]['ms'] / r['passes'][0]['floor_ms']:.1f}×"
         ),
     ],

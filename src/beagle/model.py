@@ -173,14 +173,14 @@ class Model:
         draft: bool = True,
         **options: Unpack[BatchOptions],
     ) -> list[Answer]:
-        """``generate`` for each of some prompts, ``rows`` of them at a time in shared passes.
+        """``generate`` for each of some prompts, ``rows`` of them at a time (the size of the batch) in shared passes.
 
         In float32 the answers are those of ``generate`` with the same options, in half precision up to near-ties.
 
         Args:
             prompts: each as of ``generate``.
             sampling: of all prompts; by default ``SamplingParams()``.
-            rows: answers under way at once; where one ends, the next prompt takes its place.
+            rows: live answers, that is the size of the batch; where one ends, the next prompt takes its place.
             seed: one for all prompts, or one for each; by default that of ``sampling``.
             raw: no chat template.
             continue_final_message: continue the dialogue's last message, an assistant's, instead of answering it; the

@@ -27,7 +27,7 @@ def profile(
     plot: Annotated[Path | None, typer.Option(help="Write the plot here: .png, .svg or .pdf.")] = None,
     setup: o.Setup,
 ) -> None:
-    """The floor of a pass here, its measured time, and where the rest of an iteration goes.
+    """The roofline of a pass here, its measured time, and where the rest of an iteration goes.
 
     Measures how fast this machine reads memory and multiplies matrices, times passes by number of tokens, then
     answers questions plainly and with drafts, taking turns. What each line means: docs/performance.md.
@@ -88,7 +88,7 @@ def show_profile(result: dict[str, Any]) -> None:
         [str(p["rows"]), *(f"{p[name]:.2f}" for name in names), f"{p['ms'] / p['floor_ms']:.1f}×"]
         for p in result["passes"]
     ]
-    header = ["tokens", "ms", "floor ms", "read ms", "compute ms", "over floor"]
+    header = ["tokens", "ms", "roofline ms", "read ms", "compute ms", "over roofline"]
     console.print(Table(f"a pass after {CONTEXT} tokens", header, rows).rich())
     rows = []
     for mode, m in result["modes"].items():

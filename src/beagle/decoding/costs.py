@@ -127,7 +127,8 @@ def measure(
     """Time verification by size, and drafting for one context and for several, interleaved, medians.
 
     Args:
-        exact: passes of exact mode. batch: passes that several contexts can share.
+        exact: passes of exact mode.
+        batch: passes that several contexts can share.
     """
     finish_huge_pages()
     context = max(1, min(context, target.context_limit - SIZES[-1] - 1))

@@ -66,7 +66,8 @@ class Draft:
     """Candidates, best first; a prefix of any length is a tree (parents stand before children).
 
     Attributes:
-        tokens: target token ids. parents: index of each candidate's parent, -1 for the root.
+        tokens: target token ids.
+        parents: index of each candidate's parent, -1 for the root.
         scores: cumulative log-probability of each candidate, descending where the plan is dynamic.
     """
 

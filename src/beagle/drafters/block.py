@@ -256,7 +256,8 @@ def drop(x: Tensor, p: float) -> Tensor:
     PyTorch's own draws a number for each, one after another.
 
     Args:
-        x: any shape and dtype. p: share that becomes 0, in [0, 1), rounded to 1/256; what stays is scaled to the mean.
+        x: any shape and dtype.
+        p: share that becomes 0, in [0, 1), rounded to 1/256; what stays is scaled to the mean.
     """
     kept = max(1, round(256 * (1 - p)))
     drawn = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device).random_(-(2**63), None)

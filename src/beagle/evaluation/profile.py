@@ -14,14 +14,14 @@ from beagle.drafters.lookup import LookupDrafter
 from beagle.evaluation.figures import figures
 from beagle.evaluation.modes import Options, System
 from beagle.evaluation.records import Record
-from beagle.evaluation.roofline import Machine, floor, probe
+from beagle.evaluation.roofline import Machine, probe, roofline
 from beagle.evaluation.run import Sets, run
 from beagle.memory import finish_huge_pages
 from beagle.model import Model
 from beagle.targets.chat import Message
 from beagle.targets.target import Target
 
-CONTEXT = 256  # tokens before the passes that are timed by their rows
+CONTEXT = 256  # tokens before the passes that are timed by their tokens
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Profile:
         yield from run(self.modes, sets, self.options)
 
     def result(self, records: Sequence[Record]) -> dict[str, Any]:
-        """A side-by-side run's figures, and ``rates``, ``passes`` (by rows) and, drafting, ``model`` and ``draft_ms``."""
+        """A side-by-side run's figures, and ``rates``, ``passes`` (by tokens) and, drafting, ``model`` and ``draft_ms``."""
         costs = {"beagle": self.costs} if self.model.drafter is not None else {}
         result = figures(records, costs)
         for mode in self.modes:
@@ -74,17 +74,17 @@ class Profile:
 
 
 def passes(target: Target, machine: Machine, costs: Costs) -> list[dict[str, float]]:
-    """A row for each measured number of rows: milliseconds and floor of a pass, and what bounds the floor."""
+    """An entry for each measured number of tokens: milliseconds of a pass, its roofline, and what bounds that."""
     context = max(1, min(CONTEXT, target.context_limit - SIZES[-1] - 1))
     out = []
-    for rows in SIZES:
-        if rows >= len(costs.verify):  # exact mode has no such passes, nor a short context
+    for tokens in SIZES:
+        if tokens >= len(costs.verify):  # exact mode has no such passes, nor a short context
             break
-        least = floor(target, machine, rows, context)
+        least = roofline(target, machine, tokens, context)
         out.append(
             {
-                "rows": rows,
-                "ms": round(1000 * costs.verify[rows], 3),
+                "rows": tokens,
+                "ms": round(1000 * costs.verify[tokens], 3),
                 "floor_ms": round(1000 * least.seconds, 4),
                 "read_ms": round(1000 * least.bytes / machine.bandwidth, 4),
                 "compute_ms": round(1000 * least.operations / machine.matrix_rate, 4),

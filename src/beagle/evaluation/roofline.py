@@ -23,7 +23,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Floor:
+class Roofline:
     """What a pass must at least do; ``seconds`` is the longer of the two, as they can overlap."""
 
     bytes: int
@@ -77,16 +77,16 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def floor(target: Target, machine: Machine, rows: int, context: int) -> Floor:
-    """The floor of a verification, LM head included.
+def roofline(target: Target, machine: Machine, tokens: int, context: int) -> Roofline:
+    """The least that a verification takes, LM head included.
 
     Args:
         target: whose pass it is.
         machine: measured rates.
-        rows: tokens of the pass, root included.
+        tokens: of the pass, root included.
         context: tokens before them, all of them seen in every layer.
     """
-    keys = context + rows
+    keys = context + tokens
     read = target.pass_bytes + keys * target.layers.slot_bytes(target.dtype)
-    operations = rows * (2 * target.pass_weights + keys * target.layers.slot_operations())
-    return Floor(read, operations, max(read / machine.bandwidth, operations / machine.matrix_rate))
+    operations = tokens * (2 * target.pass_weights + keys * target.layers.slot_operations())
+    return Roofline(read, operations, max(read / machine.bandwidth, operations / machine.matrix_rate))

@@ -89,7 +89,8 @@ def export(graph: nn.Module, inputs: tuple[Any, ...], shapes: tuple[Any, ...], l
     """Compile a graph into one shared library, its weights inside.
 
     Args:
-        shapes: ``torch.export``'s dynamic shapes of the inputs. name: for errors.
+        shapes: ``torch.export``'s dynamic shapes of the inputs.
+        name: for errors.
     Raises:
         BeagleError: the graph can't be traced, or there is no compiler.
     """

@@ -214,7 +214,9 @@ def learn(model: Any, name: str, expected: int | None = None) -> Layers:
     """Run a model's layers once and take notes; from then on it has our attention function.
 
     Args:
-        model: a causal LM of transformers. name: of the target, for errors. expected: attention layers there must be.
+        model: a causal LM of transformers.
+        name: of the target, for errors.
+        expected: attention layers there must be.
     Raises:
         BeagleError: a layer computes its attention elsewhere, or what it sees is no sliding window.
     """

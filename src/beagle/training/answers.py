@@ -49,12 +49,13 @@ class _Job:
 
 
 class AnswerGenerator:
-    """Batched generation with continuous refilling (greedy and sampled rows side by side).
+    """Batched generation with continuous refilling (greedy and sampled answers side by side).
 
     Whether a prompt's answers are sampled, and how, depends on its content and the seed alone.
 
     Attributes:
-        too_long: turns that were passed over since they are too long. empty: answers that ended at once.
+        too_long: turns that were passed over since they are too long.
+        empty: answers that ended at once.
     """
 
     def __init__(
@@ -90,12 +91,12 @@ class AnswerGenerator:
         waiting: deque[Sequence] = deque()
         jobs: dict[Sequence, _Job] = {}
         self._refill(waiting, jobs, source)
-        for row, _ in decoder.run(waiting):
-            if row.error is not None:
-                raise row.error
-            if row.ended:
-                job = jobs.pop(row)
-                yield from self._ended(row, job, waiting, jobs)
+        for sequence, _ in decoder.run(waiting):
+            if sequence.error is not None:
+                raise sequence.error
+            if sequence.ended:
+                job = jobs.pop(sequence)
+                yield from self._ended(sequence, job, waiting, jobs)
                 self._refill(waiting, jobs, source)
 
     def _refill(self, waiting: deque[Sequence], jobs: dict[Sequence, _Job], source: Iterator[Prompt]) -> None:
@@ -123,16 +124,16 @@ class AnswerGenerator:
         )  # the last is not run: it has no state
         sampling = SamplingParams(temperature=self.temperature if sampled else 0.0, seed=seed)
         name = f"{job.prompt.name}: {self.target.name} in {str(self.target.dtype).removeprefix('torch.')}"
-        row = Sequence(ids, most, Sampler(sampling, eos_ids=self.target.eos_ids, name=name))
-        jobs[row] = job
+        sequence = Sequence(ids, most, Sampler(sampling, eos_ids=self.target.eos_ids, name=name))
+        jobs[sequence] = job
         if job.answers:
-            waiting.appendleft(row)  # few dialogues are unfinished when a run is interrupted
+            waiting.appendleft(sequence)  # few dialogues are unfinished when a run is interrupted
         else:
-            waiting.append(row)
+            waiting.append(sequence)
         return True
 
-    def _sample(self, row: Sequence, job: _Job) -> Sample:
-        states = torch.cat(row.states).to("cpu", torch.bfloat16)
+    def _sample(self, sequence: Sequence, job: _Job) -> Sample:
+        states = torch.cat(sequence.states).to("cpu", torch.bfloat16)
         if not states.isfinite().all():
             dtype = str(self.target.dtype).removeprefix("torch.")
             remedy = "copy or download it again" if dtype == "float32" else "load it with dtype float32"
@@ -142,22 +143,22 @@ class AnswerGenerator:
             )
         return Sample(
             id=f"{job.prompt.key}/{len(job.answers)}",
-            tokens=torch.tensor([*row.ids, *row.tokens[:-1]]),
+            tokens=torch.tensor([*sequence.ids, *sequence.tokens[:-1]]),
             states=states,
-            answer_from=len(row.ids) - 1,
+            answer_from=len(sequence.ids) - 1,
         )
 
     def _ended(
-        self, row: Sequence, job: _Job, waiting: deque[Sequence], jobs: dict[Sequence, _Job]
+        self, sequence: Sequence, job: _Job, waiting: deque[Sequence], jobs: dict[Sequence, _Job]
     ) -> tuple[Sample, ...]:
         """Ask the next turn; all samples of the dialogue where there is none."""
-        sample = self._sample(row, job)
-        if len(row.tokens) == 1 and row.tokens[0] in self.target.eos_ids:
+        sample = self._sample(sequence, job)
+        if len(sequence.tokens) == 1 and sequence.tokens[0] in self.target.eos_ids:
             self.empty += 1  # which teaches nothing
             return job.samples
         samples = (*job.samples, sample)
         if len(job.answers) + 1 < min(len(job.prompt.turns), self.max_turns):
-            made = row.tokens[:-1] if row.tokens[-1] in self.target.eos_ids else row.tokens
+            made = sequence.tokens[:-1] if sequence.tokens[-1] in self.target.eos_ids else sequence.tokens
             text = self.target.tokenizer.decode(made, skip_special_tokens=True)
             if self._enqueue(_Job(job.prompt, (*job.answers, text), samples), waiting, jobs):
                 return ()

@@ -17,9 +17,11 @@ class TrainConfig:
 
     Attributes:
         batch_tokens: padded tokens a step (the paper: 16 sequences).
-        early_epochs: of the architecture's parallel stage. late_epochs: of its simulated one, ``steps``
-            drafted levels deep (see ``stages.STAGES``).
-        window: k. steps: s. noise: scale added to the hidden states that the head is given.
+        early_epochs: of the architecture's parallel stage.
+        late_epochs: of its simulated one, ``steps`` drafted levels deep (see ``stages.STAGES``).
+        window: k.
+        steps: s.
+        noise: scale added to the hidden states that the head is given.
         early_window: k of the early stage alone (ours). 1 trains every slot as a first draft, of which larger
             windows train one in k; later drafts are then left to the late stage.
         regression: coefficient of the smooth-L1 term.

@@ -39,7 +39,8 @@ def chains(head: EagleHead, batch: Batch, keys_from: Tensor, window: int, offset
 
     Args:
         keys_from: the (noised) states ``[batch, n, hidden]`` that true features come from.
-        window: distance of bases. offset: of the first base, in [0, window).
+        window: distance of bases.
+        offset: of the first base, in [0, window).
     Returns:
         Per step: predicted states ``[batch, bases, hidden]``, slots, and which are real.
     """

@@ -60,7 +60,8 @@ def early(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset
 
     Args:
         keys_from: the (noised) states that keys, values and newest states come from.
-        window: k. offset: ε in [0, k).
+        window: k.
+        offset: ε in [0, k).
     Returns:
         Predicted states ``[batch, m, hidden]``, their slots ``[batch, m]``, and which of them are
         real, bool ``[batch, m]``.

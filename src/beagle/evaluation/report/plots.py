@@ -117,7 +117,7 @@ def _iteration(axis: Any, result: Mapping[str, Any], bars: Mapping[str, dict[str
 
 
 def profile(result: Mapping[str, Any], path: Path) -> None:
-    """Write the plot of ``beagle profile``: passes against their floor, and an iteration's time."""
+    """Write the plot of ``beagle profile``: passes against their roofline, and an iteration's time."""
     bars = {mode: per_pass(m) for mode, m in result["modes"].items()}
     figure, (left, right) = new_figure(2, size=(13.0, 4.6))
     _passes(left, result["passes"])
@@ -125,7 +125,9 @@ def profile(result: Mapping[str, Any], path: Path) -> None:
     right.axvline(result["passes"][0]["floor_ms"], color=INK, linewidth=1.2, linestyle=DASHED)
     rates = result["rates"]
     where = f"reads {rates['bandwidth'] / 1e9:.0f} GB/s, multiplies {rates['matrix_rate'] / 1e9:.0f} GFLOP/s"
-    run = f"{heading(result)}. {machine(result)}. Measured: {where}. Right, dashed: the floor of a pass of one token."
+    run = (
+        f"{heading(result)}. {machine(result)}. Measured: {where}. Right, dashed: the roofline of a pass of one token."
+    )
     if "model" in result:
         model = result["model"]
         run += f" Speed-up {model['achieved_speed_up']:.2f}×, expected {model['expected_speed_up']:.2f}×."
@@ -136,7 +138,7 @@ def profile(result: Mapping[str, Any], path: Path) -> None:
 def _passes(axis: Any, passes: list[dict[str, float]]) -> None:
     tokens, measured, least = ([p[name] for p in passes] for name in ("rows", "ms", "floor_ms"))
     axis.plot(tokens, measured, color=PART_COLOURS["verify"], marker="o", linewidth=2, label="measured")
-    axis.plot(tokens, least, color=INK, linewidth=2, linestyle=DASHED, label="floor")
+    axis.plot(tokens, least, color=INK, linewidth=2, linestyle=DASHED, label="roofline")
     axis.fill_between(tokens, least, measured, color=PART_COLOURS["verify"], alpha=0.10, linewidth=0)
     for n in sorted({0, len(tokens) // 2, len(tokens) - 1}):
         text = f"{measured[n] / least[n]:.1f}×"
@@ -148,5 +150,5 @@ def _passes(axis: Any, passes: list[dict[str, float]]) -> None:
     axis.grid(axis="y")
     axis.set_xlabel("tokens of a pass: root and candidates")
     axis.set_ylabel("milliseconds")
-    axis.set_title("a pass of the target, and how many times its floor")
+    axis.set_title("a pass of the target, and how many times its roofline")
     axis.legend(loc="upper left")

@@ -17,7 +17,8 @@ def packed(weight: Tensor, bias: Tensor | None = None) -> Apply:
     """``x [..., in] -> x @ weight.T + bias [..., out]``; packed on a CPU in half precision, plain elsewhere.
 
     Args:
-        weight: ``[out, in]``. bias: ``[out]`` or None.
+        weight: ``[out, in]``.
+        bias: ``[out]`` or None.
     """
     if weight.device.type == "cpu" and weight.dtype in PACKED_DTYPES and torch.backends.mkldnn.is_available():
         try:

@@ -18,8 +18,8 @@ import torch
 import yaml
 
 from beagle.errors import BeagleError
-from beagle.evaluation.peak_memory import MemoryMeter
 from beagle.research.compare import run_variants, train_variant
+from beagle.research.compare.memory_meter import MemoryMeter
 from beagle.research.compare.results import Entry, entries, growth, reached
 from beagle.research.compare.suites import SUITES
 from beagle.research.compare.variants import parse, parse_list

@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 
-from beagle.cli.compile import SIZES, compare
 from beagle.decoding.costs import cached_costs
 from beagle.drafters.base import TreePlan
 from beagle.errors import BeagleError
@@ -228,7 +227,7 @@ def test_the_command_leaves_what_is_compiled(packages, beagle, monkeypatch):
     ended = beagle("compile", "-t", "tiny-gemma2", "--exact", "--draft", "none")
     assert ended.code == 0, ended.err
     assert "compiled already" in ended.err
-    assert ended.err.count("×") == len(SIZES) + 1  # and batches
+    assert "beagle profile" in ended.err
 
 
 def test_the_command_needs_leave(beagle, monkeypatch):
@@ -240,11 +239,6 @@ def test_the_command_needs_leave(beagle, monkeypatch):
 def test_the_command_refuses_a_kind_before_it_works(beagle, monkeypatch):
     monkeypatch.setattr(loading, "load_model", None)
     beagle("compile", "--quantize", "int3").refusal("int3", "int8 or int4")
-
-
-def test_how_it_is_timed(fast):
-    assert set(compare(fast)) == {1, 8, 16}
-    assert fast.compiled is not None
 
 
 def test_a_broken_package_is_named(packages, tmp_path):

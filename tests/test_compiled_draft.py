@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 
-from beagle.cli.compile import compare_drafts
 from beagle.drafters import compiled
 from beagle.drafters.base import TreePlan
 from beagle.drafters.head_drafter import HeadDrafter
@@ -100,14 +99,6 @@ def test_other_weights_have_none(folder):
     assert compiled.find(folder, target, other) is not None
     other.o_proj.weight.data[0, 0] += 1
     assert compiled.find(folder, target, other) is None
-
-
-def test_how_it_is_timed(both):
-    _, fast = both
-    fast.use_compiled(fast.compiled)
-    eager, quick = compare_drafts(fast)
-    assert min(eager, quick) > 0
-    assert fast.compiled is not None
 
 
 def test_a_broken_package_is_named(folder, both):

@@ -10,7 +10,6 @@ import pytest
 
 from beagle.errors import BeagleError
 from beagle.files import first_change, read_json, write_text
-from beagle.training import states
 
 
 def test_links_and_devices_are_written_through(tmp_path):
@@ -34,7 +33,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     (tmp_path / "a.json").write_text("old")
-    monkeypatch.setattr(states.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space"):
         write_text(tmp_path / "a.json", "new")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

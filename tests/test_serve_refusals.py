@@ -335,7 +335,7 @@ def test_no_request_brings_the_server_down(served):
 def test_the_engines_thread_loads_the_model(folders, beagle, monkeypatch):
     """Another one would leave it slow: see ``beagle.threads.ModelThread``."""
 
-    def load(*arguments):
+    def load(*arguments, **options):
         raise BeagleError(f"loaded by {threading.current_thread().name}")
 
     monkeypatch.setattr(options, "load_model", load)

@@ -1,4 +1,4 @@
-"""``beagle view``: one answer of a result, its tokens coloured_turns by where they came from."""
+"""``beagle view``: one answer of a result, its tokens coloured by where they came from."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -17,6 +16,7 @@ import beagle.drafters.eagle_head
 import beagle.drafters.head  # noqa: F401
 from beagle.drafters.block import HEADS, Block
 from beagle.errors import BeagleError
+from beagle.files import replacing, write_json
 
 SHIPPED = Path(__file__).parent.parent / "heads"
 MODELS = {"smollm2-135m": "smollm2-135m-instruct"}  # what names of ours stand for
@@ -35,12 +35,9 @@ def save_head(head: Block, folder: str | Path, *, target: str, dtype: torch.dtyp
     content |= {"head": asdict(head.config), "meta": meta}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / ".model.safetensors.partial"
-        save_file(tensors, partial)
-        os.replace(partial, folder / "model.safetensors")
-        text = folder / ".config.json.partial"
-        text.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(text, folder / "config.json")
+        with replacing(folder / "model.safetensors") as partial:
+            save_file(tensors, partial)
+        write_json(folder / "config.json", content)
     except (OSError, SafetensorError) as error:
         raise BeagleError(
             f"cannot write the draft checkpoint '{folder}': {error}; free space or choose another folder"

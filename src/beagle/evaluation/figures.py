@@ -61,7 +61,7 @@ def summary(
 ) -> dict[str, Any]:
     """The figures of some records as JSON: ``modes`` and ``ratios``.
 
-    Counts and times are pooled over all turns, questions and repeats; a speed takes each question_key at its
+    Counts and times are pooled over all turns, questions and repeats; a speed takes each question at its
     median over the repeats. ``identical``: share of answers equal to plain decoding's, token for token, in
     all turns; ``near_ties``: share of those that leave it where the target was near a tie.
     """
@@ -126,7 +126,7 @@ def ratio(over: Sequence[Record], under: Sequence[Record]) -> dict[str, Any]:
     """Speed of one mode over that of another.
 
     Returns:
-        ``pooled`` (quotient of the two speeds), and over the pairs of the same question_key and repeat ``median``,
+        ``pooled`` (quotient of the two speeds), and over the pairs of the same question and repeat ``median``,
         ``low`` and ``high`` (10th and 90th percentile: the spread) and ``count``. Empty where nothing was timed.
     """
     slow = {question_key(r): r.stats.tokens_per_second for r in under}

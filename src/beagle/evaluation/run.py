@@ -1,4 +1,4 @@
-"""The side-by-side run: every mode on every next_question, interleaved."""
+"""The side-by-side run: every mode on every question, interleaved."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def run(
     done: Collection[tuple[str, str]] = (),
     pieces: bool = False,
 ) -> Iterator[list[Record]]:
-    """Every mode on every next_question, in an order that rotates with next_question and repeat.
+    """Every mode on every question, in an order that rotates with question and repeat.
 
-    All modes get the same seed for the same next_question and repeat. Yields the records of a next_question
-    as soon as every mode has answered it, so that whoever stores them loses less than a next_question.
-    A next_question that can't be answered ends the run with a BeagleError that names it.
+    All modes get the same seed for the same question and repeat. Yields the records of a question
+    as soon as every mode has answered it, so that whoever stores them loses less than a question.
+    A question that can't be answered ends the run with a BeagleError that names it.
 
     Args:
         done: set and id of questions to leave out.
@@ -56,7 +56,7 @@ def run(
                     try:
                         records.append(ask(system, name, prompt, options, repeat))
                     except BeagleError as error:
-                        raise BeagleError(f"next_question '{prompt.id}' of {name}: {error}") from error
+                        raise BeagleError(f"question '{prompt.id}' of {name}: {error}") from error
             order = [system.mode for system in systems]
             records.sort(key=lambda record: (record.repeat, order.index(record.mode)))
             target = systems[0].model.target
@@ -68,7 +68,7 @@ def run(
 
 
 def ask(system: System, name: str, prompt: Prompt, options: Options, repeat: int) -> Record:
-    """One mode's answers to all turns of a next_question; its own answers stand between them."""
+    """One mode's answers to all turns of a question; its own answers stand between them."""
     turns: list[Turn] = []
     before = reset_peak_memory()
     for n in range(len(prompt.turns)):
@@ -122,7 +122,7 @@ def with_pieces(target: Target, record: Record) -> Record:
 def refuse_turns_without_template(systems: Sequence[System], sets: Sets) -> None:
     """
     Raises:
-        BeagleError: a next_question has a second turn or a system message, and the target has no form for them.
+        BeagleError: a question has a second turn or a system message, and the target has no form for them.
     """
     target = systems[0].model.target
     if getattr(target.tokenizer, "chat_template", None):
@@ -132,6 +132,6 @@ def refuse_turns_without_template(systems: Sequence[System], sets: Sets) -> None
             if len(prompt.turns) > 1 or prompt.system:
                 what = "several turns" if len(prompt.turns) > 1 else "a system message"
                 raise BeagleError(
-                    f"next_question '{prompt.id}' of {name} has {what}, but the tokenizer of {target.name} has no "
+                    f"question '{prompt.id}' of {name} has {what}, but the tokenizer of {target.name} has no "
                     "chat template; choose an instruction-tuned target or questions of one turn"
                 )

@@ -40,7 +40,7 @@ class GenerateSampler(Sampler):
         plain = not processors and not self._sample and self.scores is None and self.logits is None
         super().__init__(name=name)
         self.greedy = plain
-        self._ids = prompt[None]
+        self._ids = cast(LongTensor, prompt[None])
         self._logits_processors, self._criteria, self._streamer = processors, criteria, streamer
 
     @property
@@ -48,16 +48,12 @@ class GenerateSampler(Sampler):
         """Prompt and answer so far, ``[tokens]``."""
         return self._ids[0]
 
-    @property
-    def _seen(self) -> LongTensor:
-        return cast(LongTensor, self._ids)
-
     def choose(self, logits: Tensor, position: int) -> int:
         """The token after ``ids``, from the target's logits ``[vocabulary]``."""
         if self.greedy:
             return super().choose(logits, position)
         raw = logits[None].to(self._ids.device, torch.float32, copy=True)
-        scores = self._logits_processors(self._seen, raw)
+        scores = self._logits_processors(self._ids, raw)
         largest, token = scores[0].max(-1)
         self.check(float(largest))
         if self.scores is not None:
@@ -70,8 +66,8 @@ class GenerateSampler(Sampler):
 
     def ended(self, token: int) -> bool:
         """Take the chosen token; whether the answer ends with it."""
-        self._ids = torch.cat([self._ids, self._ids.new_tensor([[token]])], dim=1)
-        over = bool(self._criteria(self._seen, self.scores))
+        self._ids = cast(LongTensor, torch.cat([self._ids, self._ids.new_tensor([[token]])], dim=1))
+        over = bool(self._criteria(self._ids, self.scores))
         if self._streamer is not None:
             self._streamer.put(torch.tensor([token]))
         return over

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 from collections.abc import Callable
 
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from beagle.serving.answers import error_body
+from beagle.serving.replay import replay
 from beagle.serving.work import Failed
 
 OPEN = ("/", "/health")  # no key: the page holds no data, and a health check no secret
@@ -42,9 +43,9 @@ class Guard:
             body = await self._body(receive)  # read in any case: its sender reads no answer before
             if not self._allowed(scope):
                 message = "the API key is missing or wrong; send 'Authorization: Bearer KEY'"
-                await refuse(counted, Failed(401, message, "invalid_api_key"))
+                await refusal(Failed(401, message, "invalid_api_key"))(scope, receive, counted)
             elif isinstance(body, Failed):
-                await refuse(counted, body)
+                await refusal(body)(scope, receive, counted)
             elif body is not None:
                 await self.app(scope, replay(body, receive), counted)
         except Exception:
@@ -79,27 +80,9 @@ class Guard:
             return Failed(408, "the request's body came too slowly", "request_timeout")
 
 
-def replay(body: bytes, receive: Receive) -> Receive:
-    """A ``receive`` that hands out a body already read, then what follows it (the client's leaving)."""
-    unread = True
-
-    async def receive_again() -> Message:
-        nonlocal unread
-        if unread:
-            unread = False
-            return {"type": "http.request", "body": body, "more_body": False}
-        return await receive()
-
-    return receive_again
-
-
-async def refuse(send: Send, failure: Failed) -> None:
-    """Answer with an error, before any route is reached."""
-    content = json.dumps(error_body(failure)).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    if failure.status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
+def refusal(failure: Failed) -> JSONResponse:
+    """An error, before any route is reached."""
+    headers = {"www-authenticate": "Bearer"} if failure.status == 401 else {}
     if failure.status in (408, 413):
-        headers.append((b"connection", b"close"))  # of the body there may be a rest
-    await send({"type": "http.response.start", "status": failure.status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})
+        headers["connection"] = "close"  # of the body there may be a rest
+    return JSONResponse(error_body(failure), failure.status, headers)

@@ -10,6 +10,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     ValidatorFunctionWrapHandler,
     field_validator,
     model_validator,
@@ -224,7 +225,7 @@ class ChatRequest(Common):
         return bool(self.continue_final_message)
 
     @model_validator(mode="after")
-    def _one_way_to_go_on(self) -> ChatRequest:
+    def _fields_agree(self) -> ChatRequest:
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise ValueError("'max_tokens' and 'max_completion_tokens' differ; send one of them")
         if self.continues and self.add_generation_prompt:
@@ -233,27 +234,17 @@ class ChatRequest(Common):
             raise ValueError(
                 "'add_generation_prompt' may be false with 'continue_final_message': true alone; leave it out"
             )
-        return self
-
-    @field_validator("response_format")
-    @classmethod
-    def _text_only(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        if value is not None and value != {"type": "text"}:
-            raise ValueError("only {'type': 'text'} is supported by this server")
-        return value
-
-    @field_validator("modalities")
-    @classmethod
-    def _no_audio(cls, value: list[str] | None) -> list[str] | None:
-        if value is not None and value != ["text"]:
-            raise ValueError("only ['text'] is supported by this server")
-        return value
-
-    @model_validator(mode="after")
-    def _top_needs_logprobs(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("'top_logprobs' needs 'logprobs': true")
         return self
+
+    @field_validator("response_format", "modalities")
+    @classmethod
+    def _text_only(cls, value: Any, info: ValidationInfo) -> Any:
+        only = {"type": "text"} if info.field_name == "response_format" else ["text"]
+        if value is not None and value != only:
+            raise ValueError(f"only {only} is supported by this server")
+        return value
 
 
 class CompletionRequest(Common):

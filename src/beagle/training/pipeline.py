@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -135,27 +136,26 @@ def make_answers(
         BeagleError: a prompt is refused, another run fills the store, or there is not one answer.
     """
     with alone(folder, ".answers.lock"):
-        return _make_answers(target, prompts, folder, config, console, skip_bad_lines)
+        fingerprint = Fingerprint.of(target, config.max_prompt_tokens, config.max_new_tokens)
+        store = StateStore(folder, fingerprint, with_states=config.states == "disk")
+        if todo := _unanswered(target, prompts, store, config, console, skip_bad_lines):
+            _answer(target, todo, store, config, console)
+        return store
 
 
-def _make_answers(
+def _unanswered(
     target: Target,
     prompts: list[Prompt],
-    folder: Path,
+    store: StateStore,
     config: AnswerConfig,
     console: Console,
     skip_bad_lines: bool | None,
-) -> StateStore:
-    store = StateStore(
-        folder,
-        Fingerprint.of(target, config.max_prompt_tokens, config.max_new_tokens),
-        with_states=config.states == "disk",
-    )
+) -> list[Prompt]:
+    """The prompts that the store lacks, none where it has enough tokens."""
     done, earlier = store.answered()
     todo = [prompt for prompt in numbered(prompts) if prompt.key not in done]
-    have = store.tokens()
-    if not todo or (config.max_tokens and have >= config.max_tokens):
-        return store
+    if not todo or (config.max_tokens and store.tokens() >= config.max_tokens):
+        return []
     if not has_template(target):
         console.print(
             f"{target.name} has no chat template: prompts are taken as raw text, of each the first turn alone, without "
@@ -166,9 +166,12 @@ def _make_answers(
         todo = answerable(target, todo, skip_bad_lines)
     if earlier:
         todo = [prompt for prompt in todo if not _taken(earlier, tuple(prompt.encode(target)))]
-    if not todo:
-        return store
+    return todo
+
+
+def _answer(target: Target, todo: list[Prompt], store: StateStore, config: AnswerConfig, console: Console) -> None:
     random.Random(config.seed).shuffle(todo)
+    have = store.tokens()
     longest = (config.max_prompt_tokens + config.max_new_tokens) * len(todo) * config.max_turns
     console.print(f"states: {describe_states(target.hidden_size, config.states)}", highlight=False)
     store.refuse_if_full(min(longest, (config.max_tokens or longest) - have))
@@ -182,17 +185,14 @@ def _make_answers(
         temperature=config.temperature,
         seed=config.seed,
     )
-
-    def in_chunks() -> Iterator[Prompt]:
-        for at in range(0, len(todo), 1024):  # similar lengths together: less padding
-            yield from sorted(todo[at : at + 1024], key=lambda p: len(p.turns[0]))
-
+    starts = range(0, len(todo), 1024)  # similar lengths together: less padding
+    chunks = (sorted(todo[at : at + 1024], key=lambda p: len(p.turns[0])) for at in starts)
     with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[note]}"), console=console) as progress:
         task = progress.add_task("answers", total=config.max_tokens or None, completed=have, note="")
 
         def counted() -> Iterator[Sample]:
             tokens = have
-            for answered, sample in enumerate(generator.run(in_chunks()), 1):
+            for answered, sample in enumerate(generator.run(chain.from_iterable(chunks)), 1):
                 tokens += len(sample.tokens)
                 progress.update(task, completed=tokens, note=f"{answered} answers, {tokens:,} tokens")
                 yield sample
@@ -208,7 +208,6 @@ def _make_answers(
         )
     if not store.shards():
         raise BeagleError(f"no prompt could be answered: {_reasons(generator, target)}")
-    return store
 
 
 def _taken(counts: Counter[tuple[int, ...]], tokens: tuple[int, ...]) -> bool:
@@ -258,38 +257,22 @@ def train_head(
     if prompts is None:
         refuse_without_answers(folder)
     with alone(out):
-        return _train_head(target, prompts, out, folder, recipe, seconds, console, skip_bad_lines)
-
-
-def _train_head(
-    target: Target,
-    prompts: list[Prompt] | None,
-    out: Path,
-    folder: Path,
-    recipe: Recipe,
-    seconds: float | None,
-    console: Console,
-    skip_bad_lines: bool,
-) -> Path:
-    refuse_before_answers(target, out, recipe.train, recipe.head)
-    if prompts is not None:
-        store = make_answers(target, prompts, folder, recipe.answers, console, skip_bad_lines)
-    else:
-        fingerprint = Fingerprint.of(target, recipe.answers.max_prompt_tokens, recipe.answers.max_new_tokens)
-        store = StateStore(folder, fingerprint, with_states=recipe.answers.states == "disk")
-    trainer = Trainer(target, store, out, recipe.train, recipe.head)
-    alphas = trainer.train(seconds=seconds, report=lambda line: console.print(line, highlight=False))
-    about = describe(target)
-    about |= {
-        "stored_tokens": store.tokens(),
-        "trained_tokens": trainer.tokens,
-        "train_seconds": round(trainer.seconds, 1),
-    }
-    about |= {
-        "steps": trainer.step,
-        "validation_step_alpha": [round(a, 4) for a in alphas],
-        "recipe": trainer.identity(),
-    }
-    trainer.export(out / "head", about)
-    write_json(out / "result.json", about)
-    return out / "head"
+        refuse_before_answers(target, out, recipe.train, recipe.head)
+        if prompts is not None:
+            store = make_answers(target, prompts, folder, recipe.answers, console, skip_bad_lines)
+        else:
+            fingerprint = Fingerprint.of(target, recipe.answers.max_prompt_tokens, recipe.answers.max_new_tokens)
+            store = StateStore(folder, fingerprint, with_states=recipe.answers.states == "disk")
+        trainer = Trainer(target, store, out, recipe.train, recipe.head)
+        alphas = trainer.train(seconds=seconds, report=lambda line: console.print(line, highlight=False))
+        about = describe(target) | {
+            "stored_tokens": store.tokens(),
+            "trained_tokens": trainer.tokens,
+            "train_seconds": round(trainer.seconds, 1),
+            "steps": trainer.step,
+            "validation_step_alpha": [round(a, 4) for a in alphas],
+            "recipe": trainer.identity(),
+        }
+        trainer.export(out / "head", about)
+        write_json(out / "result.json", about)
+        return out / "head"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections import Counter
@@ -20,11 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from beagle.errors import BeagleError
-from beagle.files import write_json
+from beagle.files import first_change, read_json, replacing, write_json
 from beagle.targets.target import Target
 from beagle.training.answers import Sample
 
 SHARD_TOKENS = 65_536
+SHARDS = "shard-*.safetensors"
 _KEYED = re.compile(r"[0-9a-f]{24}/\d+")  # a prompt's key and the number of a turn
 
 
@@ -73,19 +73,14 @@ class StateStore:
         self.with_states = with_states
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            manifest = self.folder / "manifest.json"
-            if manifest.is_file():
-                found = _read_manifest(manifest)
-                for key, value in asdict(fingerprint).items():
-                    if key != "target" and found.get(key) != value:
-                        raise BeagleError(
-                            f"{self.folder} holds states of {found.get('target')} made with {key} {found.get(key)!r}, "
-                            f"not {value!r}; choose another folder or delete this one"
-                        )
-            elif self.shards():
-                raise _without_manifest(self.folder)
-            else:
-                write_json(manifest, asdict(fingerprint))
+            found, wanted = self._manifest(self.folder), asdict(fingerprint)
+            if found is None:
+                write_json(self.folder / "manifest.json", wanted)
+            elif key := first_change(found, {key: value for key, value in wanted.items() if key != "target"}):
+                raise BeagleError(
+                    f"{self.folder} holds states of {found.get('target')} made with {key} {found.get(key)!r}, "
+                    f"not {wanted[key]!r}; choose another folder or delete this one"
+                )
         except OSError as error:
             raise BeagleError(f"cannot write '{self.folder}': {error.strerror}; choose another folder") from error
 
@@ -97,17 +92,24 @@ class StateStore:
             BeagleError: there are no answers.
         """
         refuse_without_answers(folder)
-        manifest = folder / "manifest.json"
-        if not manifest.is_file():
-            raise _without_manifest(folder)
         try:
-            fingerprint = Fingerprint(**_read_manifest(manifest))
+            fingerprint = Fingerprint(**(cls._manifest(folder) or {}))
         except TypeError as error:
-            raise BeagleError(f"{manifest} is damaged ({error}); delete its folder and make it again") from error
+            raise BeagleError(f"{folder}/manifest.json is damaged ({error}); delete {folder}, make it again") from error
         return cls(folder, fingerprint)
 
+    @staticmethod
+    def _manifest(folder: Path) -> dict[str, Any] | None:
+        found = read_json(folder / "manifest.json", "delete its folder and run the same command again")
+        if found is None and any(folder.glob(SHARDS)):
+            raise BeagleError(
+                f"'{folder}' holds answers, but no manifest.json says of which target; put it back or choose another "
+                "folder"
+            )
+        return found
+
     def shards(self) -> list[Path]:
-        return sorted(self.folder.glob("shard-*.safetensors"))
+        return sorted(self.folder.glob(SHARDS))
 
     def done_ids(self) -> set[str]:
         """Ids of all samples on disk."""
@@ -184,12 +186,10 @@ class StateStore:
         existing = self.shards()
         number = int(existing[-1].stem.split("-")[1]) + 1 if existing else 0
         path = self.folder / f"shard-{number:05d}.safetensors"
-        partial = path.with_name(f".{path.name}.partial")
         try:
-            save_file(tensors, partial, metadata={"ids": json.dumps([s.id for s in samples])})
-            os.replace(partial, path)
+            with replacing(path) as partial:
+                save_file(tensors, partial, metadata={"ids": json.dumps([s.id for s in samples])})
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
             raise BeagleError(f"cannot write {path}: {error}; free space, then run the same command again") from error
 
 
@@ -214,7 +214,7 @@ def refuse_without_answers(folder: Path) -> None:
     Raises:
         BeagleError: nothing is stored there.
     """
-    if not any(folder.glob("shard-*.safetensors")):
+    if not any(folder.glob(SHARDS)):
         raise BeagleError(f"'{folder}' holds no answers; make some with `beagle train --prompts FILE --data {folder}`")
 
 
@@ -230,16 +230,3 @@ def open_shard(path: Path) -> Iterator[Any]:
             yield file
     except (OSError, SafetensorError, TypeError, KeyError) as error:
         raise BeagleError(f"{path} is damaged ({error}); delete it and run the same command again") from error
-
-
-def _without_manifest(folder: Path) -> BeagleError:
-    return BeagleError(
-        f"'{folder}' holds answers, but no manifest.json says of which target; put it back or choose another folder"
-    )
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise BeagleError(f"{path} is damaged ({error}); delete its folder and run the same command again") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,7 +20,7 @@ from torch import Tensor
 from beagle.drafters.block import Block
 from beagle.drafters.checkpoint import HEADS, save_head
 from beagle.errors import BeagleError
-from beagle.files import write_json
+from beagle.files import replacing, write_json
 from beagle.targets.loading import first_line, pick_dtype
 from beagle.targets.target import Target
 from beagle.training.config import TrainConfig
@@ -94,10 +93,8 @@ class Trainer:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self.step = 0
+        self.step, self.seconds, self.tokens = 0, 0.0, 0
         self.epoch, self.at = 0, 0  # the next batch: its epoch, and its place there
-        self.seconds = 0.0
-        self.tokens = 0
         held = sorted(samples(store.shards()[:24], validation=True), key=lambda s: len(s.tokens))
         held = held[:: max(1, math.ceil(len(held) / config.validation_samples))]  # of every length
         self.tried: list[int] = []  # drafts that each of the last step-α is a share of
@@ -132,14 +129,7 @@ class Trainer:
         started = time.perf_counter()
         self.head.train()
         alphas: list[float] = []
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
+        columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
         with Progress(*columns, console=Console(stderr=True)) as progress:
             task = progress.add_task("training", total=self.total, completed=self.step, note="")
             try:
@@ -153,9 +143,7 @@ class Trainer:
                         loss = self._one(group)
                         last = self.step == self.total
                         if self.step % self.config.validate_every == 0 or last:
-                            self.head.eval()
-                            alphas, self.tried = step_alpha(self.head, self.target, self.validation, 5)
-                            self.head.train()
+                            alphas = self._validate()
                             self._log(loss, alphas)
                             if report:
                                 report(f"step {self.step}: loss {loss:.3f} α {' '.join(f'{a:.3f}' for a in alphas)}")
@@ -172,9 +160,14 @@ class Trainer:
             except KeyboardInterrupt:
                 self.save()
                 raise
+        alphas = alphas or self._validate()  # none: resumed at its end
         self.head.eval()
-        if not alphas:  # resumed at its end
-            alphas, self.tried = step_alpha(self.head, self.target, self.validation, 5)
+        return alphas
+
+    def _validate(self) -> list[float]:
+        self.head.eval()
+        alphas, self.tried = step_alpha(self.head, self.target, self.validation, 5)
+        self.head.train()
         return alphas
 
     def _one(self, group: list[Stored]) -> float:
@@ -225,14 +218,11 @@ class Trainer:
             "early_steps": self.early_steps,
             "identity": self.identity(),
         }
-        partial = self.out / ".checkpoint.partial"
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         try:
-            save_file(
-                {k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"progress": json.dumps(progress)}
-            )
-            os.replace(partial, self.out / CHECKPOINT)
+            with replacing(self.out / CHECKPOINT) as partial:
+                save_file(tensors, partial, metadata={"progress": json.dumps(progress)})
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
             raise BeagleError(
                 f"cannot write the checkpoint in '{self.out}': {error}; free space, then run again"
             ) from error

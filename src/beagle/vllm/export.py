@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +14,7 @@ from torch import Tensor
 from beagle.drafters.block import Block
 from beagle.drafters.head import BeagleHead
 from beagle.errors import BeagleError
+from beagle.files import replacing, write_json
 from beagle.targets.target import Target
 from beagle.vllm.config import ARCHITECTURE, METHOD, MODEL_TYPE
 
@@ -54,9 +52,9 @@ def export(
     tensors = weights(head, target, embeddings)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        replace(folder / "model.safetensors", lambda path: save_file(tensors, path))
-        text = json.dumps(content, indent=1) + "\n"
-        replace(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+        with replacing(folder / "model.safetensors") as partial:
+            save_file(tensors, partial)
+        write_json(folder / "config.json", content)
     except (OSError, SafetensorError) as error:
         raise BeagleError(f"cannot write '{folder}': {error}; free space or choose another folder") from error
 
@@ -148,10 +146,3 @@ def embedding_scale(target: Target) -> float:
     if not torch.allclose(given, plain * scale, rtol=0.02, atol=1e-6):
         raise BeagleError(f"{target.name}: its embeddings are more than scaled rows; vLLM can't share them with a head")
     return scale
-
-
-def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file in one go, so that no reader meets half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    os.replace(partial, path)

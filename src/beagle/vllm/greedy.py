@@ -8,24 +8,22 @@ any drafter. Greedy answers are right.
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
 
 import torch
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from beagle.serving.replay import replay
 
 WARNING = (
-    "On this backend vLLM asks_to_sample from a wrong distribution while it speculates (vllm-project/vllm#55005): "
+    "On this backend vLLM samples from a wrong distribution while it speculates (vllm-project/vllm#55005): "
     "use temperature 0 only. The middleware beagle.vllm.greedy.GreedyOnly refuses other requests."
 )
 REFUSAL = (
-    "temperature must be 0: on this backend vLLM asks_to_sample from a wrong distribution while it speculates "
+    "temperature must be 0: on this backend vLLM samples from a wrong distribution while it speculates "
     "(vllm-project/vllm#55005)"
 )
-
-ASGIMessage = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[ASGIMessage]]
-Send = Callable[[ASGIMessage], Awaitable[None]]
-App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 
 def sampling_is_broken() -> bool:
@@ -50,33 +48,27 @@ class GreedyOnly:
     The server's default temperature must be 0 (``--override-generation-config '{"temperature": 0}'``).
     """
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
         self.active = sampling_is_broken()
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not self.active or scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
-        messages: list[ASGIMessage] = []
-        while True:
-            message = await receive()
-            messages.append(message)
-            if message["type"] != "http.request" or not message.get("more_body"):
-                break
-        if asks_to_sample(b"".join(message.get("body", b"") for message in messages)):
-            await refuse_sampling(send)
+        try:
+            body = await Request(scope, receive).body()
+        except ClientDisconnect:
             return
-        waiting = iter(messages)
-
-        async def replay() -> ASGIMessage:
-            return next(waiting, None) or await receive()
-
-        await self.app(scope, replay, send)
+        if asks_to_sample(body):
+            error = {"message": REFUSAL, "type": "invalid_request_error", "param": "temperature", "code": None}
+            await JSONResponse({"error": error}, 400)(scope, receive, send)
+            return
+        await self.app(scope, replay(body, receive), send)
 
 
 def asks_to_sample(body: bytes) -> bool:
-    """Whether a request's body names a temperature other than 0; what is no JSON is vLLM's to refuse_sampling."""
+    """Whether a request's body names a temperature other than 0; what is no JSON is vLLM's to refuse."""
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
@@ -91,14 +83,5 @@ def asks_to_sample(body: bytes) -> bool:
             if not float(given) <= 0:  # text is a number to vLLM, too
                 return True
         except (TypeError, ValueError):
-            continue  # vLLM's to refuse_sampling
+            continue  # vLLM's to refuse
     return False
-
-
-async def refuse_sampling(send: Send) -> None:
-    """400, in OpenAI's form."""
-    error = {"message": REFUSAL, "type": "invalid_request_error", "param": "temperature", "code": None}
-    body = json.dumps({"error": error}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 400, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

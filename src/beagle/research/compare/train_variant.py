@@ -15,9 +15,9 @@ from transformers.utils.logging import disable_progress_bar
 
 import beagle.research.ablations  # noqa: F401  trained in processes of their own, which must know them
 from beagle.errors import BeagleError
-from beagle.evaluation.peak_memory import MemoryMeter
 from beagle.files import write_json
 from beagle.meta import describe
+from beagle.research.compare.memory_meter import MemoryMeter
 from beagle.research.training_log import expected_length, read_log
 from beagle.targets.loading import load_target
 from beagle.targets.target import Target

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from beagle.errors import BeagleError
 from beagle.hf import own_attention
+from beagle.limits import MAX_TREE_TOKENS
 from beagle.targets import probe, proof
 from beagle.targets.attention import NAME
 from beagle.targets.cache import KVCache
@@ -178,10 +179,11 @@ class Target:
             ) from error
 
     def with_room(self, cache: KVCache, slots: int) -> KVCache:
-        """This cache, or a copy of it with room for ``slots`` tokens of each sequence and as many more."""
+        """This cache, or a copy of it with room for ``slots`` tokens of each sequence and for as many more as may come."""
         if slots <= cache.capacity:
             return cache
-        grown = self.new_cache(cache.batch, 2 * slots)
+        most = self.context_limit + MAX_TREE_TOKENS  # a tree may reach over the context's end
+        grown = self.new_cache(cache.batch, max(slots, min(2 * slots, most)))
         grown.lengths = [0] * cache.batch
         for i in range(cache.batch):
             grown.copy_sequence(i, cache, i)

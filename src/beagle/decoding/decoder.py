@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -248,7 +247,7 @@ class Decoder:
         accept(walks, logits)
         emitted = []
         for i, (one, own, walk) in enumerate(zip(sequences, states, walks, strict=True)):
-            step = partial(Step, [one.ids[-1]], root, own[-1:], logits[i : i + 1], [0])
+            step = Step([one.ids[-1]], root, own[-1:], logits[i : i + 1], [0]) if one.watch else None
             emitted.append(self._take(one, walk, one.ids, own, step))
             one.stats.tokens += one.error is None
         seconds = (time.perf_counter() - began) / len(sequences)
@@ -257,7 +256,7 @@ class Decoder:
         return emitted
 
     def _take(
-        self, sequence: Sequence, walk: Walk, tokens: list[int], states: Tensor, step: Callable[[], Step]
+        self, sequence: Sequence, walk: Walk, tokens: list[int], states: Tensor, step: Step | None
     ) -> tuple[Sequence, Emitted]:
         """Take what was chosen for a sequence.
 
@@ -266,7 +265,7 @@ class Decoder:
             walk: at its end.
             tokens: that are committed with it.
             states: theirs, ``[tokens, hidden]``.
-            step: for whoever watches.
+            step: for who watches, if anybody does.
         """
         try:
             if walk.error is not None:
@@ -276,8 +275,8 @@ class Decoder:
                 sequence.context.extend(tokens, states)
             if self._keep_states:
                 sequence.states.append(states)
-            if sequence.watch is not None:
-                sequence.watch(step())
+            if sequence.watch is not None and step is not None:
+                sequence.watch(step)
         except Exception as error:
             return self._fail(sequence, error)
         sequence.tokens += walk.chosen
@@ -310,10 +309,11 @@ class Decoder:
         except Exception as error:  # of the pass that they share
             return [self._fail(one, error) for one in sequences]
         self._cache.whole.compact_sequences([walk.path for walk in walks])
-        emitted, owns = [], logits.split(sizes)
+        emitted = []
+        keeps = self._keep_states or self._drafter is not None
         for i, (one, own, walk) in enumerate(zip(sequences, states.split(sizes), walks, strict=True)):
-            step = partial(Step, trees[i], shapes[i], own, owns[i], walk.path)
-            accepted = own[walk.path]  # a copy: the pass's states need not stay
+            step = Step(trees[i], shapes[i], own, logits.split(sizes)[i], walk.path) if one.watch else None
+            accepted = own[walk.path] if keeps else own  # a copy: the pass's states need not stay
             emitted.append(self._take(one, walk, [trees[i][0], *walk.chosen[:-1]], accepted, step))
             if one.error is None:
                 one.stats.note_pass(len(walk.path) - 1, len(walk.chosen), sizes[i] - 1)

@@ -328,7 +328,7 @@ def test_numbers_that_are_none_harm_no_other_sequence(endless, make, name):
     decoder.enter(sequences[:1])
     decoder.step()
     decoder.enter([bad])
-    failed = [one for one, _ in decoder.step() if one.error is not None]
+    failed = [one for _ in range(2) for one, _ in decoder.step() if one.error is not None]  # in turns with the live one
     assert failed == [bad]
     assert "nan" in str(bad.error)
     assert until_done(decoder, *sequences[1:]) == []
@@ -435,6 +435,7 @@ def test_a_long_prompt_stalls_nobody_for_longer_than_a_piece(endless, monkeypatc
     while not long.ended:
         before, count = sum(lengths), len(short.tokens)
         decoder.step()
+        decoder.step()  # a piece and a pass, or the other way round
         if count and not short.ended:
             assert len(short.tokens) > count
         assert sum(lengths) - before <= 16 + (0 if count else 2)
@@ -457,6 +458,7 @@ def test_a_prompt_that_is_given_up_between_two_pieces_leaves_nothing(endless):
     decoder.enter([short])
     decoder.step()
     decoder.enter([long])
+    decoder.step()
     decoder.step()
     assert long.cache is not None
     decoder.leave(long)

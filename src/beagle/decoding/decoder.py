@@ -84,6 +84,7 @@ class Decoder:
         self.size = size
         self.live: list[Sequence] = []
         self._entering: deque[Sequence] = deque()
+        self._ran_prompts = False  # in the last step
         self._cache = LiveCache(target, size)
         self._drafter, self._plan = drafter, plan or TreePlan()
         self._costs, self._shared_costs, self._exact = costs, shared_costs, exact
@@ -109,20 +110,18 @@ class Decoder:
 
     @torch.no_grad()
     def step(self) -> Emissions:
-        """Run prompts that wait, and one iteration of the sequences that were live before.
+        """Run prompts that wait, or one iteration of the live sequences: in turns where there are both.
 
         Returns:
-            New tokens, prompts' first. Sequences whose answers end, or fail, have left.
+            New tokens. Sequences whose answers end, or fail, have left.
         """
-        before = len(self.live)
+        prompts = bool(self._entering) and not (self.live and self._ran_prompts)
+        self._ran_prompts = prompts
         try:
-            emitted = self._run_prompts()
-            if before:
-                emitted += self._iterate(before)
+            return self._run_prompts() if prompts else self._iterate() if self.live else []
         except BaseException:  # Ctrl-C, say
             self._prefixes = None  # what of the step is in the cache is not known: none of it is kept
             raise
-        return emitted
 
     def leave(self, sequence: Sequence) -> None:
         """End an answer, if it hasn't ended."""
@@ -152,53 +151,58 @@ class Decoder:
     # prompts
 
     def _run_prompts(self) -> Emissions:
-        """All prompts that wait; where others are live no more than a ``piece``."""
-        emitted: Emissions = []
-        left: int | None = None
-        while self._entering and (left is None or left > 0):
-            if left is None and self.live:  # from before, or since a moment: they wait for no more than a piece
-                left = self._piece
-            together = self._together(left)
-            ran, entered = self._enter_together(together) if len(together) > 1 else self._enter_alone(left)
-            emitted += entered
-            left = None if left is None else left - ran
-        return emitted
+        """One pass over prompts that wait: over several, or over one, of which it is a ``piece`` if others are live."""
+        together = self._together()
+        return self._enter_together(together) if len(together) > 1 else self._enter_alone()
 
-    def _together(self, left: int | None) -> list[Sequence]:
-        """The shortest prompts that wait, as many as one pass may take."""
-        if self._exact or self._prefixes is not None:
+    def _together(self) -> list[Sequence]:
+        """The next prompts that wait, as many as one pass may take whole."""
+        if self._exact:
             return []
+        most = self._piece if self.live and self._piece is not None else TOGETHER
         found: list[Sequence] = []
+        longest = 0
         for one in self._entering:
-            count = len(found) + 1
-            if one.cache is not None or count * len(one.ids) > TOGETHER or (left or TOGETHER) < count * len(one.ids):
+            longest = max(longest, len(one.ids))
+            if one.cache is not None or longest > (self._piece or most) or (len(found) + 1) * longest > most:
                 break
             found.append(one)
         return found
 
-    def _enter_together(self, sequences: list[Sequence]) -> tuple[int, Emissions]:
-        """Run whole prompts in one pass; how many tokens were run."""
+    def _enter_together(self, sequences: list[Sequence]) -> Emissions:
+        """Run whole prompts in one pass, each behind what is known of it."""
         began = time.perf_counter()
-        first, lengths = len(self.live), [len(one.ids) for one in sequences]
-        tokens = torch.tensor([token for one in sequences for token in one.ids], device=self.target.device)
+        first = len(self.live)
+        known = [self._prefixes.find(one.ids) if self._prefixes is not None else None for one in sequences]
+        starts = [prefix.length if prefix is not None else 0 for prefix in known]
+        pieces = [one.ids[start:] for one, start in zip(sequences, starts, strict=True)]
+        tokens = torch.tensor([token for piece in pieces for token in piece], device=self.target.device)
         try:
             cache = self._cache.share(max(map(self._slots, sequences)))
         except BeagleError as error:
-            return 0, [self._fail(max(sequences, key=self._slots), error)]
+            return [self._fail(max(sequences, key=self._slots), error)]
         try:
-            states = self.target.verify_trees(cache, tokens, [TreeShape.chain(n) for n in lengths], first)
-            parts = states.split(lengths)
+            for i, prefix in enumerate(known, first):
+                cache.lengths[i] = 0
+                if prefix is not None:
+                    cache.copy_sequence(i, prefix.cache, 0, prefix.length)
+            shapes = [TreeShape.chain(len(piece)) for piece in pieces]
+            parts = list(self.target.verify_trees(cache, tokens, shapes, first).split([len(piece) for piece in pieces]))
             logits = self.target.logits(torch.stack([part[-1] for part in parts]))
+            for i, prefix in enumerate(known):
+                if prefix is not None:
+                    parts[i] = torch.cat([prefix.states, parts[i]])
         except Exception as error:  # of the pass that they share
-            return 0, [self._fail(one, error) for one in sequences]
-        for i, length in enumerate(lengths):
-            cache.lengths[first + i] = length
-            self._entering.remove(sequences[i])
+            return [self._fail(one, error) for one in sequences]
+        for i, (one, start) in enumerate(zip(sequences, starts, strict=True)):
+            cache.lengths[first + i] = len(one.ids)
+            one.cached_tokens = start
+            self._entering.remove(one)
         self.live += sequences
-        return len(tokens), self._begin(sequences, parts, logits, began)
+        return self._begin(sequences, parts, logits, began)
 
-    def _enter_alone(self, most: int | None) -> tuple[int, Emissions]:
-        """Run the first prompt that waits, or its next ``most`` tokens, in a cache of its own; how many were run."""
+    def _enter_alone(self) -> Emissions:
+        """Run the first prompt that waits, or its next piece, in a cache of its own."""
         began = time.perf_counter()
         sequence = self._entering[0]
         try:
@@ -206,20 +210,20 @@ class Decoder:
                 self._allocate(sequence)
             cache = sequence.cache
             assert cache is not None
-            piece = sequence.ids[cache.length :][:most]
+            piece = sequence.ids[cache.length :][: self._piece if self.live else None]
             sequence.states.append(self.target.prefill(torch.tensor([piece], device=self.target.device), cache)[0])
             if cache.length < len(sequence.ids):
                 sequence.stats.prefill_seconds += time.perf_counter() - began
-                return len(piece), []
+                return []
             states = sequence.states[0] if len(sequence.states) == 1 else torch.cat(sequence.states)
             logits = self.target.logits(states[-1])[None]
             self._cache.add(cache, len(self.live), self._keys(sequence) if self._exact else self._slots(sequence))
         except Exception as error:
-            return 0, [self._fail(sequence, error)]
+            return [self._fail(sequence, error)]
         self._entering.popleft()
         self.live.append(sequence)
         sequence.cache, sequence.states = None, []
-        return len(piece), self._begin([sequence], [states], logits, began)
+        return self._begin([sequence], [states], logits, began)
 
     def _allocate(self, sequence: Sequence) -> None:
         """A cache for the prompt, and for the answer where it is the only one; with what is known of the prompt."""
@@ -287,9 +291,9 @@ class Decoder:
 
     # iterations
 
-    def _iterate(self, count: int) -> Emissions:
-        """Draft, verify and accept once for the first ``count`` live sequences."""
-        clock, sequences = time.perf_counter, self.live[:count]
+    def _iterate(self) -> Emissions:
+        """Draft, verify and accept once for the live sequences."""
+        clock, sequences, count = time.perf_counter, list(self.live), len(self.live)
         began = clock()
         try:
             drafts = self._draft(sequences)

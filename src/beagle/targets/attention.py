@@ -66,8 +66,8 @@ def write(plan: Plan, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, T
     if sequences is not None:
         keys[sequences.sequence, :, plan.slots] = key[0].transpose(0, 1)
         values[sequences.sequence, :, plan.slots] = value[0].transpose(0, 1)
-        side_by_side = slice(sequences.first, sequences.first + sequences.padding.shape[0])
-        return keys[side_by_side, :, : plan.keys], values[side_by_side, :, : plan.keys]
+        count = sequences.padding.shape[0]
+        return keys[:count, :, : plan.keys], values[:count, :, : plan.keys]
     keys[:, :, plan.slots] = key
     values[:, :, plan.slots] = value
     if plan.tail is not None:

@@ -71,7 +71,7 @@ class Compiled:
         if plan.kind not in self.kinds:
             return False
         if plan.sequences is not None:
-            return plan.sequences.first == 0 and plan.sequences.padding.shape[1] <= MAX_TREE_TOKENS
+            return plan.sequences.padding.shape[1] <= MAX_TREE_TOKENS
         return plan.positions.shape[1] <= MAX_TREE_TOKENS and len(plan.layers[0]) == 1
 
     def __call__(self, tokens: Tensor, plan: Plan) -> Tensor:

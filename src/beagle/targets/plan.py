@@ -25,17 +25,15 @@ class Sequences:
     """Where the tokens of several sequences stand, which lie end to end in one pass.
 
     Attributes:
-        sequence: each token's sequence of the cache, ``[tokens]``.
+        sequence: each token's sequence among those of ``Plan.layers``, ``[tokens]``.
         padding: the tokens of each sequence, ``[sequences, longest]``, padded with its last.
         place: where each token stands in ``padding`` laid out flat, ``[tokens]``.
-        first: first sequence of the cache; the others follow.
         full: whether nothing is padded.
     """
 
     sequence: Tensor
     padding: Tensor
     place: Tensor
-    first: int = 0
     full: bool = False
 
 
@@ -162,10 +160,9 @@ def of_trees(cache: KVCache, trees: list[TreeShape], windows: Windows, first: in
     padding = before[:, None] + torch.arange(most).clamp(max=counted[:, None] - 1)
     device = cache.device
     sequences = Sequences(
-        (first + index).to(device),
+        index.to(device),
         padding.to(device),
         (index * most + column).to(device),
-        first,
         full=len(index) == len(trees) * most,
     )
     masks = _masks(
@@ -177,7 +174,8 @@ def of_trees(cache: KVCache, trees: list[TreeShape], windows: Windows, first: in
     )
     slots = (torch.tensor(starts)[index] + column).to(device)
     positions = queries[index, column][None].to(device)
-    return Plan("trees", positions, slots, cache.tensors, end, masks, sequences)
+    layers = [tensor[first:] for tensor in cache.tensors] if first else cache.tensors
+    return Plan("trees", positions, slots, layers, end, masks, sequences)
 
 
 def of_exact_tree(cache: KVCache, tree: TreeShape, keys: int, tokens: int, windows: Windows) -> Plan:

@@ -197,7 +197,9 @@ class Target:
         return runner(tokens, plan)
 
     def prefill(self, ids: Tensor, cache: KVCache) -> Tensor:
-        """Run prompts of one length, a long one piece by piece so that no mask grows with n², and commit them.
+        """Run prompts of one length, and commit them: a long one piece by piece, so that no mask grows with n².
+
+        A short one is a chain for the fast runner, where there is one.
 
         Args:
             ids: ``[batch, n]``.
@@ -206,6 +208,12 @@ class Target:
             Hidden states ``[batch, n, hidden]``.
         """
         layers, start, end = self.layers, cache.lengths[0], cache.lengths[0] + ids.shape[1]
+        if self.compiled is not None and len(ids) == 1 and end - start <= MAX_TREE_TOKENS:
+            chain = of_tree(cache, TreeShape.chain(end - start), layers.distinct_windows)
+            if self.compiled.takes(chain):
+                found = self.run(ids, chain)
+                cache.lengths = [end]
+                return found
         piece = max(LEAST_TOKENS, MASK_ENTRIES // end)
         whole = PROMPT_TOKENS if layers.are_plain else math.isqrt(MASK_ENTRIES)  # where nothing is before it
         states = []

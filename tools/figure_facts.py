@@ -61,7 +61,13 @@ def overhead(part: Result) -> str:
     return f"{part['of_all_seconds']:+.1%} ({part['lowest']:+.0%} to {part['highest']:+.0%} by question)"
 
 
-PROFILE, START, LOAD = "profile_bf16.json", "start.json", "load_test.json"
+def clients_ratio(result: Result, figure: str, one: tuple[str, int], other: tuple[str, int]) -> str:
+    """A figure of a server with so many clients over another's."""
+    found = [result["served"][f"{name}, {count} clients"][figure] for name, count in (one, other)]
+    return f"{found[0] / found[1]:.2f}×"
+
+
+PROFILE, START, LOAD, CLIENTS = "profile_bf16.json", "start.json", "load_test.json", "serve_clients.json"
 FACTS: dict[str, list[Fact]] = {
     "profile": [
         fact("share of an iteration: verification", PROFILE)(lambda r: share(r, "verify")),
@@ -120,6 +126,17 @@ FACTS: dict[str, list[Fact]] = {
         ),
         fact("memory growth after warm-up", LOAD)(lambda r: f"{r['memory_mb']['growth']:.0f} MB"),
         fact("time from SIGTERM to the end", LOAD)(lambda r: f"{r['sigterm']['seconds']:.1f} s"),
+    ],
+    "clients": [
+        fact("tokens per second, 8 clients over one", CLIENTS)(
+            lambda r: clients_ratio(r, "tokens_per_second", ("now", 8), ("now", 1))
+        ),
+        fact("the same for a server whose requests take turns", CLIENTS)(
+            lambda r: clients_ratio(r, "tokens_per_second", ("before", 8), ("before", 1))
+        ),
+        fact("time to the first token at 8 clients, 95th percentile, over that server's", CLIENTS)(
+            lambda r: clients_ratio(r, "first_token_seconds_p95", ("now", 8), ("before", 8))
+        ),
     ],
     "overhead": [
         fact("whole answers over HTTP against the library", "serve_overhead.json")(

@@ -95,19 +95,25 @@ def test_states_of_rows_are_the_eager_ones(fast, shapes, monkeypatch):
     assert torch.allclose(rows_of(fast, shapes), expected, atol=1e-4)
 
 
-def test_long_prompts_and_later_rows_are_eager(fast, monkeypatch):
+def test_prompts_longer_than_a_tree_are_eager(fast, monkeypatch):
     monkeypatch.setitem(fast.compiled.runner._graphs, "trees", None)
-    cache = fast.new_cache(3, 80)
     ids = torch.arange(66) % 29
     eager = target_of(model())
     assert torch.equal(
-        fast.verify_trees(cache, ids, [TreeShape.chain(66)]),
+        fast.verify_trees(fast.new_cache(3, 80), ids, [TreeShape.chain(66)]),
         eager.verify_trees(eager.new_cache(3, 80), ids, [TreeShape.chain(66)]),
     )
-    assert torch.equal(
-        fast.verify_trees(cache, ids[:20], [TreeShape.chain(20)], first=1),
-        eager.verify_trees(eager.new_cache(3, 80), ids[:20], [TreeShape.chain(20)], first=1),
-    )
+
+
+def test_short_prompts_and_later_sequences_are_the_eager_ones(fast):
+    ids, eager = torch.arange(20) % 29, target_of(model())
+    for count in (1, 2):  # behind the first of three sequences
+        tokens, chains = ids.repeat(count), [TreeShape.chain(20)] * count
+        found = fast.verify_trees(fast.new_cache(3, 80), tokens, chains, first=1)
+        expected = eager.verify_trees(eager.new_cache(3, 80), tokens, chains, first=1)
+        assert torch.allclose(found, expected, atol=1e-4)
+    found, expected = (target.prefill(ids[None], target.new_cache(1, 24)) for target in (fast, eager))
+    assert torch.allclose(found, expected, atol=1e-4)
 
 
 def break_graph(target: Target, kind: str, monkeypatch) -> None:

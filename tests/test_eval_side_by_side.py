@@ -15,7 +15,6 @@ from beagle.evaluation.modes import Drafts, Options, System, load_systems
 from beagle.evaluation.records import Record, Turn
 from beagle.model import Model
 from beagle.targets.chat import encode
-from beagle.training import states
 from beagle.training.prompts import Prompt
 from conftest import interrupt, tiny_model, tiny_target
 
@@ -119,7 +118,7 @@ def test_figures_are_shown_where_they_cannot_be_stored(first_turns, monkeypatch)
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(states.os, "replace", full)
+    monkeypatch.setattr("beagle.files.os.replace", full)
     ended, result = first_turns("--modes", "plain")
     ended.refusal("out.json", "No space left on device", "free space")
     assert "mixed (1 questions)" in ended.out  # no more is answered than could be stored

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -305,7 +306,7 @@ class Decoder:
             states, logits = self._verify(sequences, trees, shapes)
             verified_at = clock()
             walks = []
-            for one, draft, first in zip(sequences, drafts, _starts(sizes), strict=True):
+            for one, draft, first in zip(sequences, drafts, accumulate(sizes[:-1], initial=0), strict=True):
                 walks.append(Walk(draft, one.sampler, first=first, position=len(one.tokens), left=one.left))
             accept(walks, logits)
         except _OfOne as failed:
@@ -415,11 +416,6 @@ class Decoder:
 
 def _blocks(slots: int) -> int:
     return -(-slots // EXACT_BLOCK) * EXACT_BLOCK
-
-
-def _starts(sizes: list[int]) -> list[int]:
-    """Where each of some parts of these sizes begins."""
-    return [sum(sizes[:i]) for i in range(len(sizes))]
 
 
 def decode(

@@ -134,9 +134,11 @@ def tiny_model(family: str = "llama", *, seed: int = 0, scale: float = 6.0, **ov
     return model
 
 
-def tiny_target(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides) -> Target:
+def tiny_target(
+    family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, state_layers=(), **overrides
+) -> Target:
     model = tiny_model(family, seed=seed, **overrides).to(dtype)
-    return Target(model, tiny_tokenizer(), f"tiny-{family}")
+    return Target(model, tiny_tokenizer(), f"tiny-{family}", state_layers=state_layers)
 
 
 def tiny_head(target: Target, *, architecture: str = "beagle", seed: int = 0, scale: float = 1.0, **overrides) -> Block:

@@ -158,11 +158,15 @@ def test_a_window_sees_its_base_and_nothing_later(stage, newest):
         {"newest_state": "none"},
         {"architecture": "eagle"},
         {"architecture": "eagle", "num_kv_heads": 2},
+        {"blocks": 3},
+        {"kv_layers": (1,)},
+        {"kv_layers": (1, 2), "blocks": 2, "num_kv_heads": 2},
+        {"architecture": "eagle", "kv_layers": (1, 2)},
     ],
     ids=str,
 )
 def test_training_and_inference_agree(overrides):
-    target = tiny_target()
+    target = tiny_target(state_layers=overrides.get("kv_layers", ()))
     drafter = One(
         tiny_drafter(
             target, scale=LIVELY[overrides.get("architecture", "beagle").removesuffix("-ablated")], **overrides
@@ -179,7 +183,7 @@ def test_training_and_inference_agree(overrides):
 
     tokens = torch.tensor([[*context, root, *draft.tokens]])
     n, base = tokens.shape[1], len(context) - 1
-    padded = torch.full((1, n, target.hidden_size), 7.0)  # states after the base are unknown
+    padded = torch.full((1, n, target.state_size), 7.0)  # states after the base are unknown
     padded[0, : len(context)] = states
     batch = Batch(target.embed(tokens), padded, torch.tensor([base]), torch.tensor([n - 2]))
     score = 0.0

@@ -17,7 +17,7 @@ from beagle.decoding.sequence import Step, room
 from beagle.decoding.stats import Stats
 from beagle.decoding.text import StopText
 from beagle.drafters.base import Drafter, TreePlan
-from beagle.drafters.load import load_drafter, resolve_draft
+from beagle.drafters.load import load_drafter, resolve_draft, state_layers
 from beagle.errors import BeagleError
 from beagle.targets.chat import Message, encode
 from beagle.targets.loading import DEFAULT_TARGET, load_target
@@ -300,5 +300,5 @@ def load(
     """
     spec = resolve_draft(draft, target)
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    loaded = load_target(target, quantize=quantize, **options)
+    loaded = load_target(target, quantize=quantize, state_layers=state_layers(spec, target), **options)
     return Model(loaded, load_drafter(spec, loaded, **options), plan, prefix_cache=prefix_cache)

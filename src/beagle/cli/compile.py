@@ -31,7 +31,7 @@ def compile(
     """
     from beagle.drafters import compiled as levels
     from beagle.drafters.checkpoint import find_head, load_head
-    from beagle.drafters.load import resolve_draft
+    from beagle.drafters.load import resolve_draft, state_layers
     from beagle.targets import aot_cache, loading
     from beagle.targets import compiled as passes
     from beagle.targets.linears.quantized import check_kind
@@ -44,14 +44,17 @@ def compile(
     spec = resolve_draft(draft, target)
     engine: dict[str, Any] = {"dtype": dtype, "device": "cpu", "trust_remote_code": trust_remote_code}
     model, _ = loading.load_model(target, **engine)
-    known = passes.find(folder, model, quantize)
+    layers = state_layers(spec, target)
+    known = passes.find(folder, model, quantize, layers)
     if known is None or (exact and "exact" not in known.kinds) or (batch and "trees" not in known.kinds):
         with o.console.status(f"compiling the pass of {target} (some minutes)"):
-            report(*passes.build(folder, model, target, quantize, exact, batch))
+            report(*passes.build(folder, model, target, quantize, exact, batch, layers))
     else:
         o.console.print(f"the pass of {target} is compiled already")
     del model, known
-    loaded = o.load_target(target, quantize=quantize, **engine)  # compares what is compiled with the eager pass
+    loaded = o.load_target(
+        target, quantize=quantize, state_layers=layers, **engine
+    )  # compares what is compiled with the eager pass
     if spec.head is not None:
         place = find_head(spec.head, target)
         head = load_head(place, loaded)

@@ -86,7 +86,8 @@ def eval(
         "first_turns": first_turns or None,  # older files don't have it
     }  # fmt: skip
     records = _earlier(json, resume, arguments)
-    loaded = o.load_target(setup.target, quantize=setup.quantize, **setup.engine())
+    layers = drafts.state_layers(chosen, setup.target)
+    loaded = o.load_target(setup.target, quantize=setup.quantize, state_layers=layers, **setup.engine())
     sets = {name: answerable(loaded, prompts, skip_bad_lines) for name, prompts in sets.items()}
     systems = load_systems(loaded, chosen, drafts, plan, **setup.engine())
     with o.console.status("measuring what a pass costs here"):

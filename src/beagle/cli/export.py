@@ -32,7 +32,7 @@ def export(
 
     Example: [bold]beagle export --to vllm runs/mine exported[/bold]
     """
-    from beagle.drafters.checkpoint import find_head, load_head
+    from beagle.drafters.checkpoint import find_head, kv_layers, load_head
     from beagle.targets.loading import resolve
     from beagle.vllm.export import export as write
     from beagle.vllm.launch import Launch
@@ -41,7 +41,8 @@ def export(
         raise BeagleError(f"--to '{to}' is unknown; use vllm or speculators")
     name = target or trained_for(draft)
     source = find_head(draft, name)
-    loaded = o.load_target(name, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
+    layers = kv_layers(source)
+    loaded = o.load_target(name, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code, state_layers=layers)
     verifier = resolve(name)
     head = load_head(source, loaded)
     write(head, loaded, folder, to=to, depth=depth, verifier=verifier, embeddings=embeddings)  # type: ignore[arg-type]

@@ -75,7 +75,7 @@ def prepare(given: dict[str, Any]) -> Launch:
 
 def exported(target: str, draft: str, dtype: str, trust: bool) -> str | None:
     """Folder of the head that ``--draft`` names, exported once; None without drafts."""
-    from beagle.drafters.checkpoint import find_head, load_head, shipped_head
+    from beagle.drafters.checkpoint import find_head, kv_layers, load_head, shipped_head
     from beagle.drafters.load import DraftSpec
     from beagle.targets.loading import cache_dir, resolve, sha256
     from beagle.vllm.export import export
@@ -92,6 +92,7 @@ def exported(target: str, draft: str, dtype: str, trust: bool) -> str | None:
     content = f"{sha256(weights) if weights.is_file() else ''} {resolve(target)} {dtype}"
     folder = cache_dir() / "vllm" / hashlib.sha256(content.encode()).hexdigest()[:16]
     if not (folder / "config.json").is_file():
-        loaded = o.load_target(target, dtype=dtype, device="cpu", trust_remote_code=trust)
+        layers = kv_layers(source)
+        loaded = o.load_target(target, dtype=dtype, device="cpu", trust_remote_code=trust, state_layers=layers)
         export(load_head(source, loaded), loaded, folder)
     return str(folder)

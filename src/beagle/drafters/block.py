@@ -35,8 +35,24 @@ class BlockConfig:
     norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
     draft_vocab_size: int | None = None  # None: the target's whole vocabulary
+    kv_layers: tuple[int, ...] = ()  # of the target, from 1 on: their outputs are read beside its top state
 
     removed: ClassVar[dict[str, Any]] = {}  # settings that checkpoints may still name, and their only value
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kv_layers", tuple(self.kv_layers))  # JSON has lists
+        if list(self.kv_layers) != sorted({*self.kv_layers}) or min(self.kv_layers, default=1) < 1:
+            raise ValueError(f"kv_layers are ascending numbers of layers from 1 on, not {list(self.kv_layers)}")
+
+    @property
+    def state_size(self) -> int:
+        """Width of the hidden states that the head is given: outputs of ``kv_layers``, then the top state."""
+        return self.hidden_size * (len(self.kv_layers) + 1)
+
+    @property
+    def cached_heads(self) -> int:
+        """Heads of keys and values that are kept of a slot, those of all its blocks."""
+        return self.num_kv_heads
 
     @classmethod
     def for_target(cls, target: Any, **overrides: Any) -> Self:
@@ -85,11 +101,16 @@ class LevelView(Protocol):
         """RoPE of the one slot at which all nodes of a context's level stand, ``[contexts, 1, 1, head_dim]``."""
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Add a key and value of each node, ``[contexts, kv_heads, beam, head_dim]``, that only it sees among its
+        """Add a key and value of each node, ``[contexts, cached_heads, beam, head_dim]``, that only it sees among its
         level, and later its descendants."""
 
-    def attend(self, q: Tensor) -> Tensor:
-        """Attention of ``q [contexts, heads, beam, head_dim]`` over all that each node sees."""
+    def attend(self, q: Tensor, heads: slice) -> Tensor:
+        """Attention of ``q [contexts, heads, beam, head_dim]`` over all that each node sees.
+
+        Args:
+            q: queries.
+            heads: which of the cached heads they meet.
+        """
 
 
 HEADS: dict[str, type[Block]] = {}  # by architecture
@@ -106,33 +127,30 @@ def register(architecture: str) -> Callable[[type[Head]], type[Head]]:
     return add
 
 
-class Block(nn.Module, ABC):
-    """Projections, RoPE, attention, MLP, and the draft vocabulary.
+class Layer(nn.Module):
+    """Projections, attention and MLP.
 
     Attributes:
-        architecture: the name that recipes and checkpoints use, see ``register``.
-        config_class: its config.
-        draft_vocab: ``[draft_vocab]`` draft id -> target id.
         dropout: while training, of attention's output and the MLP's middle.
     """
 
-    architecture: ClassVar[str]
-    config_class: ClassVar[type[BlockConfig]]
     config: BlockConfig
-    draft_vocab: Tensor
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         self.config = config
         self.dropout = 0.0
-        size = config.draft_vocab_size or config.target_vocab_size
-        self.register_buffer("draft_vocab", torch.arange(size))
 
-    def _add_attention(self) -> None:
+    def _add_attention(self, width: int | None = None) -> None:
+        """
+        Args:
+            width: of what queries, keys and values are made of; None: of a hidden state.
+        """
         c = self.config
-        self.q_proj = nn.Linear(c.hidden_size, c.num_heads * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=False)
+        width = width or c.hidden_size
+        self.q_proj = nn.Linear(width, c.num_heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(width, c.num_kv_heads * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(width, c.num_kv_heads * c.head_dim, bias=False)
         self.o_proj = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=False)
 
     def _add_mlp(self) -> None:
@@ -149,58 +167,6 @@ class Block(nn.Module, ABC):
                 nn.init.normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-
-    @abstractmethod
-    def known(self, tokens: list[int], states: Tensor, newest: Tensor) -> tuple[list[int], Tensor]:
-        """What the next slots are made of, now that the target has run ``tokens``, too.
-
-        Args:
-            tokens: of the answer.
-            states: their hidden states ``[n, hidden]``.
-            newest: the state before them, ``[1, hidden]``; ``[0, hidden]`` before the prompt.
-
-        Returns:
-            A token and a state ``[m, hidden]`` for each slot that can be written.
-        """
-
-    @abstractmethod
-    def remember(
-        self, tokens: Tensor, states: Tensor, rotation: Rotation, embed: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values of such slots, of several contexts end to end.
-
-        Args:
-            tokens: ``[m]``.
-            states: ``[m, hidden]``.
-            rotation: RoPE of the slots.
-            embed: the target's embeddings, ``[m]`` -> ``[m, hidden]``.
-
-        Returns:
-            Two of ``[kv_heads, m, head_dim]``.
-        """
-
-    @abstractmethod
-    def level(self, seen: LevelView, embeddings: Tensor, newest: Tensor) -> Tensor:
-        """One level of growing trees.
-
-        Args:
-            seen: what the nodes see, and where their keys are added.
-            embeddings: of the nodes, ``[contexts, beam, hidden]``.
-            newest: the state before each, ``[contexts, beam, hidden]``.
-
-        Returns:
-            Predicted states ``[contexts, beam, hidden]``.
-        """
-
-    def rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
-        """RoPE of ``positions [..., n]``: cosines and sines, ``[..., 1, n, head_dim]``.
-
-        In fp32 throughout: rounded frequencies, as a buffer of the head would have, are far off at distant positions.
-        """
-        steps = torch.arange(0, self.config.head_dim, 2, device=positions.device) / self.config.head_dim
-        angle = positions[..., None, :, None].float() * self.config.rope_theta**-steps
-        angle = torch.cat([angle, angle], dim=-1)
-        return angle.cos().to(dtype), angle.sin().to(dtype)
 
     def queries(self, x: Tensor, rotation: Rotation) -> Tensor:
         """``[..., n, hidden]`` -> ``[..., heads, n, head_dim]``."""
@@ -230,6 +196,102 @@ class Block(nn.Module, ABC):
         if not (self.dropout and self.training):
             return x
         return drop(x, self.dropout) if x.device.type == "cpu" else F.dropout(x, self.dropout)
+
+
+class Block(Layer, ABC):
+    """A draft head: one layer or more, and the draft vocabulary.
+
+    Attributes:
+        architecture: the name that recipes and checkpoints use, see ``register``.
+        config_class: its config.
+        draft_vocab: ``[draft_vocab]`` draft id -> target id.
+    """
+
+    architecture: ClassVar[str]
+    config_class: ClassVar[type[BlockConfig]]
+    draft_vocab: Tensor
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__(config)
+        size = config.draft_vocab_size or config.target_vocab_size
+        self.register_buffer("draft_vocab", torch.arange(size))
+
+    @abstractmethod
+    def known(self, tokens: list[int], states: Tensor, newest: Tensor) -> tuple[list[int], Tensor]:
+        """What the next slots are made of, now that the target has run ``tokens``, too.
+
+        Args:
+            tokens: of the answer.
+            states: their hidden states ``[n, state_size]``.
+            newest: the state before them, ``[1, state_size]``; ``[0, state_size]`` before the prompt.
+
+        Returns:
+            A token and a state ``[m, state_size]`` for each slot that can be written.
+        """
+
+    @abstractmethod
+    def remember(
+        self, tokens: Tensor, states: Tensor, rotation: Rotation, embed: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of such slots, of several contexts end to end.
+
+        Args:
+            tokens: ``[m]``.
+            states: ``[m, state_size]``.
+            rotation: RoPE of the slots.
+            embed: the target's embeddings, ``[m]`` -> ``[m, hidden]``.
+
+        Returns:
+            Two of ``[cached_heads, m, head_dim]``.
+        """
+
+    @abstractmethod
+    def level(self, seen: LevelView, embeddings: Tensor, newest: Tensor) -> Tensor:
+        """One level of growing trees.
+
+        Args:
+            seen: what the nodes see, and where their keys are added.
+            embeddings: of the nodes, ``[contexts, beam, hidden]``.
+            newest: the state before each, at the root the target's own ``[contexts, 1, state_size]``, below it a
+                predicted one ``[contexts, beam, hidden]``.
+
+        Returns:
+            Predicted states ``[contexts, beam, hidden]``.
+        """
+
+    def _add_fusion(self) -> None:
+        """What ``fuse`` needs, where there is more to read than the top state."""
+        c = self.config
+        if c.kv_layers:
+            self.layer_norms = nn.ModuleList(nn.RMSNorm(c.hidden_size, c.norm_eps) for _ in c.kv_layers)
+            self.layer_proj = nn.Linear(len(c.kv_layers) * c.hidden_size, c.hidden_size, bias=False)
+
+    def fuse(self, states: Tensor) -> Tensor:
+        """The target's states as the head reads them: the top state, and what it takes from other layers.
+
+        A predicted state stands in for the sum.
+
+        Args:
+            states: ``[..., state_size]``.
+
+        Returns:
+            ``[..., hidden]``.
+        """
+        if not self.config.kv_layers:
+            return states
+        *parts, top = states.split(self.config.hidden_size, dim=-1)
+        normed = [norm(part) for norm, part in zip(self.layer_norms, parts, strict=True)]
+        return top + self.layer_proj(torch.cat(normed, dim=-1)).to(top.dtype)
+
+    def rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
+        """RoPE of ``positions [..., n]``: cosines and sines, ``[..., 1, n, head_dim]``.
+
+        In fp32 throughout: rounded frequencies, as a buffer of the head would have, are far off at distant positions.
+        """
+        steps = torch.arange(0, self.config.head_dim, 2, device=positions.device) / self.config.head_dim
+        angle = positions[..., None, :, None].float() * self.config.rope_theta**-steps
+        angle = torch.cat([angle, angle], dim=-1)
+        return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 class Rotations:

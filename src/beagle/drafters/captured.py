@@ -39,7 +39,7 @@ class _FixedKeys:
     def __init__(self, memory: Tensor, context: Tensor) -> None:
         """
         Args:
-            memory: ``[2, kv_heads, slots, head_dim]``.
+            memory: ``[2, cached_heads, slots, head_dim]``.
             context: the additive mask ``[keys]`` of the context's slots.
         """
         self._memory = memory
@@ -50,9 +50,9 @@ class _FixedKeys:
         for memory, fresh in zip(self._memory, (k, v), strict=True):
             memory[:, at : at + fresh.shape[2]] = fresh[0]
 
-    def attend(self, head: Block, q: Tensor, mask: Tensor) -> Tensor:
+    def attend(self, head: Block, q: Tensor, heads: slice, mask: Tensor) -> Tensor:
         whole = torch.cat([self._context.expand(mask.shape[1], -1), mask[0]], dim=1)
-        keys, values = self._memory[:, None, :, : whole.shape[1]]
+        keys, values = self._memory[:, None, heads, : whole.shape[1]]
         return head.attend(q, keys, values, whole[None, None])
 
     def keep(self, contexts: list[int]) -> None:
@@ -67,8 +67,8 @@ class _Recorded:
         c = head.config
         self.depth = plan.depth
         slots = keys + plan.depth * plan.width
-        self._memory = torch.zeros(2, c.num_kv_heads, slots, c.head_dim, dtype=dtype, device=device)
-        self._newest = torch.zeros(1, 1, c.hidden_size, dtype=dtype, device=device)
+        self._memory = torch.zeros(2, c.cached_heads, slots, c.head_dim, dtype=dtype, device=device)
+        self._newest = torch.zeros(1, 1, c.state_size, dtype=dtype, device=device)
         self._numbers = torch.zeros(3, dtype=torch.long, device=device)  # the root, its slot, the context's keys
         self._levels: list[int] = []  # candidates of each
 

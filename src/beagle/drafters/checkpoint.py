@@ -77,13 +77,22 @@ def find_head(draft: str, target_name: str) -> Path:
     return Path(draft)
 
 
-def load_head(folder: str | Path, target: Any) -> Block:
-    """Load a head for ``target``, onto its device in its dtype.
+def kv_layers(folder: Path) -> tuple[int, ...]:
+    """The layers that a head reads beside the top state, which its target must be loaded with (see ``Target``).
 
     Raises:
-        BeagleError: missing, corrupt, or made for another target (which part differs is named).
+        BeagleError: it is no draft head.
     """
-    folder = Path(folder)
+    settings = _content(folder)[1].get("head")
+    return tuple(settings.get("kv_layers") or ()) if isinstance(settings, dict) else ()  # ``load_head`` refuses it
+
+
+def _content(folder: Path) -> tuple[type[Block], dict[str, Any]]:
+    """A checkpoint's architecture and config.
+
+    Raises:
+        BeagleError: it is no draft head.
+    """
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -96,6 +105,17 @@ def load_head(folder: str | Path, target: Any) -> Block:
             f"draft '{folder}' is no Beagle head (model_type is none of {', '.join(HEADS)}); "
             "give a folder that `beagle train` wrote"
         )
+    return kind, content
+
+
+def load_head(folder: str | Path, target: Any) -> Block:
+    """Load a head for ``target``, onto its device in its dtype.
+
+    Raises:
+        BeagleError: missing, corrupt, or made for another target (which part differs is named).
+    """
+    folder = Path(folder)
+    kind, content = _content(folder)
     known = {field.name for field in fields(kind.config_class)}
     try:
         settings = dict(content["head"])

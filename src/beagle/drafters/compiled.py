@@ -35,7 +35,7 @@ class _GraphView:
             head: the draft head.
             level: the root's is 1.
             rotation: RoPE of the level.
-            cache: keys and values, ``[kv_heads, capacity, head_dim]``.
+            cache: keys and values, ``[cached_heads, capacity, head_dim]``.
             slots: where the nodes' keys go, ``[appended]``.
             mask: additive ``[beam, keys]``.
         """
@@ -55,8 +55,8 @@ class _GraphView:
         for cache, fresh in zip(self._cache, (k, v), strict=True):
             cache[:, self._slots] = fresh[0]
 
-    def attend(self, q: Tensor) -> Tensor:
-        keys, values = (cache[None, :, : self._mask.shape[1]] for cache in self._cache)
+    def attend(self, q: Tensor, heads: slice) -> Tensor:
+        keys, values = (cache[None, heads, : self._mask.shape[1]] for cache in self._cache)
         return self._head.attend(q, keys, values, self._mask[None, None])
 
 
@@ -174,10 +174,10 @@ def _export(graph: _Graph, library: Path, name: str) -> bool:
     dtype = next(graph.head.parameters()).dtype
     embeddings = torch.ones(1, beam, c.hidden_size, dtype=dtype)
     rotation = torch.ones(1, 1, 1, c.head_dim, dtype=dtype)
-    cache = torch.zeros(2, c.num_kv_heads, 40, c.head_dim, dtype=dtype)
+    cache = torch.zeros(2, c.cached_heads, 40, c.head_dim, dtype=dtype)
     inputs = (
         embeddings,
-        embeddings.clone(),
+        torch.ones(1, beam, c.state_size if root else c.hidden_size, dtype=dtype),
         rotation,
         rotation.clone(),
         cache[0].clone(),

@@ -20,27 +20,36 @@ class HeadContext(DraftContext):
     Attributes:
         length: tokens of the answer so far, the prompt included.
         keys: slots whose keys are in the cache.
-        newest: hidden state of the newest token, ``[1, hidden]``; ``[0, hidden]`` before the prompt.
-        cache: keys and values, ``[2, kv_heads, capacity, head_dim]``.
-        unread: what the slots behind ``keys`` are made of: tokens, and states ``[n, hidden]``.
+        newest: hidden state of the newest token, ``[1, state_size]``; ``[0, state_size]`` before the prompt.
+        cache: keys and values, ``[2, cached_heads, capacity, head_dim]``.
+        unread: what the slots behind ``keys`` are made of: tokens, and states ``[n, state_size]``.
     """
 
-    def __init__(self, head: Block, embed: Callable[[Tensor], Tensor], rotations: Rotations) -> None:
+    def __init__(
+        self,
+        head: Block,
+        embed: Callable[[Tensor], Tensor],
+        rotations: Rotations,
+        columns: Tensor | None = None,
+    ) -> None:
         """
         Args:
             head: the draft head that the keys are for.
             embed: the target's embeddings, token ids ``[n]`` -> ``[n, hidden]``.
             rotations: of this head; the cache has their dtype and device.
+            columns: what the head reads of a hidden state, as of ``Target.columns``.
         """
         c = head.config
-        self.head, self.embed, self.rotations = head, embed, rotations
+        self.head, self.embed, self.rotations, self._columns = head, embed, rotations, columns
         self.length = self.keys = 0
-        self.newest = torch.zeros(0, c.hidden_size, dtype=rotations.dtype, device=rotations.device)
-        self.cache = torch.zeros(2, c.num_kv_heads, 0, c.head_dim, dtype=rotations.dtype, device=rotations.device)
+        self.newest = torch.zeros(0, c.state_size, dtype=rotations.dtype, device=rotations.device)
+        self.cache = torch.zeros(2, c.cached_heads, 0, c.head_dim, dtype=rotations.dtype, device=rotations.device)
         self.unread: list[tuple[list[int], Tensor]] = []
 
     def extend(self, tokens: list[int], states: Tensor) -> None:
         prompt = self.length == 0
+        if self._columns is not None:
+            states = states[:, self._columns]
         self.unread.append(self.head.known(tokens, states, self.newest))
         self.length += len(tokens)
         self.newest = states[-1:]
@@ -48,7 +57,7 @@ class HeadContext(DraftContext):
             write_unread([self])
 
     def write(self, k: Tensor, v: Tensor, at: int) -> None:
-        """Keys and values ``[kv_heads, n, head_dim]`` of the slots from ``at`` on."""
+        """Keys and values ``[cached_heads, n, head_dim]`` of the slots from ``at`` on."""
         self.cache[0, :, at : at + k.shape[1]] = k
         self.cache[1, :, at : at + k.shape[1]] = v
 

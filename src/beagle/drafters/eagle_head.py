@@ -42,6 +42,7 @@ class EagleHead(Block):
     def __init__(self, config: EagleConfig) -> None:
         super().__init__(config)
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size)
+        self._add_fusion()
         self._add_attention()
         self._add_mlp()
         self._initialise()
@@ -57,14 +58,14 @@ class EagleHead(Block):
     def remember(
         self, tokens: Tensor, states: Tensor, rotation: Rotation, embed: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        return self.keys_values(self.features(embed(tokens), states), rotation)
+        return self.keys_values(self.features(embed(tokens), self.fuse(states)), rotation)
 
     def level(self, seen: LevelView, embeddings: Tensor, newest: Tensor) -> Tensor:
         """Every node has a key of its own."""
         rotation = seen.rotation()
-        features = self.features(embeddings, newest)
+        features = self.features(embeddings, newest if seen.level > 1 else self.fuse(newest))
         seen.append(*self.keys_values(features, rotation))
-        attended = seen.attend(self.queries(features, rotation))
+        attended = seen.attend(self.queries(features, rotation), slice(None))
         return self.finish(attended, features)
 
     def features(self, embeddings: Tensor, states: Tensor) -> Tensor:

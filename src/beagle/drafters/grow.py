@@ -22,14 +22,15 @@ class KeyStore(Protocol):
     """Where the keys lie that growing trees read, and where drafted nodes write theirs behind them."""
 
     def write(self, k: Tensor, v: Tensor, at: int) -> None:
-        """Store a key and value of each node, ``[contexts, kv_heads, beam, head_dim]``, ``at`` nodes in."""
+        """Store a key and value of each node, ``[contexts, cached_heads, beam, head_dim]``, ``at`` nodes in."""
 
-    def attend(self, head: Block, q: Tensor, mask: Tensor) -> Tensor:
+    def attend(self, head: Block, q: Tensor, heads: slice, mask: Tensor) -> Tensor:
         """Attention of ``q [contexts, heads, beam, head_dim]``.
 
         Args:
             head: whose attention it is.
             q: the nodes' queries.
+            heads: which of the cached heads they meet.
             mask: additive ``[contexts, beam, appended]``: which of the drafted nodes' keys each node sees.
         """
 
@@ -47,10 +48,10 @@ class ContextKeys:
         for context, key, value in zip(self.contexts, k, v, strict=True):
             context.write(key, value, context.keys + at)
 
-    def attend(self, head: Block, q: Tensor, mask: Tensor) -> Tensor:
+    def attend(self, head: Block, q: Tensor, heads: slice, mask: Tensor) -> Tensor:
         out = []
         for context, query, own in zip(self.contexts, q, mask, strict=True):
-            keys, values = context.cache[:, None, :, : context.keys + own.shape[1]]
+            keys, values = context.cache[:, None, heads, : context.keys + own.shape[1]]
             whole = None
             if own.shape[1]:
                 whole = torch.cat([own.new_zeros(len(own), context.keys), own], dim=1)[None, None]
@@ -101,7 +102,7 @@ class Beams:
         return self._cos[:, :, level], self._sin[:, :, level]
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Add a key and value of each node of the beams, ``[contexts, kv_heads, beam, head_dim]``, that only it sees
+        """Add a key and value of each node of the beams, ``[contexts, cached_heads, beam, head_dim]``, that only it sees
         among its beam."""
         self.keys.write(k, v, self.mask.shape[2])
         self.see_own(k.shape[2])
@@ -112,9 +113,9 @@ class Beams:
         own = torch.full((beam, beam), least, dtype=self.mask.dtype, device=self.mask.device).fill_diagonal_(0.0)
         self.mask = torch.cat([self.mask, own.expand(len(self.mask), -1, -1)], dim=2)
 
-    def attend(self, q: Tensor) -> Tensor:
+    def attend(self, q: Tensor, heads: slice) -> Tensor:
         """Attention of ``q [contexts, heads, beam, head_dim]`` over the contexts and what nodes see of the rest."""
-        return self.keys.attend(self.head, q, self.mask)
+        return self.keys.attend(self.head, q, heads, self.mask)
 
     def descend(self, parents: Tensor) -> None:
         """The next level's beams: parents ``[contexts, beam]`` among this level's nodes."""
@@ -137,7 +138,7 @@ class LevelRunner(Protocol):
         Args:
             beams: what the nodes see; appended keys go there.
             tokens: the nodes, ``[contexts, beam]``.
-            newest: the state before each, ``[contexts, beam, hidden]``.
+            newest: the state before each, as of ``Block.level``.
 
         Returns:
             Predicted states ``[contexts, beam, hidden]``; fp32 logits ``[contexts * beam, draft vocabulary]`` and the
@@ -193,7 +194,7 @@ def grow(
         run_level: computes a level.
         beams: of the contexts, at the root.
         tokens: the roots, ``[contexts, 1]``.
-        newest: the state before each, ``[contexts, 1, hidden]``.
+        newest: the state before each, ``[contexts, 1, state_size]``.
         plan: shape of the trees.
         min_expected_tokens: see ``Drafter.draft``.
 

@@ -32,7 +32,7 @@ class WholeDrafts(Protocol):
 
 
 class HeadDrafter(Drafter[HeadContext]):
-    """Drafts with a head of one block over cached keys (paper §4.1).
+    """Drafts with a head over cached keys (paper §4.1).
 
     Attributes:
         head: its weights are packed or quantised as the target's are.
@@ -46,6 +46,7 @@ class HeadDrafter(Drafter[HeadContext]):
         weights = sum(parameter.numel() for parameter in head.parameters())
         tokens = head.config.draft_vocab_size or target.vocab_size
         self.name = f"{head.architecture}, {weights} weights, {tokens} tokens"
+        self._columns = target.columns(head.config.kv_layers)
         if target.quantize:  # in int8 always: a draft is made of small passes, where it is the fastest
             quantize_linears(head, "int8")
         pack_linears(head)
@@ -69,7 +70,7 @@ class HeadDrafter(Drafter[HeadContext]):
         self.name += ", captured"
 
     def context(self) -> HeadContext:
-        return HeadContext(self.head, self.eager.embed, self.rotations)
+        return HeadContext(self.head, self.eager.embed, self.rotations, self._columns)
 
     @torch.no_grad()
     def draft(

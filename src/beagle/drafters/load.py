@@ -7,7 +7,7 @@ from typing import Any
 
 from beagle.drafters import captured, compiled
 from beagle.drafters.base import Drafter
-from beagle.drafters.checkpoint import find_head, load_head, shipped_head
+from beagle.drafters.checkpoint import find_head, kv_layers, load_head, shipped_head
 from beagle.drafters.combined import CombinedDrafter
 from beagle.drafters.head_drafter import HeadDrafter
 from beagle.drafters.lookup import LookupDrafter
@@ -53,6 +53,15 @@ class DraftSpec:
         name = f"{PREFIX}{self.model}" if self.model is not None else self.head
         parts = [*([] if name is None else [name]), *(["lookup"] if self.lookup else [])]
         return "+".join(parts) or "none"
+
+
+def state_layers(spec: DraftSpec, target_name: str) -> tuple[int, ...]:
+    """The layers that a draft's head reads beside the top state: load the target with them.
+
+    Raises:
+        BeagleError: there is no such head.
+    """
+    return kv_layers(find_head(spec.head, target_name)) if spec.head is not None else ()
 
 
 def resolve_draft(draft: str | None, target_name: str) -> DraftSpec:

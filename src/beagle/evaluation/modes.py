@@ -10,7 +10,7 @@ from beagle.decoding.costs import Costs
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.drafters.head_drafter import HeadDrafter
-from beagle.drafters.load import DraftSpec, load_drafter
+from beagle.drafters.load import DraftSpec, load_drafter, state_layers
 from beagle.drafters.small import refuse_other_vocabulary
 from beagle.errors import BeagleError
 from beagle.evaluation.hf_generate import HF_MODES, HFGenerate
@@ -64,6 +64,11 @@ class Drafts:
             "lookup": DraftSpec(lookup=True),
             "small": DraftSpec(model=self.small),
         }.get(mode, DraftSpec())
+
+    def state_layers(self, modes: Sequence[str], target_name: str) -> tuple[int, ...]:
+        """The layers that any of the modes' heads reads beside the top state: load the target with them."""
+        specs = (self.of(mode, target_name) for mode in modes)
+        return tuple(sorted({layer for spec in specs for layer in state_layers(spec, target_name)}))
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from beagle.decoding.decoder import decode
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.drafters.checkpoint import shipped_head
-from beagle.drafters.load import DraftSpec, load_drafter
+from beagle.drafters.load import DraftSpec, load_drafter, state_layers
 from beagle.errors import BeagleError
 from beagle.integrations.checks import refuse_arguments, refuse_batch, refuse_model, refuse_request, unpadded
 from beagle.integrations.generate_sampler import GenerateSampler, processors_of
@@ -216,7 +216,8 @@ class Speculation:
         expected = own_logits(model)  # adapters that were merged and then disabled take themselves out here
         parts = Parts(model)
         with torch.random.fork_rng(devices=[]):  # a fresh head draws weights; the caller's seed is not ours
-            target = Target(twin(model, parts), self._tokenizer, self._name, pack=False)
+            layers = state_layers(self._draft, self._name)
+            target = Target(twin(model, parts), self._tokenizer, self._name, pack=False, state_layers=layers)
             refuse_otherwise(target, expected)
             where = {"dtype": str(target.dtype).removeprefix("torch."), "device": str(target.device)}
             ours = Model(target, load_drafter(self._draft, target, **where), self._plan)

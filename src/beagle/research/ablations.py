@@ -60,8 +60,7 @@ class AblatedHead(BeagleHead):
     def level(self, seen: LevelView, embeddings: Tensor, newest: Tensor) -> Tensor:
         if self.config.concat:
             return super().level(seen, embeddings, newest)
-        attended = seen.attend(self.queries(embeddings, seen.rotation()))
-        return self.finish(attended, embeddings, newest)
+        return self.predict(seen.attend, seen.rotation(), embeddings, newest if seen.level > 1 else self.fuse(newest))
 
     def _from_newest(self, normed: Tensor) -> Tensor:
         if self.config.newest_through_matrix:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from beagle.targets.family import base_of
 from beagle.targets.linears.joined import join_linears
 from beagle.targets.linears.quantized import quantize_linears
 from beagle.targets.plan import Kind, Plan
-from beagle.targets.runner import Graph, example
+from beagle.targets.runner import Graph, example, tap
 
 FILES: dict[Kind, str] = {"tree": "pass.so", "exact": "exact.so", "trees": "rows.so"}
 Varying = tuple[int, ...]  # dimensions
@@ -81,17 +81,23 @@ class Compiled:
         return states
 
 
-def find(folder: Path, model: nn.Module, quantize: str | None) -> Compiled | None:
+def find(folder: Path, model: nn.Module, quantize: str | None, state_layers: Sequence[int] = ()) -> Compiled | None:
     """What ``build`` made of this very model, before its weights are packed; None if there is nothing."""
     if model.device.type != "cpu":
         return None
-    package = aot_cache.find(folder, _key(model, quantize), model.state_dict)
+    package = aot_cache.find(folder, _key(model, quantize, state_layers), model.state_dict)
     return Compiled(package, model.get_input_embeddings()) if package is not None else None  # type: ignore[operator]
 
 
 @torch.no_grad()
 def build(
-    folder: Path, model: nn.Module, name: str, quantize: str | None = None, exact: bool = False, batch: bool = False
+    folder: Path,
+    model: nn.Module,
+    name: str,
+    quantize: str | None = None,
+    exact: bool = False,
+    batch: bool = False,
+    state_layers: Sequence[int] = (),
 ) -> tuple[Path, float]:
     """Compile a freshly loaded model's passes; the model is of no use afterwards.
 
@@ -102,13 +108,14 @@ def build(
         quantize: as of ``Target``.
         exact: passes of exact mode, too; what there is of them already stays.
         batch: passes over several sequences, too; what there is of them already stays.
+        state_layers: as of ``Target``.
     Returns:
         The package's folder and the seconds it took.
     Raises:
         BeagleError: the model can't be traced, or there is no compiler, or no room.
     """
     began = time.perf_counter()
-    package = aot_cache.path(folder, _key(model, quantize), model.state_dict())
+    package = aot_cache.path(folder, _key(model, quantize, state_layers), model.state_dict())
     model.eval().requires_grad_(False)
     base = base_of(model)
     embed: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
@@ -116,6 +123,7 @@ def build(
     join_linears(base, lambda: probe.learn(model, name))
     if quantize:
         quantize_linears(base, quantize)
+    tap(base, state_layers, len(layers.shapes), name)
     wanted: dict[Kind, bool] = {"tree": True, "exact": exact, "trees": batch}
     with aot_cache.writing(package, {"target": name}) as partial:
         for kind, file in FILES.items():
@@ -146,9 +154,15 @@ def _dims(plan: Plan) -> list[dict[int, Any]]:
     return [dict.fromkeys(varying, torch.export.Dim.AUTO) for varying in dims]
 
 
-def _key(model: nn.Module, quantize: str | None) -> str:
+def _key(model: nn.Module, quantize: str | None, state_layers: Sequence[int]) -> str:
     config: Any = model.config
     settings = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
     return aot_cache.key(
-        "pass", transformers.__version__, type(model).__name__, settings, str(next(model.parameters()).dtype), quantize
+        "pass",
+        transformers.__version__,
+        type(model).__name__,
+        settings,
+        str(next(model.parameters()).dtype),
+        quantize,
+        *map(int, state_layers),
     )

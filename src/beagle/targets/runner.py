@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +23,7 @@ class Runner(Protocol):
         """Whether it can run this plan."""
 
     def __call__(self, tokens: Tensor, plan: Plan) -> Tensor:
-        """``[batch, tokens]`` ids to hidden states ``[batch, tokens, hidden]``; writes fresh keys and values."""
+        """``[batch, tokens]`` ids to hidden states ``[batch, tokens, state_size]``; writes fresh keys and values."""
 
 
 class FastRunner(Runner, Protocol):
@@ -42,13 +43,51 @@ class FastRunner(Runner, Protocol):
         """A cache of one sequence for it; None: any will do, or there is none left."""
 
 
+_outputs: ContextVar[list[Tensor]] = ContextVar("outputs")  # of tapped layers, in the pass under way
+
+
+def tap(base: nn.Module, layers: Sequence[int], count: int, name: str) -> None:
+    """Let ``run_layers`` give the outputs of some layers, too.
+
+    Args:
+        base: the model without its LM head.
+        layers: their numbers, from 1 on, ascending.
+        count: layers that it has.
+        name: of the target, for errors.
+    Raises:
+        BeagleError: there are no such layers.
+    """
+    if not layers:
+        return
+    lists = [module for module in base.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    if not lists or not 1 <= layers[0] <= layers[-1] < count:
+        raise BeagleError(
+            f"{name}: no outputs of layers {', '.join(map(str, layers))}; it has {count} layers, and kv_layers are "
+            f"numbers from 1 to {count - 1}"
+        )
+    for layer in layers:
+        lists[0][layer - 1].register_forward_hook(_keep_output)
+
+
+def _keep_output(module: nn.Module, inputs: Any, output: Any) -> None:
+    found = _outputs.get(None)
+    if found is not None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+
 def run_layers(base: nn.Module, plan: Plan, **inputs: Any) -> Tensor:
-    """The model without its LM head under a plan; inputs are ``input_ids`` or ``inputs_embeds``."""
-    token = current_plan.set(plan)
+    """The model without its LM head under a plan; inputs are ``input_ids`` or ``inputs_embeds``.
+
+    Returns:
+        Hidden states: outputs of the tapped layers, then the top state, ``[batch, tokens, state_size]``.
+    """
+    token, outputs = current_plan.set(plan), _outputs.set([])
     try:
-        states: Tensor = base(position_ids=plan.positions, use_cache=False, **inputs)[0]
-        return states
+        top: Tensor = base(position_ids=plan.positions, use_cache=False, **inputs)[0]
+        found = _outputs.get()
+        return torch.cat([*found, top], dim=-1) if found else top
     finally:
+        _outputs.reset(outputs)
         current_plan.reset(token)
 
 
@@ -90,7 +129,7 @@ class Graph(nn.Module):
             embeddings: ``[1, tokens, hidden]``.
             tensors: of a plan.
         Returns:
-            Hidden states ``[1, tokens, hidden]``.
+            Hidden states ``[1, tokens, state_size]``.
         """
         plan = Plan.of_tensors(self.kind, self.windows, tensors)
         return run_layers(self.base, plan, inputs_embeds=embeddings)
@@ -99,16 +138,19 @@ class Graph(nn.Module):
 class Checked:
     """A faster runner, compared with the eager one on an example of each kind of plan before it is first used."""
 
-    def __init__(self, runner: FastRunner, eager: Runner, example: Callable[[Kind], tuple[Tensor, Plan]], name: str):
+    def __init__(
+        self, runner: FastRunner, eager: Runner, example: Callable[[Kind], tuple[Tensor, Plan]], name: str, hidden: int
+    ) -> None:
         """
         Args:
             runner: the faster one.
             eager: what it must agree with.
             example: makes ids and a plan of a kind.
             name: of the target, for errors.
+            hidden: width of a layer's states.
         """
         self.runner = runner
-        self._eager, self._example, self._name = eager, example, name
+        self._eager, self._example, self._name, self._hidden = eager, example, name, hidden
         self._agreed: set[Kind] = set()
 
     def takes(self, plan: Plan) -> bool:
@@ -132,8 +174,10 @@ class Checked:
         if not self.runner.takes(plan):
             return
         states, expected = self.runner(tokens, plan), self._eager(tokens, plan)
-        gap = (states - expected).abs().max() / expected.abs().max()
-        if not gap < 0.1:  # also catches NaN
+        same = states.shape == expected.shape
+        for own, of in zip(*(part.split(self._hidden, dim=-1) for part in (states, expected)), strict=same):
+            same = same and bool((own - of).abs().max() / of.abs().max() < 0.1)  # NaN is not
+        if not same:
             raise BeagleError(
                 f"{self._name}: the {self.runner.name} pass computes something else; {self.runner.remedy}"
             )

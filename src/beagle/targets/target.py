@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -32,7 +33,7 @@ from beagle.targets.linears.quantized import BITS, check_kind, quantize_linears
 from beagle.targets.lm_head import LMHead
 from beagle.targets.plan import EXACT_BLOCK, EXACT_TOKENS, Kind, Plan, of_exact_tree, of_prompt, of_tree, of_trees
 from beagle.targets.probe import Layers
-from beagle.targets.runner import Checked, Eager, FastRunner, Runner, example
+from beagle.targets.runner import Checked, Eager, FastRunner, Runner, example, tap
 from beagle.targets.shape import TreeShape
 
 PROMPT_TOKENS = 16_384  # of a prompt that run in one pass where no layer needs a mask
@@ -44,13 +45,15 @@ class Target:
     """Any Hugging Face causal LM whose layers go through transformers' attention interface.
 
     Its *hidden states* are the last ones after the final norm, so that ``logits(state)`` is the distribution of the
-    next token (the paper's true states, §2).
+    next token (the paper's true states, §2); where draft heads read more layers, the outputs of those stand before them.
 
     Attributes:
         pass_weights: weights that a pass multiplies each token with: layers and LM head.
         pass_bytes: what they take in memory, read once a pass.
         digest: of the model's weights, however they are kept here.
         layers: what the attention layers cache and see.
+        state_layers: numbers of the layers whose outputs are part of a hidden state.
+        state_size: width of a hidden state, ``hidden_size`` for each of them and for the top one.
         context_limit: most tokens of a prompt and its answer.
         context_ends: why it ends before the model's own context; empty where it does not.
         eager: runs any plan.
@@ -65,6 +68,7 @@ class Target:
         quantize: str | None = None,
         probes: Path | None = None,
         pack: bool = True,
+        state_layers: Sequence[int] = (),
     ) -> None:
         """
         Args:
@@ -76,9 +80,10 @@ class Target:
             probes: folder that remembers which models were compared with their own attention; None: compare.
             pack: reorder weights for the CPU's kernels (see ``targets.linears.packed``). Without, passes read the model's
                 own weights, whatever is written to them later.
+            state_layers: numbers of the layers, from 1 on, whose outputs a draft head reads beside the top state.
         Raises:
             BeagleError: the family keeps no plain KV cache, or computes something that the pass does not;
-                or there is no kernel to quantise with.
+                or there is no kernel to quantise with, or no such layer.
         """
         check_kind(quantize)
         refuse_unsupported(model.config, name)
@@ -108,6 +113,9 @@ class Target:
         self.compiled: Checked | None = None
         self.layers = self._probe(probes)
         self.layer_count = len(self.layers.shapes)
+        self.state_layers = tuple(state_layers)
+        self.state_size = self.hidden_size * (len(self.state_layers) + 1)
+        tap(self.base, self.state_layers, self.layer_count, name)
         if quantize and not self._lm_head.quantize(quantize):  # after the probe, which compares with the model's own
             self.unquantized.append("LM head")
 
@@ -149,7 +157,7 @@ class Target:
         Raises:
             BeagleError: it isn't this target's: its states are others.
         """
-        self.compiled = Checked(runner, self.eager, self._example, self.name)
+        self.compiled = Checked(runner, self.eager, self._example, self.name, self.hidden_size)
         try:
             self.compiled.check("tree")
         except Exception:
@@ -191,7 +199,7 @@ class Target:
 
     @torch.no_grad()
     def run(self, tokens: Tensor, plan: Plan) -> Tensor:
-        """One pass: ids ``[batch, tokens]`` to hidden states ``[batch, tokens, hidden]``."""
+        """One pass: ids ``[batch, tokens]`` to hidden states ``[batch, tokens, state_size]``."""
         fast = self.compiled
         runner = fast if fast is not None and fast.takes(plan) else self.eager
         return runner(tokens, plan)
@@ -205,7 +213,7 @@ class Target:
             ids: ``[batch, n]``.
             cache: of as many sequences; the prompts go on behind what it has committed, the same for all of them.
         Returns:
-            Hidden states ``[batch, n, hidden]``.
+            Hidden states ``[batch, n, state_size]``.
         """
         layers, start, end = self.layers, cache.lengths[0], cache.lengths[0] + ids.shape[1]
         if self.compiled is not None and len(ids) == 1 and end - start <= MAX_TREE_TOKENS:
@@ -235,7 +243,7 @@ class Target:
             done: first nodes of the shape that an earlier call has run and nothing has overwritten
                 since, so that a tree can grow level by level.
         Returns:
-            Hidden states ``[nodes - done, hidden]``.
+            Hidden states ``[nodes - done, state_size]``.
         """
         return self.run(tokens[None], of_tree(cache, shape, self.layers.distinct_windows, done))[0]
 
@@ -250,7 +258,7 @@ class Target:
             shapes: a tree for each sequence.
             first: sequence of the first tree; the others follow.
         Returns:
-            Hidden states ``[nodes of all trees, hidden]``.
+            Hidden states ``[nodes of all trees, state_size]``.
         """
         return self.run(tokens[None], of_trees(cache, shapes, self.layers.distinct_windows, first))[0]
 
@@ -263,7 +271,7 @@ class Target:
             shape: of the tree.
             keys: padded number of keys of every pass of this generation.
         Returns:
-            Hidden states ``[nodes, hidden]``.
+            Hidden states ``[nodes, state_size]``.
         """
         return self._run_exact(cache, tokens, shape, keys, max(len(tokens), self.min_exact_tokens))
 
@@ -297,11 +305,32 @@ class Target:
 
     @torch.no_grad()
     def logits(self, states: Tensor) -> Tensor:
-        """``[..., hidden]`` to ``[..., vocabulary]``, in the model's dtype."""
-        return self._lm_head(states)
+        """Of hidden states ``[..., state_size]``, or top states ``[..., hidden]``: ``[..., vocabulary]`` in the model's dtype."""
+        return self._lm_head(states[..., -self.hidden_size :])
+
+    def columns(self, layers: Sequence[int]) -> Tensor | None:
+        """What of a hidden state a draft head reads.
+
+        Args:
+            layers: numbers of the layers that it reads beside the top state.
+        Returns:
+            Indices into a hidden state, ``[hidden * (layers + 1)]``; None: all of it.
+        Raises:
+            BeagleError: the target wasn't loaded with them.
+        """
+        if tuple(layers) == self.state_layers:
+            return None
+        if missing := set(layers) - set(self.state_layers):
+            raise BeagleError(
+                f"the draft head reads layers {', '.join(map(str, layers))} of {self.name}, which was loaded without "
+                f"{', '.join(map(str, sorted(missing)))}; load it with state_layers={tuple(layers)}"
+            )
+        parts = [*map(self.state_layers.index, layers), len(self.state_layers)]
+        whole = torch.arange(self.state_size, device=self.device).view(-1, self.hidden_size)
+        return whole[parts].flatten()
 
     def exact_logits(self, states: Tensor) -> Tensor:
-        """``logits`` of ``[nodes, hidden]`` in exact mode."""
+        """``logits`` of ``[nodes, state_size]`` in exact mode."""
         missing = max(0, self.min_exact_tokens - len(states))
         return self.logits(F.pad(states, (0, 0, 0, missing)))[: len(states)]
 

@@ -29,7 +29,7 @@ class Sample:
         id: the prompt's key, a slash and the number of the turn.
         tokens: ``[n]`` int64: prompt and answer, as far as the target has run them. The token that ends the
             answer is none of them; the state before it is there, and is what the end is learned from.
-        states: ``[n, hidden]`` hidden states.
+        states: ``[n, state_size]`` hidden states.
         answer_from: first position whose state predicts a token of the answer (prompt length - 1).
     """
 

@@ -78,8 +78,14 @@ def batches(store: StateStore, *, tokens: int, seed: int, epoch: int) -> Iterato
         yield from (g for g in groups if g)
 
 
-def collate(group: list[Stored], target: Target) -> Batch:
-    """Pad a group and look its embeddings up, in fp32; run the target where no states are stored."""
+def collate(group: list[Stored], target: Target, columns: Tensor | None = None) -> Batch:
+    """Pad a group and look its embeddings up, in fp32; run the target where no states are stored.
+
+    Args:
+        group: samples.
+        target: their model.
+        columns: what the head reads of a state, as of ``Target.columns``.
+    """
     n = min(round_up(max(len(s.tokens) for s in group), ROUND), target.context_limit)
     tokens = torch.zeros(len(group), n, dtype=torch.long)
     for i, sample in enumerate(group):
@@ -91,14 +97,15 @@ def collate(group: list[Stored], target: Target) -> Batch:
         if not all(own[: len(s.tokens)].isfinite().all() for own, s in zip(states, group, strict=True)):
             raise BeagleError(f"the hidden states of {target.name} are NaN or infinite; load it with dtype float32")
     else:
-        states = torch.zeros(len(group), n, target.hidden_size)
+        states = torch.zeros(len(group), n, target.state_size)
         for i, own in enumerate(stored):
             states[i, : len(own)] = own
     first = torch.tensor([s.answer_from for s in group], device=target.device)
     last = torch.tensor([len(s.tokens) - 2 for s in group], device=target.device)
     with torch.no_grad():
         embeddings = target.embed(tokens).float()
-    return Batch(embeddings, states.to(target.device), first, last)
+    states = states.to(target.device)
+    return Batch(embeddings, states if columns is None else states[..., columns], first, last)
 
 
 def frequent_tokens(store: StateStore, size: int, vocab_size: int, always: Iterable[int] = ()) -> Tensor:

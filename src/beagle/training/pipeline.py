@@ -108,11 +108,11 @@ def checked(kind: Any, values: Any, path: Path, section: str) -> Any:
         ) from error
 
 
-def describe_states(hidden_size: int, states: str) -> str:
+def describe_states(width: int, states: str) -> str:
     """What ``answers.states`` costs at this width, and what the other choice would."""
-    gigabytes = 2 * hidden_size * 1e6 / 1e9  # bfloat16
+    gigabytes = 2 * width * 1e6 / 1e9  # bfloat16
     if states == "disk":
-        return f"{gigabytes:.2f} GB per million tokens at width {hidden_size} (answers.states: live stores none)"
+        return f"{gigabytes:.2f} GB per million tokens at width {width} (answers.states: live stores none)"
     return (
         "computed live, none stored; every epoch runs the target again "
         f"(answers.states: disk stores {gigabytes:.2f} GB per million tokens)"
@@ -173,7 +173,7 @@ def _answer(target: Target, todo: list[Prompt], store: StateStore, config: Answe
     random.Random(config.seed).shuffle(todo)
     have = store.tokens()
     longest = (config.max_prompt_tokens + config.max_new_tokens) * len(todo) * config.max_turns
-    console.print(f"states: {describe_states(target.hidden_size, config.states)}", highlight=False)
+    console.print(f"states: {describe_states(target.state_size, config.states)}", highlight=False)
     store.refuse_if_full(min(longest, (config.max_tokens or longest) - have))
     generator = AnswerGenerator(
         target,

@@ -62,7 +62,7 @@ def stage_loss(
     predicted, true, weights = [], [], []
     for share, (states, slots, real) in zip(shares, parts, strict=True):
         predicted.append(states[real])
-        true.append(batch.pick(batch.states, slots + 1)[real])
+        true.append(batch.pick(batch.top, slots + 1)[real])
         weights.append(torch.full((int(real.sum()),), share, device=states.device) / max(1, int(real.sum())))
     p, t, w = torch.cat(predicted), torch.cat(true), torch.cat(weights)
     cross_entropy = soft_cross_entropy(p, t, lm_head[0], w, lm_head[1])
@@ -83,14 +83,14 @@ def step_alpha(head: Block, target: Target, groups: list[list[Stored]], steps: i
     chains = STAGES[type(head)].chains
     whole, small = lm_head_rows(target), lm_head_rows(target, head.draft_vocab)
     for group in groups:
-        batch = collate(group, target)
+        batch = collate(group, target, target.columns(head.config.kv_layers))
         for offset in range(steps):
             alive: Tensor | None = None
             for j, (states, slots, real) in enumerate(chains(head, batch, batch.states, steps, offset, steps)):
                 if alive is not None:
                     real = real & alive
                 draft = head.draft_vocab[F.linear(states[real], *small).argmax(-1)]
-                truth = F.linear(batch.pick(batch.states, slots + 1)[real], *whole).argmax(-1)
+                truth = F.linear(batch.pick(batch.top, slots + 1)[real], *whole).argmax(-1)
                 alive = torch.zeros_like(real)
                 alive[real] = draft == truth
                 tried[j] += int(real.sum())

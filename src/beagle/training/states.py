@@ -41,6 +41,12 @@ class Fingerprint:
     max_prompt_tokens: int
     max_new_tokens: int
     quantize: str | None = None
+    state_layers: tuple[int, ...] = ()
+
+    @property
+    def state_size(self) -> int:
+        """Width of the states."""
+        return self.hidden_size * (len(self.state_layers) + 1)
 
     @classmethod
     def of(cls, target: Target, max_prompt_tokens: int, max_new_tokens: int) -> Fingerprint:
@@ -55,11 +61,12 @@ class Fingerprint:
             max_prompt_tokens,
             max_new_tokens,
             target.quantize,
+            target.state_layers,
         )
 
 
 class StateStore:
-    """A folder of shards: ``tokens [n]``, ``states [n, hidden]`` bf16, ``offsets``, ``answer_from``."""
+    """A folder of shards: ``tokens [n]``, ``states [n, state_size]`` bf16, ``offsets``, ``answer_from``."""
 
     def __init__(self, folder: str | Path, fingerprint: Fingerprint, *, with_states: bool = True) -> None:
         """
@@ -74,6 +81,8 @@ class StateStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             found, wanted = self._manifest(self.folder), asdict(fingerprint)
+            if found is not None:
+                found.setdefault("state_layers", [])  # older ones have the top state alone
             if found is None:
                 write_json(self.folder / "manifest.json", wanted)
             elif key := first_change(found, {key: value for key, value in wanted.items() if key != "target"}):
@@ -153,7 +162,7 @@ class StateStore:
         Raises:
             BeagleError: ``tokens`` more tokens would not leave 1 GB of the disk free.
         """
-        need = tokens * (2 * self.fingerprint.hidden_size * self.with_states + 8)
+        need = tokens * (2 * self.fingerprint.state_size * self.with_states + 8)
         free = shutil.disk_usage(self.folder).free
         if need + 1_000_000_000 > free:
             raise BeagleError(

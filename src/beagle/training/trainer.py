@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from beagle.drafters.block import Block
+from beagle.drafters.block import Block, Layer
 from beagle.drafters.checkpoint import HEADS, save_head
 from beagle.errors import BeagleError
 from beagle.files import replacing, write_json
@@ -36,7 +36,9 @@ def new_head(target: Target, config: TrainConfig, options: dict[str, Any]) -> Bl
     settings = dict(options)
     kind = HEADS[settings.pop("architecture", "beagle")]
     head = kind(kind.config_class.for_target(target, draft_vocab_size=config.draft_vocab_size, **settings))
-    head.dropout = config.dropout
+    for module in head.modules():
+        if isinstance(module, Layer):
+            module.dropout = config.dropout
     return head.to(target.device)
 
 
@@ -56,11 +58,14 @@ def refuse_before_answers(target: Target, out: Path, config: TrainConfig, option
         )
     try:
         head = new_head(target, config, options)
+        target.columns(head.config.kv_layers)
         zeros = torch.zeros(1, 8, target.hidden_size, device=target.device)
+        states = torch.zeros(1, 8, head.config.state_size, device=target.device)
         first = torch.zeros(1, dtype=torch.long, device=target.device)
         rows = lm_head_rows(target, first)
         for stage in ("early", "late"):
-            stage_loss(head, Batch(zeros, zeros, first, first + 6), rows, config, stage=stage, offset=0, noise=zeros)
+            batch = Batch(zeros, states, first, first + 6)
+            stage_loss(head, batch, rows, config, stage=stage, offset=0, noise=states)
     except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
         raise BeagleError(
             f"no head with these settings can be built for {target.name} ({first_line(error)}); correct the head "
@@ -84,6 +89,7 @@ class Trainer:
         self.head = new_head(target, config, self.head_options)
         if size := config.draft_vocab_size:
             self.head.draft_vocab.copy_(frequent_tokens(store, size, target.vocab_size, target.eos_ids))
+        self.columns = target.columns(self.head.config.kv_layers)
         self.autocast = config.autocast and pick_dtype("auto", target.device) == torch.bfloat16
         self.lm_head = self._lm_head()
         self.optimizer = torch.optim.AdamW(
@@ -173,7 +179,7 @@ class Trainer:
     def _one(self, group: list[Stored]) -> float:
         began = time.perf_counter()
         c = self.config
-        batch = collate(group, self.target)
+        batch = collate(group, self.target, self.columns)
         random = torch.Generator(device=self.target.device).manual_seed(c.seed * 1_000_003 + self.step)
         noise = torch.randn(batch.states.shape, generator=random, device=self.target.device)
         for part in self.optimizer.param_groups:

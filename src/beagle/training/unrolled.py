@@ -38,14 +38,14 @@ def chains(head: EagleHead, batch: Batch, keys_from: Tensor, window: int, offset
     """Simulated inference from each base.
 
     Args:
-        keys_from: the (noised) states ``[batch, n, hidden]`` that true features come from.
+        keys_from: the (noised) states ``[batch, n, state_size]`` that true features come from.
         window: distance of bases.
         offset: of the first base, in [0, window).
     Returns:
         Per step: predicted states ``[batch, bases, hidden]``, slots, and which are real.
     """
     base = bases(batch, window, offset)
-    true = head.features(batch.embeddings[:, 1:], keys_from[:, :-1])  # the last slot's next token is unknown
+    true = head.features(batch.embeddings[:, 1:], head.fuse(keys_from[:, :-1]))  # the last slot's next token is unknown
     everywhere = torch.arange(true.shape[1], device=base.device)
     k, v = head.keys_values(true, head.rotation(everywhere[None], true.dtype))
     k, v = k.contiguous(), v.contiguous()  # as in ``windows.simulated``

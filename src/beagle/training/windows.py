@@ -26,7 +26,7 @@ class Batch:
 
     Attributes:
         embeddings: ``[batch, n, hidden]`` e(t_i), frozen.
-        states: ``[batch, n, hidden]`` hidden states h_i.
+        states: ``[batch, n, state_size]`` hidden states h_i, the top ones behind those of other layers.
         first: ``[batch]`` first slot that bears a loss (prompt length - 1).
         last: ``[batch]`` last such slot (tokens - 2: its output is compared with h_{last+1}).
     """
@@ -35,6 +35,11 @@ class Batch:
     states: Tensor
     first: Tensor
     last: Tensor
+
+    @property
+    def top(self) -> Tensor:
+        """The top states, ``[batch, n, hidden]``."""
+        return self.states[..., -self.embeddings.shape[-1] :]
 
     def pick(self, source: Tensor, index: Tensor) -> Tensor:
         """Vectors of ``source [batch, n, hidden]`` at ``index [batch, m]``."""
@@ -59,7 +64,7 @@ def early(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset
     """Inverse block attention: every slot of a window sees the true keys up to its base only.
 
     Args:
-        keys_from: the (noised) states that keys, values and newest states come from.
+        keys_from: the (noised) states ``[batch, n, state_size]`` that keys, values and newest states come from.
         window: k.
         offset: ε in [0, k).
     Returns:
@@ -86,12 +91,16 @@ def seeing(head: BeagleHead, batch: Batch, keys_from: Tensor, base: Tensor) -> P
     real = slots <= batch.last[:, None]
     base = base.clamp(min=0)
     everywhere = torch.arange(n, device=slots.device)
+    keys_from = head.fuse(keys_from)
     k, v = head.keys_values(keys_from, head.rotation(everywhere[None], keys_from.dtype))
     embeddings = batch.pick(batch.embeddings, slots + 1)
-    q = head.queries(embeddings, head.rotation(slots, embeddings.dtype))
-    mask = additive(everywhere <= base[..., None], q.dtype)[:, None]
-    attended = head.attend(q, k, v, mask)
-    return head.finish(attended, embeddings, batch.pick(keys_from, base)), slots, real
+    mask = additive(everywhere <= base[..., None], k.dtype)[:, None]
+
+    def attend(q: Tensor, heads: slice) -> Tensor:
+        return head.attend(q, k[:, heads], v[:, heads], mask)
+
+    rotation = head.rotation(slots, embeddings.dtype)
+    return head.predict(attend, rotation, embeddings, batch.pick(keys_from, base)), slots, real
 
 
 def late(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset: int, steps: int) -> list[Part]:
@@ -105,13 +114,21 @@ def late(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset:
     """
     base = bases(batch, window, offset)
     everywhere = torch.arange(batch.states.shape[1], device=base.device)
+    keys_from = head.fuse(keys_from)
     k, v = head.keys_values(keys_from, head.rotation(everywhere[None], keys_from.dtype))
     k, v = k.contiguous(), v.contiguous()  # a product with anything else copies it, and autograd keeps each copy
     mask = additive(everywhere <= base[..., None], k.dtype)[:, None]  # [batch, 1, windows, n]
     newest = batch.pick(keys_from, base)  # [batch, windows, hidden]
-    own_k: list[Tensor] = []  # of each earlier step, [batch, kv_heads, windows, head_dim]
+    own_k: list[Tensor] = []  # of each earlier step, [batch, cached_heads, windows, head_dim]
     own_v: list[Tensor] = []
     out: list[Part] = []
+
+    def attend(q: Tensor, heads: slice) -> Tensor:
+        if not own_k:
+            return head.attend(q, k[:, heads], v[:, heads], mask)
+        own = ([x[:, heads] for x in of] for of in (own_k, own_v))
+        return attend_with_own(q, k[:, heads], v[:, heads], mask, *own)
+
     for step in range(1, steps + 1):
         slots = base + step - 1
         embeddings = batch.pick(batch.embeddings, slots + 1)
@@ -120,9 +137,7 @@ def late(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset:
             key, value = head.keys_values(newest, rotation)  # of the state predicted for this slot
             own_k.append(key)
             own_v.append(value)
-        q = head.queries(embeddings, rotation)
-        attended = attend_with_own(q, k, v, mask, own_k, own_v) if own_k else head.attend(q, k, v, mask)
-        newest = head.finish(attended, embeddings, newest)
+        newest = head.predict(attend, rotation, embeddings, newest)
         out.append((newest, slots, slots <= batch.last[:, None]))
     return out
 

@@ -46,6 +46,11 @@ def export(
             f"a head of architecture '{head.architecture}' can't be exported; choose one trained with "
             "'architecture: beagle'"
         )
+    if head.config.kv_layers or head.config.blocks > 1:
+        raise BeagleError(
+            "vLLM is not given more than a target's top state and one block: a head with kv_layers or blocks can't be "
+            "exported; train one without"
+        )
     folder = Path(folder)
     layer = layer_config(head, target)
     content = layer if to == "vllm" else speculators_config(layer, depth, verifier or target.name)

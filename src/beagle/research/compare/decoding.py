@@ -9,7 +9,7 @@ from typing import Any
 
 from beagle.drafters import captured
 from beagle.drafters.base import TreePlan
-from beagle.drafters.checkpoint import load_head
+from beagle.drafters.checkpoint import kv_layers, load_head
 from beagle.drafters.head_drafter import HeadDrafter
 from beagle.errors import BeagleError
 from beagle.evaluation.figures import by, summary
@@ -61,7 +61,8 @@ def decode(work: Work) -> dict[str, Any]:
     First turns only: later ones would ask each head about its own answers.
     """
     quiet()
-    target = load_target(**work.target)
+    layers = sorted({layer for folder in work.heads.values() for layer in kv_layers(folder)})
+    target = load_target(**work.target, state_layers=layers)
     drafters = {}
     for name, folder in work.heads.items():
         head = load_head(folder, target)

@@ -148,8 +148,8 @@ def train_variant(spec: Spec) -> dict[str, Any]:
         BeagleError: the data is another target's, or training fails.
     """
     quiet()
-    target = load_target(**spec.target)
     fingerprint = StateStore.existing(spec.data).fingerprint
+    target = load_target(**spec.target, state_layers=fingerprint.state_layers)
     store = StateStore(
         spec.data, type(fingerprint).of(target, fingerprint.max_prompt_tokens, fingerprint.max_new_tokens)
     )

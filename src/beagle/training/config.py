@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from beagle.training.losses import Loss
+
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 
@@ -24,12 +26,16 @@ class TrainConfig:
         noise: scale added to the hidden states that the head is given.
         early_window: k of the early stage alone (ours). 1 trains every slot as a first draft, of which larger
             windows train one in k; later drafts are then left to the late stage.
-        regression: coefficient of the smooth-L1 term.
+        loss: between the draft's distribution and the target's, see ``losses.slot_losses``; the paper has the
+            cross-entropy, the others grow with what sampling would reject.
+        cross_entropy_share: from 0 to 1, of cross-entropy mixed into another loss.
+        regression: coefficient of the smooth-L1 term; 0: none.
         dropout: ours, against overfitting where answers are few.
         autocast: matrix products in bfloat16 where the machine multiplies it (elsewhere nothing changes);
             weights, optimiser and losses stay fp32.
         validation_samples: held-out answers that step-α is measured on, at most.
         beta_decay: late-stage weights are β_i = k - i + 1, normalised; off: all equal.
+        dpace: late-stage weights follow acceptance in place of either, see ``losses.dpace_weights``.
     """
 
     early_epochs: NotNegative = 10
@@ -45,8 +51,11 @@ class TrainConfig:
     weight_decay: NotNegative = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 0.5
     noise: NotNegative = 0.2
+    loss: Loss = "cross_entropy"
+    cross_entropy_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     regression: NotNegative = 10.0
     beta_decay: bool = True
+    dpace: bool = False
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     autocast: bool = False
     draft_vocab_size: Positive | None = None

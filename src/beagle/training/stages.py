@@ -17,7 +17,7 @@ from beagle.targets.target import Target
 from beagle.training import unrolled, windows
 from beagle.training.config import TrainConfig
 from beagle.training.data import Stored, collate
-from beagle.training.losses import regression, soft_cross_entropy
+from beagle.training.losses import dpace_weights, regression, slot_losses, total
 from beagle.training.windows import Batch, Part
 
 LMHeadWeights = tuple[Tensor, Tensor | None]  # weight [draft_vocab, hidden], bias [draft_vocab]
@@ -48,7 +48,7 @@ STAGES: dict[type[Block], Stages] = {
 def stage_loss(
     head: Block, batch: Batch, lm_head: LMHeadWeights, config: TrainConfig, *, stage: str, offset: int, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Loss of one batch (cross-entropy plus regression) and its cross-entropy alone."""
+    """Loss of one batch (``config.loss`` plus regression) and without the regression."""
     keys_from = batch.states + config.noise * noise
     stages = STAGES[type(head)]
     window = config.stage_window(stage)
@@ -65,10 +65,18 @@ def stage_loss(
         true.append(batch.pick(batch.top, slots + 1)[real])
         weights.append(torch.full((int(real.sum()),), share, device=states.device) / max(1, int(real.sum())))
     p, t, w = torch.cat(predicted), torch.cat(true), torch.cat(weights)
-    cross_entropy = soft_cross_entropy(p, t, lm_head[0], w, lm_head[1])
+    dpace = config.dpace and stage == "late"
+    values, acceptance = slot_losses(
+        p, t, lm_head[0], torch.ones_like(w) if dpace else w, lm_head[1],
+        loss=config.loss, cross_entropy_share=config.cross_entropy_share, measure=dpace,
+    )  # fmt: skip
+    if acceptance is not None:
+        w = dpace_weights(acceptance, [real for *_, real in parts])
+        values = values * w
+    loss = total(values)
     if not config.regression:
-        return cross_entropy, cross_entropy.detach()
-    return cross_entropy + config.regression * regression(p, t, w), cross_entropy.detach()
+        return loss, loss.detach()
+    return loss + config.regression * regression(p, t, w), loss.detach()
 
 
 @torch.no_grad()

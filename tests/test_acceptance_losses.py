@@ -159,9 +159,7 @@ def setting(architecture: str):
 def settled(head, batch, lm_head, config, stage):
     """Loss, what is shown, and gradients by name."""
     head.zero_grad()
-    loss, shown = stage_loss(
-        head, batch, lm_head, config, stage=stage, offset=1, noise=torch.zeros_like(batch.states)
-    )
+    loss, shown = stage_loss(head, batch, lm_head, config, stage=stage, offset=1, noise=torch.zeros_like(batch.states))
     loss.backward()
     return loss.detach(), shown, {name: p.grad.clone() for name, p in head.named_parameters()}
 

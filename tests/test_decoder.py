@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from beagle.decoding.decoder import Decoder
+from beagle.decoding.live_cache import exact_keys
 from beagle.decoding.prefixes import PrefixCache
 from beagle.decoding.sampling import Sampler, SamplingParams
 from beagle.decoding.sequence import Sequence
@@ -374,7 +375,7 @@ def test_no_memory_for_the_longest_answer_ends_it_alone(endless, make, monkeypat
 
 
 def test_no_memory_to_grow_ends_the_longest_alone(endless, make, monkeypatch):
-    monkeypatch.setattr("beagle.decoding.decoder.FIRST_SLOTS", 10)
+    monkeypatch.setattr("beagle.decoding.live_cache.FIRST_SLOTS", 10)
     sequences = three(endless)
     sequences[1] = sequence_of(endless, list(range(3, 12)), SamplingParams(max_new_tokens=300))
     expected = [alone(endless, one.ids, SamplingParams(max_new_tokens=one.max_new_tokens)) for one in sequences]
@@ -388,10 +389,9 @@ def test_no_memory_to_grow_ends_the_longest_alone(endless, make, monkeypatch):
 def test_an_exact_pass_that_fails_ends_its_sequence_alone(endless, monkeypatch):
     sequences = three(endless)
     expected = [alone(endless, one.ids, SamplingParams(max_new_tokens=one.max_new_tokens), True) for one in sequences]
-    keys = Decoder(endless, exact=True)._keys
     verify = endless.verify_exact
     sequences[1] = sequence_of(endless, list(range(3, 12)), SamplingParams(max_new_tokens=300))
-    most = keys(sequences[1])
+    most = exact_keys(sequences[1])
 
     def failing(cache, tokens, shape, keys):
         if keys == most and len(sequences[1].tokens) > 4:

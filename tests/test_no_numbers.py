@@ -114,7 +114,7 @@ def test_caches_grow_behind_a_prompt(monkeypatch, kind):
     options = {"max_new_tokens": 90, "ignore_eos": True, "temperature": 1.0}
     prompts = [PROMPT, [7], [8, 9]]
     expected = [Model(target).generate(prompt, **options).token_ids for prompt in prompts]
-    monkeypatch.setattr("beagle.decoding.decoder.FIRST_SLOTS", 3)
+    monkeypatch.setattr("beagle.decoding.live_cache.FIRST_SLOTS", 3)
     for model in (Model(target), Model(target, drafter, TreePlan(kind, depth=3, top_k=4, nodes=8))):
         assert [model.generate(prompt, **options).token_ids for prompt in prompts] == expected
         assert [a.token_ids for a in model.generate_batch(prompts, rows=2, **options)] == expected

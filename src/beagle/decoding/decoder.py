@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from beagle.decoding.costs import Costs
-from beagle.decoding.live_cache import LiveCache
+from beagle.decoding.live_cache import LiveCache, exact_keys
+from beagle.decoding.prefill import Prefill
 from beagle.decoding.prefixes import PrefixCache
 from beagle.decoding.sampling import Sampler
 from beagle.decoding.sequence import Emitted, Sequence, Step, room
@@ -25,13 +26,11 @@ from beagle.decoding.stats import Stats
 from beagle.decoding.walk import Walk, accept
 from beagle.drafters.base import Draft, Drafter, TreePlan, prune
 from beagle.errors import BeagleError
-from beagle.limits import MAX_NODES, MAX_TREE_TOKENS
-from beagle.targets.plan import EXACT_BLOCK, EXACT_TOKENS
+from beagle.limits import MAX_NODES
+from beagle.targets.plan import EXACT_TOKENS
 from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
 
-FIRST_SLOTS = 4096  # of a cache behind its prompts, before it grows: a long limit need not be met
-TOGETHER = 4096  # tokens of prompts that run in one pass, the shorter ones counted as long as the longest
 Emissions = list[tuple[Sequence, Emitted]]
 
 
@@ -84,30 +83,28 @@ class Decoder:
         self.target = target
         self.size = size
         self.live: list[Sequence] = []
-        self._entering: deque[Sequence] = deque()
         self._ran_prompts = False  # in the last step
         self._cache = LiveCache(target, size)
+        self._prefill = Prefill(target, self._cache, None if exact else prefixes, piece, exact)
         self._drafter, self._plan = drafter, plan or TreePlan()
         self._costs, self._shared_costs, self._exact = costs, shared_costs, exact
-        self._prefixes = None if exact else prefixes
-        self._keep_states = keep_states or self._prefixes is not None
-        self._piece = None if exact else piece
+        self._keep_states = keep_states or self._prefill.prefixes is not None
 
     @property
     def free(self) -> int:
         """How many sequences may enter."""
-        return self.size - len(self.live) - len(self._entering)
+        return self.size - len(self.live) - len(self._prefill.waiting)
 
     def run(self, waiting: deque[Sequence]) -> Iterator[tuple[Sequence, Emitted]]:
         """Decode all that waits, yielding new tokens as they come; ``waiting`` may still grow meanwhile."""
-        while waiting or self.live or self._entering:
+        while waiting or self.live or self._prefill.waiting:
             if waiting and self.free >= max(1, self.size // 8):  # a pass over few prompts is dear among many
                 self.enter([waiting.popleft() for _ in range(min(self.free, len(waiting)))])
             yield from self.step()
 
     def enter(self, sequences: Iterable[Sequence]) -> None:
         """Take on sequences, at most as many as are ``free``: their prompts run in the next steps."""
-        self._entering += sorted(sequences, key=lambda one: len(one.ids))  # so that passes have little padding
+        self._prefill.add(sequences)
 
     @torch.no_grad()
     def step(self) -> Emissions:
@@ -116,12 +113,12 @@ class Decoder:
         Returns:
             New tokens. Sequences whose answers end, or fail, have left.
         """
-        prompts = bool(self._entering) and not (self.live and self._ran_prompts)
+        prompts = bool(self._prefill.waiting) and not (self.live and self._ran_prompts)
         self._ran_prompts = prompts
         try:
             return self._run_prompts() if prompts else self._iterate() if self.live else []
         except BaseException:  # Ctrl-C, say
-            self._prefixes = None  # what of the step is in the cache is not known: none of it is kept
+            self._prefill.prefixes = None  # what of the step is in the cache is not known: none of it is kept
             raise
 
     def leave(self, sequence: Sequence) -> None:
@@ -130,15 +127,16 @@ class Decoder:
             return
         sequence.ended = True
         sequence.context = sequence.cache = None  # their memory is free for others
-        if sequence in self._entering:
-            self._entering.remove(sequence)
+        if sequence in self._prefill.waiting:
+            self._prefill.waiting.remove(sequence)
         if sequence not in self.live:
             return
         at, last = self.live.index(sequence), len(self.live) - 1
-        if self._prefixes is not None and sequence.error is None:
+        prefixes = self._prefill.prefixes
+        if prefixes is not None and sequence.error is None:
             cache = self._cache.whole
             known = [*sequence.ids, *sequence.tokens][: cache.lengths[at]]
-            self._prefixes.keep(known, cache, at, sequence.states)
+            prefixes.keep(known, cache, at, sequence.states)
             sequence.states = []
         self._cache.remove(at, last, clear=sequence.error is not None)
         self.live[at] = self.live[last]
@@ -152,101 +150,22 @@ class Decoder:
     # prompts
 
     def _run_prompts(self) -> Emissions:
-        """One pass over prompts that wait: over several, or over one, of which it is a ``piece`` if others are live."""
-        together = self._together()
-        return self._enter_together(together) if len(together) > 1 else self._enter_alone()
+        found = self._prefill.step(len(self.live))
+        self.live += found.sequences
+        emitted = [self._fail(one, error) for one, error in found.failed]
+        if found.logits is not None:
+            emitted += self._begin(found.sequences, found.states, found.logits)
+        return emitted
 
-    def _together(self) -> list[Sequence]:
-        """The next prompts that wait, as many as one pass may take whole."""
-        if self._exact:
-            return []
-        most = self._piece if self.live and self._piece is not None else TOGETHER
-        found: list[Sequence] = []
-        longest = 0
-        for one in self._entering:
-            longest = max(longest, len(one.ids))
-            if one.cache is not None or longest > (self._piece or most) or (len(found) + 1) * longest > most:
-                break
-            found.append(one)
-        return found
-
-    def _enter_together(self, sequences: list[Sequence]) -> Emissions:
-        """Run whole prompts in one pass, each behind what is known of it."""
-        began = time.perf_counter()
-        first = len(self.live)
-        known = [self._prefixes.find(one.ids) if self._prefixes is not None else None for one in sequences]
-        starts = [prefix.length if prefix is not None else 0 for prefix in known]
-        pieces = [one.ids[start:] for one, start in zip(sequences, starts, strict=True)]
-        tokens = torch.tensor([token for piece in pieces for token in piece], device=self.target.device)
-        try:
-            cache = self._cache.share(max(map(self._slots, sequences)))
-        except BeagleError as error:
-            return [self._fail(max(sequences, key=self._slots), error)]
-        try:
-            for i, prefix in enumerate(known, first):
-                cache.lengths[i] = 0
-                if prefix is not None:
-                    cache.copy_sequence(i, prefix.cache, 0, prefix.length)
-            shapes = [TreeShape.chain(len(piece)) for piece in pieces]
-            parts = list(self.target.verify_trees(cache, tokens, shapes, first).split([len(piece) for piece in pieces]))
-            logits = self.target.logits(torch.stack([part[-1] for part in parts]))
-            for i, prefix in enumerate(known):
-                if prefix is not None:
-                    parts[i] = torch.cat([prefix.states, parts[i]])
-        except Exception as error:  # of the pass that they share
-            return [self._fail(one, error) for one in sequences]
-        for i, (one, start) in enumerate(zip(sequences, starts, strict=True)):
-            cache.lengths[first + i] = len(one.ids)
-            one.cached_tokens = start
-            self._entering.remove(one)
-        self.live += sequences
-        return self._begin(sequences, parts, logits, began)
-
-    def _enter_alone(self) -> Emissions:
-        """Run the first prompt that waits, or its next piece, in a cache of its own."""
-        began = time.perf_counter()
-        sequence = self._entering[0]
-        try:
-            if sequence.cache is None:
-                self._allocate(sequence)
-            cache = sequence.cache
-            assert cache is not None
-            piece = sequence.ids[cache.length :][: self._piece if self.live else None]
-            sequence.states.append(self.target.prefill(torch.tensor([piece], device=self.target.device), cache)[0])
-            if cache.length < len(sequence.ids):
-                sequence.stats.prefill_seconds += time.perf_counter() - began
-                return []
-            states = sequence.states[0] if len(sequence.states) == 1 else torch.cat(sequence.states)
-            logits = self.target.logits(states[-1])[None]
-            self._cache.add(cache, len(self.live), self._keys(sequence) if self._exact else self._slots(sequence))
-        except Exception as error:
-            return [self._fail(sequence, error)]
-        self._entering.popleft()
-        self.live.append(sequence)
-        sequence.cache, sequence.states = None, []
-        return self._begin([sequence], [states], logits, began)
-
-    def _allocate(self, sequence: Sequence) -> None:
-        """A cache for the prompt, and for the answer where it is the only one; with what is known of the prompt."""
-        known = self._prefixes.find(sequence.ids) if self._prefixes is not None else None
-        capacity = len(sequence.ids)
-        if not self.live:
-            capacity = self._keys(sequence) if self._exact else self._slots(sequence) + MAX_TREE_TOKENS
-        sequence.cache = self.target.new_cache(1, capacity)
-        if known is not None:
-            sequence.cache.copy_sequence(0, known.cache, 0, known.length)
-            sequence.states = [known.states]
-            sequence.cached_tokens = known.length
-
-    def _begin(self, sequences: list[Sequence], states: Iterable[Tensor], logits: Tensor, began: float) -> Emissions:
+    def _begin(self, sequences: list[Sequence], states: list[Tensor], logits: Tensor) -> Emissions:
         """Choose first tokens.
 
         Args:
             sequences: the last live ones.
-            states: of each prompt, ``[n, hidden]``.
+            states: of each prompt, ``[n, state_size]``.
             logits: of each prompt's last token, ``[sequences, vocabulary]``.
-            began: when their prompts did.
         """
+        began = time.perf_counter()
         no_draft, root = Draft([], [], []), TreeShape([-1])
         walks = [Walk(no_draft, one.sampler, first=i, position=0, left=1) for i, one in enumerate(sequences)]
         accept(walks, logits)
@@ -381,7 +300,7 @@ class Decoder:
             for i, (one, tree, shape) in enumerate(zip(sequences, trees, shapes, strict=True)):
                 tokens = torch.tensor(tree, device=target.device)
                 try:
-                    states = target.verify_exact(self._cache.of(i), tokens, shape, self._keys(one))
+                    states = target.verify_exact(self._cache.of(i), tokens, shape, exact_keys(one))
                     found.append((states, target.exact_logits(states)))
                 except Exception as error:
                     raise _OfOne(one, error) from error
@@ -404,18 +323,6 @@ class Decoder:
             self._cache.reserve(max(slots))
         except BeagleError as error:
             raise _OfOne(self.live[slots.index(max(slots))], error) from error
-
-    def _slots(self, sequence: Sequence) -> int:
-        """Tokens of a sequence, or as many of them as a cache has room for at first."""
-        return min(len(sequence.ids) + sequence.max_new_tokens, len(sequence.ids) + FIRST_SLOTS)
-
-    def _keys(self, sequence: Sequence) -> int:
-        """Keys of every exact pass of an answer."""
-        return _blocks(len(sequence.ids) + sequence.max_new_tokens + EXACT_TOKENS)
-
-
-def _blocks(slots: int) -> int:
-    return -(-slots // EXACT_BLOCK) * EXACT_BLOCK
 
 
 def decode(

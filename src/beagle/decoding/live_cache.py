@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from beagle.decoding.sequence import Sequence
 from beagle.limits import MAX_TREE_TOKENS
 from beagle.targets.cache import KVCache
+from beagle.targets.plan import EXACT_BLOCK, EXACT_TOKENS
 from beagle.targets.target import Target
+
+FIRST_SLOTS = 4096  # of a cache behind its prompts, before it grows: a long limit need not be met
+
+
+def first_slots(sequence: Sequence) -> int:
+    """Tokens of a sequence, or as many of them as a cache has room for at first."""
+    return min(len(sequence.ids) + sequence.max_new_tokens, len(sequence.ids) + FIRST_SLOTS)
+
+
+def exact_keys(sequence: Sequence) -> int:
+    """Keys of every exact pass of an answer, in whole blocks."""
+    slots = len(sequence.ids) + sequence.max_new_tokens + EXACT_TOKENS
+    return -(-slots // EXACT_BLOCK) * EXACT_BLOCK
 
 
 class LiveCache:

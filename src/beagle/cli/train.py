@@ -19,6 +19,9 @@ def train(
         Path | None, typer.Option(help="Prompts, JSON lines or an array, gzipped or not; the target answers them.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of answers and states (default: OUT/data).")] = None,
+    answers: Annotated[
+        Path | None, typer.Option(help="Folder of the target's answers to the prompts; it answers none itself.")
+    ] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="Recipe, YAML (see configs/).")] = None,
     target: o.TargetName = "smollm2-135m",
     dtype: o.DType = "float32",
@@ -39,6 +42,9 @@ def train(
     True states are stored (answers.states: disk in the recipe; 2 bytes x hidden size a token) or computed again in
     every epoch (live). Store them where the disk has room: it is the faster way from the second epoch on.
 
+    Answers that exist are not made again: the target's own, in a folder of token ids (--answers), or those that the
+    dialogues of --prompts bring (answers.source: given in the recipe).
+
     Example: [bold]beagle train --prompts prompts.jsonl --config configs/smollm2-135m.yaml --out runs/mine[/bold]
     """
     from beagle.training.pipeline import Recipe, read_recipe, train_head
@@ -49,6 +55,8 @@ def train(
     if max_tokens:
         recipe = replace(recipe, answers=replace(recipe.answers, max_tokens=max_tokens))
     questions = read_prompts(prompts, limit=limit, skip_bad_lines=skip_bad_lines) if prompts else None
+    if answers and not prompts:
+        raise BeagleError(f"--answers '{answers}' holds no prompts; give the file that they answer with --prompts")
     if questions is None:
         refuse_without_answers(data or out / "data")
     try:
@@ -61,7 +69,15 @@ def train(
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job's manager ends it as Ctrl-C does
     try:
         folder = train_head(
-            loaded, questions, out, recipe, data=data, seconds=seconds, console=o.console, skip_bad_lines=skip_bad_lines
+            loaded,
+            questions,
+            out,
+            recipe,
+            data=data,
+            seconds=seconds,
+            console=o.console,
+            skip_bad_lines=skip_bad_lines,
+            answers=answers,
         )
     except KeyboardInterrupt:
         o.console.print(f"[yellow]stopped; nothing is lost: run the same command again to go on in {out}[/yellow]")

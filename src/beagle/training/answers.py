@@ -29,14 +29,30 @@ class Sample:
         id: the prompt's key, a slash and the number of the turn.
         tokens: ``[n]`` int64: prompt and answer, as far as the target has run them. The token that ends the
             answer is none of them; the state before it is there, and is what the end is learned from.
-        states: ``[n, state_size]`` hidden states.
+        states: ``[n, state_size]`` hidden states; None where they are computed in training.
         answer_from: first position whose state predicts a token of the answer (prompt length - 1).
     """
 
     id: str
     tokens: Tensor
-    states: Tensor
+    states: Tensor | None
     answer_from: int
+
+
+def refuse_not_finite(states: Tensor, target: Target, name: str) -> None:
+    """
+    Args:
+        name: of the prompt whose states they are.
+    Raises:
+        BeagleError: some are no numbers.
+    """
+    if not states.isfinite().all():
+        dtype = str(target.dtype).removeprefix("torch.")
+        remedy = "copy or download it again" if dtype == "float32" else "load it with dtype float32"
+        raise BeagleError(
+            f"{name}: the hidden states of {target.name} in {dtype} are NaN or infinite there, and can't be trained on; "
+            f"{remedy}"
+        )
 
 
 @dataclass(frozen=True)
@@ -134,13 +150,7 @@ class AnswerGenerator:
 
     def _sample(self, sequence: Sequence, job: _Job) -> Sample:
         states = torch.cat(sequence.states).to("cpu", torch.bfloat16)
-        if not states.isfinite().all():
-            dtype = str(self.target.dtype).removeprefix("torch.")
-            remedy = "copy or download it again" if dtype == "float32" else "load it with dtype float32"
-            raise BeagleError(
-                f"{job.prompt.name}: the hidden states of {self.target.name} in {dtype} are NaN or infinite there, and "
-                f"can't be trained on; {remedy}"
-            )
+        refuse_not_finite(states, self.target, job.prompt.name)
         return Sample(
             id=f"{job.prompt.key}/{len(job.answers)}",
             tokens=torch.tensor([*sequence.ids, *sequence.tokens[:-1]]),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from beagle.errors import BeagleError
 from beagle.targets.target import Target
-from beagle.training.states import StateStore, read_shard
+from beagle.training.states import StateStore, key_of, read_shard, shard_ids
 from beagle.training.windows import ROUND, Batch, round_up
 
 SHARDS_TOGETHER = 8  # samples are shuffled across this many shards at a time
@@ -29,9 +29,13 @@ class Stored:
     answer_from: int
 
 
-def is_validation(index: int, shard: Path) -> bool:
-    """A fixed 1 in 40 of the samples, whatever comes later."""
-    return zlib.crc32(f"{shard.name}/{index}".encode()) % 40 == 0
+def is_validation(sample_id: str, stored_as: str) -> bool:
+    """A fixed 1 in 40 of the prompts, all turns of each, in every store that holds them.
+
+    Args:
+        stored_as: the sample's shard and number there, which decides where its id holds no key of a prompt.
+    """
+    return zlib.crc32((key_of(sample_id) or stored_as).encode()) % 40 == 0
 
 
 def samples(shards: list[Path], *, validation: bool) -> list[Stored]:
@@ -40,9 +44,9 @@ def samples(shards: list[Path], *, validation: bool) -> list[Stored]:
     for path in shards:
         content = read_shard(path)
         offsets = content["offsets"].tolist()
-        for i, first in enumerate(content["answer_from"].tolist()):
+        for i, (name, first) in enumerate(zip(shard_ids(path), content["answer_from"].tolist(), strict=True)):
             a, b = offsets[i], offsets[i + 1]
-            if b - a - 2 >= first and is_validation(i, path) == validation:
+            if b - a - 2 >= first and is_validation(name, f"{path.name}/{i}") == validation:
                 tokens = content["tokens"][a:b].long()
                 states = content["states"][a:b] if "states" in content else None
                 out.append(Stored(f"{path.name}/{i}", tokens, states, first))

@@ -20,19 +20,23 @@ from beagle.errors import BeagleError
 from beagle.files import write_json
 from beagle.meta import describe
 from beagle.targets.target import Target
+from beagle.training.answer_files import AnswerFolder
 from beagle.training.answers import AnswerGenerator, Sample
 from beagle.training.config import Positive, TrainConfig
 from beagle.training.folder import alone
 from beagle.training.prompts import Prompt, answerable, has_template, numbered
 from beagle.training.states import Fingerprint, StateStore, refuse_without_answers
+from beagle.training.texts import TextReader, store_texts
 from beagle.training.trainer import Trainer, refuse_before_answers
 
 
 @dataclass(frozen=True)
 class AnswerConfig:
-    """How the target's answers are made.
+    """How the target's answers are made, or which answers are trained on instead.
 
     Attributes:
+        source: ``target``: the target answers the prompts, or has answered them (see ``make_answers``); ``given``: the
+            dialogues bring the answers, and nothing is generated.
         states: ``disk`` stores hidden states (2 bytes x hidden size a token); ``live`` stores tokens
             only and runs the target again in every epoch.
         max_tokens: stop after this many tokens, prompts included (None: all prompts).
@@ -47,6 +51,7 @@ class AnswerConfig:
     max_tokens: Positive | None = None
     states: Literal["disk", "live"] = "disk"
     seed: int = 0
+    source: Literal["target", "given"] = "target"
 
 
 @dataclass(frozen=True)
@@ -126,21 +131,73 @@ def make_answers(
     config: AnswerConfig,
     console: Console,
     skip_bad_lines: bool | None = False,
+    answers: AnswerFolder | None = None,
 ) -> StateStore:
     """Fill a state store; run again after an interruption, it answers what is missing.
 
     Args:
+        answers: the target's answers to the prompts, made once; the target answers none itself. ``rows``,
+            ``sampled_share`` and ``temperature`` of the config are of no use then.
         skip_bad_lines: leave out prompts that the target's chat template refuses, each with a line on stderr; None as
             of ``read_prompts``.
     Raises:
-        BeagleError: a prompt is refused, another run fills the store, or there is not one answer.
+        BeagleError: a prompt is refused, another run fills the store, or there is not one answer; or ``answers`` are
+            another target's, or are not wanted.
     """
+    given = config.source == "given"
+    if answers and given:
+        raise BeagleError(
+            f"answers.source: given trains on the answers in the prompts' file, not on those in '{answers.folder}'; "
+            "leave one of them out"
+        )
+    source = "given" if given else "files" if answers else None
     with alone(folder, ".answers.lock"):
-        fingerprint = Fingerprint.of(target, config.max_prompt_tokens, config.max_new_tokens)
+        fingerprint = Fingerprint.of(target, config.max_prompt_tokens, config.max_new_tokens, source)
+        if answers:
+            answers.refuse_other_target(target)
         store = StateStore(folder, fingerprint, with_states=config.states == "disk")
-        if todo := _unanswered(target, prompts, store, config, console, skip_bad_lines):
+        if source:
+            _read_answers(target, prompts, store, config, console, skip_bad_lines, answers)
+        elif todo := _unanswered(target, prompts, store, config, console, skip_bad_lines):
             _answer(target, todo, store, config, console)
         return store
+
+
+def _read_answers(
+    target: Target,
+    prompts: list[Prompt],
+    store: StateStore,
+    config: AnswerConfig,
+    console: Console,
+    skip_bad_lines: bool | None,
+    answers: AnswerFolder | None,
+) -> None:
+    """Fill the store with answers that exist: those of a folder, else those in the prompts' file."""
+    reader = TextReader(
+        target,
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_new_tokens=config.max_new_tokens,
+        max_turns=config.max_turns,
+    )
+    console.print(f"states: {describe_states(target.state_size, config.states)}", highlight=False)
+    texts = reader.stored(answers, prompts) if answers else reader.given(prompts, skip_bad_lines)
+    store_texts(target, texts, store, console, max_tokens=config.max_tokens, seed=config.seed)
+    for line in reader.left_out:
+        console.print(line, highlight=False)
+    if reader.too_long:
+        console.print(_too_long(reader.too_long, config), highlight=False)
+    if not store.shards():
+        raise BeagleError(
+            f"no answer could be used: {reader.too_long} turns are longer than {config.max_prompt_tokens} tokens, the "
+            "other answers are empty; raise answers.max_prompt_tokens or give other prompts"
+        )
+
+
+def _too_long(count: int, config: AnswerConfig) -> str:
+    return (
+        f"{count} turns are longer than {config.max_prompt_tokens} tokens with what comes before them, and are left out "
+        "(answers.max_prompt_tokens)"
+    )
 
 
 def _unanswered(
@@ -201,11 +258,7 @@ def _answer(target: Target, todo: list[Prompt], store: StateStore, config: Answe
 
         store.write(counted())
     if generator.too_long:
-        console.print(
-            f"{generator.too_long} turns are longer than {config.max_prompt_tokens} tokens with what comes before them, "
-            "and are left out (answers.max_prompt_tokens)",
-            highlight=False,
-        )
+        console.print(_too_long(generator.too_long, config), highlight=False)
     if not store.shards():
         raise BeagleError(f"no prompt could be answered: {_reasons(generator, target)}")
 
@@ -241,6 +294,7 @@ def train_head(
     seconds: float | None = None,
     console: Console,
     skip_bad_lines: bool = False,
+    answers: Path | None = None,
 ) -> Path:
     """The whole run; every part resumes.
 
@@ -248,6 +302,7 @@ def train_head(
         prompts: None if the answers are already in ``data``.
         data: folder of answers and states (default: ``out/data``).
         skip_bad_lines: see ``make_answers``.
+        answers: folder of the target's answers to the prompts, which it then needs not answer (see ``AnswerFolder``).
     Returns:
         The draft checkpoint's folder.
     Raises:
@@ -256,12 +311,17 @@ def train_head(
     folder = data or out / "data"
     if prompts is None:
         refuse_without_answers(folder)
+        if answers:
+            raise BeagleError(f"'{answers}' holds answers without their prompts; give the prompts too")
+    stored = AnswerFolder.open(answers) if answers else None
     with alone(out):
         refuse_before_answers(target, out, recipe.train, recipe.head)
         if prompts is not None:
-            store = make_answers(target, prompts, folder, recipe.answers, console, skip_bad_lines)
+            store = make_answers(target, prompts, folder, recipe.answers, console, skip_bad_lines, stored)
         else:
-            fingerprint = Fingerprint.of(target, recipe.answers.max_prompt_tokens, recipe.answers.max_new_tokens)
+            lengths = recipe.answers.max_prompt_tokens, recipe.answers.max_new_tokens
+            source = StateStore.existing(folder).fingerprint.source
+            fingerprint = Fingerprint.of(target, *lengths, source)
             store = StateStore(folder, fingerprint, with_states=recipe.answers.states == "disk")
         trainer = Trainer(target, store, out, recipe.train, recipe.head)
         alphas = trainer.train(seconds=seconds, report=lambda line: console.print(line, highlight=False))

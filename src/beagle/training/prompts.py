@@ -42,6 +42,7 @@ class Prompt:
         system: the system message before the first turn; empty without one.
         repeat: how many prompts of the same content stand before it (see ``numbered``).
         source: the file and line that it comes from, if it comes from one.
+        answers: what its file answers to the first turns, up to the first turn that it doesn't answer once.
     """
 
     id: str
@@ -50,6 +51,7 @@ class Prompt:
     system: str = ""
     repeat: int = 0
     source: str = field(default="", compare=False)
+    answers: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def key(self) -> str:
@@ -226,6 +228,7 @@ def parse_prompt(row: Any, number: int) -> Prompt:
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     turns: Any
+    answers: tuple[str, ...] = ()
     system: Any = [row["system"]] if row.get("system") else []
     if "turns" in row:
         turns = row["turns"]
@@ -237,25 +240,40 @@ def parse_prompt(row: Any, number: int) -> Prompt:
         if not isinstance(dialogue, list):
             raise ValueError('none of "turns", "prompt", "messages", "conversations" is there')
         turns = []
+        talk: list[tuple[str, Any]] = []
         for message in dialogue:
             role = _ROLES.get(str(message.get("role") or message.get("from"))) if isinstance(message, dict) else None
             if role is None:
                 raise ValueError("a message has no known role")
             content = message.get("content") or message.get("value")
+            if role != "system":
+                talk.append((role, content))
             if role == "user":
                 turns.append(content)
             elif role == "system" and content:
                 if turns:
                     raise ValueError("a system message stands behind a user's turn; it must be the first message")
                 system.append(content)
+        answers = _answers(talk)
     if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
         raise ValueError("the user turns are not a list of non-empty texts")
     if not all(isinstance(text, str) for text in system):
         raise ValueError("the system message is not a text")
     identity = next((row[name] for name in ("id", "question_id") if row.get(name) is not None), number)
-    prompt = Prompt(str(identity), tuple(turns), str(row.get("category", "")), "\n\n".join(system))
+    joined = "\n\n".join(system)
+    prompt = Prompt(str(identity), tuple(turns), str(row.get("category", "")), joined, answers=answers)
     try:
         "".join([prompt.id, prompt.category, prompt.system, *turns]).encode()
     except UnicodeEncodeError as error:
         raise ValueError("it holds half a surrogate pair, which is no character") from error
     return prompt
+
+
+def _answers(talk: list[tuple[str, Any]]) -> tuple[str, ...]:
+    """Answers to the first turns of a dialogue of ``(role, content)``, as long as user and assistant take turns."""
+    answers = []
+    for (asks, _), (role, content) in zip(talk[::2], talk[1::2], strict=False):
+        if (asks, role) != ("user", "assistant") or not isinstance(content, str) or not content.strip():
+            break
+        answers.append(content)
+    return tuple(answers)

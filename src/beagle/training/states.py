@@ -30,7 +30,11 @@ _KEYED = re.compile(r"[0-9a-f]{24}/\d+")  # a prompt's key and the number of a t
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What stored states depend on; a folder never holds two kinds. ``target`` alone is a name, which may change."""
+    """What stored states depend on; a folder never holds two kinds. ``target`` alone is a name, which may change.
+
+    Attributes:
+        source: where the answers come from: ``files`` or ``given`` (see ``training.texts``); None: the target made them.
+    """
 
     target: str
     weights: str
@@ -42,6 +46,7 @@ class Fingerprint:
     max_new_tokens: int
     quantize: str | None = None
     state_layers: tuple[int, ...] = ()
+    source: str | None = None
 
     @property
     def state_size(self) -> int:
@@ -49,20 +54,31 @@ class Fingerprint:
         return self.hidden_size * (len(self.state_layers) + 1)
 
     @classmethod
-    def of(cls, target: Target, max_prompt_tokens: int, max_new_tokens: int) -> Fingerprint:
-        template = str(getattr(target.tokenizer, "chat_template", None))
+    def of(cls, target: Target, max_prompt_tokens: int, max_new_tokens: int, source: str | None = None) -> Fingerprint:
         return cls(
             target.name,
             target.digest,
             target.hidden_size,
             target.vocab_size,
             target.layer_count,
-            hashlib.sha256(template.encode()).hexdigest()[:16],
+            template_digest(target),
             max_prompt_tokens,
             max_new_tokens,
             target.quantize,
             target.state_layers,
+            source,
         )
+
+
+def template_digest(target: Target) -> str:
+    """16 hexadecimal digits that tell chat templates apart."""
+    template = str(getattr(target.tokenizer, "chat_template", None))
+    return hashlib.sha256(template.encode()).hexdigest()[:16]
+
+
+def key_of(sample_id: str) -> str | None:
+    """The prompt's key in a sample's id; None for the ids of earlier versions, which say nothing of the content."""
+    return sample_id.partition("/")[0] if _KEYED.fullmatch(sample_id) else None
 
 
 class StateStore:
@@ -124,8 +140,7 @@ class StateStore:
         """Ids of all samples on disk."""
         done: set[str] = set()
         for shard in self.shards():
-            with open_shard(shard) as file:
-                done.update(json.loads(file.metadata()["ids"]))
+            done.update(shard_ids(shard))
         return done
 
     def answered(self) -> tuple[set[str], Counter[tuple[int, ...]]]:
@@ -140,8 +155,8 @@ class StateStore:
         for shard in self.shards():
             with open_shard(shard) as file:
                 ids = json.loads(file.metadata()["ids"])
-                keys.update(name.partition("/")[0] for name in ids if _KEYED.fullmatch(name))
-                old = [i for i, name in enumerate(ids) if name.endswith("/0") and not _KEYED.fullmatch(name)]
+                keys.update(key for name in ids if (key := key_of(name)))
+                old = [i for i, name in enumerate(ids) if name.endswith("/0") and not key_of(name)]
                 if old:
                     tokens, firsts = file.get_tensor("tokens"), file.get_tensor("answer_from").tolist()
                     offsets = file.get_tensor("offsets").tolist()
@@ -191,7 +206,7 @@ class StateStore:
             "answer_from": torch.tensor([s.answer_from for s in samples]),
         }
         if self.with_states:
-            tensors["states"] = torch.cat([s.states for s in samples])
+            tensors["states"] = torch.cat([s.states for s in samples if s.states is not None])
         existing = self.shards()
         number = int(existing[-1].stem.split("-")[1]) + 1 if existing else 0
         path = self.folder / f"shard-{number:05d}.safetensors"
@@ -200,6 +215,16 @@ class StateStore:
                 save_file(tensors, partial, metadata={"ids": json.dumps([s.id for s in samples])})
         except (OSError, SafetensorError) as error:
             raise BeagleError(f"cannot write {path}: {error}; free space, then run the same command again") from error
+
+
+def shard_ids(path: Path) -> list[str]:
+    """Ids of a shard's samples, in order.
+
+    Raises:
+        BeagleError: the file is damaged.
+    """
+    with open_shard(path) as file:
+        return list(json.loads(file.metadata()["ids"]))
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:

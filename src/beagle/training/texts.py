@@ -1,0 +1,208 @@
+"""Training on answers that exist: those that a target made once, or those that dialogues bring. Nothing is generated.
+
+The hidden states come from one pass of the target over prompt and answer.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, TextColumn
+from torch import Tensor
+
+from beagle.errors import BeagleError
+from beagle.targets.target import Target
+from beagle.training.answer_files import AnswerFolder, prompt_key
+from beagle.training.answers import Sample, refuse_not_finite
+from beagle.training.prompts import Prompt, answerable, has_template, numbered, reject
+from beagle.training.states import StateStore
+from beagle.training.windows import ROUND, round_up
+
+PASS_TOKENS = 4096  # padded tokens of a pass, where one text isn't longer
+TOGETHER = 1024  # texts among which those of similar length share passes
+
+
+class TextReader:
+    """Prompts with answers as samples without states, in the order of their files.
+
+    Attributes:
+        max_prompt_tokens: turns with more tokens before their answer are passed over.
+        max_new_tokens: longer answers are cut.
+        max_turns: most turns of a dialogue.
+        left_out: what was passed over, a line each.
+        too_long: turns that were passed over since they are too long.
+    """
+
+    def __init__(self, target: Target, *, max_prompt_tokens: int, max_new_tokens: int, max_turns: int) -> None:
+        self.target = target
+        self.max_prompt_tokens = min(max_prompt_tokens, target.context_limit - 1)
+        self.max_new_tokens = max_new_tokens
+        self.max_turns = max_turns if has_template(target) else 1
+        self.left_out: list[str] = []
+        self.too_long = 0
+
+    def stored(self, folder: AnswerFolder, prompts: Iterable[Prompt]) -> Iterator[Sample]:
+        """Answers of a folder to these prompts, each with the history that it was made with.
+
+        Raises:
+            BeagleError: the answers are not the target's, or not to these prompts as it encodes them (named).
+        """
+        folder.refuse_other_target(self.target)
+        asked: dict[str, Prompt] = {}
+        for prompt in prompts:
+            asked.setdefault(prompt_key(prompt), prompt)
+        answers = folder.read()
+        answered = {answer.prompt for answer in answers}
+        self._compare(folder, asked.keys(), answered)
+        histories: dict[str, list[str]] = {key: [] for key in asked.keys() & answered}
+        for answer in answers:
+            if (history := histories.get(answer.prompt)) is None:
+                continue
+            prompt = asked[answer.prompt]
+            if len(history) != answer.turn:
+                raise BeagleError(
+                    f"{prompt.name}: '{folder.folder}' lacks the answer to turn {len(history) + 1}; copy or download it "
+                    "again"
+                )
+            if answer.turn < self.max_turns:
+                ids = prompt.encode(self.target, history)
+                if len(ids) != answer.prompt_tokens:
+                    raise BeagleError(
+                        f"{prompt.name}: turn {answer.turn + 1} has {len(ids)} tokens with what comes before it, but had "
+                        f"{answer.prompt_tokens} when '{folder.folder}' was made; give the tokenizer that it was made with"
+                    )
+                yield from self._sample(prompt, answer.turn, ids, answer.tokens[:-1])  # the last was never run
+            made = answer.tokens[:-1] if answer.ended else answer.tokens
+            history.append(self.target.tokenizer.decode(made.tolist(), skip_special_tokens=True))
+
+    def given(self, prompts: Sequence[Prompt], skip_bad_lines: bool | None = False) -> Iterator[Sample]:
+        """Dialogues with the answers that they bring.
+
+        Args:
+            skip_bad_lines: leave out what the tokenizer or its template refuses; as of ``answerable``.
+        Raises:
+            BeagleError: none brings an answer, or one is refused (named).
+        """
+        dialogues = [prompt for prompt in numbered(prompts) if prompt.answers]
+        if not dialogues:
+            raise BeagleError(
+                "none of the prompts brings an answer, and answers.source: given trains on those; give dialogues with "
+                "turns of the assistant, or let the target answer (answers.source: target)"
+            )
+        if without := len(prompts) - len(dialogues):
+            self.left_out.append(f"{without} prompts bring no answer to their first turn, and are left out")
+        for prompt in answerable(self.target, dialogues, skip_bad_lines):
+            try:
+                turns = [self._given(prompt, turn) for turn in range(min(len(prompt.answers), self.max_turns))]
+            except (BeagleError, TypeError, ValueError) as error:  # half a surrogate pair, say
+                reject(f"{prompt.name}: {error}", error, skip_bad_lines)
+            else:
+                for turn, (ids, answer) in enumerate(turns):
+                    yield from self._sample(prompt, turn, ids, answer)
+
+    def _given(self, prompt: Prompt, turn: int) -> tuple[list[int], Tensor]:
+        """Token ids of a turn with what comes before it, and of its answer."""
+        answer = self.target.tokenizer(prompt.answers[turn], add_special_tokens=False)["input_ids"]
+        return prompt.encode(self.target, prompt.answers[:turn]), torch.tensor(answer, dtype=torch.long)
+
+    def _sample(self, prompt: Prompt, turn: int, ids: list[int], answer: Tensor) -> Iterator[Sample]:
+        """One sample, or none where the prompt is too long or the answer is empty."""
+        if len(ids) > self.max_prompt_tokens:
+            self.too_long += 1
+            return
+        answer = answer[: min(self.max_new_tokens, self.target.context_limit - len(ids))]
+        if len(answer):
+            tokens = torch.cat([torch.tensor(ids), answer])
+            yield Sample(f"{prompt.key}/{turn}", tokens, None, len(ids) - 1)
+
+    def _compare(self, folder: AnswerFolder, asked: Iterable[str], answered: set[str]) -> None:
+        """Note which prompts have no answer, and which answers no prompt."""
+        keys = set(asked)
+        if not keys & answered:
+            raise BeagleError(
+                f"'{folder.folder}' answers none of the {len(keys)} prompts; give the prompts that its answers were made "
+                "from"
+            )
+        if more := len(answered - keys):
+            self.left_out.append(f"{more} prompts of '{folder.folder}' are not among the given ones, and are left out")
+        if less := len(keys - answered):
+            self.left_out.append(f"{less} given prompts have no answer in '{folder.folder}', and are left out")
+
+
+def store_texts(
+    target: Target, texts: Iterable[Sample], store: StateStore, console: Console, *, max_tokens: int | None, seed: int
+) -> None:
+    """Fill a store with texts and their states; run again after an interruption, it goes on.
+
+    Args:
+        texts: samples without states. The first are taken, so that fewer tokens are always a part of more.
+        max_tokens: take no more texts after this many tokens, prompts included.
+        seed: of the order in which passes are made.
+    Raises:
+        BeagleError: the disk is too small, or the states are not finite.
+    """
+    done = store.done_ids()
+    todo: list[Sample] = []
+    total = have = 0
+    with console.status("encoding the texts"):
+        for text in texts:
+            total += len(text.tokens)
+            if text.id in done:
+                have += len(text.tokens)
+            else:
+                todo.append(text)
+            if max_tokens and total >= max_tokens:
+                break
+    if not todo:
+        return
+    store.refuse_if_full(total - have)
+    started, made = time.perf_counter(), 0
+    with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[note]}"), console=console) as progress:
+        task = progress.add_task("states" if store.with_states else "texts", total=total, completed=have, note="")
+
+        def counted() -> Iterator[Sample]:
+            nonlocal made
+            for sample in with_states(target, todo, seed) if store.with_states else todo:
+                made += len(sample.tokens)
+                speed = made / (time.perf_counter() - started)
+                progress.update(task, completed=have + made, note=f"{have + made:,} tokens, {speed:,.0f} tokens/s")
+                yield sample
+
+        store.write(counted())
+
+
+def with_states(target: Target, texts: Sequence[Sample], seed: int) -> Iterator[Sample]:
+    """Samples with the states that one pass of the target over each gives; texts of similar length share passes.
+
+    Raises:
+        BeagleError: the states are not finite.
+    """
+    shuffle = random.Random(seed)
+    for at in range(0, len(texts), TOGETHER):
+        groups: list[list[Sample]] = [[]]
+        for text in sorted(texts[at : at + TOGETHER], key=lambda text: len(text.tokens)):
+            if groups[-1] and (len(groups[-1]) + 1) * len(text.tokens) > PASS_TOKENS:
+                groups.append([])
+            groups[-1].append(text)
+        shuffle.shuffle(groups)  # shards of all lengths
+        for group in groups:
+            yield from _one_pass(target, group)
+
+
+def _one_pass(target: Target, group: list[Sample]) -> Iterator[Sample]:
+    """The group, padded to one length: no token sees those after it."""
+    n = min(round_up(max(len(text.tokens) for text in group), ROUND), target.context_limit)
+    tokens = torch.zeros(len(group), n, dtype=torch.long)
+    for row, text in zip(tokens, group, strict=True):
+        row[: len(text.tokens)] = text.tokens
+    tokens = tokens.to(target.device)
+    states = target.prefill(tokens, target.new_cache(len(group), n)).to("cpu", torch.bfloat16)
+    for row, text in zip(states, group, strict=True):
+        own = row[: len(text.tokens)].clone()
+        refuse_not_finite(own, target, f"the answer to prompt {text.id}")
+        yield replace(text, states=own)

@@ -238,7 +238,7 @@ def test_fewer_tokens_are_the_first_of_more(tmp_path):
     more = everything(run(PROMPTS, replace(CONFIG, max_tokens=200), answers=folder))  # goes on
     assert few.keys() < more.keys() < everything(run(PROMPTS, answers=folder)).keys()
     keys = {prompt_key(prompt): prompt.key for prompt in PROMPTS}
-    order = [f"{keys[answer.prompt]}/{answer.turn}" for answer in answers]
+    order = [f"{keys[answer.prompt]}/{answer.turn}" for answer in answers if len(answer.tokens) > 1]
     assert set(order[: len(more)]) == more.keys()
     assert sum(len(s.tokens) for s in few.values()) >= 70
 
@@ -369,7 +369,7 @@ def test_given_answers_that_cannot_be(tmp_path):
 def test_a_prompt_is_held_out_in_every_store(tmp_path, monkeypatch):
     """All its turns, however the store is cut into shards and whatever else it holds."""
     target = tiny_target()
-    prompts = [Prompt(str(i), (f"w{3 + i % 60} w{3 + i // 60}", "w3")) for i in range(300)]
+    prompts = [Prompt(str(i), (f"w{3 + i % 60} w{3 + i // 60}", "w3")) for i in range(600)]
     states = torch.zeros(6, 32, dtype=torch.bfloat16)
     both = [Sample(f"{p.key}/{turn}", torch.arange(3, 9), states, 2) for p in prompts for turn in (0, 1)]
 
@@ -413,11 +413,11 @@ def answer_folder(folders, prompts, tmp_path):
 
 
 @pytest.mark.usefixtures("nothing_is_generated")
-def test_the_command_trains_from_stored_answers(train, answer_folder, tmp_path):
+def test_the_command_trains_from_stored_answers(train, folders, answer_folder, tmp_path):
     out = tmp_path / "run"
     ended = train(out, "--answers", answer_folder.folder)
     assert ended.code == 0, ended.err
-    assert load_head(out / "head")
+    assert load_head(out / "head", load_target(str(folders.target), dtype="float32", device="cpu"))
     assert json.loads((out / "data" / "manifest.json").read_text())["source"] == "files"
     assert train(out, "--answers", answer_folder.folder).code == 0
 

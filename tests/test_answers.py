@@ -203,8 +203,9 @@ def test_padding_stays_within_the_context(target, monkeypatch, limit, length):
     assert batch.states.shape == batch.embeddings.shape == (1, length, target.hidden_size)
 
 
-def test_validation_share_is_fixed(tmp_path):
-    held = sum(is_validation(i, tmp_path / "shard-00000.safetensors") for i in range(4000))
+@pytest.mark.parametrize("sample_id", ["{:024x}/1", "earlier/{}"])
+def test_validation_share_is_fixed(sample_id):
+    held = sum(is_validation(sample_id.format(i), f"shard-00000.safetensors/{i}") for i in range(4000))
     assert 60 < held < 140
 
 

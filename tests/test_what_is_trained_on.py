@@ -279,7 +279,7 @@ def test_reasons_of_a_run_without_answers(target, answers):
 
 def test_answers_held_out_for_validation_are_not_called_short(target, answers, tmp_path):
     config = TrainConfig(early_epochs=1, late_epochs=1, window=2, steps=2)
-    store = answers([Prompt("1", ("w3",))])
+    store = answers([Prompt("1", ("w15",))])
     with pytest.raises(BeagleError, match="holds 1 answers, all of them held out for validation; give more prompts"):
         Trainer(target, store, tmp_path / "run", config)
     with pytest.raises(BeagleError, match="held out for validation"):

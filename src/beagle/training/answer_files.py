@@ -68,13 +68,13 @@ class AnswersManifest:
     weights: str
     template: str
     vocab_size: int
-    end_tokens: tuple[int, ...]
+    end_tokens: list[int]
     sampling: dict[str, Any]
 
     @classmethod
     def of(cls, target: Target, sampling: dict[str, Any]) -> AnswersManifest:
         """The manifest of a target's answers, made with these settings."""
-        ends = tuple(sorted(target.eos_ids))
+        ends = sorted(target.eos_ids)
         return cls(target.name, target.digest, template_digest(target), target.vocab_size, ends, sampling)
 
 
@@ -103,8 +103,8 @@ class AnswerFolder:
         if found is None:
             raise BeagleError(f"'{folder}' is no folder of answers: it holds no manifest.json; check the path")
         try:
-            manifest = AnswersManifest(**{**found, "end_tokens": tuple(found["end_tokens"])})
-        except (TypeError, KeyError) as error:
+            manifest = AnswersManifest(**found)
+        except TypeError as error:
             raise BeagleError(f"'{path}' is damaged ({error}); {remedy}") from error
         return cls(folder, manifest)
 

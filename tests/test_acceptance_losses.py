@@ -16,7 +16,7 @@ from beagle.errors import BeagleError
 from beagle.training import losses
 from beagle.training.config import TrainConfig
 from beagle.training.losses import ROUND, dpace_weights, regression, slot_losses, total
-from beagle.training.pipeline import read_recipe
+from beagle.training.recipe import read_recipe
 from beagle.training.stages import STAGES, stage_loss
 from beagle.training.windows import Batch
 

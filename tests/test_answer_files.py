@@ -21,8 +21,9 @@ from beagle.training import states as states_module
 from beagle.training.answer_files import AnswerFolder, AnswersManifest, StoredAnswer, prompt_key
 from beagle.training.answers import AnswerGenerator, Sample
 from beagle.training.data import collate, samples
-from beagle.training.pipeline import AnswerConfig, make_answers
+from beagle.training.pipeline import make_answers
 from beagle.training.prompts import Prompt, parse_prompt, read_prompts
+from beagle.training.recipe import AnswerConfig
 from beagle.training.states import StateStore, read_shard, shard_ids
 from conftest import tiny_model, tiny_target, tiny_tokenizer
 

@@ -28,8 +28,8 @@ from beagle.training import trainer
 from beagle.training.answers import AnswerGenerator
 from beagle.training.config import TrainConfig
 from beagle.training.data import batches, samples
-from beagle.training.pipeline import Recipe, read_recipe
 from beagle.training.prompts import Prompt
+from beagle.training.recipe import Recipe, read_recipe
 from beagle.training.states import Fingerprint, StateStore
 from conftest import tiny_model, tiny_target, tiny_tokenizer
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from beagle.errors import BeagleError
 from beagle.training import states
 from beagle.training.answers import AnswerGenerator
-from beagle.training.pipeline import Recipe, read_recipe
+from beagle.training.recipe import Recipe, read_recipe
 from training_runs import COUNT, interrupt_after, stored
 
 HEADS = [{"newest_state": "scale"}, {"architecture": "eagle"}]

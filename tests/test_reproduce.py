@@ -20,7 +20,7 @@ from beagle.research.reproduce.data import find_material
 from beagle.research.reproduce.experiments import ITEMS, find_items
 from beagle.research.reproduce.scales import SCALES, Scale
 from beagle.training.config import TrainConfig
-from beagle.training.pipeline import AnswerConfig, Recipe, read_recipe
+from beagle.training.recipe import AnswerConfig, Recipe, read_recipe
 from beagle.training.states import StateStore
 from conftest import tiny_model, tiny_tokenizer
 

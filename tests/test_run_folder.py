@@ -23,8 +23,9 @@ from beagle.training.answers import AnswerGenerator
 from beagle.training.config import TrainConfig
 from beagle.training.data import collate, samples
 from beagle.training.folder import alone
-from beagle.training.pipeline import AnswerConfig, Recipe, train_head
+from beagle.training.pipeline import train_head
 from beagle.training.prompts import Prompt
+from beagle.training.recipe import AnswerConfig, Recipe
 from beagle.training.states import Fingerprint, StateStore
 from beagle.training.trainer import Trainer
 from conftest import FAMILIES, SMALL, tiny_model, tiny_target, tiny_tokenizer

@@ -19,8 +19,9 @@ from beagle.targets.target import Target
 from beagle.training.answers import AnswerGenerator, Sample
 from beagle.training.config import TrainConfig
 from beagle.training.data import frequent_tokens, samples
-from beagle.training.pipeline import AnswerConfig, Recipe, make_answers, train_head
+from beagle.training.pipeline import make_answers, train_head
 from beagle.training.prompts import Prompt, numbered
+from beagle.training.recipe import AnswerConfig, Recipe
 from beagle.training.states import Fingerprint, StateStore, read_shard
 from beagle.training.trainer import Trainer
 from conftest import tiny_model, tiny_target, tiny_tokenizer

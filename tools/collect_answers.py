@@ -1,9 +1,9 @@
-"""Collect the answers of a generator into a folder of answers: new ones are added, full files stay as they are.
+"""Check a folder of answers, and add those of a generator: full files stay as they are.
 
-python tools/collect_answers.py RAW answers/smollm2-135m-instruct --target smollm2-135m
+python tools/collect_answers.py answers/smollm2-135m-instruct --target smollm2-135m [--raw FOLDER]
 
-RAW holds safetensors with `tokens`, `lengths` and metadata `samples`, a JSON list of prompt, id, turn, temperature and
-prompt_tokens. `--check` reads the folder and compares its manifest with the target, and adds nothing.
+The raw folder holds safetensors with `tokens`, `lengths` and metadata `samples`, a JSON list of prompt, id, turn,
+temperature and prompt_tokens.
 """
 
 from __future__ import annotations
@@ -39,14 +39,13 @@ def raw_answers(folder: Path, end_tokens: list[int]) -> Iterator[StoredAnswer]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("raw", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--target", required=True)
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--raw", type=Path)
     args = parser.parse_args()
     target = load_target(args.target, dtype="bfloat16", device="cpu")
     folder = AnswerFolder.create(args.folder, AnswersManifest.of(target, SAMPLING))
-    if not args.check:
+    if args.raw:
         print(folder.append(raw_answers(args.raw, folder.manifest.end_tokens)), "new answers")
     folder.refuse_other_target(target)
     answers = folder.read()

@@ -65,8 +65,8 @@ def compare(
     from beagle.research.compare.run_variants import Budget, in_fresh_process, run_all, specs
     from beagle.research.compare.variants import parse_list
     from beagle.research.compare.write import write_comparison
-    from beagle.training.pipeline import read_recipe
     from beagle.training.prompts import read_prompts
+    from beagle.training.recipe import read_recipe
     from beagle.training.states import StateStore
 
     if (tokens is None) == (seconds is None):

@@ -47,8 +47,9 @@ def train(
 
     Example: [bold]beagle train --prompts prompts.jsonl --config configs/smollm2-135m.yaml --out runs/mine[/bold]
     """
-    from beagle.training.pipeline import Recipe, read_recipe, train_head
+    from beagle.training.pipeline import train_head
     from beagle.training.prompts import read_prompts
+    from beagle.training.recipe import Recipe, read_recipe
     from beagle.training.states import refuse_without_answers
 
     recipe = read_recipe(config) if config else Recipe()

@@ -19,7 +19,7 @@ from beagle.research.compare.train_variant import Spec, train_variant
 from beagle.research.compare.variants import Variant
 from beagle.training.config import TrainConfig
 from beagle.training.data import batches
-from beagle.training.pipeline import Recipe
+from beagle.training.recipe import Recipe
 from beagle.training.states import StateStore
 
 T = TypeVar("T")

@@ -21,7 +21,7 @@ from beagle.drafters.block import HEADS
 from beagle.errors import BeagleError
 from beagle.research.ablations import AblatedHead
 from beagle.training.config import TrainConfig
-from beagle.training.pipeline import Recipe
+from beagle.training.recipe import Recipe
 
 PAPERS_BATCH = 16
 ONE_WINDOW = {"early_window": None}  # both stages have the recipe's ``window``

@@ -13,8 +13,9 @@ from rich.console import Console
 from beagle.evaluation.suites import load_suite, unique
 from beagle.research.compare.train_variant import quiet
 from beagle.targets.loading import load_target
-from beagle.training.pipeline import AnswerConfig, make_answers
+from beagle.training.pipeline import make_answers
 from beagle.training.prompts import Prompt, read_prompts
+from beagle.training.recipe import AnswerConfig
 
 PAPERS_SETS = ("mt_bench", "gsm8k_200", "cnn_dm")
 HELD_OUT = 3  # every third of the packaged questions is decoded, the others are trained on

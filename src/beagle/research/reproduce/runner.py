@@ -26,7 +26,7 @@ from beagle.research.reproduce import tables
 from beagle.research.reproduce.data import Material, answer
 from beagle.research.reproduce.experiments import Item
 from beagle.research.reproduce.scales import Scale
-from beagle.training.pipeline import Recipe
+from beagle.training.recipe import Recipe
 from beagle.training.states import StateStore
 
 SEED = 0

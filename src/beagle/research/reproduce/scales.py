@@ -8,7 +8,7 @@ from typing import Any
 from beagle.drafters.base import TreePlan
 from beagle.errors import BeagleError
 from beagle.training.config import TrainConfig
-from beagle.training.pipeline import AnswerConfig, Recipe
+from beagle.training.recipe import AnswerConfig, Recipe
 
 PAPER = (
     "the paper's setting: 60 thousand ShareGPT dialogues (give them as prompts), context 2048, 10 early and 10 late "

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from beagle.drafters.checkpoint import load_head
 from beagle.errors import BeagleError
@@ -421,6 +424,28 @@ def test_the_command_trains_from_stored_answers(train, folders, answer_folder, t
     assert load_head(out / "head", load_target(str(folders.target), dtype="float32", device="cpu"))
     assert json.loads((out / "data" / "manifest.json").read_text())["source"] == "files"
     assert train(out, "--answers", answer_folder.folder).code == 0
+
+
+@pytest.mark.usefixtures("nothing_is_generated")
+def test_the_states_of_stored_answers_serve_another_run(train, beagle, folders, answer_folder, tmp_path):
+    assert train(tmp_path / "run", "--answers", answer_folder.folder).code == 0
+    options = ["--target", folders.target, "--device", "cpu", "--config", tmp_path / "recipe.yaml"]
+    ended = beagle("train", *options, "--data", tmp_path / "run" / "data", "--out", tmp_path / "other")
+    assert ended.code == 0, ended.err
+    assert (tmp_path / "other" / "head").is_dir()
+
+
+def test_a_generators_answers_are_collected(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "tools"))
+    tool = importlib.import_module("collect_answers")
+    made = [{"prompt": "a" * 16, "id": "p", "turn": turn, "temperature": 0.7, "prompt_tokens": 5} for turn in (0, 1)]
+    tensors = {"tokens": torch.tensor([7, 2, 8, 9, 9], dtype=torch.uint16), "lengths": torch.tensor([2, 3])}
+    save_file(tensors, tmp_path / "part0-00000.safetensors", metadata={"samples": json.dumps(made)})
+    folder = folder_of(tiny_target(), tmp_path / "answers", tool.raw_answers(tmp_path, [2]))
+    assert rows(folder.read()) == [
+        ("a" * 16, "p", 0, 0.7, True, 5, [7, 2]),
+        ("a" * 16, "p", 1, 0.7, False, 5, [8, 9, 9]),
+    ]
 
 
 def test_the_command_without_prompts_is_refused(beagle, folders, answer_folder, tmp_path):

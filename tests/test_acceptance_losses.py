@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from beagle.drafters.eagle_head import EagleConfig, EagleHead
 from beagle.drafters.head import BeagleHead, HeadConfig
 from beagle.errors import BeagleError
+from beagle.research.compare.variants import parse
 from beagle.training import losses
 from beagle.training.answers import Sample
 from beagle.training.config import TrainConfig
 from beagle.training.losses import ROUND, dpace_weights, regression, slot_losses, total
-from beagle.training.recipe import read_recipe
+from beagle.training.recipe import Recipe, read_recipe
 from beagle.training.stages import STAGES, stage_loss
 from beagle.training.states import Fingerprint, StateStore
 from beagle.training.trainer import Trainer
@@ -294,3 +295,29 @@ def test_a_run_from_before_there_was_a_choice_goes_on_with_the_papers_loss_alone
     for other in ({"loss": "lk"}, {"cross_entropy_share": 0.1}, {"dpace": True}):
         with pytest.raises(BeagleError, match="other settings"):
             Trainer(target, store, tmp_path, replace(RUN, **other))
+
+
+@pytest.mark.parametrize(
+    ("word", "changed"),
+    [
+        ("tv", {"loss": "total_variation"}),
+        ("tvce", {"loss": "total_variation", "cross_entropy_share": 0.1}),
+        ("lk-noreg", {"loss": "lk", "regression": 0.0}),
+        ("logacc-dpace", {"loss": "log_acceptance", "dpace": True}),
+        ("dpace", {"dpace": True}),
+    ],
+)
+def test_losses_are_compared_by_name(word, changed):
+    for architecture in ("beagle", "eagle-unrolled"):
+        plain, other = (parse(name).settings(Recipe(), 0)[0] for name in (architecture, f"{architecture}-{word}"))
+        assert other == replace(plain, **changed)
+
+
+@pytest.mark.parametrize("name", ["beagle-tv-lk", "eagle-tv-tvce", "beagle-window-dpace"])
+def test_a_variant_has_one_loss(name):
+    with pytest.raises(BeagleError, match="contradicts a word before it"):
+        parse(name)
+
+
+def test_a_late_loss_without_chains_has_no_dpace():
+    assert not parse("beagle-window").settings(Recipe(train=TrainConfig(dpace=True)), 0)[0].dpace

@@ -9,16 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from beagle.drafters.eagle_head import EagleConfig, EagleHead
 from beagle.drafters.head import BeagleHead, HeadConfig
 from beagle.errors import BeagleError
+from beagle.research.compare.variants import parse
 from beagle.training import losses
+from beagle.training.answers import Sample
 from beagle.training.config import TrainConfig
 from beagle.training.losses import ROUND, dpace_weights, regression, slot_losses, total
-from beagle.training.recipe import read_recipe
+from beagle.training.recipe import Recipe, read_recipe
 from beagle.training.stages import STAGES, stage_loss
+from beagle.training.states import Fingerprint, StateStore
+from beagle.training.trainer import Trainer
 from beagle.training.windows import Batch
+from conftest import tiny_target
 
 LOSSES = ["cross_entropy", "total_variation", "lk", "log_acceptance"]
 
@@ -241,3 +247,77 @@ def test_a_wrong_loss_is_refused_in_one_line(tmp_path, line, named):
     with pytest.raises(BeagleError, match=named) as error:
         recipe(tmp_path, line)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target()
+
+
+@pytest.fixture(scope="module")
+def store(target, tmp_path_factory):
+    random = torch.Generator().manual_seed(0)
+    store = StateStore(tmp_path_factory.mktemp("states"), Fingerprint.of(target, 20, 24))
+    tokens = torch.randint(3, 60, (12, 16), generator=random)
+    states = torch.randn(12, 16, target.hidden_size, generator=random).bfloat16()
+    store.write(Sample(str(i), *sample, 1) for i, sample in enumerate(zip(tokens, states, strict=True)))
+    return store
+
+
+RUN = TrainConfig(
+    early_epochs=2, late_epochs=2, window=3, steps=3, batch_tokens=64, learning_rate=1e-2, warmup_steps=1, dropout=0.1
+)
+
+
+@pytest.mark.parametrize("architecture", HEADS)
+def test_an_interrupted_run_of_an_acceptance_loss_ends_where_a_whole_one_does(target, store, tmp_path, architecture):
+    config = replace(RUN, loss="lk", cross_entropy_share=0.1, dpace=True, regression=0)
+    options = {"architecture": architecture}
+    Trainer(target, store, tmp_path / "whole", config, options).train()
+    for _ in range(99):
+        trainer = Trainer(target, store, tmp_path / "parts", config, options)
+        trainer.train(seconds=0)
+        if trainer.step == trainer.total:
+            break
+    whole, parts = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_a_run_from_before_there_was_a_choice_goes_on_with_the_papers_loss_alone(target, store, tmp_path):
+    first = Trainer(target, store, tmp_path, RUN)
+    identity = first.identity()
+    for name in ("loss", "cross_entropy_share", "dpace"):
+        del identity["train"][name]
+    first.identity = lambda: identity
+    first.train(seconds=0)
+    assert Trainer(target, store, tmp_path, RUN).step == 1
+    for other in ({"loss": "lk"}, {"cross_entropy_share": 0.1}, {"dpace": True}):
+        with pytest.raises(BeagleError, match="other settings"):
+            Trainer(target, store, tmp_path, replace(RUN, **other))
+
+
+@pytest.mark.parametrize(
+    ("word", "changed"),
+    [
+        ("tv", {"loss": "total_variation"}),
+        ("tvce", {"loss": "total_variation", "cross_entropy_share": 0.1}),
+        ("lk-noreg", {"loss": "lk", "regression": 0.0}),
+        ("logacc-dpace", {"loss": "log_acceptance", "dpace": True}),
+        ("dpace", {"dpace": True}),
+    ],
+)
+def test_losses_are_compared_by_name(word, changed):
+    for architecture in ("beagle", "eagle-unrolled"):
+        plain, other = (parse(name).settings(Recipe(), 0)[0] for name in (architecture, f"{architecture}-{word}"))
+        assert other == replace(plain, **changed)
+
+
+@pytest.mark.parametrize("name", ["beagle-tv-lk", "eagle-tv-tvce", "beagle-window-dpace"])
+def test_a_variant_has_one_loss(name):
+    with pytest.raises(BeagleError, match="contradicts a word before it"):
+        parse(name)
+
+
+def test_a_late_loss_without_chains_has_no_dpace():
+    assert not parse("beagle-window").settings(Recipe(train=TrainConfig(dpace=True)), 0)[0].dpace

@@ -31,9 +31,8 @@ class _SlotLosses(torch.autograd.Function):
         loss: Loss,
         share: float,
         measure: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        values = torch.empty_like(weights)
-        acceptance = torch.empty_like(weights) if measure else None
+    ) -> tuple[Tensor, Tensor]:
+        values, acceptance = torch.empty_like(weights), torch.empty_like(weights)
         gradient = torch.empty_like(predicted)
         for at in range(0, len(predicted), CHUNK):
             chunk = slice(at, at + CHUNK)
@@ -42,17 +41,15 @@ class _SlotLosses(torch.autograd.Function):
             value = -torch.linalg.vecdot(p, log_q)
             q = log_q.exp_()
             if loss == "cross_entropy":
-                accepted = torch.minimum(p, q).sum(-1) if measure else None
+                if measure:
+                    acceptance[chunk] = torch.minimum(p, q).sum(-1)
                 error = q.sub_(p).mul_(weights[chunk, None])
             else:
-                value, error, accepted = _acceptance_shaped(value, p, q, weights[chunk], loss, share)
+                value, error, acceptance[chunk] = _acceptance_shaped(value, p, q, weights[chunk], loss, share)
             values[chunk] = weights[chunk] * value
-            if acceptance is not None:
-                acceptance[chunk] = accepted
             gradient[chunk] = error.to(head.dtype) @ head
         ctx.save_for_backward(gradient)
-        if acceptance is not None:
-            ctx.mark_non_differentiable(acceptance)
+        ctx.mark_non_differentiable(acceptance)
         return values, acceptance
 
     @staticmethod

@@ -9,6 +9,7 @@ eagle-u8, eagle-late-u8   unrolled over 8 steps
 beagle-kv3, beagle-linear with 3 KV heads; with the newest state through a matrix
 beagle-moe                with four MLPs in place of one
 beagle-b4                 batches of 4 where the recipe's count as 16 (the paper's)
+beagle-lk, eagle-tvce     with another loss; beagle-dpace: with D-PACE's weights
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ TRAIN: dict[str, dict[str, Any]] = {
     "random": ONE_WINDOW,  # in a window of 1 nothing could be hidden
     "onewindow": ONE_WINDOW,
     "noreg": {"regression": 0.0},
+    "window": {"dpace": False},  # which weighs chains, and l = k has more slots a step than chains
+    "tv": {"loss": "total_variation", "cross_entropy_share": 0.0},
+    "tvce": {"loss": "total_variation", "cross_entropy_share": 0.1},
+    "lk": {"loss": "lk", "cross_entropy_share": 0.0},
+    "logacc": {"loss": "log_acceptance", "cross_entropy_share": 0.0},
+    "dpace": {"dpace": True},
 }
 HEAD: dict[str, dict[str, Any]] = {
     "nonewest": {"newest_state": "none"},
@@ -42,9 +49,10 @@ ABLATED: dict[str, dict[str, Any]] = {  # of ``research.ablations``
     "linear": {"newest_through_matrix": True},
     "moe": {"experts": 4},
 }
+OF_BOTH = "kvN, bN, noreg, tv, tvce, lk, logacc, dpace"
 WORDS = {
-    "beagle": "early, late, kN, sN, kvN, bN, random, window, onewindow, noreg, noconcat, nonewest, notoken, linear, moe",
-    "eagle": "unrolled, late, uN, kvN, bN, noreg",
+    "beagle": f"early, late, kN, sN, {OF_BOTH}, random, window, onewindow, noconcat, nonewest, notoken, linear, moe",
+    "eagle": f"unrolled, late, uN, {OF_BOTH}",
 }
 
 
@@ -125,7 +133,10 @@ def parse(name: str) -> Variant:
             numbers[number[1]] = int(number[2])
         elif word not in WORDS[architecture].split(", ") or words.count(word) > 1 or word.endswith("N"):
             raise BeagleError(f"variant '{name}': '{word}' is unknown; {architecture} takes {WORDS[architecture]}")
-        train |= TRAIN.get(word, {})
+        changed = TRAIN.get(word, {})
+        if any(train.get(key, value) != value for key, value in changed.items()):
+            raise BeagleError(f"variant '{name}': '{word}' contradicts a word before it; leave one of them out")
+        train |= changed
         head |= HEAD.get(word, {}) | ABLATED.get(word, {})
     if "kv" in numbers:
         head["num_kv_heads"] = numbers["kv"]

@@ -110,7 +110,9 @@ def main() -> None:
                 first = pooled.step_alpha[0] if pooled.step_alpha else 0.0
                 row = {"temperature": temperature, "shape": shape, "rule": rule, "tau": round(pooled.tau, 3)}
                 rows.append({**row, "first": round(first, 3), "rejection": round(mean(overlaps), 3)})
-    table = Table("temperature", "shape", "drafts", "tokens per pass", "first level right", "rejection, first candidate")
+    table = Table(
+        "temperature", "shape", "drafts", "tokens per pass", "first level right", "rejection, first candidate"
+    )
     for row in rows:
         table.add_row(*map(str, row.values()))
     Console().print(table)

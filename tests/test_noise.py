@@ -48,7 +48,12 @@ def test_noise_depends_on_seed_position_and_token_alone():
     assert torch.equal(noise.at(3, 80, CPU)[:50], first)
     assert torch.equal(noise.at(3, 20, CPU), first[:20])
     assert torch.equal(Noise(7).at(3, 50, CPU), first)
-    others = [Noise(8).at(3, 50, CPU), Noise(7).at(2, 50, CPU), Noise(-7).at(3, 50, CPU), Noise(2**64 - 7).at(3, 50, CPU)]
+    others = [
+        Noise(8).at(3, 50, CPU),
+        Noise(7).at(2, 50, CPU),
+        Noise(-7).at(3, 50, CPU),
+        Noise(2**64 - 7).at(3, 50, CPU),
+    ]
     assert not any(torch.equal(other, first) for other in others)
 
 
@@ -74,7 +79,9 @@ def test_noise_is_gumbel_and_its_tokens_positions_and_seeds_independent():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.2}, {"temperature": 0.4}, {"logit_bias": {3: 1.5}}], ids=str
+    "options",
+    [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.2}, {"temperature": 0.4}, {"logit_bias": {3: 1.5}}],
+    ids=str,
 )
 def test_choices_follow_the_distribution(options):
     logits = torch.randn(12, generator=torch.Generator().manual_seed(0)) * 1.5

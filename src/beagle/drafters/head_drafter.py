@@ -11,7 +11,17 @@ from torch import Tensor
 from beagle.drafters.base import STATIC_PATHS, Draft, Drafter, TreePlan
 from beagle.drafters.block import Block, Rotations
 from beagle.drafters.context import HeadContext, write_unread
-from beagle.drafters.grow import Beams, EagerLevels, Level, LevelOutput, LevelRunner, grow, least_score, level_noise, ranked_drafts
+from beagle.drafters.grow import (
+    Beams,
+    EagerLevels,
+    Level,
+    LevelOutput,
+    LevelRunner,
+    grow,
+    least_score,
+    level_noise,
+    ranked_drafts,
+)
 from beagle.targets.linears.packed import pack_linears, packed
 from beagle.targets.linears.quantized import VectorQuantizer, quantize_linears, quantized
 from beagle.targets.target import Target

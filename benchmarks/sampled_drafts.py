@@ -110,6 +110,7 @@ def main() -> None:
                 first = pooled.step_alpha[0] if pooled.step_alpha else 0.0
                 row = {"temperature": temperature, "shape": shape, "rule": rule, "tau": round(pooled.tau, 3)}
                 rows.append({**row, "first": round(first, 3), "rejection": round(mean(overlaps), 3)})
+                print(rows[-1], flush=True)
     table = Table(
         "temperature", "shape", "drafts", "tokens per pass", "first level right", "rejection, first candidate"
     )

@@ -53,7 +53,7 @@ CASES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "top_k": 30, "top_p": 0.95, "seed": 3}], ids=str)
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "top_k": 30, "top_p": 0.95, "seed": 5}], ids=str)
 @pytest.mark.parametrize(("family", "kind", "plan"), CASES)
 def test_answers_are_those_of_one_prompt_at_a_time(family, kind, plan, sampling):
     target = tiny_target(family)

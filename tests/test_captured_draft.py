@@ -8,6 +8,7 @@ from itertools import zip_longest
 import pytest
 import torch
 
+from beagle.decoding.sampling import Sampler, SamplingParams
 from beagle.drafters.base import TreePlan
 from beagle.drafters.captured import CapturedDraft, capture_drafts
 from beagle.model import Model, Piece
@@ -150,3 +151,20 @@ def test_on_a_cpu_nothing_is_captured():
     drafter = tiny_drafter(tiny_target())
     capture_drafts(drafter)
     assert drafter.captured is None
+
+
+@pytest.mark.parametrize("plan", [PLANS["dynamic"], PLANS["chain"]], ids=["dynamic", "chain"])
+def test_it_adds_the_noise_of_each_draft(pair, plan):
+    eager, fast, _ = pair
+    noises = [Sampler(SamplingParams(temperature=0.8, seed=seed)).noise(3) for seed in (0, 1)]
+    found = []
+    for drafter in (eager, fast):
+        drafter.begin([3, 4, 5, 6], states(4))
+        for noise in (None, *noises, None):
+            drafter.context.noise = noise
+            found.append(drafter.draft(12, plan))
+    for one, other in zip(found[:4], found[4:], strict=True):
+        assert (one.tokens, one.parents) == (other.tokens, other.parents)
+        assert one.scores == pytest.approx(other.scores, abs=1e-4)
+    assert found[0] == found[3]
+    assert len({tuple(draft.tokens) for draft in found}) == 3

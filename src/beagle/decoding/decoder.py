@@ -279,6 +279,8 @@ class Decoder:
         """Their drafter's candidates; where it fails, whose draft fails alone, too, is to blame."""
         assert self._drafter is not None
         contexts = [context for one in sequences if (context := one.context) is not None]
+        for one, context in zip(sequences, contexts, strict=True):
+            context.noise = one.sampler.noise(len(one.tokens))
         roots = [one.tokens[-1] for one in sequences]
         try:
             return self._drafter.draft(contexts, roots, plan, min_gain)

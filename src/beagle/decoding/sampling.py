@@ -17,9 +17,11 @@ from transformers import (
     SequenceBiasLogitsProcessor,
 )
 
+from beagle.decoding.noise import Noise
+from beagle.drafters.base import LevelNoise
 from beagle.errors import BeagleError
 
-BLOCK = 256  # random numbers drawn at once
+MOST_NOISE = 1000.0  # temperature beyond which a draft has nothing to gain, and fp32 an infinity to fear
 
 
 class BatchOptions(TypedDict, total=False):
@@ -210,11 +212,12 @@ def processors(sampling: SamplingParams, prompt_length: int, ends: Collection[in
 class Sampler:
     """Chooses the target's token at a position of the answer, and knows where the answer ends.
 
-    Each position of the answer owns one uniform number that follows from the seed; the token is where
-    it falls in the cumulative distribution. A tree node at depth d is judged with the number of the
+    Each position of the answer owns Gumbel noise for each token that follows from the seed; the largest
+    of log-probability plus noise is the token. A tree node at depth d is judged with the noise of the
     position it would take, and with logits processed after the tokens before it, so drafts cannot change
     the answer: the same seed gives the same text with and without them, and each token follows the
-    target's own distribution.
+    target's own distribution. A drafter that adds the same noise to its own logits proposes the tokens
+    that are likely to win (Daliri et al. 2024, arXiv 2408.07978).
 
     Positions are asked for in order, and ``ended`` takes each chosen token before the next is chosen.
 
@@ -243,14 +246,18 @@ class Sampler:
         self._processors = processors(self.sampling, len(prompt), self._ends)
         self._context = torch.tensor([list(prompt)], dtype=torch.int64) if self._processors else None
         self.greedy = not self.sampling.temperature and not self._processors
-        self._random = torch.Generator().manual_seed(self.sampling.seed)
-        self._uniform: list[float] = []
+        self._noise = Noise(self.sampling.seed)
 
-    def uniform(self, position: int) -> float:
-        """The random number of a position; later ones are drawn when they are asked for."""
-        while position >= len(self._uniform):
-            self._uniform += torch.rand(BLOCK, generator=self._random, dtype=torch.float64).tolist()
-        return self._uniform[position]
+    def noise(self, position: int) -> LevelNoise | None:
+        """What a draft adds to its logits, whose first level takes ``position`` of the answer; None if nothing is drawn."""
+        if not self.sampling.temperature:
+            return None
+        scale = min(self.sampling.temperature, MOST_NOISE)
+
+        def scaled(level: int, size: int, device: torch.device) -> Tensor:
+            return self._noise.at(position + level - 1, size, device) * scale
+
+        return scaled
 
     def process(self, logits: Tensor) -> Tensor:
         """``[vocabulary]`` logits of the next token, as penalties, bias and the minimum length leave them."""
@@ -287,6 +294,16 @@ class Sampler:
             BeagleError: see ``check``.
         """
         return choose_all([self], logits[None], [position])[0]
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens can't be chosen, however they are drawn."""
+        return bool(self.sampling.top_k) or self.sampling.top_p < 1 or self.sampling.min_p > 0
+
+    def drawn(self, position: int, size: int, device: torch.device) -> Tensor:
+        """Noise of each token at ``position``, ``[size]``; earlier positions are not asked for again."""
+        self._noise.forget(position)
+        return self._noise.at(position, size, device)
 
     def check(self, largest: float) -> None:
         """
@@ -330,11 +347,13 @@ def choose_all(samplers: Sequence[Sampler], logits: Tensor, positions: Sequence[
         if not temperature:
             largest, tokens = own.max(-1)  # argmax takes far longer in bf16
         else:
-            cumulative = samplers[group[0]].probabilities(own).cumsum(-1)
-            largest = cumulative[:, -1]  # NaN where a logit is, or all are infinite
-            drawn = cumulative.new_tensor([[samplers[i].uniform(positions[i])] for i in group])
-            found = torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True)
-            tokens = found[:, 0].clamp(max=logits.shape[-1] - 1)
+            largest = own.amax(-1)
+            scores = (own.double() - largest[:, None]) / temperature
+            if samplers[group[0]].truncates:
+                scores = scores.masked_fill(samplers[group[0]].probabilities(own) == 0, -torch.inf)
+            for score, i in zip(scores, group, strict=True):
+                score += samplers[i].drawn(positions[i], len(score), score.device)
+            tokens = scores.argmax(-1)
         for i, token, value in zip(group, tokens.tolist(), largest.tolist(), strict=True):
             samplers[i].check(value)
             chosen[i] = token

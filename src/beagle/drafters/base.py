@@ -6,9 +6,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from beagle.targets.shape import TreeShape
@@ -114,8 +115,30 @@ def best_first(
     return Draft([tokens[i] for i in order], [place[parents[i]] for i in order], [scores[i] for i in order])
 
 
+class LevelNoise(Protocol):
+    """What the target's sampler adds to its logits at the positions that a draft's candidates would take."""
+
+    def __call__(self, level: int, size: int, device: torch.device) -> Tensor:
+        """
+        Args:
+            level: of the draft, from 1.
+            size: tokens of the target's vocabulary.
+            device: where the noise is wanted.
+
+        Returns:
+            Noise of each token in units of logits, fp32 ``[size]``.
+        """
+
+
 class DraftContext(ABC):
-    """What a drafter remembers of one answer; it starts empty."""
+    """What a drafter remembers of one answer; it starts empty.
+
+    Attributes:
+        noise: of the next draft, where the answer is sampled: a token that wins with it is likely to be
+            the target's. A drafter may leave it alone.
+    """
+
+    noise: LevelNoise | None = None
 
     @abstractmethod
     def extend(self, tokens: list[int], states: Tensor) -> None:

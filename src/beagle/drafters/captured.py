@@ -70,6 +70,7 @@ class _Recorded:
         self._memory = torch.zeros(2, c.cached_heads, slots, c.head_dim, dtype=dtype, device=device)
         self._newest = torch.zeros(1, 1, c.state_size, dtype=dtype, device=device)
         self._numbers = torch.zeros(3, dtype=torch.long, device=device)  # the root, its slot, the context's keys
+        self._noise = torch.zeros(1, plan.depth, len(head.draft_vocab), device=device)
         self._levels: list[int] = []  # candidates of each
 
         def run() -> Tensor:  # what it reads and didn't make must outlive it: the graph only knows where it lies
@@ -78,15 +79,19 @@ class _Recorded:
             context = torch.zeros(keys, dtype=dtype, device=device)
             context = context.masked_fill(torch.arange(keys, device=device) >= known, torch.finfo(dtype).min)
             beams = Beams(head, _FixedKeys(self._memory, context), rotation)
-            found = grow(levels, beams, root.view(1, 1), self._newest, plan)
+            found = grow(levels, beams, root.view(1, 1), self._newest, plan, noise=self._noise)
             self._levels = [level.tokens.shape[1] for level in found]
             parts = zip(*((level.tokens, level.scores, level.parents) for level in found), strict=True)
             return torch.stack([torch.cat(part, dim=1)[0].double() for part in parts])  # holds every id exactly
 
         self._replay, self._out = record(run)
 
-    def run(self, context: HeadContext, root: int) -> list[Level]:
-        """The levels after the token ``root``, on the host; the context must fit."""
+    def run(self, context: HeadContext, root: int, noise: Tensor | None = None) -> list[Level]:
+        """The levels after the token ``root``, on the host; the context must fit. ``noise`` is that of ``grow``."""
+        if noise is None:
+            self._noise.zero_()
+        else:
+            self._noise[:, : noise.shape[1]] = noise
         keys = context.keys
         self._memory[:, :, :keys] = context.cache[:, :, :keys]
         self._memory[:, :, keys:].zero_()  # a NaN behind a mask is a NaN
@@ -114,7 +119,9 @@ class CapturedDraft:
         self._refused: dict[tuple[int, int], int] = {}  # depths that could not be recorded
         self._lock = Lock()
 
-    def __call__(self, context: HeadContext, root: int, plan: TreePlan) -> list[Level] | None:
+    def __call__(
+        self, context: HeadContext, root: int, plan: TreePlan, noise: Tensor | None = None
+    ) -> list[Level] | None:
         """All levels, on the host; None: a static tree, or one that could not be recorded."""
         if plan.kind == "static":
             return None
@@ -134,7 +141,7 @@ class CapturedDraft:
                         highlight=False,
                     )
                     return None
-            return graph.run(context, root)[: plan.depth]
+            return graph.run(context, root, noise)[: plan.depth]
 
     def _recorded(self, context: HeadContext, root: int, plan: TreePlan, keys: int) -> _Recorded:
         """

@@ -43,6 +43,8 @@ class CombinedDrafter(Drafter[CombinedContext]):
     def draft(
         self, contexts: Sequence[CombinedContext], roots: list[int], plan: TreePlan, min_expected_tokens: float = 0.0
     ) -> list[Draft]:
+        for context in contexts:
+            context.head.noise = context.noise
         drafts = self.lookup.draft([context.lookup for context in contexts], roots, plan, min_expected_tokens)
         unsure = [i for i, repeated in enumerate(drafts) if depth_of(repeated, SURE) < plan.depth]
         if unsure:

@@ -175,6 +175,26 @@ class Level:
     parents: Tensor
 
 
+def level_noise(contexts: Sequence[HeadContext], depth: int, draft_vocab: Tensor, size: int) -> Tensor | None:
+    """Noise of the contexts' next drafts, ``[contexts, depth, draft vocabulary]``; None where no answer is sampled.
+
+    Args:
+        contexts: greedy ones among them have no noise.
+        depth: levels.
+        draft_vocab: token ids of the target, ``[draft vocabulary]``.
+        size: tokens of the target's vocabulary.
+    """
+    if all(context.noise is None for context in contexts):
+        return None
+    device = draft_vocab.device
+    found = torch.zeros(len(contexts), depth, len(draft_vocab), device=device)
+    for own, context in zip(found, contexts, strict=True):
+        if context.noise is not None:
+            for level in range(1, depth + 1):
+                torch.index_select(context.noise(level, size, device), 0, draft_vocab, out=own[level - 1])
+    return found
+
+
 def least_score(min_expected_tokens: float) -> float:
     """Cumulative log-probability below which a candidate is not worth verifying, see ``Drafter.draft``."""
     return math.log(NODE_GAIN_SHARE * min_expected_tokens) if min_expected_tokens > 0 else -math.inf
@@ -187,6 +207,7 @@ def grow(
     newest: Tensor,
     plan: TreePlan,
     min_expected_tokens: float = 0.0,
+    noise: Tensor | None = None,
 ) -> list[Level]:
     """All levels; nothing of it waits for the device, unless the tree is static or ``min_expected_tokens`` above 0.
 
@@ -197,6 +218,7 @@ def grow(
         newest: the state before each, ``[contexts, 1, state_size]``.
         plan: shape of the trees.
         min_expected_tokens: see ``Drafter.draft``.
+        noise: added to the logits of each level, ``[contexts, depth, draft vocabulary]``, see ``level_noise``.
 
     Returns:
         Candidates of each level, all that were scored (paper §3, EAGLE-2's expansion): ``ranked_drafts`` chooses.
@@ -212,6 +234,10 @@ def grow(
     for level in range(1, plan.depth + 1):
         beams.level = level
         states, logits, sums = run_level(beams, tokens, newest)
+        if noise is not None:
+            own = noise if len(live) == len(noise) else noise[live]
+            logits = (logits.unflatten(0, tokens.shape) + own[:, level - 1 : level]).flatten(0, 1)
+            sums = logits.logsumexp(-1, keepdim=True)
         best, index = logits.topk(min(width, logits.shape[-1]), dim=-1)  # [contexts * beam, width]
         # rounding may put the log of a probability near 1 above 0, and a child before its parent
         log_probs = (best - sums).clamp(max=0.0).unflatten(0, tokens.shape)

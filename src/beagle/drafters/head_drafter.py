@@ -11,7 +11,17 @@ from torch import Tensor
 from beagle.drafters.base import STATIC_PATHS, Draft, Drafter, TreePlan
 from beagle.drafters.block import Block, Rotations
 from beagle.drafters.context import HeadContext, write_unread
-from beagle.drafters.grow import Beams, EagerLevels, Level, LevelOutput, LevelRunner, grow, least_score, ranked_drafts
+from beagle.drafters.grow import (
+    Beams,
+    EagerLevels,
+    Level,
+    LevelOutput,
+    LevelRunner,
+    grow,
+    least_score,
+    level_noise,
+    ranked_drafts,
+)
 from beagle.targets.linears.packed import pack_linears, packed
 from beagle.targets.linears.quantized import VectorQuantizer, quantize_linears, quantized
 from beagle.targets.target import Target
@@ -27,7 +37,9 @@ class SomeLevels(LevelRunner, Protocol):
 class WholeDrafts(Protocol):
     """Grows the tree of one context at once."""
 
-    def __call__(self, context: HeadContext, root: int, plan: TreePlan) -> list[Level] | None:
+    def __call__(
+        self, context: HeadContext, root: int, plan: TreePlan, noise: Tensor | None = None
+    ) -> list[Level] | None:
         """All levels, on the host; None where it can't."""
 
 
@@ -52,6 +64,7 @@ class HeadDrafter(Drafter[HeadContext]):
         pack_linears(head)
         self.head = head
         self.device = target.device
+        self.vocab_size = target.vocab_size
         self.lm_head, bias = target.head_rows(head.draft_vocab if trimmed else None)
         whole = quantized(self.lm_head, bias, "int8", VectorQuantizer()) if target.quantize else None
         self.rotations = Rotations(head, self.lm_head.dtype, self.device)
@@ -79,15 +92,16 @@ class HeadDrafter(Drafter[HeadContext]):
         if min_expected_tokens > 1 and len(contexts) > 1:  # of one context it may be a busy hour's measurement
             return [Draft([], [], []) for _ in contexts]
         write_unread(contexts)
+        noise = level_noise(contexts, plan.depth, self.head.draft_vocab, self.vocab_size)
         levels = None
         if self.captured is not None and len(contexts) == 1:
-            levels = self.captured(contexts[0], roots[0], plan)
+            levels = self.captured(contexts[0], roots[0], plan, noise)
         if levels is None:
             width = max(plan.width, len(STATIC_PATHS))
             beams = Beams.of_contexts(self.head, contexts, self.rotations, plan.depth, width)
             tokens = torch.tensor(roots, device=self.device)[:, None]
             newest = torch.stack([context.newest for context in contexts])
-            levels = grow(self._run_level, beams, tokens, newest, plan, min_expected_tokens)
+            levels = grow(self._run_level, beams, tokens, newest, plan, min_expected_tokens, noise)
         return ranked_drafts(levels, len(contexts), plan, least_score(min_expected_tokens))
 
     def _run_level(self, beams: Beams, tokens: Tensor, newest: Tensor) -> LevelOutput:

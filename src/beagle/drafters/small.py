@@ -110,7 +110,10 @@ class SmallModelDrafter(Drafter[SmallModelContext]):
         node_of = {-1: 0}  # candidate -> node
         beam = [-1]
         for level in range(1, depth + 1):
-            log_q = F.log_softmax(self.small.logits(states)[:, : self.vocab_size].float(), dim=-1)
+            logits = self.small.logits(states)[:, : self.vocab_size].float()
+            if context.noise is not None:
+                logits = logits + context.noise(level, self.vocab_size, logits.device)
+            log_q = F.log_softmax(logits, dim=-1)
             best, index = log_q.topk(min(width, self.vocab_size), dim=-1)  # [beam, width]
             first = len(tokens)
             for parent, gains, choices in zip(beam, best.tolist(), index.tolist(), strict=True):

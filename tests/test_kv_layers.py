@@ -25,6 +25,7 @@ from drafting import One
 PROMPTS = ["w5 w9 w33", "w3 w4 w5 w6 w3 w4 w5 w6 w3 w4", "w7", "w11 " * 13, "w60 w3"]
 SHAPES = [{"kv_layers": (1,)}, {"blocks": 2}, {"kv_layers": (1, 2), "blocks": 3, "num_kv_heads": 2}]
 EAGLE = {"architecture": "eagle", "kv_layers": (1, 2)}
+EAGLE3 = {"architecture": "eagle3", "kv_layers": (1, 2)}
 DYNAMIC = TreePlan("dynamic", 4, 4, 12)
 IDS = torch.tensor([5, 9, 33, 12, 60, 41, 7, 8])
 
@@ -57,7 +58,7 @@ def test_states_are_those_of_the_layers_in_every_kind_of_pass(family):
 
 
 @pytest.mark.parametrize("plan", [DYNAMIC, TreePlan("chain", 4), TreePlan("static", 4)], ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, EAGLE], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, EAGLE, EAGLE3], ids=str)
 def test_answers_are_the_targets(shape, plan):
     model = drafting(shape, plan=plan)
     options = {"max_new_tokens": 24}
@@ -71,7 +72,7 @@ def test_answers_are_the_targets(shape, plan):
     assert exact[0] == exact[1]
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, EAGLE], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, EAGLE, EAGLE3], ids=str)
 def test_a_batch_drafts_what_one_answer_would(shape):
     model = drafting(shape, plan=DYNAMIC)
     alone, together = ([One(model.drafter) for _ in PROMPTS] for _ in range(2))
@@ -139,7 +140,7 @@ def test_a_checkpoint_brings_its_layers(folders, tmp_path):
     )
 
 
-@pytest.mark.parametrize("shape", [SHAPES[2], EAGLE], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[2], EAGLE, EAGLE3], ids=str)
 def test_captured_passes_and_drafts_are_the_eager_ones(shape):
     model, other = drafting(shape, plan=DYNAMIC), drafting(shape, plan=DYNAMIC)
     target = other.target
@@ -151,8 +152,9 @@ def test_captured_passes_and_drafts_are_the_eager_ones(shape):
 
 
 @pytest.mark.slow
-def test_compiled_passes_and_levels_are_the_eager_ones(tmp_path):
-    layers, shape = (1, 2), SHAPES[2]
+@pytest.mark.parametrize("shape", [SHAPES[2], EAGLE3], ids=str)
+def test_compiled_passes_and_levels_are_the_eager_ones(tmp_path, shape):
+    layers, scale = (1, 2), LIVELY[shape.get("architecture", "beagle")]
     model = drafting(shape, plan=DYNAMIC)
     compiled.build(tmp_path, tiny_model(), "tiny-llama", batch=True, state_layers=layers)
     assert compiled.find(tmp_path, tiny_model(), None) is None  # of a target whose states are narrower
@@ -160,8 +162,8 @@ def test_compiled_passes_and_levels_are_the_eager_ones(tmp_path):
     passes = compiled.find(tmp_path, fresh, None, layers)
     target = Target(fresh, tiny_tokenizer(), "tiny-llama", state_layers=layers)
     target.use(passes)
-    build_levels(tmp_path, target, tiny_head(target, scale=LIVELY["beagle"], **shape), "tiny")
-    head = tiny_head(target, scale=LIVELY["beagle"], **shape)
+    build_levels(tmp_path, target, tiny_head(target, scale=scale, **shape), "tiny")
+    head = tiny_head(target, scale=scale, **shape)
     levels = find_levels(tmp_path, target, head)
     drafter = HeadDrafter(target, head)
     drafter.use_compiled(levels)

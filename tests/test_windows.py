@@ -162,6 +162,8 @@ def test_a_window_sees_its_base_and_nothing_later(stage, newest):
         {"kv_layers": (1,)},
         {"kv_layers": (1, 2), "blocks": 2, "num_kv_heads": 2},
         {"architecture": "eagle", "kv_layers": (1, 2)},
+        {"architecture": "eagle3", "kv_layers": (1, 2)},
+        {"architecture": "eagle3", "kv_layers": (2,), "norm_layers": False, "num_kv_heads": 2},
     ],
     ids=str,
 )

@@ -55,6 +55,11 @@ class BlockConfig:
         return self.num_kv_heads
 
     @classmethod
+    def default_kv_layers(cls, count: int) -> tuple[int, ...]:
+        """``kv_layers`` of a head whose settings name none, for a target of ``count`` layers."""
+        return ()
+
+    @classmethod
     def for_target(cls, target: Any, **overrides: Any) -> Self:
         """The target's own conventions, with as many KV heads as query heads (see the ablation).
 
@@ -76,6 +81,7 @@ class BlockConfig:
             "hidden_act": act if act in ACT2FN else "silu",
             "norm_eps": float(setting(config, "rms_norm_eps") or 1e-6),
             "rope_theta": float(rope.get("rope_theta") or 10_000.0),
+            "kv_layers": cls.default_kv_layers(target.layer_count),
         }
         return cls(**{**settings, **overrides})
 

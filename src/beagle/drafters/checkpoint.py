@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import beagle.drafters.eagle3_head
 import beagle.drafters.eagle_head
 import beagle.drafters.head  # noqa: F401
 from beagle.drafters.block import HEADS, Block

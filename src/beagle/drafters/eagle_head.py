@@ -15,6 +15,7 @@ target's pre-norm. While drafting, ĥ is fed back through FC with the drafted to
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,23 +30,35 @@ class EagleConfig(BlockConfig):
     """Everything that fixes an EAGLE head's shape: a block's settings, and no more."""
 
 
-@register("eagle")
-class EagleHead(Block):
-    """FC and the decoder layer; embeddings and LM head are the target's, frozen and shared.
+class FeatureHead(Block):
+    """A draft head with self-attention over features, which a state and the token behind it make.
 
     ``queries`` and ``keys_values`` take features.
     """
 
-    config_class = EagleConfig
-    config: EagleConfig
+    @abstractmethod
+    def features(self, embeddings: Tensor, states: Tensor) -> Tensor:
+        """What a slot's query, key, value and residual are made of.
 
-    def __init__(self, config: EagleConfig) -> None:
-        super().__init__(config)
-        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size)
-        self._add_fusion()
-        self._add_attention()
-        self._add_mlp()
-        self._initialise()
+        Args:
+            embeddings: of the tokens t_{i+1}, ``[..., n, hidden]``.
+            states: h_i, fused or predicted, ``[..., n, hidden]``.
+
+        Returns:
+            ``[..., n, features]``, however wide the head makes them, in the states' dtype.
+        """
+
+    @abstractmethod
+    def finish(self, attended: Tensor, features: Tensor) -> Tensor:
+        """Residual and MLP.
+
+        Args:
+            attended: attention's output, ``[..., heads, n, head_dim]``.
+            features: of the queries' slots, ``[..., n, features]``.
+
+        Returns:
+            Predicted states ``[..., n, hidden]``.
+        """
 
     def known(self, tokens: list[int], states: Tensor, newest: Tensor) -> tuple[list[int], Tensor]:
         """A slot's key needs the token behind its state, so the newest slot waits for the next token.
@@ -68,12 +81,27 @@ class EagleHead(Block):
         attended = seen.attend(self.queries(features, rotation), slice(None))
         return self.finish(attended, features)
 
+
+@register("eagle")
+class EagleHead(FeatureHead):
+    """FC and the decoder layer; embeddings and LM head are the target's, frozen and shared."""
+
+    config_class = EagleConfig
+    config: EagleConfig
+
+    def __init__(self, config: EagleConfig) -> None:
+        super().__init__(config)
+        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size)
+        self._add_fusion()
+        self._add_attention()
+        self._add_mlp()
+        self._initialise()
+
     def features(self, embeddings: Tensor, states: Tensor) -> Tensor:
-        """x: embeddings of the tokens t_{i+1} and states h_i, both ``[..., n, hidden]``, to ``[..., n, hidden]``."""
+        """x, as wide as a hidden state."""
         x: Tensor = self.fc(torch.cat([embeddings, states], dim=-1))
         return x.to(states.dtype)  # under autocast, too, the residual has the states' precision
 
     def finish(self, attended: Tensor, features: Tensor) -> Tensor:
-        """Residual and MLP: ``[..., heads, n, head_dim]`` -> predicted states ``[..., n, hidden]``."""
         y = self._output(attended) + features
         return self._feed_forward(y, self.mlp_norm(y))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beagle.drafters.block import Block
+from beagle.drafters.eagle3_head import Eagle3Head
 from beagle.drafters.eagle_head import EagleHead
 from beagle.drafters.head import BeagleHead
 from beagle.targets.target import Target
@@ -42,6 +43,7 @@ class Stages:
 STAGES: dict[type[Block], Stages] = {
     BeagleHead: Stages(windows.early, windows.late, windows.late),
     EagleHead: Stages(unrolled.single, unrolled.unrolled, unrolled.chains),
+    Eagle3Head: Stages(unrolled.single, unrolled.unrolled, unrolled.chains),
 }
 
 

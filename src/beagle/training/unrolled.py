@@ -1,4 +1,4 @@
-"""Training of the EAGLE head: feature-level single step, and unrolled (HASS, EAGLE-3's training-time test).
+"""Training of EAGLE's heads: feature-level single step, and unrolled (HASS, EAGLE-3's training-time test).
 
 In slots (see ``drafters.eagle_head``): a chain of drafts from base b has true features up to slot b;
 its step j stands at slot b+j-1 with a feature of the state that step j-1 predicted for that slot. So
@@ -14,11 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from beagle.drafters.eagle_head import EagleHead
+from beagle.drafters.eagle_head import FeatureHead
 from beagle.training.windows import Batch, Part, additive, attend_with_own, bases
 
 
-def single(head: EagleHead, batch: Batch, keys_from: Tensor, window: int, offset: int) -> Part:
+def single(head: FeatureHead, batch: Batch, keys_from: Tensor, window: int, offset: int) -> Part:
     """EAGLE's own training: teacher-forced (noised) hidden states, all slots in one causal pass.
 
     Args and returns as ``windows.early``; there are no windows here.
@@ -26,7 +26,7 @@ def single(head: EagleHead, batch: Batch, keys_from: Tensor, window: int, offset
     return chains(head, batch, keys_from, 1, 0, 1)[0]
 
 
-def unrolled(head: EagleHead, batch: Batch, keys_from: Tensor, window: int, offset: int, steps: int) -> list[Part]:
+def unrolled(head: FeatureHead, batch: Batch, keys_from: Tensor, window: int, offset: int, steps: int) -> list[Part]:
     """A chain of ``steps`` drafts from every slot, gradients through the predicted states (HASS).
 
     Args and returns as ``windows.late``; every slot is the base of a window.
@@ -34,7 +34,7 @@ def unrolled(head: EagleHead, batch: Batch, keys_from: Tensor, window: int, offs
     return chains(head, batch, keys_from, 1, 0, steps)
 
 
-def chains(head: EagleHead, batch: Batch, keys_from: Tensor, window: int, offset: int, steps: int) -> list[Part]:
+def chains(head: FeatureHead, batch: Batch, keys_from: Tensor, window: int, offset: int, steps: int) -> list[Part]:
     """Simulated inference from each base.
 
     Args:

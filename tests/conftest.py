@@ -78,7 +78,8 @@ FAMILIES = {
     "granite": {"logits_scaling": 2.0},
 }
 # Weights of fresh heads times this: they hardly attend else; EAGLE's feedback, unnormed, explodes beyond.
-LIVELY = {"beagle": 15.0, "eagle": 8.0, "eagle3": 8.0}
+LIVELY = {"beagle": 15.0, "eagle": 8.0}
+SCALES = LIVELY | {"eagle3": 8.0}  # of heads that need a target loaded with layers, too
 
 
 class Recorder:

@@ -19,7 +19,17 @@ from beagle.targets import compiled
 from beagle.targets.captured import Captured
 from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
-from conftest import FAMILIES, LIVELY, Recorder, tiny_drafter, tiny_head, tiny_model, tiny_target, tiny_tokenizer
+from conftest import (
+    FAMILIES,
+    LIVELY,
+    SCALES,
+    Recorder,
+    tiny_drafter,
+    tiny_head,
+    tiny_model,
+    tiny_target,
+    tiny_tokenizer,
+)
 from drafting import One
 
 PROMPTS = ["w5 w9 w33", "w3 w4 w5 w6 w3 w4 w5 w6 w3 w4", "w7", "w11 " * 13, "w60 w3"]
@@ -32,7 +42,7 @@ IDS = torch.tensor([5, 9, 33, 12, 60, 41, 7, 8])
 
 def drafting(shape: dict, **options) -> Model:
     target = tiny_target(state_layers=shape.get("kv_layers", ()))
-    return Model(target, tiny_drafter(target, scale=LIVELY[shape.get("architecture", "beagle")], **shape), **options)
+    return Model(target, tiny_drafter(target, scale=SCALES[shape.get("architecture", "beagle")], **shape), **options)
 
 
 def own_states(family: str, ids: torch.Tensor, layers: tuple[int, ...]) -> torch.Tensor:
@@ -154,7 +164,7 @@ def test_captured_passes_and_drafts_are_the_eager_ones(shape):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [SHAPES[2], EAGLE3], ids=str)
 def test_compiled_passes_and_levels_are_the_eager_ones(tmp_path, shape):
-    layers, scale = (1, 2), LIVELY[shape.get("architecture", "beagle")]
+    layers, scale = (1, 2), SCALES[shape.get("architecture", "beagle")]
     model = drafting(shape, plan=DYNAMIC)
     compiled.build(tmp_path, tiny_model(), "tiny-llama", batch=True, state_layers=layers)
     assert compiled.find(tmp_path, tiny_model(), None) is None  # of a target whose states are narrower

@@ -11,7 +11,7 @@ from beagle.drafters.head import BeagleHead
 from beagle.research.ablations import AblatedHead, chains
 from beagle.training.stages import STAGES
 from beagle.training.windows import ROUND, Batch, additive, early, late
-from conftest import LIVELY, tiny_drafter, tiny_target
+from conftest import SCALES, tiny_drafter, tiny_target
 from drafting import One
 from windows import make_batch, make_head, rope
 
@@ -171,7 +171,7 @@ def test_training_and_inference_agree(overrides):
     target = tiny_target(state_layers=overrides.get("kv_layers", ()))
     drafter = One(
         tiny_drafter(
-            target, scale=LIVELY[overrides.get("architecture", "beagle").removesuffix("-ablated")], **overrides
+            target, scale=SCALES[overrides.get("architecture", "beagle").removesuffix("-ablated")], **overrides
         )
     )
     simulate = STAGES[type(drafter.head)].chains

@@ -65,8 +65,7 @@ def train(
     except OSError as error:
         raise BeagleError(f"cannot write '{out}': {error.strerror}; choose another --out") from error
     engine: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    layers = recipe.head.get("kv_layers", ())
-    loaded = o.load_target(target, quantize=quantize, state_layers=layers, **engine)
+    loaded = o.load_target(target, quantize=quantize, state_layers=recipe.state_layers, **engine)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job's manager ends it as Ctrl-C does
     try:
         folder = train_head(

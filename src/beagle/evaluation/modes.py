@@ -176,7 +176,7 @@ def _ours(target: Target, mode: str, draft: DraftSpec, plan: TreePlan | None, op
         raise BeagleError(f"no draft head for {target.name}; pass a folder as draft or leave '{mode}' out of modes")
     if mode == "chain":
         plan = replace(plan or TreePlan(), kind="chain")
-    if mode == "eagle" and not (isinstance(drafter, HeadDrafter) and drafter.head.architecture == "eagle"):
+    if mode == "eagle" and not (isinstance(drafter, HeadDrafter) and drafter.head.architecture in ("eagle", "eagle3")):
         raise BeagleError(f"eagle '{draft}' holds no EAGLE head; pass it as draft, or choose another folder")
     return System(mode, Model(target, drafter, plan), weights_mb=weights)
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,17 +82,22 @@ def load_target(
     device: str = "auto",
     trust_remote_code: bool = False,
     quantize: str | None = None,
-    state_layers: Sequence[int] = (),
+    state_layers: Sequence[int] | Callable[[int], Sequence[int]] = (),
 ) -> Target:
     """Load a target; ``quantize`` and ``state_layers`` as of ``Target``, other arguments and errors as of ``load_model``.
+
+    ``state_layers`` may also be a function of the number of layers that the target has.
 
     Of its generation config the tokens that end an answer are taken alone; a line on standard error names the other
     settings that would change greedy answers.
     """
     check_kind(quantize)
     model, tokenizer = load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    fast = compiled.find(compiled_dir(), model, quantize, state_layers)  # before the weights are packed
-    target = Target(model, tokenizer, name, quantize, cache_dir() / "probes", state_layers=state_layers)
+    layers = state_layers
+    if callable(layers):
+        layers = layers(int(model.config.get_text_config(decoder=True).num_hidden_layers))
+    fast = compiled.find(compiled_dir(), model, quantize, layers)  # before the weights are packed
+    target = Target(model, tokenizer, name, quantize, cache_dir() / "probes", state_layers=layers)
     if fast is not None:
         target.use(fast)
     if target.device.type == "cuda" and not aot_cache.compiled_disabled():

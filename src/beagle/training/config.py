@@ -35,7 +35,8 @@ class TrainConfig:
             weights, optimiser and losses stay fp32.
         validation_samples: held-out answers that step-α is measured on, at most.
         beta_decay: late-stage weights are β_i = k - i + 1, normalised; off: all equal.
-        dpace: late-stage weights follow acceptance in place of either, see ``losses.dpace_weights``.
+        step_decay: late-stage weights are step_decay^(i - 1) instead, normalised (EAGLE-3: 0.8); None: ``beta_decay``.
+        dpace: late-stage weights follow acceptance in place of all these, see ``losses.dpace_weights``.
     """
 
     early_epochs: NotNegative = 10
@@ -55,6 +56,7 @@ class TrainConfig:
     cross_entropy_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     regression: NotNegative = 10.0
     beta_decay: bool = True
+    step_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     dpace: bool = False
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     autocast: bool = False
@@ -67,6 +69,16 @@ class TrainConfig:
     def stage_window(self, stage: str) -> int:
         """k of the ``early`` or the ``late`` stage."""
         return self.early_window or self.window if stage == "early" else self.window
+
+    @property
+    def step_weights(self) -> list[float]:
+        """Weights of the late stage's steps, adding up to 1."""
+        steps = range(1, self.steps + 1)
+        if self.step_decay is not None:
+            weights = [self.step_decay ** (i - 1) for i in steps]
+        else:
+            weights = [float(self.window - i + 1) if self.beta_decay else 1.0 for i in steps]
+        return [weight / sum(weights) for weight in weights]
 
     def __post_init__(self) -> None:
         if self.steps > self.window:

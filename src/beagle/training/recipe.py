@@ -24,6 +24,8 @@ class AnswerConfig:
         states: ``disk`` stores hidden states (2 bytes x hidden size a token); ``live`` stores tokens
             only and runs the target again in every epoch.
         max_tokens: stop after this many tokens, prompts included (None: all prompts).
+        state_layers: numbers of layers, from 1 on, whose outputs are stored even if the head doesn't read them, for
+            other heads that are trained on the same states.
     """
 
     rows: Positive = 96
@@ -36,6 +38,7 @@ class AnswerConfig:
     states: Literal["disk", "live"] = "disk"
     seed: int = 0
     source: Literal["target", "given"] = "target"
+    state_layers: tuple[Positive, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,26 @@ class Recipe:
     answers: AnswerConfig = field(default_factory=AnswerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     head: dict[str, Any] = field(default_factory=dict)
+
+    def state_layers(self, count: int) -> tuple[int, ...]:
+        """The layers to load the target with: those that the head reads, and those that are to be stored.
+
+        Args:
+            count: layers of the target.
+        """
+        return tuple(sorted({*head_layers(self.head, count), *self.answers.state_layers}))
+
+
+def head_layers(options: dict[str, Any], count: int) -> tuple[int, ...]:
+    """The layers that a head reads beside the top state.
+
+    Args:
+        options: the head section of a recipe.
+        count: layers of the target.
+    """
+    if "kv_layers" in options:
+        return tuple(options["kv_layers"])
+    return HEADS[options.get("architecture", "beagle")].config_class.default_kv_layers(count)
 
 
 def read_recipe(path: Path) -> Recipe:

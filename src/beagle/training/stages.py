@@ -59,8 +59,7 @@ def stage_loss(
         shares = [1.0]
     else:
         parts = stages.late(head, batch, keys_from, window, offset, config.steps)
-        betas = [window - i + 1 if config.beta_decay else 1 for i in range(1, config.steps + 1)]
-        shares = [b / sum(betas) for b in betas]
+        shares = config.step_weights
     predicted, true, weights = [], [], []
     for share, (states, slots, real) in zip(shares, parts, strict=True):
         predicted.append(states[real])

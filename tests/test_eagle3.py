@@ -6,9 +6,23 @@ import math
 
 import pytest
 import torch
+import yaml
+from safetensors import safe_open
 
+from beagle.drafters.checkpoint import load_head, save_head
 from beagle.drafters.eagle3_head import Eagle3Config, Eagle3Head
-from beagle.training.stages import STAGES
+from beagle.errors import BeagleError
+from beagle.evaluation.modes import Drafts, load_systems
+from beagle.research.compare import run_variants
+from beagle.research.compare.variants import parse
+from beagle.training.answers import AnswerGenerator
+from beagle.training.config import TrainConfig
+from beagle.training.data import samples
+from beagle.training.prompts import Prompt
+from beagle.training.recipe import Recipe, read_recipe
+from beagle.training.stages import STAGES, step_alpha
+from beagle.training.states import Fingerprint, StateStore
+from beagle.training.trainer import Trainer
 from beagle.training.windows import Batch
 from conftest import tiny_head, tiny_target
 from test_unrolled import collected, gradients, turned
@@ -151,3 +165,129 @@ def test_a_target_has_its_default_layers():
 def test_a_head_of_no_layers_is_refused():
     with pytest.raises(ValueError, match="at least one layer"):
         make_head(kv_layers=())
+
+
+@pytest.mark.parametrize("overrides", [{}, {"norm_layers": False, "kv_layers": (2,)}], ids=str)
+def test_checkpoint_roundtrip(tmp_path, overrides):
+    target = tiny_target(state_layers=(1, 2))
+    head = tiny_head(target, architecture="eagle3", draft_vocab_size=10, **overrides)
+    save_head(head, tmp_path, target="tiny", dtype=torch.float32, meta={})
+    loaded = load_head(tmp_path, target)
+    assert (type(loaded), loaded.config) == (Eagle3Head, head.config)
+    for name, tensor in head.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_step_weights_fall_as_published():
+    config = TrainConfig(steps=3, window=3, step_decay=0.8)
+    assert config.step_weights == pytest.approx([1 / 2.44, 0.8 / 2.44, 0.64 / 2.44])
+    assert TrainConfig(steps=2, window=3).step_weights == pytest.approx([3 / 5, 2 / 5])
+    assert TrainConfig(steps=2, window=3, beta_decay=False).step_weights == [0.5, 0.5]
+
+
+def test_the_recipe_has_the_budget_of_ours(request):
+    configs = request.config.rootpath / "configs"
+    ours, theirs = (read_recipe(configs / f"smollm2-135m{end}.yaml") for end in ("", "-eagle3"))
+    assert theirs.answers == ours.answers
+    assert theirs.train.late_epochs == ours.train.early_epochs + ours.train.late_epochs
+    shared = ("batch_tokens", "draft_vocab_size", "learning_rate", "schedule", "dropout", "autocast", "seed")
+    assert all(getattr(theirs.train, name) == getattr(ours.train, name) for name in shared)
+    assert theirs.train.early_epochs == theirs.train.regression == theirs.train.noise == 0
+    assert theirs.state_layers(30) == (2, 15, 27)
+
+
+def test_variants_are_trained_as_published():
+    recipe = Recipe(train=TrainConfig(window=3, steps=3), head={"kv_layers": (10, 20), "num_kv_heads": 3, "blocks": 2})
+    train, head = parse("eagle3").settings(recipe, 0)
+    assert (train.early_epochs, train.late_epochs, train.steps) == (0, 1, 3)
+    assert (train.regression, train.noise, train.step_decay) == (0, 0, 0.8)
+    assert head == {"architecture": "eagle3", "num_kv_heads": 3}  # the layers are its own
+    assert parse("eagle3-u7").settings(recipe, 0)[0].steps == 7
+    assert parse("eagle3-u3").plain_name(recipe) == "eagle3"
+    assert parse("eagle3-lk").settings(recipe, 0)[0].loss == "lk"
+    with pytest.raises(BeagleError, match=r"'late' is unknown; eagle3 takes uN"):
+        parse("eagle3-late")
+
+
+def test_it_learns(tmp_path):
+    target = tiny_target(state_layers=(1, 2))
+    target.eos_ids = frozenset()
+    prompts = [Prompt(str(i), (" ".join(f"w{3 + (5 * i + j * j) % 60}" for j in range(1 + i % 5)),)) for i in range(12)]
+    store = StateStore(tmp_path / "data", Fingerprint.of(target, 20, 24))
+    store.write(AnswerGenerator(target, rows=4, max_prompt_tokens=20, max_new_tokens=24, sampled_share=0).run(prompts))
+    config = TrainConfig(
+        early_epochs=0, late_epochs=16, window=3, steps=3, step_decay=0.8, batch_tokens=120, learning_rate=1e-2,
+        warmup_steps=4, schedule="cosine", noise=0, regression=0, validate_every=99,
+    )  # fmt: skip
+    trainer = Trainer(target, store, tmp_path / "run", config, {"architecture": "eagle3"})
+    group = samples(store.shards(), validation=False)
+    before = step_alpha(trainer.head.eval(), target, [group], 3)[0]
+    trainer.train()
+    after = step_alpha(trainer.head, target, [group], 3)[0]
+    assert sum(after) > sum(before) + 0.5
+
+
+def test_it_stands_for_eagle_in_an_evaluation(tmp_path):
+    target = tiny_target(state_layers=(1, 2))
+    save_head(tiny_head(target, architecture="eagle3"), tmp_path, target="tiny", dtype=torch.float32, meta={})
+    drafts = Drafts(eagle=str(tmp_path))
+    assert drafts.state_layers(["eagle"], "tiny") == (1, 2)
+    (system,) = load_systems(target, ["eagle"], drafts)
+    assert system.model.drafter.head.architecture == "eagle3"
+
+
+@pytest.fixture
+def with_recipe(beagle, folders, tmp_path, monkeypatch):
+    """Runs `beagle train` on a few prompts, or `beagle research compare` on what it stored."""
+    monkeypatch.setattr(run_variants, "in_fresh_process", lambda work, *arguments: work(*arguments))
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "w{i} w{i + 5} w9"}}\n' for i in range(3, 15)))
+    section = {"window": 3, "steps": 2, "batch_tokens": 120, "warmup_steps": 2, "validate_every": 9, "late_epochs": 1}
+
+    def call(*arguments, answers=None, head=None):
+        recipe = {"train": {**section, "early_epochs": 1}, "answers": {"max_new_tokens": 24, **(answers or {})}}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "head": head or {}}))
+        options = ["--config", tmp_path / "recipe.yaml", "--target", folders.target, "--device", "cpu"]
+        return beagle(*arguments, *options)
+
+    return call
+
+
+def test_train_loads_the_target_with_the_heads_layers(with_recipe, folders, beagle, tmp_path):
+    options = ["--prompts", tmp_path / "prompts.jsonl", "--out", tmp_path / "run"]
+    ended = with_recipe("train", *options, head={"architecture": "eagle3"})
+    assert ended.code == 0, ended.err
+    with safe_open(tmp_path / "run" / "head" / "model.safetensors", "pt") as file:
+        assert file.get_slice("layer_proj.weight").get_shape() == [32, 64]  # layers 1 and 2 of 3
+    engine = ["--target", folders.target, "--dtype", "float32", "--device", "cpu", "-n", 12]
+    drafted, plain = (
+        beagle("generate", "w3 w8 w9", "--draft", draft, *engine) for draft in (tmp_path / "run" / "head", "none")
+    )
+    assert drafted.code == 0, drafted.err
+    assert drafted.out == plain.out != ""
+
+
+def test_heads_share_one_store(with_recipe, tmp_path):
+    """Each picks its layers of what is stored once."""
+    options = ["--prompts", tmp_path / "prompts.jsonl", "--out", tmp_path / "run"]
+    ended = with_recipe("train", *options, answers={"state_layers": [1, 2]}, head={"kv_layers": [2]})
+    assert ended.code == 0, ended.err
+    data = tmp_path / "run" / "data"
+    assert [*StateStore.existing(data).fingerprint.state_layers] == [1, 2]
+    command = ["research", "compare", "--data", data, "--out", tmp_path / "out", "--variants", "beagle,eagle,eagle3"]
+    questions = ["--questions", tmp_path / "prompts.jsonl", "--limit", 2, "-n", 6, "--nodes", 4]
+    ended = with_recipe(*command, "--tokens", 300, *questions, head={"kv_layers": [2]})
+    assert ended.code == 0, ended.err
+    read = {}
+    for name in ("beagle", "eagle", "eagle3"):
+        with safe_open(tmp_path / "out" / "runs" / name / "seed0" / "head" / "model.safetensors", "pt") as file:
+            read[name] = file.get_slice("layer_proj.weight").get_shape()[1] // 32
+    assert read == {"beagle": 1, "eagle": 1, "eagle3": 2}
+
+
+def test_a_store_without_the_layers_is_refused_before_any_training(with_recipe, tmp_path):
+    options = ["--prompts", tmp_path / "prompts.jsonl", "--out", tmp_path / "run"]
+    assert with_recipe("train", *options).code == 0
+    command = ["research", "compare", "--data", tmp_path / "run" / "data", "--out", tmp_path / "out"]
+    ended = with_recipe(*command, "--tokens", 300, "--variants", "beagle,eagle3")
+    ended.refusal("'eagle3' reads layers 1, 2", "answers.state_layers: [1, 2]")
+    assert not (tmp_path / "out" / "runs").exists()

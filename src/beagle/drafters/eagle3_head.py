@@ -1,4 +1,4 @@
-"""The EAGLE-3 draft head (arXiv 2503.01840) with what EAGLE-3.1 changed in it: the rival of today.
+"""The EAGLE-3 draft head (arXiv 2503.01840) with what EAGLE-3.1 changed in it: the stronger baseline.
 
 Slot i holds what three layers of the target, a low, a middle and a high one, put out at token t_i, fused
 into g_i, and the token t_{i+1}; its output stands in for h_{i+1} and so predicts t_{i+2}:

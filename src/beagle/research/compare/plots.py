@@ -13,8 +13,12 @@ from beagle.research.compare.report import iteration
 from beagle.research.compare.results import OFTEN, Entry, growth
 
 # blue, green and grey for Beagle's heads, reds for EAGLE's; light to dark where one parameter changes
-PALETTES = {"beagle": ("#0072b2", "#56b4e9", "#009e73", "#444444"), "eagle": ("#d55e00", "#e69f00", "#cc79a7")}
-RAMPS = {"beagle": ("#74b3d8", "#08306b"), "eagle": ("#f4a261", "#7f2704")}
+PALETTES = {
+    "beagle": ("#0072b2", "#56b4e9", "#009e73", "#444444"),
+    "eagle": ("#d55e00", "#e69f00", "#cc79a7"),
+    "eagle3": ("#7a5195", "#b48ad0"),
+}
+RAMPS = {"beagle": ("#74b3d8", "#08306b"), "eagle": ("#f4a261", "#7f2704"), "eagle3": ("#c9a6dc", "#3f1d5c")}
 Entries = Mapping[str, Entry]
 Points = tuple[list[float], list[float]]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +19,7 @@ from beagle.research.compare.train_variant import Spec, train_variant
 from beagle.research.compare.variants import Variant
 from beagle.training.config import TrainConfig
 from beagle.training.data import batches
-from beagle.training.recipe import Recipe
+from beagle.training.recipe import Recipe, head_layers
 from beagle.training.states import StateStore
 
 T = TypeVar("T")
@@ -79,6 +79,7 @@ def specs(
     for seed in seeds:
         for variant in variants:
             train, head = variant.settings(recipe, seed)
+            refuse_missing_layers(variant.name, head_layers(head, store.fingerprint.layers), store)
             train = replace(train, validate_every=validate_every or train.validate_every)
             if budget.tokens is not None:
                 if (seed, train.batch_tokens) not in counted:
@@ -89,6 +90,20 @@ def specs(
                 Spec(variant.name, seed, target, store.folder, data_tokens, folder, train, head, budget.seconds)
             )
     return planned
+
+
+def refuse_missing_layers(variant: str, layers: Sequence[int], store: StateStore) -> None:
+    """
+    Raises:
+        BeagleError: the variant's head reads ``layers`` of the target, and not all of them are stored.
+    """
+    stored = store.fingerprint.state_layers
+    if missing := sorted({*layers} - {*stored}):
+        raise BeagleError(
+            f"variant '{variant}' reads layers {', '.join(map(str, layers))} of the target, but '{store.folder}' holds no "
+            f"states of {', '.join(map(str, missing))}; run `beagle train` into another folder with "
+            f"answers.state_layers: {sorted({*layers, *stored})} in its recipe"
+        )
 
 
 def steps_for(store: StateStore, batch_tokens: int, seed: int, tokens: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ beagle-s8                 8 simulated steps (and a window of 8 where the recipe'
 beagle-late-k8-s8         the late stage alone
 eagle, eagle-unrolled     single step; single step, then unrolled with the recipe's steps
 eagle-u8, eagle-late-u8   unrolled over 8 steps
+eagle3, eagle3-u7         unrolled for the whole budget, over the recipe's steps or 7 (as published)
 beagle-kv3, beagle-linear with 3 KV heads; with the newest state through a matrix
 beagle-moe                with four MLPs in place of one
 beagle-b4                 batches of 4 where the recipe's count as 16 (the paper's)
@@ -38,6 +39,8 @@ TRAIN: dict[str, dict[str, Any]] = {
     "logacc": {"loss": "log_acceptance", "cross_entropy_share": 0.0},
     "dpace": {"dpace": True},
 }
+# what is published of an architecture that has no recipe of its own here: tokens alone are what EAGLE-3 learns from
+PUBLISHED: dict[str, dict[str, Any]] = {"eagle3": {"regression": 0.0, "noise": 0.0, "step_decay": 0.8}}
 HEAD: dict[str, dict[str, Any]] = {
     "nonewest": {"newest_state": "none"},
     "notoken": {"token_in_mlp": False},
@@ -49,10 +52,11 @@ ABLATED: dict[str, dict[str, Any]] = {  # of ``research.ablations``
     "linear": {"newest_through_matrix": True},
     "moe": {"experts": 4},
 }
-OF_BOTH = "kvN, bN, noreg, tv, tvce, lk, logacc, dpace"
+OF_ALL = "kvN, bN, noreg, tv, tvce, lk, logacc, dpace"
 WORDS = {
-    "beagle": f"early, late, kN, sN, {OF_BOTH}, random, window, onewindow, noconcat, nonewest, notoken, linear, moe",
-    "eagle": f"unrolled, late, uN, {OF_BOTH}",
+    "beagle": f"early, late, kN, sN, {OF_ALL}, random, window, onewindow, noconcat, nonewest, notoken, linear, moe",
+    "eagle": f"unrolled, late, uN, {OF_ALL}",
+    "eagle3": f"uN, {OF_ALL}",
 }
 
 
@@ -96,6 +100,8 @@ class Variant:
         train = replace(train, **self.train)
         known = {f.name for f in fields(HEADS[self.architecture].config_class)}
         head = {k: v for k, v in recipe.head.items() if k in known}  # what both kinds of head have is shared
+        if self.architecture == "eagle3":  # whatever ours reads: the layers that were published
+            head.pop("kv_layers", None)
         head |= self.head
         if head.get("newest_through_matrix"):  # whatever the recipe's head does
             head["newest_state"] = "scale"
@@ -124,7 +130,7 @@ def parse(name: str) -> Variant:
     if architecture not in WORDS:
         raise BeagleError(f"variant '{name}' is unknown; begin with {' or '.join(WORDS)}, then -{{{WORDS['beagle']}}}")
     numbers: dict[str, int] = {}
-    train: dict[str, Any] = {}
+    train: dict[str, Any] = {**PUBLISHED.get(architecture, {})}
     head: dict[str, Any] = {}
     for word in words:
         number = re.fullmatch(r"(k|s|u|kv|b)([1-9]\d?)", word)
@@ -147,7 +153,8 @@ def parse(name: str) -> Variant:
     only_early = "early" in words or (architecture == "eagle" and not {"unrolled", "late"} & set(words) and not steps)
     if "late" in words and "early" in words:
         raise BeagleError(f"variant '{name}' is both early and late alone; leave both words out for both stages")
-    return Variant(name, architecture, "late" not in words, not only_early, window, steps, batch, train, head)
+    early = architecture != "eagle3" and "late" not in words
+    return Variant(name, architecture, early, not only_early, window, steps, batch, train, head)
 
 
 def parse_list(text: str) -> list[Variant]:

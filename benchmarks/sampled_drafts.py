@@ -19,16 +19,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-import beagle
 from beagle.decoding.sampling import Sampler, SamplingParams
 from beagle.decoding.sequence import Step
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import Draft, TreePlan
+from beagle.drafters.checkpoint import find_head, kv_layers, load_head
 from beagle.drafters.context import HeadContext
+from beagle.drafters.grow import Beams, LevelOutput
 from beagle.drafters.head_drafter import HeadDrafter
 from beagle.files import write_json
 from beagle.meta import command_line, describe
 from beagle.model import Model
+from beagle.targets.loading import load_target
 from beagle.training.prompts import read_prompts
 
 
@@ -52,8 +54,8 @@ class Observed(HeadDrafter):
                 context.noise = None
         return super().draft(contexts, roots, plan, min_expected_tokens)
 
-    def _run_level(self, *given):
-        states, logits, sums = super()._run_level(*given)
+    def _run_level(self, beams: Beams, tokens: Tensor, newest: Tensor) -> LevelOutput:
+        states, logits, sums = super()._run_level(beams, tokens, newest)
         if self.root_logits is None:
             self.root_logits = logits[0].clone()
         return states, logits, sums
@@ -89,11 +91,9 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=16)
     parser.add_argument("--json", type=Path, required=True)
     given = parser.parse_args()
-    loaded = beagle.load(given.target, draft=given.draft, dtype=given.dtype)
-    if not isinstance(loaded.drafter, HeadDrafter):
-        parser.error("--draft is no draft head alone")
-    drafter = loaded.drafter
-    drafter.__class__ = Observed
+    folder = find_head(given.draft, given.target)
+    target = load_target(given.target, dtype=given.dtype, state_layers=kv_layers(folder))
+    drafter = Observed(target, load_head(folder, target))
     prompts = [p.turns[0] for path in given.questions for p in read_prompts(path, limit=given.limit)]
     plans = {"chain": TreePlan("chain", given.depth), "tree": TreePlan("dynamic", given.depth, nodes=given.nodes)}
     rows = []
@@ -104,7 +104,7 @@ def main() -> None:
                 pooled, overlaps = Stats(), []
                 for seed, prompt in enumerate(prompts):
                     sampling = SamplingParams(given.max_new_tokens, temperature, top_p=given.top_p, seed=seed)
-                    stats, found = answer(Model(loaded.target, drafter, plan), prompt, sampling)
+                    stats, found = answer(Model(target, drafter, plan), prompt, sampling)
                     pooled.add(stats)
                     overlaps += found
                 first = pooled.step_alpha[0] if pooled.step_alpha else 0.0
@@ -118,7 +118,7 @@ def main() -> None:
         table.add_row(*map(str, row.values()))
     Console().print(table)
     command = command_line("python benchmarks/sampled_drafts.py")
-    write_json(given.json, {"rows": rows, "meta": {**describe(loaded.target), "command": command}})
+    write_json(given.json, {"rows": rows, "meta": {**describe(target), "command": command}})
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def test_another_architectures_name(folder, target):
     config = json.loads((folder / "config.json").read_text())
     other = next(name for name in LIVELY if name != config["model_type"])
     config["head"] = {
-        key: value for key, value in config["head"].items() if key not in ("newest_state", "token_in_mlp")
+        key: value for key, value in config["head"].items() if key not in ("newest_state", "token_in_mlp", "blocks")
     }
     edit_config(folder, model_type=other, head=config["head"])
     assert "model.safetensors is corrupt or incomplete" in refused(folder, target)

@@ -126,7 +126,7 @@ def test_a_target_without_the_layers_is_refused():
 
 @pytest.mark.parametrize("layers", [(3,), (1, 7)], ids=str)
 def test_layers_that_the_target_lacks_are_refused(layers):
-    with pytest.raises(BeagleError, match=r"has 3 layers, and kv_layers are numbers from 1 to 2"):
+    with pytest.raises(BeagleError, match=r"has 3 layers, of which 1 to 2 can be read"):
         tiny_target(state_layers=layers)
 
 

@@ -62,8 +62,8 @@ def tap(base: nn.Module, layers: Sequence[int], count: int, name: str) -> None:
     lists = [module for module in base.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
     if not lists or not 1 <= layers[0] <= layers[-1] < count:
         raise BeagleError(
-            f"{name}: no outputs of layers {', '.join(map(str, layers))}; it has {count} layers, and kv_layers are "
-            f"numbers from 1 to {count - 1}"
+            f"{name}: no outputs of layers {', '.join(map(str, layers))}; it has {count} layers, of which "
+            f"1 to {count - 1} can be read beside the top state"
         )
     for layer in layers:
         lists[0][layer - 1].register_forward_hook(_keep_output)

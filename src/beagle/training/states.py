@@ -48,6 +48,9 @@ class Fingerprint:
     state_layers: tuple[int, ...] = ()
     source: str | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "state_layers", tuple(self.state_layers))  # a manifest has a list
+
     @property
     def state_size(self) -> int:
         """Width of the states."""

@@ -144,6 +144,10 @@ class Decoder:
 
     def _fail(self, sequence: Sequence, error: Exception) -> tuple[Sequence, Emitted]:
         sequence.error = error
+        return self._left(sequence)
+
+    def _left(self, sequence: Sequence) -> tuple[Sequence, Emitted]:
+        """A sequence that has failed leaves."""
         self.leave(sequence)
         return sequence, Emitted([], 0)
 
@@ -152,7 +156,7 @@ class Decoder:
     def _run_prompts(self) -> Emissions:
         found = self._prefill.step(len(self.live))
         self.live += found.sequences
-        emitted = [self._fail(one, error) for one, error in found.failed]
+        emitted = [self._left(one) for one in found.failed]
         if found.logits is not None:
             emitted += self._begin(found.sequences, found.states, found.logits)
         return emitted

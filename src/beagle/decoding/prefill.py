@@ -29,13 +29,13 @@ class Prefilled:
         sequences: whose prompts have run; they are the last ones of the cache now.
         states: hidden states of each prompt, ``[n, state_size]``.
         logits: of each prompt's last token, ``[sequences, vocabulary]``; None without sequences.
-        failed: sequences that failed, and why.
+        failed: sequences that have failed, each with its ``error``.
     """
 
     sequences: list[Sequence] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)
     logits: Tensor | None = None
-    failed: list[tuple[Sequence, Exception]] = field(default_factory=list)
+    failed: list[Sequence] = field(default_factory=list)
 
 
 class Prefill:
@@ -97,7 +97,7 @@ class Prefill:
         try:
             cache = self._cache.share(max(map(first_slots, sequences)))
         except BeagleError as error:
-            return Prefilled(failed=[(max(sequences, key=first_slots), error)])
+            return _failed([max(sequences, key=first_slots)], error)
         try:
             for i, prefix in enumerate(known, live):
                 cache.lengths[i] = 0
@@ -111,7 +111,7 @@ class Prefill:
                 if prefix is not None:
                     parts[i] = torch.cat([prefix.states, parts[i]])
         except Exception as error:  # of the pass that they share
-            return Prefilled(failed=[(one, error) for one in sequences])
+            return _failed(sequences, error)
         for i, (one, start) in enumerate(zip(sequences, starts, strict=True)):
             cache.lengths[live + i] = len(one.ids)
             one.cached_tokens = start
@@ -137,7 +137,7 @@ class Prefill:
             logits = self._target.logits(states[-1])[None]
             self._cache.add(cache, live, exact_keys(sequence) if self._exact else first_slots(sequence))
         except Exception as error:
-            return Prefilled(failed=[(sequence, error)])
+            return _failed([sequence], error)
         self.waiting.popleft()
         sequence.cache, sequence.states = None, []
         return Prefilled([sequence], [states], logits)
@@ -156,3 +156,9 @@ class Prefill:
 
     def _known(self, sequence: Sequence) -> Prefix | None:
         return self.prefixes.find(sequence.ids) if self.prefixes is not None else None
+
+
+def _failed(sequences: list[Sequence], error: Exception) -> Prefilled:
+    for one in sequences:
+        one.error = error  # nowhere else: its traceback holds their keys
+    return Prefilled(failed=sequences)

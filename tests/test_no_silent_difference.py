@@ -64,7 +64,6 @@ def test_windows_that_only_the_mask_carries_are_honoured(family, options):
     [
         ("doge", {"keep_window_size": 8}, "mask"),
         ("gemma3_text", {"use_bidirectional_attention": True, "sliding_window": 6}, "mask"),
-        ("gpt_oss", {}, "sinks"),
         ("bloom", {}, "attention"),
     ],
 )

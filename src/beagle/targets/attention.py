@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beagle.errors import BeagleError
 from beagle.hf import AttentionInterface
 from beagle.limits import MAX_TREE_TOKENS
 from beagle.targets.plan import Plan
@@ -39,11 +38,9 @@ def attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface; ``query`` is ``[batch, heads, queries, head_dim]``.
 
-    What a layer sees is what its own mask says (``targets.probe`` reads it at load and leaves the window on the
+    ``s_aux`` are sinks ``[heads]``: one more score for each head, whose value is 0. What a layer sees is what its own mask says (``targets.probe`` reads it at load and leaves the window on the
     module); the mask that comes with a call, where there is one, is not read again.
     """
-    if s_aux is not None:
-        raise BeagleError("this target uses attention sinks, which are not supported yet")
     plan = current_plan.get()
     layer = module.layer_idx
     assert isinstance(layer, int)
@@ -52,7 +49,7 @@ def attention(
         scaling = query.shape[-1] ** -0.5
     window = module.__dict__[WINDOW]
     compute = attend_exact if plan.tail is not None else attend_trees if plan.sequences is not None else attend
-    out = compute(plan, query, keys, values, scaling, window, softcap)
+    out = compute(plan, query, keys, values, scaling, window, softcap, s_aux)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -76,29 +73,67 @@ def write(plan: Plan, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, T
 
 
 def attend(
-    plan: Plan, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, softcap: float | None
+    plan: Plan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """``[batch, heads, queries, head_dim]`` to ``[batch, heads, queries, value_dim]``."""
     batch, heads, n, dim = query.shape
     kv_heads = key.shape[1]
     groups = heads // kv_heads
-    if plan.kind == "prompt" and softcap is None and window not in plan.masks:  # no memory of n²
+    fused = softcap is None and sinks is None
+    if plan.kind == "prompt" and fused and window not in plan.masks:  # no memory of n²
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=groups > 1)
     mask = plan.masks[window]
-    if softcap is None and groups > 1 and n <= MAX_TREE_TOKENS:  # masks of prompts are too large to repeat
+    if fused and groups > 1 and n <= MAX_TREE_TOKENS:  # masks of prompts are too large to repeat
         # the query heads of a group become queries, so that keys are read once, not once a head
         folded = query.reshape(batch, kv_heads, groups * n, dim)
         if n > 1:
             mask = _folded(plan, window, groups)
         out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
         return out.reshape(batch, heads, n, -1)
-    if softcap is None:
+    if fused:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=groups > 1)
     grouped = query.reshape(batch, kv_heads, groups, n, dim)
+    wide = mask[:, :, None].float()
+    own = None if sinks is None else sinks.view(kv_heads, groups, 1, 1)
+    if n <= MAX_TREE_TOKENS:
+        return _scored(grouped, key, value, wide, scaling, softcap, own).reshape(batch, heads, n, -1)
+    # a prompt's scores of all heads at once would take too much memory
+    parts = [
+        _scored(grouped[:, i], key[:, i], value[:, i], wide, scaling, softcap, None if own is None else own[i])
+        for i in (slice(head, head + 1) for head in range(kv_heads))
+    ]
+    return torch.cat(parts, dim=1).reshape(batch, heads, n, -1)
+
+
+def _scored(
+    grouped: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention of ``grouped [batch, kv_heads, groups, queries, head_dim]`` with its scores at hand."""
     scores = torch.matmul(grouped, key[:, :, None].transpose(-1, -2)).float() * scaling
-    scores = softcap * torch.tanh(scores / softcap)
-    weights = torch.softmax(scores + mask[:, :, None].float(), dim=-1)
-    return torch.matmul(weights.to(value.dtype), value[:, :, None]).reshape(batch, heads, n, -1)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return torch.matmul(_weights(scores + mask, sinks).to(value.dtype), value[:, :, None])
+
+
+def _weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax of scores ``[..., keys]`` in fp32, beside that of each head's sink, to be broadcast to ``[..., 1]``."""
+    if sinks is None:
+        return torch.softmax(scores, dim=-1)
+    beside = sinks.float().expand(*scores.shape[:-1], 1)
+    return torch.softmax(torch.cat([scores, beside], dim=-1), dim=-1)[..., :-1]
 
 
 def _folded(plan: Plan, window: int | None, groups: int) -> Tensor:
@@ -109,7 +144,14 @@ def _folded(plan: Plan, window: int | None, groups: int) -> Tensor:
 
 
 def attend_trees(
-    plan: Plan, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, softcap: float | None
+    plan: Plan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Queries end to end ``[1, heads, tokens, head_dim]`` to ``[1, heads, tokens, value_dim]``.
 
@@ -119,12 +161,21 @@ def attend_trees(
     assert sequences is not None
     flat = query[0].transpose(0, 1)  # [tokens, heads, head_dim]
     padded = flat.unflatten(0, sequences.padding.shape) if sequences.full else flat[sequences.padding]
-    out = attend(plan, padded.transpose(1, 2), key, value, scaling, window, softcap).transpose(1, 2).flatten(0, 1)
+    out = (
+        attend(plan, padded.transpose(1, 2), key, value, scaling, window, softcap, sinks).transpose(1, 2).flatten(0, 1)
+    )
     return (out if sequences.full else out[sequences.place]).transpose(0, 1)[None]
 
 
 def attend_exact(
-    plan: Plan, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, softcap: float | None
+    plan: Plan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """``[1, heads, tokens, head_dim]`` to ``[1, heads, tokens, value_dim]``, as of ``plan.of_exact_tree``."""
     assert plan.tail is not None
@@ -145,7 +196,7 @@ def attend_exact(
         scores = torch.add(mask, scores, alpha=scaling)
     else:
         scores = mask + softcap * torch.tanh(scores * (scaling / softcap))
-    weights = torch.softmax(scores, dim=-1)
+    weights = _weights(scores, sinks if sinks is None else sinks.view(kv_heads, 1, groups, 1))
     below = weights[..., :n].view(kv_heads, tokens * groups, n)
     out = torch.matmul(below, value[0, :, :n].float()).view(kv_heads, tokens, groups, -1)
     out = out + torch.matmul(weights[..., n:], own_values)

@@ -96,7 +96,7 @@ class Plan:
         return cls(kind, positions, slots, rest, keys, masks)
 
 
-def of_prompt(cache: KVCache, first: int, last: int, windows: Windows, capped: bool) -> Plan:
+def of_prompt(cache: KVCache, first: int, last: int, windows: Windows, scored: bool) -> Plan:
     """Tokens ``first`` … ``last - 1`` of a prompt of each sequence; those before them have been run.
 
     Args:
@@ -104,10 +104,10 @@ def of_prompt(cache: KVCache, first: int, last: int, windows: Windows, capped: b
         first: position of the first token.
         last: position behind the last one.
         windows: the layers' distinct sliding windows; None sees all.
-        capped: whether some layer has a soft cap, which needs a mask.
+        scored: whether some layer has a soft cap or sinks, which need a mask.
     """
     queries = torch.arange(first, last, device=cache.device)
-    plain = first == 0 and not capped
+    plain = first == 0 and not scored
     needed = [window for window in windows if not plain or (window is not None and window < last)]
     masks: dict[int | None, Tensor] = {}
     if needed:

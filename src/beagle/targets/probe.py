@@ -27,7 +27,7 @@ from beagle.targets.attention import NAME, WINDOW
 from beagle.targets.cache import LayerShape
 from beagle.targets.family import base_of, context_limit
 
-FORMAT = 2  # of what is remembered
+FORMAT = 3  # of what is remembered
 PROBE = "beagle_probe"
 TOKENS = 48  # of the pass that is probed
 MOST_WINDOW = 1024  # sliding windows up to here are compared in numbers, larger ones by the rule of their mask alone
@@ -44,6 +44,7 @@ class Layers:
         heads: query heads of each.
         windows: sliding window of each in tokens, the query's own included; None: the whole context.
         softcaps: soft cap of each layer's scores, None for none.
+        sinks: whether each layer has attention sinks.
     """
 
     names: list[str]
@@ -51,16 +52,17 @@ class Layers:
     heads: list[int]
     windows: list[int | None]
     softcaps: list[float | None]
+    sinks: list[bool]
 
     @property
     def are_plain(self) -> bool:
         """Whether causal attention to the whole context is all there is, so that a prompt needs no mask."""
-        return not self.are_capped and self.distinct_windows == [None]
+        return not self.need_scores and self.distinct_windows == [None]
 
     @property
-    def are_capped(self) -> bool:
-        """Whether some layer's scores have a soft cap."""
-        return any(cap is not None for cap in self.softcaps)
+    def need_scores(self) -> bool:
+        """Whether some layer changes its scores, by a soft cap or by sinks, which fused attention can't."""
+        return any(cap is not None for cap in self.softcaps) or any(self.sinks)
 
     @cached_property
     def distinct_windows(self) -> list[int | None]:
@@ -94,6 +96,7 @@ class _Notes:
         self.heads: dict[int, int] = {}
         self.windows: dict[int, int | None] = {}
         self.softcaps: dict[int, float | None] = {}
+        self.sinks: dict[int, bool] = {}
 
     def window(self, mask: Tensor | None, hint: int | None) -> int | None:
         """The window behind the mask that a layer was given; ``hint`` is what it says of itself."""
@@ -139,8 +142,6 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Takes notes; what it returns has the right shape and means nothing."""
     notes = _notes[-1]
-    if s_aux is not None:
-        raise BeagleError(f"{notes.name}: it uses attention sinks, which are not served yet; choose another model")
     layer = getattr(module, "layer_idx", None)
     if not isinstance(layer, int):
         raise BeagleError(
@@ -152,6 +153,7 @@ def _attention(
     notes.heads[layer] = query.shape[1]
     notes.windows[layer] = notes.window(attention_mask, sliding_window)
     notes.softcaps[layer] = softcap
+    notes.sinks[layer] = s_aux is not None
     out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2).contiguous(), None
 
@@ -245,6 +247,7 @@ def learn(model: Any, name: str, expected: int | None = None) -> Layers:
         [notes.heads[i] for i in order],
         [notes.windows[i] for i in order],
         [notes.softcaps[i] for i in order],
+        [notes.sinks[i] for i in order],
     )
     layers.mark(base)
     return layers

@@ -226,7 +226,7 @@ class Target:
         whole = PROMPT_TOKENS if layers.are_plain else math.isqrt(MASK_ENTRIES)  # where nothing is before it
         states = []
         for first, last in pairwise([start, *range(start + piece if start else whole, end, piece), end]):
-            plan = of_prompt(cache, first, last, layers.distinct_windows, layers.are_capped)
+            plan = of_prompt(cache, first, last, layers.distinct_windows, layers.need_scores)
             states.append(self.run(ids[:, first - start : last - start], plan))
         cache.lengths = [end] * ids.shape[0]
         return states[0] if len(states) == 1 else torch.cat(states, dim=1)

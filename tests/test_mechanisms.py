@@ -1,0 +1,154 @@
+"""What families compute besides plain attention, each on a tiny model: every way of decoding gives the model's own answer."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from beagle.drafters.base import TreePlan
+from beagle.model import Model
+from beagle.targets import compiled
+from beagle.targets.captured import Captured
+from beagle.targets.shape import TreeShape
+from beagle.targets.target import Target
+from conftest import Oracle, Recorder, tiny_head, tiny_model, tiny_tokenizer
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+PROMPT = [11 + (7 * i * i + i) % 50 for i in range(40)]  # longer than every window below
+NEW = 16
+PARENTS = [-1, 0, 0, 1, 1, 2, 3, 6, 5, 0]
+MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+SINKS = {
+    "gpt_oss": {**MOE, "sliding_window": 6, "layer_types": [SLIDING, FULL, SLIDING]},
+    "granite_swa": {"sliding_window": 6, "layer_types": [SLIDING, FULL, SLIDING]},
+    "mimo_v2_flash": {
+        "sliding_window": 6, "layer_types": [SLIDING, FULL, SLIDING], "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16, "v_head_dim": 8,
+    },
+}  # fmt: skip
+
+
+def lively(family: str, dtype: torch.dtype = torch.float32, **options):
+    """A tiny model whose vectors are random, too: sinks that are ignored change its answers."""
+    model = tiny_model(family, **options)
+    seeded = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 and "norm" not in name:
+                parameter.copy_(2 * torch.randn(parameter.shape, generator=seeded))
+    return model.to(dtype)
+
+
+def target_of(model) -> Target:
+    return Target(model, tiny_tokenizer(), "some-model")
+
+
+@torch.no_grad()
+def own_greedy(model, ids: list[int], new: int) -> list[int]:
+    """By the model's own forward, without a cache."""
+    made: list[int] = []
+    for _ in range(new):
+        made.append(int(model(input_ids=torch.tensor([ids + made]), use_cache=False).logits[0, -1].argmax()))
+        if made[-1] == 2:
+            break
+    return made
+
+
+def assert_served(family: str, **options) -> Target:
+    """Alone and drafted, ordinary and exact, and among others."""
+    model, target = lively(family, **options), target_of(lively(family, **options))
+    for prompt in (PROMPT, PROMPT[:7]):
+        expected = own_greedy(model, prompt, NEW)
+        drafted = Model(target, Oracle(expected), TreePlan("dynamic", depth=4, top_k=4, nodes=10))
+        for way in ({}, {"exact": True}, {"draft": False}, {"draft": False, "exact": True}):
+            answer = drafted.generate(prompt, max_new_tokens=NEW, **way)
+            assert answer.token_ids == expected, way
+            assert "draft" in way or answer.stats.tau > 1
+        for draft in (True, False):
+            together = drafted.generate_batch([prompt, PROMPT[3:9], PROMPT[::-1]], max_new_tokens=NEW, draft=draft)
+            assert together[0].token_ids == expected
+            assert together[2].token_ids == own_greedy(model, PROMPT[::-1], NEW)
+    assert_tree(model, target)
+    assert tiny_head(target).config.hidden_size == target.hidden_size
+    return target
+
+
+@torch.no_grad()
+def assert_tree(model, target: Target) -> None:
+    """Each path of a tree gives the logits that it has as a text of its own, in an ordinary and in an exact pass."""
+    tokens = torch.arange(10, 10 + len(PARENTS))
+    cache = target.new_cache(1, 64)
+    target.prefill(torch.tensor([PROMPT[:30]]), cache)
+    shape = TreeShape(PARENTS)
+    for states in (target.verify(cache, tokens, shape), target.verify_exact(cache, tokens, shape, 64)):
+        for node in range(len(PARENTS)):
+            seen = [i for i in range(len(PARENTS)) if shape.ancestors()[node, i]]
+            ids = torch.tensor([PROMPT[:30] + tokens[seen].tolist()])
+            expected = model(input_ids=ids, use_cache=False).logits[0, -1]
+            torch.testing.assert_close(target.logits(states[node]), expected, atol=1e-3, rtol=1e-3)
+
+
+def assert_exact_bits(family: str, **options) -> None:
+    """In bf16 a tree's exact states are those of its paths alone, bit for bit."""
+    target = target_of(lively(family, torch.bfloat16, **options))
+    target.eos_ids = frozenset()
+    plain = Model(target).generate(PROMPT, max_new_tokens=NEW, exact=True).token_ids
+    drafted = Model(target, Oracle(plain), TreePlan("dynamic", depth=4, top_k=4, nodes=10))
+    answer = drafted.generate(PROMPT, max_new_tokens=NEW, exact=True)
+    assert answer.token_ids == plain
+    assert answer.stats.tau > 3
+
+
+def states_of(target: Target) -> torch.Tensor:
+    cache = target.new_cache(1, 64)
+    target.prefill(torch.tensor([PROMPT]), cache)
+    first = target.verify(cache, torch.arange(10, 10 + len(PARENTS)), TreeShape(PARENTS))
+    cache.compact([0, 1, 4])
+    return torch.cat([first, target.verify(cache, torch.tensor([9]), TreeShape([-1]))])
+
+
+def assert_captured(family: str, **options) -> None:
+    plain, fast, recorder = target_of(lively(family, **options)), target_of(lively(family, **options)), Recorder()
+    fast.use(Captured(fast.base, fast.hidden_size, fast.layers, recorder))
+    torch.testing.assert_close(states_of(fast), states_of(plain), atol=1e-4, rtol=1e-4)
+    assert recorder.made
+
+
+def assert_compiled(family: str, folder, **options) -> None:
+    compiled.build(folder, lively(family, **options), "some-model")
+    model = lively(family, **options)
+    found = compiled.find(folder, model, None)
+    fast, plain = target_of(model), target_of(lively(family, **options))
+    fast.use(found)
+    torch.testing.assert_close(states_of(fast), states_of(plain), atol=1e-4, rtol=1e-4)
+
+
+needs_compiler = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("g++", "clang++")), reason="there is no C++ compiler"
+)
+
+
+@pytest.mark.parametrize("family", SINKS)
+def test_sinks(family):
+    target = assert_served(family, **SINKS[family])
+    assert any(target.layers.sinks)
+    assert_exact_bits(family, **SINKS[family])
+
+
+def test_long_prompts_with_sinks_run_piece_by_piece(monkeypatch):
+    target = target_of(lively("gpt_oss", **SINKS["gpt_oss"]))
+    ids = torch.tensor([PROMPT * 3])
+    whole = target.prefill(ids, target.new_cache(1, 128))
+    monkeypatch.setattr("beagle.targets.target.MASK_ENTRIES", 900)
+    monkeypatch.setattr("beagle.targets.target.LEAST_TOKENS", 5)
+    torch.testing.assert_close(target.prefill(ids, target.new_cache(1, 128)), whole, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_sinks_in_fast_passes(tmp_path):
+    assert_captured("granite_swa", **SINKS["granite_swa"])
+    options = {**SINKS["granite_swa"], "num_hidden_layers": 2, "layer_types": [SLIDING, FULL]}
+    assert_compiled("granite_swa", tmp_path, **options)

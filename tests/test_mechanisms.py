@@ -152,3 +152,24 @@ def test_sinks_in_fast_passes(tmp_path):
     assert_captured("granite_swa", **SINKS["granite_swa"])
     options = {**SINKS["granite_swa"], "num_hidden_layers": 2, "layer_types": [SLIDING, FULL]}
     assert_compiled("granite_swa", tmp_path, **options)
+
+
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [1.0, 1.5, 2.5, 4.0],
+    "factor": 8.0, "original_max_position_embeddings": len(PROMPT) + NEW,
+}  # fmt: skip
+ROPES = {
+    "phi3": {"rope_parameters": LONGROPE, "original_max_position_embeddings": len(PROMPT) + NEW},
+    "llama": {
+        "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+        "max_position_embeddings": len(PROMPT) + NEW,
+    },
+}
+
+
+@pytest.mark.parametrize("family", ROPES)
+def test_rope_that_depends_on_the_length_up_to_its_switch(family):
+    """Drafts and neighbours reach up to the last position before the switch, and none over it."""
+    target = assert_served(family, **ROPES[family])
+    assert target.context_limit == len(PROMPT) + NEW
+    assert_exact_bits(family, **ROPES[family])

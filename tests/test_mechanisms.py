@@ -11,6 +11,8 @@ from beagle.drafters.base import TreePlan
 from beagle.model import Model
 from beagle.targets import compiled
 from beagle.targets.captured import Captured
+from beagle.targets.plan import Chunk
+from beagle.targets.probe import chunk_of
 from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
 from conftest import Oracle, Recorder, tiny_head, tiny_model, tiny_tokenizer
@@ -174,3 +176,53 @@ def test_rope_that_depends_on_the_length_up_to_its_switch(family):
     target = assert_served(family, **ROPES[family])
     assert target.context_limit == len(PROMPT) + NEW
     assert_exact_bits(family, **ROPES[family])
+
+
+CHUNKED = "chunked_attention"
+LLAMA4 = {
+    "layer_types": [CHUNKED, FULL, CHUNKED], "attention_chunk_size": 6, "no_rope_layers": [1, 0, 1], "floor_scale": 8,
+    "num_experts_per_tok": 1, "num_local_experts": 2, "intermediate_size_mlp": 48,
+}  # fmt: skip
+
+
+def test_chunks_and_scales_that_count_tokens():
+    """Llama 4: some layers see their chunk alone, others scale queries by how many tokens are before them."""
+    target = assert_served("llama4_text", **LLAMA4)
+    assert target.layers.windows == [Chunk(6), None, Chunk(6)]
+    assert target.layers.lengths
+    assert_exact_bits("llama4_text", **LLAMA4)
+
+
+def test_scales_that_begin_far_behind_the_comparison_at_load_are_right():
+    """A scale that changes beyond the tokens that a target is compared with can't be found out by comparing."""
+    options = {**LLAMA4, "floor_scale": 64, "attn_scale": 5.0}
+    model, target = lively("llama4_text", **options), target_of(lively("llama4_text", **options))
+    prompt = (PROMPT * 2)[:70]
+    assert Model(target).generate(prompt, max_new_tokens=NEW).token_ids == own_greedy(model, prompt, NEW)
+
+
+def test_a_probe_remembers_chunks(tmp_path):
+    first = Target(lively("llama4_text", **LLAMA4), tiny_tokenizer(), "x", probes=tmp_path)
+    again = Target(lively("llama4_text", **LLAMA4), tiny_tokenizer(), "x", probes=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert again.layers == first.layers
+    assert Model(again).generate(PROMPT, max_new_tokens=NEW).token_ids == own_greedy(
+        lively("llama4_text", **LLAMA4), PROMPT, NEW
+    )
+
+
+def test_rules_of_chunks_are_read():
+    def causal(b, h, q, k):
+        return k <= q
+
+    assert chunk_of(lambda b, h, q, k: (k <= q) & (k // 8 == q // 8), 512) == Chunk(8)
+    assert chunk_of(lambda b, h, q, k: (k <= q) & (k // 8 == q // 8), 20) == Chunk(8)
+    assert chunk_of(lambda b, h, q, k: (k <= q) & (k > q - 8), 512) is None
+    assert chunk_of(lambda b, h, q, k: ((k <= q) | (k < 4)) & (k // 8 == q // 8), 512) is None
+    assert chunk_of(lambda b, h, q, k: k > q, 512) is None
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_chunks_in_fast_passes(tmp_path):
+    assert_captured("llama4_text", **LLAMA4)

@@ -113,7 +113,6 @@ def test_tree_shape_knows_depths_and_ancestors():
         ("mamba", {}, "recurrent"),
         ("rwkv", {}, "rwkv"),
         ("qwen3_next", {}, "linear_attention"),
-        ("llama4_text", {}, "chunked_attention"),
     ],
 )
 def test_families_without_plain_cache_are_refused(family, options, word):

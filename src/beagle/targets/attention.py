@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from beagle.hf import AttentionInterface
 from beagle.limits import MAX_TREE_TOKENS
-from beagle.targets.plan import Plan
+from beagle.targets.plan import Plan, Window
 
 NAME = "beagle"
-WINDOW = "beagle_window"  # attribute of an attention module: its sliding window, None for the whole context
+WINDOW = "beagle_window"  # attribute of an attention module: a ``Window``
+LENGTHS = "beagle_lengths"  # attribute of a model without its LM head: under which name its layers take a cache, or ""
 
 current_plan: ContextVar[Plan] = ContextVar("current_plan")
 
@@ -56,6 +57,28 @@ def attention(
 AttentionInterface.register(NAME, attention)
 
 
+class Lengths:
+    """Takes the place of transformers' KV cache where layers ask it how many tokens are before those of a pass.
+
+    The answer is another one for each token, so that tokens of a tree count from their own positions.
+    """
+
+    def __init__(self, positions: Tensor) -> None:
+        """
+        Args:
+            positions: ``[tokens]``.
+        """
+        self._before = positions - torch.arange(len(positions), device=positions.device)
+
+    def get_seq_length(self, layer_idx: int | None = 0) -> Tensor:
+        """``[tokens]``, to be added to a token's number in the pass."""
+        return self._before
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As they are: the attention function writes them into our own cache."""
+        return key, value
+
+
 def write(plan: Plan, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Store fresh keys and values ``[batch, kv_heads, tokens, head_dim]``; return all in view."""
     keys, values = plan.layers[2 * layer], plan.layers[2 * layer + 1]
@@ -78,7 +101,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     scaling: float,
-    window: int | None,
+    window: Window,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
@@ -136,7 +159,7 @@ def _weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
     return torch.softmax(torch.cat([scores, beside], dim=-1), dim=-1)[..., :-1]
 
 
-def _folded(plan: Plan, window: int | None, groups: int) -> Tensor:
+def _folded(plan: Plan, window: Window, groups: int) -> Tensor:
     """The window's mask once for each head of a group, ``[batch or 1, 1, groups * queries, keys]``."""
     if (window, groups) not in plan.folded:
         plan.folded[window, groups] = plan.masks[window].repeat(1, 1, groups, 1)
@@ -149,7 +172,7 @@ def attend_trees(
     key: Tensor,
     value: Tensor,
     scaling: float,
-    window: int | None,
+    window: Window,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
@@ -173,7 +196,7 @@ def attend_exact(
     key: Tensor,
     value: Tensor,
     scaling: float,
-    window: int | None,
+    window: Window,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:

@@ -39,7 +39,7 @@ def refuse_unsupported(config: Any, name: str) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise BeagleError(f"{name}: encoder-decoder models can't be served; choose a causal (decoder-only) LM")
     text = config.get_text_config(decoder=True)
-    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention", "chunked_attention"}
     recurrent = {"mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "xlstm", "jamba", "bamba", "zamba"}
     if kinds or text.model_type in recurrent:
         what = ", ".join(sorted(kinds)) or text.model_type

@@ -17,7 +17,22 @@ from beagle.targets.shape import TreeShape
 EXACT_TOKENS = 16  # most tokens of an exact pass; all of them, where kernels differ by number of tokens
 EXACT_BLOCK = 32  # the keys of a query's own block and of the one before are gathered for it
 Kind = Literal["prompt", "tree", "trees", "exact"]
-Windows = list[int | None]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Chunked attention: a query sees what comes before it in its own chunk, of ``size`` tokens."""
+
+    size: int
+
+
+Window = int | Chunk | None  # a sliding window in tokens, the query's own included; or a chunk; None: the whole context
+Windows = list[Window]
+
+
+def span(window: Window) -> int | None:
+    """The longest text of which every token is in view; None: any."""
+    return window.size if isinstance(window, Chunk) else window
 
 
 @dataclass(eq=False)
@@ -48,7 +63,7 @@ class Plan:
         layers: the cache's keys and values of each layer in turn, ``[batch, kv_heads, capacity, head_dim]``; written
             in place.
         keys: slots in view, from the first on; in exact mode those that all tokens share.
-        masks: by sliding window, additive, ``[sequences or 1, 1, queries, keys]``; in exact mode fp32,
+        masks: by window, additive, ``[sequences or 1, 1, queries, keys]``; in exact mode fp32,
             ``[tokens, 1, keys + tail]``. A prompt has none where causal attention is all there is.
         sequences: of ``trees``.
         tail: in exact mode the slots that each token sees besides, in the order of their positions, ``[tokens, tail]``.
@@ -60,10 +75,10 @@ class Plan:
     slots: slice | Tensor
     layers: list[Tensor]
     keys: int
-    masks: dict[int | None, Tensor]
+    masks: dict[Window, Tensor]
     sequences: Sequences | None = None
     tail: Tensor | None = None
-    folded: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
+    folded: dict[tuple[Window, int], Tensor] = field(default_factory=dict)
 
     def tensors(self) -> list[Tensor]:
         """What a graph takes. ``of_tensors`` is the inverse."""
@@ -103,13 +118,13 @@ def of_prompt(cache: KVCache, first: int, last: int, windows: Windows, scored: b
         cache: written in place.
         first: position of the first token.
         last: position behind the last one.
-        windows: the layers' distinct sliding windows; None sees all.
+        windows: the layers' distinct windows.
         scored: whether some layer has a soft cap or sinks, which need a mask.
     """
     queries = torch.arange(first, last, device=cache.device)
     plain = first == 0 and not scored
-    needed = [window for window in windows if not plain or (window is not None and window < last)]
-    masks: dict[int | None, Tensor] = {}
+    needed = [window for window in windows if not plain or last > (span(window) or last)]
+    masks: dict[Window, Tensor] = {}
     if needed:
         keys = torch.arange(last, device=cache.device)
         masks = _masks((keys <= queries[:, None])[None, None], queries[:, None], keys, needed, cache.dtype)
@@ -122,7 +137,7 @@ def of_tree(cache: KVCache, tree: TreeShape, windows: Windows, done: int = 0) ->
     Args:
         cache: written in place.
         tree: each node sees the context, its ancestors and itself.
-        windows: the layers' distinct sliding windows; None sees all.
+        windows: the layers' distinct windows.
         done: first nodes that have been run.
     """
     start, n, device = cache.length, len(tree.parents), cache.device
@@ -141,7 +156,7 @@ def of_trees(cache: KVCache, trees: list[TreeShape], windows: Windows, first: in
     Args:
         cache: written in place.
         trees: one for each sequence, behind what it has committed.
-        windows: the layers' distinct sliding windows; None sees all.
+        windows: the layers' distinct windows.
         first: sequence of the first tree; the others follow.
     """
     starts = cache.lengths[first : first + len(trees)]
@@ -191,7 +206,7 @@ def of_exact_tree(cache: KVCache, tree: TreeShape, keys: int, tokens: int, windo
         tree: at most ``EXACT_TOKENS`` nodes.
         keys: padded number of shared keys, the same in every pass of a generation.
         tokens: of the pass; those that the tree has less stand at position 0 and mean nothing.
-        windows: the layers' distinct sliding windows; None sees all.
+        windows: the layers' distinct windows.
     """
     start, n = cache.length, len(tree.parents)
     depths = torch.tensor(tree.depths())
@@ -222,7 +237,7 @@ def of_exact_tree(cache: KVCache, tree: TreeShape, keys: int, tokens: int, windo
 
 def _masks(
     visible: Tensor, queries: Tensor, keys: Tensor, windows: Windows, dtype: torch.dtype
-) -> dict[int | None, Tensor]:
+) -> dict[Window, Tensor]:
     """Additive masks by window, in the shape of ``visible``.
 
     Args:
@@ -234,7 +249,11 @@ def _masks(
     """
     masks = {}
     for window in windows:
-        seen = visible if window is None else visible & (keys > queries - window)
+        seen = visible
+        if isinstance(window, Chunk):
+            seen = visible & (keys // window.size == queries // window.size)
+        elif window is not None:
+            seen = visible & (keys > queries - window)
         mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
         masks[window] = mask.masked_fill_(~seen, torch.finfo(dtype).min)
     return masks

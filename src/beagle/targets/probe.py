@@ -8,6 +8,7 @@ would build the mask by, and the attention function notes which layer is given w
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,9 +24,10 @@ from torch import Tensor, nn
 from beagle.errors import BeagleError
 from beagle.files import write_json
 from beagle.hf import AttentionInterface, AttentionMaskInterface
-from beagle.targets.attention import NAME, WINDOW
+from beagle.targets.attention import LENGTHS, NAME, WINDOW, Lengths
 from beagle.targets.cache import LayerShape
 from beagle.targets.family import base_of, context_limit
+from beagle.targets.plan import Chunk, Window
 
 FORMAT = 3  # of what is remembered
 PROBE = "beagle_probe"
@@ -42,17 +44,19 @@ class Layers:
         names: of the attention modules below the model without its LM head.
         shapes: what each caches.
         heads: query heads of each.
-        windows: sliding window of each in tokens, the query's own included; None: the whole context.
+        windows: what each sees.
         softcaps: soft cap of each layer's scores, None for none.
         sinks: whether each layer has attention sinks.
+        lengths: under which name the layers take a cache that they ask for the text's length; empty: they don't ask.
     """
 
     names: list[str]
     shapes: list[LayerShape]
     heads: list[int]
-    windows: list[int | None]
+    windows: list[Window]
     softcaps: list[float | None]
     sinks: list[bool]
+    lengths: str = ""
 
     @property
     def are_plain(self) -> bool:
@@ -65,7 +69,7 @@ class Layers:
         return any(cap is not None for cap in self.softcaps) or any(self.sinks)
 
     @cached_property
-    def distinct_windows(self) -> list[int | None]:
+    def distinct_windows(self) -> list[Window]:
         """Each window once, in the order of the layers."""
         return list(dict.fromkeys(self.windows))
 
@@ -78,10 +82,11 @@ class Layers:
         return sum(2 * heads * (c.key_dim + c.value_dim) for heads, c in zip(self.heads, self.shapes, strict=True))
 
     def mark(self, base: nn.Module) -> None:
-        """Leave each layer's window on its module, where our attention function reads it."""
+        """Leave each layer's window on its module, where our attention function reads it; and ``lengths`` on all."""
         modules = dict(base.named_modules())
         for name, window in zip(self.names, self.windows, strict=True):
             setattr(modules[name], WINDOW, window)
+        setattr(base, LENGTHS, self.lengths)
 
 
 class _Notes:
@@ -89,23 +94,23 @@ class _Notes:
 
     def __init__(self, name: str, keys: int) -> None:
         self.name, self.keys = name, keys
-        self.made: list[tuple[Tensor, int | None]] = []  # our masks, kept so that no other has their address
+        self.made: list[tuple[Tensor, Window]] = []  # our masks, kept so that no other has their address
         self.calls: dict[int, int] = {}
         self.modules: dict[int, nn.Module] = {}
         self.shapes: dict[int, LayerShape] = {}
         self.heads: dict[int, int] = {}
-        self.windows: dict[int, int | None] = {}
+        self.windows: dict[int, Window] = {}
         self.softcaps: dict[int, float | None] = {}
         self.sinks: dict[int, bool] = {}
 
-    def window(self, mask: Tensor | None, hint: int | None) -> int | None:
+    def window(self, mask: Tensor | None, hint: int | None) -> Window:
         """The window behind the mask that a layer was given; ``hint`` is what it says of itself."""
         if not isinstance(mask, Tensor):
             return hint
         for ours, window in self.made:
             if mask.data_ptr() == ours.data_ptr() and mask.dtype == ours.dtype:
                 if window == 0:
-                    raise self._refuse("chunked attention, or tokens that see later ones")
+                    raise self._refuse("tokens see later ones, for one")
                 return window
         visible = mask if mask.dtype == torch.bool else mask == 0
         hidden = ~mask if mask.dtype == torch.bool else mask < -1e4
@@ -116,13 +121,29 @@ class _Notes:
             found = int(visible.expand(1, 1, n, n)[0, 0, -1].sum()) if mask.shape[:2].numel() == 1 else 0
             if found and torch.equal(visible[0, 0], (age >= 0) & (age < found)):
                 return found if found < n else hint
-        raise self._refuse("one that depends on the text")
+        raise self._refuse("it depends on the text")
 
     def _refuse(self, what: str) -> BeagleError:
         return BeagleError(
-            f"{self.name}: its layers see by a mask that is neither causal nor a sliding window ({what}); "
-            "choose a model with plain attention"
+            f"{self.name}: its mask is neither causal nor a sliding window nor chunks ({what}), and none else can be "
+            "served; choose a model with plain attention"
         )
+
+
+class _Asked(Lengths):
+    """Notes whether it is asked for the length; and answers what only masks of transformers' own ask."""
+
+    asked = False
+
+    def get_seq_length(self, layer_idx: int | None = 0) -> Tensor:
+        self.asked = True
+        return super().get_seq_length(layer_idx)
+
+    def get_query_offset(self, layer_idx: int | None = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, q_length: int, layer_idx: int | None = 0) -> tuple[int, int]:
+        return q_length, 0
 
 
 _notes: list[_Notes] = []  # of the probe at work
@@ -171,10 +192,12 @@ def _mask(
     notes = _notes[-1]
     keys = notes.keys
     try:
-        window = window_of(mask_function, keys, device)
+        window: Window = window_of(mask_function, keys, device)
     except IndexError:  # it looks at the tokens of this very pass, so it can't be asked about others
         keys = kv_length - 1
         window = window_of(mask_function, keys, device)
+    if window == 0:
+        window = chunk_of(mask_function, keys, device) or 0
     if window is None and local_size is not None and local_size > keys:  # too large to be read off
         window = local_size
     mask = torch.ones(1, 1, q_length, kv_length, dtype=torch.bool, device=device).tril()
@@ -194,21 +217,38 @@ def window_of(rule: Callable[..., Tensor], keys: int, device: Any = "cpu") -> in
     Returns:
         Tokens in view, the query's own included; None: all before it; 0: no sliding window explains the rule.
     """
-    zero = torch.zeros((), dtype=torch.long, device=device)
     at = torch.arange(keys + 1, device=device)
-
-    def seen(query: int) -> Tensor:
-        return torch.as_tensor(rule(zero, zero, at[query], at)).expand(keys + 1)
-
-    found = int(seen(keys - 1).sum())
+    found = int(_seen(rule, keys - 1, at).sum())
     window = None if found == keys else found
     near = [window + i for i in (-2, -1, 0, 1, 2)] if window else []
     for query in {0, 1, 2, 3, keys // 3, keys // 2, keys - 2, keys - 1, *near}:
         if 0 <= query < keys:
             expected = (at <= query) & (at > query - (window or keys + 1))
-            if not torch.equal(seen(query), expected):
+            if not torch.equal(_seen(rule, query, at), expected):
                 return 0
     return window
+
+
+def chunk_of(rule: Callable[..., Tensor], keys: int, device: Any = "cpu") -> Chunk | None:
+    """The chunks of a mask's rule, read off as in ``window_of``; None: no chunks explain it."""
+    at = torch.arange(keys + 1, device=device)
+    zero = torch.zeros((), dtype=torch.long, device=device)
+    size = int(torch.as_tensor(rule(zero, zero, at, zero)).expand(keys + 1).sum())  # queries that see the first key
+    if size < 1:
+        return None
+    near = [size * chunk + i for chunk in (1, 2, 3) for i in (-1, 0, 1)]
+    for query in {0, 1, 2, 3, keys // 3, keys // 2, keys - 2, keys - 1, *near}:
+        if 0 <= query < keys:
+            expected = (at <= query) & (at // size == query // size)
+            if not torch.equal(_seen(rule, query, at), expected):
+                return None
+    return Chunk(size)
+
+
+def _seen(rule: Callable[..., Tensor], query: int, at: Tensor) -> Tensor:
+    """Whether a query sees each of the positions ``at``, which count from 0 on."""
+    zero = torch.zeros((), dtype=torch.long, device=at.device)
+    return torch.as_tensor(rule(zero, zero, at[query], at)).expand(len(at))
 
 
 @torch.no_grad()
@@ -227,6 +267,7 @@ def learn(model: Any, name: str, expected: int | None = None) -> Layers:
     limit, _ = context_limit(model.config.get_text_config(decoder=True))
     notes = _Notes(name, max(TOKENS, min(limit, MOST_KEYS)))
     model.set_attn_implementation(PROBE)
+    lengths = _lengths(base, device)
     _notes.append(notes)
     try:
         n = min(TOKENS, limit)
@@ -248,9 +289,26 @@ def learn(model: Any, name: str, expected: int | None = None) -> Layers:
         [notes.windows[i] for i in order],
         [notes.softcaps[i] for i in order],
         [notes.sinks[i] for i in order],
+        lengths,
     )
     layers.mark(base)
     return layers
+
+
+def _lengths(base: nn.Module, device: Any) -> str:
+    """``Layers.lengths``, by a pass with a cache that notes whether it is asked."""
+    names = inspect.signature(base.forward).parameters
+    name = next((name for name in ("cache", "past_key_values") if name in names), "")
+    at = torch.arange(2, device=device)
+    lengths = _Asked(at)
+    _notes.append(_Notes("", TOKENS))
+    try:
+        base(input_ids=at[None], position_ids=at[None], use_cache=False, **{name: lengths})
+    except (BeagleError, AttributeError, TypeError, ValueError, RuntimeError, LookupError):
+        return ""  # it takes transformers' own caches alone
+    finally:
+        _notes.pop()
+    return name if lengths.asked else ""
 
 
 def remembered(folder: Path, key: str) -> Layers | None:
@@ -258,7 +316,8 @@ def remembered(folder: Path, key: str) -> Layers | None:
     try:
         found = json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))
         shapes = [LayerShape(**shape) for shape in found.pop("shapes")]
-        return Layers(shapes=shapes, **found)
+        windows = [Chunk(**seen) if isinstance(seen, dict) else seen for seen in found.pop("windows")]
+        return Layers(shapes=shapes, windows=windows, **found)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 

@@ -31,7 +31,7 @@ from beagle.targets.family import (
 from beagle.targets.linears.packed import pack_linears
 from beagle.targets.linears.quantized import BITS, check_kind, quantize_linears
 from beagle.targets.lm_head import LMHead
-from beagle.targets.plan import EXACT_BLOCK, EXACT_TOKENS, Kind, Plan, of_exact_tree, of_prompt, of_tree, of_trees
+from beagle.targets.plan import EXACT_BLOCK, EXACT_TOKENS, Kind, Plan, of_exact_tree, of_prompt, of_tree, of_trees, span
 from beagle.targets.probe import Layers
 from beagle.targets.runner import Checked, Eager, FastRunner, Runner, example, tap
 from beagle.targets.shape import TreeShape
@@ -131,7 +131,8 @@ class Target:
         own = own_attention(model, NAME)
         layers = probe.learn(model, self.name, int(self.config.num_hidden_layers))
         model.set_attn_implementation(own)
-        finite = [w for w in layers.windows if w is not None and w <= probe.MOST_WINDOW]
+        spans = [span(window) or 0 for window in layers.distinct_windows]
+        finite = [tokens for tokens in spans if tokens <= probe.MOST_WINDOW]
         n = min(max(finite, default=0) + probe.TOKENS, self.context_limit)
         ids = sample_ids(model.config, self.vocab_size, n).to(self.device)
         expected: Tensor = self.base(input_ids=ids[None], use_cache=False)[0][0]

@@ -15,7 +15,9 @@ from beagle.targets.plan import Chunk
 from beagle.targets.probe import chunk_of
 from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
-from conftest import Oracle, Recorder, tiny_head, tiny_model, tiny_tokenizer
+from beagle.training.config import TrainConfig
+from beagle.training.trainer import refuse_before_answers
+from conftest import Oracle, Recorder, tiny_drafter, tiny_head, tiny_model, tiny_tokenizer
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 PROMPT = [11 + (7 * i * i + i) % 50 for i in range(40)]  # longer than every window below
@@ -226,3 +228,41 @@ def test_rules_of_chunks_are_read():
 @needs_compiler
 def test_chunks_in_fast_passes(tmp_path):
     assert_captured("llama4_text", **LLAMA4)
+
+
+BART = {
+    "d_model": 32, "decoder_layers": 3, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "encoder_layers": 1,
+    "encoder_attention_heads": 4, "encoder_ffn_dim": 48,
+}  # fmt: skip
+
+
+def test_positions_that_a_model_counts_itself():
+    """BART's decoder numbers its tokens by the length of the cache, whatever positions it is given."""
+    assert assert_served("bart", **BART).layers.lengths
+    assert_exact_bits("bart", **BART)
+
+
+GEMMA = {"query_pre_attn_scalar": 8, "sliding_window": 6, "layer_types": [SLIDING, FULL, SLIDING]}
+HEADED = {
+    "gemma3_text": GEMMA,
+    "gemma3n_text": {
+        **GEMMA, "num_kv_shared_layers": 1, "activation_sparsity_pattern": [0.5, 0.0, 0.0],
+        "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64, "laurel_rank": 8,
+    },
+    "gemma4_text": {
+        **GEMMA, "global_head_dim": 16, "num_global_key_value_heads": 1, "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64, "layer_types": [SLIDING, SLIDING, FULL],
+    },
+    "cohere2_moe": {**MOE, "num_experts": 4, "sliding_window": 6, "layer_types": [SLIDING, FULL, SLIDING]},
+    "jetmoe": {**MOE, "kv_channels": 8, "num_key_value_heads": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", HEADED)
+def test_heads_take_their_shapes_from_the_loaded_model(family, tmp_path):
+    """A head drafts and is trained, whatever a family's config calls its sizes."""
+    target = assert_served(family, **HEADED[family])
+    expected = own_greedy(lively(family, **HEADED[family]), PROMPT, NEW)
+    drafted = Model(target, tiny_drafter(target, scale=15.0), TreePlan("dynamic", depth=3, top_k=3, nodes=6))
+    assert drafted.generate(PROMPT, max_new_tokens=NEW).token_ids == expected
+    refuse_before_answers(target, tmp_path / "run", TrainConfig(), {"architecture": "beagle"})

@@ -11,6 +11,7 @@ from transformers import AttentionInterface as AttentionInterface
 from transformers import AttentionMaskInterface as AttentionMaskInterface
 from transformers.generation import utils as _generation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto import modeling_auto as _auto
 
 # Under which names `generate` takes a KV cache and hands it to the model.
 # 5.17: past_key_values, cache_params, state, mems, past_buckets_states, all of them in ALL_CACHE_NAMES.
@@ -72,3 +73,14 @@ def attention_of_others(config: Any) -> str | None:
     if function is None or str(function.__module__).split(".")[0] == "transformers":
         return None
     return name
+
+
+def auto_class(config: Any) -> Any | None:
+    """What loads a language model of this config, alone or beside what sees and hears; None: transformers has no such."""
+    # 5.17 and 5.24: models/auto/modeling_auto.py; auto_map names what code from a hub brings
+    if (
+        "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+        or type(config) in _auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    ):
+        return _auto.AutoModelForCausalLM
+    return _auto.AutoModelForImageTextToText if type(config) in _auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else None

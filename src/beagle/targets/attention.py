@@ -70,6 +70,10 @@ class Lengths:
         """
         self._before = positions - torch.arange(len(positions), device=positions.device)
 
+    def inputs(self, name: str) -> dict[str, Any]:
+        """What a model is given besides: the cache by its ``name``, and a mask, lest it asks for one's length, too."""
+        return {name: self, "attention_mask": torch.ones(1, len(self._before), device=self._before.device)}
+
     def get_seq_length(self, layer_idx: int | None = 0) -> Tensor:
         """``[tokens]``, to be added to a token's number in the pass."""
         return self._before

@@ -11,10 +11,19 @@ from torch import nn
 from beagle.errors import BeagleError
 
 
-def base_of(model: Any) -> nn.Module:
+def whole_of(model: Any) -> nn.Module:
     """A causal LM without its LM head."""
     base: nn.Module = model.base_model
     return getattr(model, "model", base) if base is model else base  # itself, where its class names another attribute
+
+
+def base_of(model: Any) -> nn.Module:
+    """A causal LM without its LM head, and without what sees or hears where it has that."""
+    whole = whole_of(model)
+    if model.config.get_text_config(decoder=True) is model.config:
+        return whole
+    text = getattr(whole, "language_model", None)
+    return text if isinstance(text, nn.Module) else whole
 
 
 def weights_of_a_pass(base: nn.Module, head: nn.Module, embed: nn.Module) -> tuple[int, int]:
@@ -34,25 +43,42 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+KEPT = {"full_attention", "sliding_attention", "chunked_attention"}  # types of layers that a KV cache can serve
+INDEXED = {"indexed_attention", "compressed_sparse_attention", "heavily_compressed_attention"}
+RECURRENT = {"mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "xlstm", "jamba", "bamba", "zamba"}
+
+
 def refuse_unsupported(config: Any, name: str) -> None:
     """Refuse, by config alone, families that have no plain KV cache."""
     if getattr(config, "is_encoder_decoder", False):
         raise BeagleError(f"{name}: encoder-decoder models can't be served; choose a causal (decoder-only) LM")
     text = config.get_text_config(decoder=True)
-    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention", "chunked_attention"}
-    recurrent = {"mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "xlstm", "jamba", "bamba", "zamba"}
-    if kinds or text.model_type in recurrent:
-        what = ", ".join(sorted(kinds)) or text.model_type
-        raise BeagleError(
-            f"{name}: layers of kind '{what}' keep a recurrent or chunked state that can't be rolled back; "
-            "choose a model with plain attention in every layer"
-        )
+    types = set(getattr(text, "layer_types", None) or ()) - KEPT
+    what = ""
+    if types & INDEXED:
+        what = f"its layers ({_named(types & INDEXED)}) choose the keys that a token sees by an index of their own"
+    elif types == {"conv"}:
+        what = "its short convolutions (conv) keep the last inputs, which a KV cache does not"
+    elif types - {"mlp", "moe"} or text.model_type in RECURRENT:
+        layers = _named(types - {"mlp", "moe"}) or text.model_type
+        what = f"its layers ({layers}) keep a recurrent state, which can't be rolled back when a draft is rejected"
+    elif types:
+        what = f"it has layers without attention ({_named(types)})"
+    elif not isinstance(getattr(text, "num_hidden_layers", None), int):
+        what = f"a {text.model_type} is not one stack of layers"
+    if what:
+        raise BeagleError(f"{name}: {what}; choose a model with plain attention in every layer")
+
+
+def _named(types: set[str]) -> str:
+    return ", ".join(sorted(types))
 
 
 def eos_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
-    """Every token that ends an answer, by the generation config, else config, else tokenizer."""
+    """Every token that ends an answer, by the generation config, else config, else that of its text part, else tokenizer."""
     generation = getattr(model, "generation_config", None)
-    for source in (generation, model.config, tokenizer):
+    text = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+    for source in (generation, model.config, text, tokenizer):
         ids = getattr(source, "eos_token_id", None)
         if ids is not None:
             return frozenset(ids if isinstance(ids, list) else [ids])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from beagle.targets.linears.quantized import VectorQuantizer, quantized
 class LMHead:
     """A model's LM head with its logit scale and soft cap."""
 
-    def __init__(self, head: nn.Module, config: Any, name: str, pack: bool) -> None:
+    def __init__(self, head: nn.Module | None, config: Any, name: str, pack: bool) -> None:
         """
         Args:
-            head: the model's own.
+            head: the model's own; None where it has none.
             config: of its text model.
             name: of the target, for errors.
             pack: reorder the weight for the CPU's kernels.
@@ -26,15 +27,22 @@ class LMHead:
             BeagleError: it isn't one linear layer.
         """
         if not isinstance(getattr(head, "weight", None), Tensor):
-            raise BeagleError(
-                f"{name}: its LM head is a {type(head).__name__}, not one linear layer; choose another model"
+            what = (
+                "it has no LM head" if head is None else f"its LM head is a {type(head).__name__}, not one linear layer"
             )
+            raise BeagleError(f"{name}: {what}; choose a causal LM")
         self._head: Any = head
-        self._apply = packed(head.weight.detach(), head.bias) if pack and isinstance(head, nn.Linear) else head
+        self._apply: Any = packed(head.weight.detach(), head.bias) if pack and isinstance(head, nn.Linear) else head
         self._scale = float(getattr(config, "logit_scale", 1.0) or 1.0) / float(
             getattr(config, "logits_scaling", 1.0) or 1.0
         )
         self._softcap = getattr(config, "final_logit_softcapping", None)
+
+    def without_scale(self) -> LMHead:
+        """The same without the config's scale and soft cap, which models that also see may not apply."""
+        plain = copy.copy(self)
+        plain._scale, plain._softcap = 1.0, None
+        return plain
 
     def quantize(self, kind: str) -> bool:
         """Multiply with quantised weights from now on; False: their shape can't be."""

@@ -19,9 +19,11 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from beagle.errors import BeagleError
+from beagle.hf import auto_class
 from beagle.memory import use_huge_pages
 from beagle.targets import aot_cache, compiled
 from beagle.targets.captured import Captured
+from beagle.targets.family import refuse_unsupported
 from beagle.targets.generation import left_out
 from beagle.targets.linears.quantized import check_kind
 from beagle.targets.target import Target
@@ -93,6 +95,7 @@ def load_target(
     """
     check_kind(quantize)
     model, tokenizer = load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    refuse_unsupported(model.config, name)
     layers = state_layers
     if callable(layers):
         layers = layers(int(model.config.get_text_config(decoder=True).num_hidden_layers))
@@ -141,7 +144,7 @@ def load_model(
     Raises:
         BeagleError: nothing of this name, or a family that can't be served.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
@@ -152,7 +155,12 @@ def load_model(
         config = AutoConfig.from_pretrained(source, **options)
         if getattr(config, "is_encoder_decoder", False):
             raise BeagleError(f"{name}: encoder-decoder models can't be served; choose a causal (decoder-only) LM")
-        auto: Any = AutoModelForCausalLM
+        auto = auto_class(config)
+        if auto is None:
+            raise BeagleError(
+                f"{name}: transformers has no class for a causal language model of type {config.model_type}; choose another "
+                "model"
+            )
         model, report = auto.from_pretrained(
             source, config=config, dtype=kind, use_safetensors=True, output_loading_info=True, **options
         )

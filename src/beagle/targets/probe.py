@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,10 +30,11 @@ from beagle.targets.cache import LayerShape
 from beagle.targets.family import base_of, context_limit
 from beagle.targets.plan import Chunk, Window
 
-FORMAT = 3  # of what is remembered
+FORMAT = 4  # of what is remembered
 PROBE = "beagle_probe"
 TOKENS = 48  # of the pass that is probed
 MOST_WINDOW = 1024  # sliding windows up to here are compared in numbers, larger ones by the rule of their mask alone
+CACHE_NAMES = ("cache", "past_key_values")  # under which a model without its LM head takes a cache; 5.17: the second
 MOST_KEYS = 2**17  # how far the rule of a mask is read
 
 
@@ -48,6 +50,7 @@ class Layers:
         softcaps: soft cap of each layer's scores, None for none.
         sinks: whether each layer has attention sinks.
         lengths: under which name the layers take a cache that they ask for the text's length; empty: they don't ask.
+        unscaled: whether the model's logits leave out the scale and the soft cap of its config.
     """
 
     names: list[str]
@@ -57,6 +60,7 @@ class Layers:
     softcaps: list[float | None]
     sinks: list[bool]
     lengths: str = ""
+    unscaled: bool = False
 
     @property
     def are_plain(self) -> bool:
@@ -251,6 +255,23 @@ def _seen(rule: Callable[..., Tensor], query: int, at: Tensor) -> Tensor:
     return torch.as_tensor(rule(zero, zero, at[query], at)).expand(len(at))
 
 
+@contextmanager
+def tokens_alone(name: str) -> Iterator[None]:
+    """Turn whatever a model stumbles over when it is given token ids and nothing else into one line.
+
+    Raises:
+        BeagleError: it stumbles.
+    """
+    try:
+        yield
+    except (AttributeError, TypeError, ValueError, RuntimeError, LookupError) as error:
+        why = (str(error).strip().split("\n") or [""])[0]
+        raise BeagleError(
+            f"{name}: its layers don't run on tokens alone ({type(error).__name__}: {why}), so they can't be served; "
+            "choose a causal LM of text, or correct its config"
+        ) from error
+
+
 @torch.no_grad()
 def learn(model: Any, name: str, expected: int | None = None) -> Layers:
     """Run a model's layers once and take notes; from then on it has our attention function.
@@ -271,16 +292,14 @@ def learn(model: Any, name: str, expected: int | None = None) -> Layers:
     _notes.append(notes)
     try:
         n = min(TOKENS, limit)
-        base(input_ids=torch.ones(1, n, dtype=torch.long, device=device), use_cache=False)
+        with tokens_alone(name):
+            base(input_ids=torch.ones(1, n, dtype=torch.long, device=device), use_cache=False)
     finally:
         _notes.pop()
         model.set_attn_implementation(NAME)
     order = sorted(notes.calls)
     if expected is not None and (order != list(range(expected)) or set(notes.calls.values()) != {1}):
-        raise BeagleError(
-            f"{name}: {len(order)} of its {expected} layers use transformers' attention interface, once each as they "
-            "should, or it has others besides, so it can't be served; choose a model with plain attention in every layer"
-        )
+        raise BeagleError(f"{name}: {_strange(base, notes.calls, expected)}; choose a model with plain attention")
     names = {module: name for name, module in base.named_modules()}
     layers = Layers(
         [names[notes.modules[i]] for i in order],
@@ -295,20 +314,31 @@ def learn(model: Any, name: str, expected: int | None = None) -> Layers:
     return layers
 
 
+def _strange(base: nn.Module, calls: dict[int, int], expected: int) -> str:
+    """How the attention layers of a model that can't be served differ from one call for each of its layers."""
+    if len(calls) > expected or max(calls.values(), default=0) > 1:
+        return "its attention runs more than once in a layer, each time with other keys and values"
+    own = sorted({type(module).__name__ for module in base.modules() if "Attention" in type(module).__name__})
+    missing = f"{expected - len(calls)} of its {expected} layers" if calls else "its layers"
+    return f"{missing} compute attention ({', '.join(own) or 'none'}) outside transformers' attention interface"
+
+
 def _lengths(base: nn.Module, device: Any) -> str:
     """``Layers.lengths``, by a pass with a cache that notes whether it is asked."""
-    names = inspect.signature(base.forward).parameters
-    name = next((name for name in ("cache", "past_key_values") if name in names), "")
     at = torch.arange(2, device=device)
-    lengths = _Asked(at)
-    _notes.append(_Notes("", TOKENS))
-    try:
-        base(input_ids=at[None], position_ids=at[None], use_cache=False, **{name: lengths})
-    except (BeagleError, AttributeError, TypeError, ValueError, RuntimeError, LookupError):
-        return ""  # it takes transformers' own caches alone
-    finally:
-        _notes.pop()
-    return name if lengths.asked else ""
+    names = [name for name in CACHE_NAMES if name in inspect.signature(base.forward).parameters]
+    for name in names or CACHE_NAMES:  # a wrapper's signature may name none
+        lengths = _Asked(at)
+        _notes.append(_Notes("", TOKENS))
+        try:
+            base(input_ids=at[None], position_ids=at[None], use_cache=False, **lengths.inputs(name))
+        except (BeagleError, AttributeError, TypeError, ValueError, RuntimeError, LookupError):
+            continue  # it takes transformers' own caches alone
+        finally:
+            _notes.pop()
+        if lengths.asked:
+            return name
+    return ""
 
 
 def remembered(folder: Path, key: str) -> Layers | None:

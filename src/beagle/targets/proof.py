@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from beagle.errors import BeagleError
 from beagle.targets.cache import KVCache
@@ -14,6 +14,10 @@ from beagle.targets.shape import TreeShape
 
 # by which states may differ from the model's own, as a share of their size (see ``difference``): rounding only
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.05}
+
+
+class Different(BeagleError):
+    """A pass gives other hidden states than the model itself."""
 
 
 class Passes(Protocol):
@@ -102,12 +106,32 @@ def refuse_difference(states: Tensor, expected: Tensor, what: str, name: str) ->
         what: names the kind.
         name: of the target.
     Raises:
-        BeagleError: they differ by more than rounding.
+        Different: by more than rounding.
     """
     gap = difference(states, expected)
     if not gap < TOLERANCE[expected.dtype]:  # also catches NaN
-        raise BeagleError(
+        raise Different(
             f"{name}: {what} gives other hidden states here than in the model itself (by {gap:.2g} of their "
-            "size), so this family keeps a state or a mask that can't be served; choose a model with plain "
+            "size), so this family computes something that can't be served; choose a model with plain "
             "attention in every layer"
         )
+
+
+def own_positions(model: nn.Module, ids: Tensor, expected: Tensor) -> bool:
+    """Whether a model numbers its tokens in a way of its own, so that those of a tree can't be given their positions.
+
+    Args:
+        model: the causal LM without its LM head, with its own attention.
+        ids: ``[n]``.
+        expected: its states of them ``[n, hidden]``.
+    """
+    at = torch.arange(len(ids), device=ids.device)
+
+    def equal(positions: Tensor) -> bool:
+        states: Tensor = model(input_ids=ids[None], position_ids=positions[None], use_cache=False)[0][0]
+        return difference(states, expected) < TOLERANCE[expected.dtype]
+
+    try:
+        return not equal(at) or equal(at // 2)
+    except (TypeError, LookupError, RuntimeError):  # it takes no positions at all
+        return True

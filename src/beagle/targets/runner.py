@@ -82,7 +82,7 @@ def run_layers(base: nn.Module, plan: Plan, **inputs: Any) -> Tensor:
         Hidden states: outputs of the tapped layers, then the top state, ``[batch, tokens, state_size]``.
     """
     if name := base.__dict__.get(LENGTHS):
-        inputs[name] = Lengths(plan.positions[0])
+        inputs |= Lengths(plan.positions[0]).inputs(name)
     token, outputs = current_plan.set(plan), _outputs.set([])
     try:
         top: Tensor = base(position_ids=plan.positions, use_cache=False, **inputs)[0]

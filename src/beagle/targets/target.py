@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +28,7 @@ from beagle.targets.family import (
     sample_ids,
     weights_digest,
     weights_of_a_pass,
+    whole_of,
 )
 from beagle.targets.linears.packed import pack_linears
 from beagle.targets.linears.quantized import BITS, check_kind, quantize_linears
@@ -101,17 +103,19 @@ class Target:
         self.eos_ids = eos_ids(model, tokenizer)
         model.eval().requires_grad_(False)
         self.digest = weights_digest(model)
+        self._lm_head = LMHead(self.head, self.config, name, pack)
         self.pass_weights, self.pass_bytes = weights_of_a_pass(self.base, self.head, self.embed)
         self.quantize = quantize
         self.unquantized = quantize_linears(self.base, quantize) if quantize else []  # layers whose shape can't be
         if quantize:
             self.pass_bytes = self.pass_weights * BITS[quantize] // 8
-        self._lm_head = LMHead(self.head, self.config, name, pack)
         if pack:
             pack_linears(self.base)
         self.eager: Runner = Eager(self.base)
         self.compiled: Checked | None = None
         self.layers = self._probe(probes)
+        if self.layers.unscaled:
+            self._lm_head = self._lm_head.without_scale()
         self.layer_count = len(self.layers.shapes)
         self.state_layers = tuple(state_layers)
         self.state_size = self.hidden_size * (len(self.state_layers) + 1)
@@ -135,17 +139,31 @@ class Target:
         finite = [tokens for tokens in spans if tokens <= probe.MOST_WINDOW]
         n = min(max(finite, default=0) + probe.TOKENS, self.context_limit)
         ids = sample_ids(model.config, self.vocab_size, n).to(self.device)
-        expected: Tensor = self.base(input_ids=ids[None], use_cache=False)[0][0]
+        whole = whole_of(model)
         few = ids[None, : min(n, 12)]
-        logits, states = model(input_ids=few, use_cache=False).logits, self.base(input_ids=few, use_cache=False)[0]
+        with probe.tokens_alone(self.name):
+            expected: Tensor = whole(input_ids=ids[None], use_cache=False)[0][0]
+            logits, states = model(input_ids=few, use_cache=False).logits, whole(input_ids=few, use_cache=False)[0]
         model.set_attn_implementation(NAME)
         self.layers = layers
-        proof.prove(self, ids, expected)
-        if not torch.allclose(logits, self.logits(states), rtol=0.05, atol=0.05):
+        try:
+            proof.prove(self, ids, expected)
+        except proof.Different as error:
+            model.set_attn_implementation(own)
+            if not proof.own_positions(whole, ids, expected):
+                raise
+            raise BeagleError(
+                f"{self.name}: it numbers its tokens in a way of its own, so that those of a draft can't be given their "
+                "positions; choose a model that takes position_ids"
+            ) from error
+        heads = (self._lm_head, self._lm_head.without_scale())
+        gaps = [proof.difference(head(states)[0], logits[0]) for head in heads]
+        if not min(gaps) < proof.TOLERANCE[self.dtype]:
             raise BeagleError(
                 f"{self.name}: its logits are more than one linear layer over the last hidden state, so this family "
                 "can't be served; choose another model"
             )
+        layers = replace(layers, unscaled=gaps[1] < gaps[0])
         if folder is not None:
             probe.remember(folder, key, layers)
         return layers

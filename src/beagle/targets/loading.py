@@ -158,7 +158,7 @@ def load_model(
         auto = auto_class(config)
         if auto is None:
             raise BeagleError(
-                f"{name}: transformers has no class for a causal language model of type {config.model_type}; choose another "
+                f"target '{name}' can't be loaded: transformers has no class for a causal language model of type {config.model_type}; choose another "
                 "model"
             )
         model, report = auto.from_pretrained(

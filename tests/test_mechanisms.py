@@ -191,7 +191,7 @@ def test_chunks_and_scales_that_count_tokens():
     """Llama 4: some layers see their chunk alone, others scale queries by how many tokens are before them."""
     target = assert_served("llama4_text", **LLAMA4)
     assert target.layers.windows == [Chunk(6), None, Chunk(6)]
-    assert target.layers.lengths
+    assert target.layers.cache
     assert_exact_bits("llama4_text", **LLAMA4)
 
 
@@ -238,7 +238,7 @@ BART = {
 
 def test_positions_that_a_model_counts_itself():
     """BART's decoder numbers its tokens by the length of the cache, whatever positions it is given."""
-    assert assert_served("bart", **BART).layers.lengths
+    assert assert_served("bart", **BART).layers.cache
     assert_exact_bits("bart", **BART)
 
 
@@ -266,3 +266,48 @@ def test_heads_take_their_shapes_from_the_loaded_model(family, tmp_path):
     drafted = Model(target, tiny_drafter(target, scale=15.0), TreePlan("dynamic", depth=3, top_k=3, nodes=6))
     assert drafted.generate(PROMPT, max_new_tokens=NEW).token_ids == expected
     refuse_before_answers(target, tmp_path / "run", TrainConfig(), {"architecture": "beagle"})
+
+
+CONV = {"layer_types": ["conv", FULL, "conv"], "conv_L_cache": 3, "block_auto_adjust_ff_dim": False}
+CONVOLVED = {
+    "lfm2": CONV,
+    "lfm2_moe": {
+        **CONV, "num_dense_layers": 1, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", CONVOLVED)
+def test_short_convolutions(family):
+    """LFM2: each token of a tree convolves the inputs of its own ancestors."""
+    target = assert_served(family, **CONVOLVED[family])
+    assert target.layers.windows == [3, None, 3]
+    assert [heads > 0 for heads in target.layers.heads] == [False, True, False]
+    assert_exact_bits(family, **CONVOLVED[family])
+
+
+def test_short_convolutions_in_pieces_and_behind_others(monkeypatch):
+    """A prompt that runs piece by piece, a dialogue that goes on behind kept tokens, and a bias."""
+    options = {**CONV, "conv_L_cache": 5, "conv_bias": True}
+    model, target = lively("lfm2", **options), target_of(lively("lfm2", **options))
+    monkeypatch.setattr("beagle.targets.target.MASK_ENTRIES", 49)
+    monkeypatch.setattr("beagle.targets.target.LEAST_TOKENS", 5)
+    cache = target.new_cache(1, 64)
+    pieces = target.prefill(torch.tensor([PROMPT]), cache)
+    monkeypatch.undo()
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([PROMPT]), use_cache=False).logits
+    torch.testing.assert_close(target.logits(pieces), expected, atol=1e-4, rtol=1e-4)
+    kept = Model(target, prefix_cache=200)
+    answer = kept.generate(PROMPT, max_new_tokens=NEW)
+    assert answer.token_ids == own_greedy(model, PROMPT, NEW)
+    dialogue = [*PROMPT, *answer.token_ids, 7, 9]
+    run, passes = target.eager, []
+    monkeypatch.setattr(target, "eager", lambda ids, plan: (passes.append(ids.shape[1]), run(ids, plan))[1])
+    assert kept.generate(dialogue, max_new_tokens=NEW).token_ids == own_greedy(model, dialogue, NEW)
+    assert passes[0] == 3  # the answer's last token, which was never run, and the two new ones
+
+
+@pytest.mark.slow
+def test_short_convolutions_in_captured_passes():
+    assert_captured("lfm2", **CONV)

@@ -97,7 +97,6 @@ def refusal(model) -> str:
         ("bloom", {}, r"its layers compute attention \(BloomAttention\) outside"),
         ("diffllama", {}, "attention runs more than once in a layer"),
         ("roberta", {"is_decoder": True}, "numbers its tokens in a way of its own"),
-        ("lfm2", {"layer_types": ["conv", FULL, "conv"]}, "short convolutions"),
         ("qwen3_next", {"layer_types": ["linear_attention", FULL, FULL]}, "recurrent state"),
         ("deepseek_v32", {"layer_types": ["indexed_attention"] * 3, "q_lora_rank": 8, "kv_lora_rank": 8}, "index"),
     ],

@@ -66,7 +66,11 @@ class BlockConfig:
         Sizes are those of the loaded weights; what families name differently, or not at all, has a default.
         """
         config = target.config
-        heads, head_dim = target.layers.heads[0], target.layers.shapes[0].key_dim
+        heads, head_dim = next(
+            (heads, shape.key_dim)
+            for heads, shape in zip(target.layers.heads, target.layers.shapes, strict=True)
+            if heads  # a convolution has none
+        )
         rope = setting(config, "rope_parameters") or {}
         rope = rope.get("full_attention") or rope
         act = setting(config, "hidden_act") or setting(config, "hidden_activation")

@@ -20,7 +20,6 @@ from beagle.targets.plan import Plan, Window
 
 NAME = "beagle"
 WINDOW = "beagle_window"  # attribute of an attention module: a ``Window``
-LENGTHS = "beagle_lengths"  # attribute of a model without its LM head: under which name its layers take a cache, or ""
 
 current_plan: ContextVar[Plan] = ContextVar("current_plan")
 
@@ -55,32 +54,6 @@ def attention(
 
 
 AttentionInterface.register(NAME, attention)
-
-
-class Lengths:
-    """Takes the place of transformers' KV cache where layers ask it how many tokens are before those of a pass.
-
-    The answer is another one for each token, so that tokens of a tree count from their own positions.
-    """
-
-    def __init__(self, positions: Tensor) -> None:
-        """
-        Args:
-            positions: ``[tokens]``.
-        """
-        self._before = positions - torch.arange(len(positions), device=positions.device)
-
-    def inputs(self, name: str) -> dict[str, Any]:
-        """What a model is given besides: the cache by its ``name``, and a mask, lest it asks for one's length, too."""
-        return {name: self, "attention_mask": torch.ones(1, len(self._before), device=self._before.device)}
-
-    def get_seq_length(self, layer_idx: int | None = 0) -> Tensor:
-        """``[tokens]``, to be added to a token's number in the pass."""
-        return self._before
-
-    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As they are: the attention function writes them into our own cache."""
-        return key, value
 
 
 def write(plan: Plan, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

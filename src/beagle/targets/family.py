@@ -43,7 +43,7 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-KEPT = {"full_attention", "sliding_attention", "chunked_attention"}  # types of layers that a KV cache can serve
+KEPT = {"full_attention", "sliding_attention", "chunked_attention", "conv"}  # types of layers that a KV cache can serve
 INDEXED = {"indexed_attention", "compressed_sparse_attention", "heavily_compressed_attention"}
 RECURRENT = {"mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "xlstm", "jamba", "bamba", "zamba"}
 
@@ -57,8 +57,6 @@ def refuse_unsupported(config: Any, name: str) -> None:
     what = ""
     if types & INDEXED:
         what = f"its layers ({_named(types & INDEXED)}) choose the keys that a token sees by an index of their own"
-    elif types == {"conv"}:
-        what = "its short convolutions (conv) keep the last inputs, which a KV cache does not"
     elif types - {"mlp", "moe"} or text.model_type in RECURRENT:
         layers = _named(types - {"mlp", "moe"}) or text.model_type
         what = f"its layers ({layers}) keep a recurrent state, which can't be rolled back when a draft is rejected"

@@ -68,6 +68,7 @@ class Plan:
         sequences: of ``trees``.
         tail: in exact mode the slots that each token sees besides, in the order of their positions, ``[tokens, tail]``.
         folded: masks repeated for the heads of a group, filled by attention.
+        before: the last slots of each token's path by their number, filled by short convolutions.
     """
 
     kind: Kind
@@ -79,6 +80,7 @@ class Plan:
     sequences: Sequences | None = None
     tail: Tensor | None = None
     folded: dict[tuple[Window, int], Tensor] = field(default_factory=dict)
+    before: dict[int, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> list[Tensor]:
         """What a graph takes. ``of_tensors`` is the inverse."""

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from beagle.errors import BeagleError
 from beagle.files import write_json
 from beagle.hf import AttentionInterface, AttentionMaskInterface
-from beagle.targets.attention import LENGTHS, NAME, WINDOW, Lengths
+from beagle.targets.attention import NAME, WINDOW
 from beagle.targets.cache import LayerShape
 from beagle.targets.family import base_of, context_limit
-from beagle.targets.plan import Chunk, Window
+from beagle.targets.plan import Chunk, Plan, Window
+from beagle.targets.plan_cache import ASKED, PlanCache
 
 FORMAT = 4  # of what is remembered
 PROBE = "beagle_probe"
@@ -40,16 +41,16 @@ MOST_KEYS = 2**17  # how far the rule of a mask is read
 
 @dataclass(frozen=True)
 class Layers:
-    """A model's attention layers, in their order.
+    """A model's layers that cache something, in their order: attention, and short convolutions, which cache their inputs.
 
     Attributes:
-        names: of the attention modules below the model without its LM head.
+        names: of the attention modules below the model without its LM head; empty for a convolution.
         shapes: what each caches.
-        heads: query heads of each.
+        heads: query heads of each; 0 for a convolution.
         windows: what each sees.
         softcaps: soft cap of each layer's scores, None for none.
         sinks: whether each layer has attention sinks.
-        lengths: under which name the layers take a cache that they ask for the text's length; empty: they don't ask.
+        cache: under which name the layers take a cache that they ask for more than keys; empty: they don't.
         unscaled: whether the model's logits leave out the scale and the soft cap of its config.
     """
 
@@ -59,7 +60,7 @@ class Layers:
     windows: list[Window]
     softcaps: list[float | None]
     sinks: list[bool]
-    lengths: str = ""
+    cache: str = ""
     unscaled: bool = False
 
     @property
@@ -86,11 +87,12 @@ class Layers:
         return sum(2 * heads * (c.key_dim + c.value_dim) for heads, c in zip(self.heads, self.shapes, strict=True))
 
     def mark(self, base: nn.Module) -> None:
-        """Leave each layer's window on its module, where our attention function reads it; and ``lengths`` on all."""
+        """Leave each layer's window on its module, where our attention function reads it; and ``cache`` on all."""
         modules = dict(base.named_modules())
         for name, window in zip(self.names, self.windows, strict=True):
-            setattr(modules[name], WINDOW, window)
-        setattr(base, LENGTHS, self.lengths)
+            if name:
+                setattr(modules[name], WINDOW, window)
+        setattr(base, ASKED, self.cache)
 
 
 class _Notes:
@@ -100,12 +102,28 @@ class _Notes:
         self.name, self.keys = name, keys
         self.made: list[tuple[Tensor, Window]] = []  # our masks, kept so that no other has their address
         self.calls: dict[int, int] = {}
-        self.modules: dict[int, nn.Module] = {}
+        self.modules: dict[int, nn.Module | None] = {}
         self.shapes: dict[int, LayerShape] = {}
         self.heads: dict[int, int] = {}
         self.windows: dict[int, Window] = {}
         self.softcaps: dict[int, float | None] = {}
         self.sinks: dict[int, bool] = {}
+
+    def note(
+        self,
+        layer: int,
+        shape: LayerShape,
+        *,
+        heads: int,
+        window: Window,
+        module: nn.Module | None = None,
+        softcap: float | None = None,
+        sinks: bool = False,
+    ) -> None:
+        """One call of a layer; without a ``module`` of a convolution."""
+        self.calls[layer] = self.calls.get(layer, 0) + 1
+        self.modules[layer], self.shapes[layer], self.heads[layer] = module, shape, heads
+        self.windows[layer], self.softcaps[layer], self.sinks[layer] = window, softcap, sinks
 
     def window(self, mask: Tensor | None, hint: int | None) -> Window:
         """The window behind the mask that a layer was given; ``hint`` is what it says of itself."""
@@ -134,14 +152,29 @@ class _Notes:
         )
 
 
-class _Asked(Lengths):
-    """Notes whether it is asked for the length; and answers what only masks of transformers' own ask."""
+class _Asked(PlanCache):
+    """Takes notes of what a cache is asked; and answers what only masks of transformers' own ask."""
 
-    asked = False
+    def __init__(self, tokens: int, device: Any, notes: _Notes) -> None:
+        super().__init__(Plan("prompt", torch.arange(tokens, device=device)[None], slice(0, tokens), [], tokens, {}))
+        self._notes = notes
+        self.asked = False
+
+    def inputs(self, name: str) -> dict[str, Any]:
+        positions = self._plan.positions
+        return {name: self, "attention_mask": torch.ones_like(positions), "position_ids": positions}
 
     def get_seq_length(self, layer_idx: int | None = 0) -> Tensor:
         self.asked = True
         return super().get_seq_length(layer_idx)
+
+    def update_conv_state(
+        self, conv_states: Tensor, layer_idx: int, *, conv_kernel_size: int, state_idx: int = 0
+    ) -> Tensor:
+        self.asked = True
+        shape = LayerShape(1, conv_states.shape[1], 0)
+        self._notes.note(layer_idx, shape, heads=0, window=conv_kernel_size)
+        return conv_states
 
     def get_query_offset(self, layer_idx: int | None = 0) -> int:
         return 0
@@ -172,13 +205,15 @@ def _attention(
         raise BeagleError(
             f"{notes.name}: its attention layers have no number (layer_idx), so it can't be served; choose another model"
         )
-    notes.calls[layer] = notes.calls.get(layer, 0) + 1
-    notes.modules[layer] = module
-    notes.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
-    notes.heads[layer] = query.shape[1]
-    notes.windows[layer] = notes.window(attention_mask, sliding_window)
-    notes.softcaps[layer] = softcap
-    notes.sinks[layer] = s_aux is not None
+    notes.note(
+        layer,
+        LayerShape(key.shape[1], key.shape[3], value.shape[3]),
+        heads=query.shape[1],
+        window=notes.window(attention_mask, sliding_window),
+        module=module,
+        softcap=softcap,
+        sinks=s_aux is not None,
+    )
     out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2).contiguous(), None
 
@@ -288,19 +323,20 @@ def learn(model: Any, name: str, expected: int | None = None) -> Layers:
     limit, _ = context_limit(model.config.get_text_config(decoder=True))
     notes = _Notes(name, max(TOKENS, min(limit, MOST_KEYS)))
     model.set_attn_implementation(PROBE)
-    lengths = _lengths(base, device)
+    cache = _cache_name(base, device)
     _notes.append(notes)
     try:
         n = min(TOKENS, limit)
         with tokens_alone(name):
-            base(input_ids=torch.ones(1, n, dtype=torch.long, device=device), use_cache=False)
+            asked = _Asked(n, device, notes).inputs(cache) if cache else {}
+            base(input_ids=torch.ones(1, n, dtype=torch.long, device=device), use_cache=False, **asked)
     finally:
         _notes.pop()
         model.set_attn_implementation(NAME)
     order = sorted(notes.calls)
     if expected is not None and (order != list(range(expected)) or set(notes.calls.values()) != {1}):
         raise BeagleError(f"{name}: {_strange(base, notes.calls, expected)}; choose a model with plain attention")
-    names = {module: name for name, module in base.named_modules()}
+    names: dict[nn.Module | None, str] = {None: "", **{module: name for name, module in base.named_modules()}}
     layers = Layers(
         [names[notes.modules[i]] for i in order],
         [notes.shapes[i] for i in order],
@@ -308,7 +344,7 @@ def learn(model: Any, name: str, expected: int | None = None) -> Layers:
         [notes.windows[i] for i in order],
         [notes.softcaps[i] for i in order],
         [notes.sinks[i] for i in order],
-        lengths,
+        cache,
     )
     layers.mark(base)
     return layers
@@ -323,20 +359,20 @@ def _strange(base: nn.Module, calls: dict[int, int], expected: int) -> str:
     return f"{missing} compute attention ({', '.join(own) or 'none'}) outside transformers' attention interface"
 
 
-def _lengths(base: nn.Module, device: Any) -> str:
-    """``Layers.lengths``, by a pass with a cache that notes whether it is asked."""
-    at = torch.arange(2, device=device)
+def _cache_name(base: nn.Module, device: Any) -> str:
+    """``Layers.cache``, by a pass of two tokens with a cache that notes whether it is asked."""
     names = [name for name in CACHE_NAMES if name in inspect.signature(base.forward).parameters]
     for name in names or CACHE_NAMES:  # a wrapper's signature may name none
-        lengths = _Asked(at)
-        _notes.append(_Notes("", TOKENS))
+        notes = _Notes("", TOKENS)
+        cache = _Asked(2, device, notes)
+        _notes.append(notes)
         try:
-            base(input_ids=at[None], position_ids=at[None], use_cache=False, **lengths.inputs(name))
+            base(input_ids=torch.ones(1, 2, dtype=torch.long, device=device), use_cache=False, **cache.inputs(name))
         except (BeagleError, AttributeError, TypeError, ValueError, RuntimeError, LookupError):
             continue  # it takes transformers' own caches alone
         finally:
             _notes.pop()
-        if lengths.asked:
+        if cache.asked:
             return name
     return ""
 

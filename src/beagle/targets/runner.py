@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from beagle.errors import BeagleError
-from beagle.targets.attention import LENGTHS, Lengths, current_plan
+from beagle.targets.attention import current_plan
 from beagle.targets.cache import KVCache
 from beagle.targets.plan import EXACT_BLOCK, Kind, Plan, Windows, of_exact_tree, of_tree, of_trees
+from beagle.targets.plan_cache import ASKED, PlanCache
 from beagle.targets.shape import TreeShape
 
 
@@ -81,8 +82,8 @@ def run_layers(base: nn.Module, plan: Plan, **inputs: Any) -> Tensor:
     Returns:
         Hidden states: outputs of the tapped layers, then the top state, ``[batch, tokens, state_size]``.
     """
-    if name := base.__dict__.get(LENGTHS):
-        inputs |= Lengths(plan.positions[0]).inputs(name)
+    if name := base.__dict__.get(ASKED):
+        inputs |= PlanCache(plan).inputs(name)
     token, outputs = current_plan.set(plan), _outputs.set([])
     try:
         top: Tensor = base(position_ids=plan.positions, use_cache=False, **inputs)[0]

@@ -311,3 +311,9 @@ def test_short_convolutions_in_pieces_and_behind_others(monkeypatch):
 @pytest.mark.slow
 def test_short_convolutions_in_captured_passes():
     assert_captured("lfm2", **CONV)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_short_convolutions_in_compiled_passes(tmp_path):
+    assert_compiled("lfm2", tmp_path, **{**CONV, "num_hidden_layers": 2, "layer_types": ["conv", FULL]})

@@ -110,7 +110,7 @@ def test_refusals_say_what_the_family_has(family, options, words):
 def test_a_model_that_does_not_run_on_tokens_alone_is_refused_in_one_line():
     model = tiny_model("llama")
     model.model.layers[1].self_attn.forward = lambda *args, **kwargs: None
-    assert "don't run on tokens alone" in refusal(model)
+    assert "don't run here on tokens alone" in refusal(model)
 
 
 def test_a_family_without_a_language_model_is_refused_by_its_type(tmp_path):

@@ -17,25 +17,27 @@ from beagle.targets.attention import write
 from beagle.targets.plan import Plan
 
 
-class Windowed(Tensor):
-    """Inputs ``[batch, channels, tokens]`` that a causal convolution reads by windows, not by their order.
+class Windowed:
+    """In a convolution's place of a tensor ``[batch, channels, tokens]``: each token is convolved by its own window.
 
     Attributes:
-        windows: each token's, oldest first, ``[batch, tokens, size, channels]``; zeros before the text's beginning.
+        windows: each token's inputs, oldest first, ``[batch, tokens, size, channels]``; zeros before the text's beginning.
+        shape: of the tensor.
+        dtype: of the inputs.
     """
 
-    windows: Tensor
-
-    @classmethod
-    def of(cls, inputs: Tensor, windows: Tensor) -> Windowed:
+    def __init__(self, windows: Tensor) -> None:
         """
         Args:
-            inputs: of the tokens.
-            windows: theirs.
+            windows: as the attribute.
         """
-        self = inputs.as_subclass(cls)
         self.windows = windows
-        return self
+        self.shape = torch.Size([windows.shape[0], windows.shape[3], windows.shape[1]])
+        self.dtype = windows.dtype
+
+    def to(self, dtype: torch.dtype) -> Windowed:
+        """As of a tensor."""
+        return self if dtype == self.dtype else Windowed(self.windows.to(dtype))
 
     @classmethod
     def __torch_function__(
@@ -44,21 +46,25 @@ class Windowed(Tensor):
         types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """PyTorch's hook for functions of tensors: the convolution is ours, whatever else gives plain tensors."""
+    ) -> Tensor:
+        """PyTorch's hook for its functions of such objects; there is one, the convolution ``[batch, channels, tokens]``.
+
+        Raises:
+            TypeError: another function.
+        """
         if func is not F.conv1d:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
+            raise TypeError(f"a short convolution computes with {func.__name__}, which is not known here")
         given = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs or {})
-        weight, bias = given["weight"][:, 0].float(), given.get("bias")
-        windows = given["input"].windows
-        out = sum(windows[:, :, i].float() * weight[:, i] for i in range(weight.shape[1]))
+        weight, bias, windows = given["weight"][:, 0].float(), given.get("bias"), given["input"].windows
+        out = windows[:, :, 0].float() * weight[:, 0]
+        for i in range(1, weight.shape[1]):
+            out = out + windows[:, :, i].float() * weight[:, i]
         out = out if bias is None else out + bias.float()
-        return out.to(given["weight"].dtype).transpose(1, 2)
+        return out.to(windows.dtype).transpose(1, 2)
 
 
 def windowed(plan: Plan, layer: int, inputs: Tensor, size: int) -> Windowed:
-    """Write fresh inputs ``[batch, channels, tokens]`` into the cache of a plan, and give them with their windows.
+    """Write fresh inputs ``[batch, channels, tokens]`` into the cache of a plan, and give their windows.
 
     Args:
         plan: of the pass.
@@ -73,7 +79,7 @@ def windowed(plan: Plan, layer: int, inputs: Tensor, size: int) -> Windowed:
     slots = plan.before[size]
     at = slots.clamp(min=0)
     found = held[plan.sequences.sequence[:, None], at][None] if plan.sequences is not None else held[:, at]
-    return Windowed.of(inputs, found * (slots >= 0)[..., None])
+    return Windowed(found * (slots >= 0)[..., None])
 
 
 def _slots(plan: Plan, size: int) -> Tensor:

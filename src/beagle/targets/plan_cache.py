@@ -45,6 +45,6 @@ class PlanCache:
 
     def update_conv_state(
         self, conv_states: Tensor, layer_idx: int, *, conv_kernel_size: int, state_idx: int = 0
-    ) -> Tensor:
-        """Fresh inputs of a convolution ``[batch, channels, tokens]``, with their windows."""
+    ) -> Any:
+        """Takes fresh inputs of a convolution ``[batch, channels, tokens]``, gives their windows in their place."""
         return windowed(self._plan, layer_idx, conv_states, conv_kernel_size)

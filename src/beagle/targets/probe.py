@@ -302,7 +302,7 @@ def tokens_alone(name: str) -> Iterator[None]:
     except (AttributeError, TypeError, ValueError, RuntimeError, LookupError) as error:
         why = (str(error).strip().split("\n") or [""])[0]
         raise BeagleError(
-            f"{name}: its layers don't run on tokens alone ({type(error).__name__}: {why}), so they can't be served; "
+            f"{name}: its layers don't run here on tokens alone ({type(error).__name__}: {why}), so they can't be served; "
             "choose a causal LM of text, or correct its config"
         ) from error
 

@@ -147,7 +147,8 @@ class Target:
         model.set_attn_implementation(NAME)
         self.layers = layers
         try:
-            proof.prove(self, ids, expected)
+            with probe.tokens_alone(self.name):
+                proof.prove(self, ids, expected)
         except proof.Different as error:
             model.set_attn_implementation(own)
             if not proof.own_positions(whole, ids, expected):

@@ -11,8 +11,8 @@ from beagle.drafters.base import TreePlan
 from beagle.model import Model
 from beagle.targets import compiled
 from beagle.targets.captured import Captured
+from beagle.targets.mask_rules import chunk_of
 from beagle.targets.plan import Chunk
-from beagle.targets.probe import chunk_of
 from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
 from beagle.training.config import TrainConfig

@@ -15,7 +15,7 @@ from beagle.model import Model
 from beagle.targets import attention, probe
 from beagle.targets.attention import attend
 from beagle.targets.family import context_limit, sample_ids
-from beagle.targets.probe import window_of
+from beagle.targets.mask_rules import window_of
 from beagle.targets.proof import difference
 from beagle.targets.target import Target
 from conftest import tiny_model, tiny_target, tiny_tokenizer

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from beagle.limits import MAX_TREE_TOKENS
 from beagle.targets.cache import KVCache
+from beagle.targets.layers import Layers
 from beagle.targets.plan import Kind, Plan
-from beagle.targets.probe import Layers
 from beagle.targets.runner import Graph
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, MAX_TREE_TOKENS)  # tokens of a graph

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from beagle.limits import MAX_TREE_TOKENS
 from beagle.targets import aot_cache, probe
-from beagle.targets.cache import KVCache
+from beagle.targets.cache import KVCache, LayerShape
 from beagle.targets.family import base_of
 from beagle.targets.linears.joined import join_linears
 from beagle.targets.linears.quantized import quantize_linears
@@ -134,7 +134,7 @@ def build(
     return package, time.perf_counter() - began
 
 
-def _export(graph: Graph, embed: nn.Module, layers: list[probe.LayerShape], library: Path, name: str) -> None:
+def _export(graph: Graph, embed: nn.Module, layers: list[LayerShape], library: Path, name: str) -> None:
     weight: Tensor = embed.weight  # type: ignore[assignment]
 
     def new_cache(sequences: int, capacity: int) -> KVCache:

@@ -7,92 +7,30 @@ would build the mask by, and the attention function notes which layer is given w
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 
 from beagle.errors import BeagleError
-from beagle.files import write_json
 from beagle.hf import AttentionInterface, AttentionMaskInterface
-from beagle.targets.attention import NAME, WINDOW
+from beagle.targets.attention import NAME
 from beagle.targets.cache import LayerShape
 from beagle.targets.family import base_of, context_limit
-from beagle.targets.plan import Chunk, Plan, Window
-from beagle.targets.plan_cache import ASKED, PlanCache
+from beagle.targets.layers import Layers
+from beagle.targets.mask_rules import chunk_of, window_of
+from beagle.targets.plan import Plan, Window
+from beagle.targets.plan_cache import PlanCache
 
-FORMAT = 4  # of what is remembered
 PROBE = "beagle_probe"
 TOKENS = 48  # of the pass that is probed
 MOST_WINDOW = 1024  # sliding windows up to here are compared in numbers, larger ones by the rule of their mask alone
 CACHE_NAMES = ("cache", "past_key_values")  # under which a model without its LM head takes a cache; 5.17: the second
 MOST_KEYS = 2**17  # how far the rule of a mask is read
-
-
-@dataclass(frozen=True)
-class Layers:
-    """A model's layers that cache something, in their order: attention, and short convolutions, which cache their inputs.
-
-    Attributes:
-        names: of the attention modules below the model without its LM head; empty for a convolution.
-        shapes: what each caches.
-        heads: query heads of each; 0 for a convolution.
-        windows: what each sees.
-        softcaps: soft cap of each layer's scores, None for none.
-        sinks: whether each layer has attention sinks.
-        cache: under which name the layers take a cache that they ask for more than keys; empty: they don't.
-        unscaled: whether the model's logits leave out the scale and the soft cap of its config.
-    """
-
-    names: list[str]
-    shapes: list[LayerShape]
-    heads: list[int]
-    windows: list[Window]
-    softcaps: list[float | None]
-    sinks: list[bool]
-    cache: str = ""
-    unscaled: bool = False
-
-    @property
-    def are_plain(self) -> bool:
-        """Whether causal attention to the whole context is all there is, so that a prompt needs no mask."""
-        return not self.need_scores and self.distinct_windows == [None]
-
-    @property
-    def need_scores(self) -> bool:
-        """Whether some layer changes its scores, by a soft cap or by sinks, which fused attention can't."""
-        return any(cap is not None for cap in self.softcaps) or any(self.sinks)
-
-    @cached_property
-    def distinct_windows(self) -> list[Window]:
-        """Each window once, in the order of the layers."""
-        return list(dict.fromkeys(self.windows))
-
-    def slot_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of one token's keys and values in the cache, all layers."""
-        return sum(c.kv_heads * (c.key_dim + c.value_dim) for c in self.shapes) * dtype.itemsize
-
-    def slot_operations(self) -> int:
-        """Operations of attention for one token and one key, all layers."""
-        return sum(2 * heads * (c.key_dim + c.value_dim) for heads, c in zip(self.heads, self.shapes, strict=True))
-
-    def mark(self, base: nn.Module) -> None:
-        """Leave each layer's window on its module, where our attention function reads it; and ``cache`` on all."""
-        modules = dict(base.named_modules())
-        for name, window in zip(self.names, self.windows, strict=True):
-            if name:
-                setattr(modules[name], WINDOW, window)
-        setattr(base, ASKED, self.cache)
 
 
 class _Notes:
@@ -248,48 +186,6 @@ AttentionInterface.register(PROBE, _attention)
 AttentionMaskInterface.register(PROBE, _mask)
 
 
-def window_of(rule: Callable[..., Tensor], keys: int, device: Any = "cpu") -> int | None:
-    """The sliding window of a mask's rule, read off at positions up to ``keys``.
-
-    Args:
-        rule: transformers' mask function: batch, head, query and key positions to whether the query sees the key.
-    Returns:
-        Tokens in view, the query's own included; None: all before it; 0: no sliding window explains the rule.
-    """
-    at = torch.arange(keys + 1, device=device)
-    found = int(_seen(rule, keys - 1, at).sum())
-    window = None if found == keys else found
-    near = [window + i for i in (-2, -1, 0, 1, 2)] if window else []
-    for query in {0, 1, 2, 3, keys // 3, keys // 2, keys - 2, keys - 1, *near}:
-        if 0 <= query < keys:
-            expected = (at <= query) & (at > query - (window or keys + 1))
-            if not torch.equal(_seen(rule, query, at), expected):
-                return 0
-    return window
-
-
-def chunk_of(rule: Callable[..., Tensor], keys: int, device: Any = "cpu") -> Chunk | None:
-    """The chunks of a mask's rule, read off as in ``window_of``; None: no chunks explain it."""
-    at = torch.arange(keys + 1, device=device)
-    zero = torch.zeros((), dtype=torch.long, device=device)
-    size = int(torch.as_tensor(rule(zero, zero, at, zero)).expand(keys + 1).sum())  # queries that see the first key
-    if size < 1:
-        return None
-    near = [size * chunk + i for chunk in (1, 2, 3) for i in (-1, 0, 1)]
-    for query in {0, 1, 2, 3, keys // 3, keys // 2, keys - 2, keys - 1, *near}:
-        if 0 <= query < keys:
-            expected = (at <= query) & (at // size == query // size)
-            if not torch.equal(_seen(rule, query, at), expected):
-                return None
-    return Chunk(size)
-
-
-def _seen(rule: Callable[..., Tensor], query: int, at: Tensor) -> Tensor:
-    """Whether a query sees each of the positions ``at``, which count from 0 on."""
-    zero = torch.zeros((), dtype=torch.long, device=at.device)
-    return torch.as_tensor(rule(zero, zero, at[query], at)).expand(len(at))
-
-
 @contextmanager
 def tokens_alone(name: str) -> Iterator[None]:
     """Turn whatever a model stumbles over when it is given token ids and nothing else into one line.
@@ -375,35 +271,3 @@ def _cache_name(base: nn.Module, device: Any) -> str:
         if cache.asked:
             return name
     return ""
-
-
-def remembered(folder: Path, key: str) -> Layers | None:
-    """What ``remember`` stored under ``key``; None: nothing, or nothing that can be read."""
-    try:
-        found = json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))
-        shapes = [LayerShape(**shape) for shape in found.pop("shapes")]
-        windows = [Chunk(**seen) if isinstance(seen, dict) else seen for seen in found.pop("windows")]
-        return Layers(shapes=shapes, windows=windows, **found)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None
-
-
-def remember(folder: Path, key: str, layers: Layers) -> None:
-    """Store what a probe has found, so that the next load of the same model is spared it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / f"{key}.json", asdict(layers))
-    except OSError:
-        return  # no room: the next load probes again
-
-
-def key_of(model: Any, digest: str, quantize: str | None) -> str:
-    """A name for everything that a probe's outcome depends on."""
-    settings = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
-    about = [
-        FORMAT, transformers.__version__, torch.__version__,
-        f"{type(model).__module__}.{type(model).__qualname__}",  # of code from a hub, with its revision
-        settings, digest, quantize,
-        str(model.dtype), str(model.device.type),
-    ]  # fmt: skip
-    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:24]

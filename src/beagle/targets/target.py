@@ -30,11 +30,11 @@ from beagle.targets.family import (
     weights_of_a_pass,
     whole_of,
 )
+from beagle.targets.layers import Layers, key_of, remember, remembered
 from beagle.targets.linears.packed import pack_linears
 from beagle.targets.linears.quantized import BITS, check_kind, quantize_linears
 from beagle.targets.lm_head import LMHead
 from beagle.targets.plan import EXACT_BLOCK, EXACT_TOKENS, Kind, Plan, of_exact_tree, of_prompt, of_tree, of_trees, span
-from beagle.targets.probe import Layers
 from beagle.targets.runner import Checked, Eager, FastRunner, Runner, example, tap
 from beagle.targets.shape import TreeShape
 
@@ -127,8 +127,8 @@ class Target:
     def _probe(self, folder: Path | None) -> Layers:
         """Learn what the layers cache and see, and that every kind of pass gives what the model itself gives."""
         model: Any = self.model
-        key = probe.key_of(model, self.digest, self.quantize) if folder is not None else ""
-        if folder is not None and (known := probe.remembered(folder, key)) is not None:
+        key = key_of(model, self.digest, self.quantize) if folder is not None else ""
+        if folder is not None and (known := remembered(folder, key)) is not None:
             model.set_attn_implementation(NAME)
             known.mark(self.base)
             return known
@@ -166,7 +166,7 @@ class Target:
             )
         layers = replace(layers, unscaled=gaps[1] < gaps[0])
         if folder is not None:
-            probe.remember(folder, key, layers)
+            remember(folder, key, layers)
         return layers
 
     @torch.no_grad()

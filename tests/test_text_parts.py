@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+import beagle
 from beagle.drafters.base import TreePlan
 from beagle.errors import BeagleError
 from beagle.model import Model
@@ -79,6 +80,18 @@ def test_the_text_part_is_served(family, tmp_path):
         theirs = model(input_ids=torch.tensor([PROMPT]), use_cache=False).logits[0]
     ours = target.logits(target.prefill(torch.tensor([PROMPT]), target.new_cache(1, 32))[0])
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl"])
+def test_generate_with_drafts_takes_prompts_of_text_alone(family):
+    model = wrapper(family)
+    model.generation_config.pad_token_id = 0
+    ids = torch.tensor([[0, 0, *PROMPT[:10]], PROMPT[:12]])
+    mask = (ids != 0).long()
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+    speculation = beagle.speculate(model, draft="lookup", plan=TreePlan("dynamic", depth=4, top_k=4, nodes=8))
+    assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False), expected)
+    speculation.remove()
 
 
 def refusal(model) -> str:

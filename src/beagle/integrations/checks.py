@@ -95,7 +95,8 @@ def refuse_request(config: GenerationConfig, model_kwargs: Mapping[str, Any]) ->
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise _refuse(f"decoding by '{mode.value}'", "use greedy decoding or sampling")
     for name, value in model_kwargs.items():
-        if name not in hf.PREPARED_INPUTS | hf.CACHE_NAMES and value is not None and value is not False:
+        empty = value is None or value is False or (isinstance(value, dict) and not value)
+        if name not in hf.PREPARED_INPUTS | hf.CACHE_NAMES and not empty:
             raise _refuse(name, "leave it out")
 
 
@@ -126,7 +127,7 @@ def unpadded(input_ids: Tensor, mask: Tensor | None, positions: Tensor | None) -
     if seen.shape != input_ids.shape or bool((seen.diff(dim=1) < 0).any()) or not bool(seen[:, -1].all()):
         raise _refuse("an attention_mask that hides more than padding at the left", "set padding_side='left'")
     if positions is not None:
-        expected = (seen.cumsum(1) - 1).masked_fill(seen == 0, 0)
-        if not torch.equal(positions.to(input_ids.device).expand_as(expected), expected):
+        as_given = positions.to(input_ids.device) == seen.cumsum(1) - 1  # of each axis, where RoPE has several
+        if not bool((as_given | (seen == 0)).all()):
             raise _refuse("position_ids of your own", "leave them out")
     return [row[hidden == 1].tolist() for row, hidden in zip(input_ids, seen, strict=True)]

@@ -36,7 +36,11 @@ from beagle.targets.target import Target
 pytest_plugins = ["training_runs"]
 collect_ignore_glob = []
 if any(find_spec(name) is None for name in ("fastapi", "uvicorn", "prometheus_client", "openai", "httpx")):
-    collect_ignore_glob += ["test_serve*.py", "test_page.py"]  # the extras serve and dev are not installed
+    collect_ignore_glob += [
+        "test_serve*.py",
+        "test_page.py",
+        "test_endpoint.py",
+    ]  # the extras serve and dev are not installed
 if find_spec("peft") is None:
     collect_ignore_glob += ["test_adapters.py"]  # the extra dev is not installed
 if find_spec("vllm") is None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import signal
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from beagle.cli import options as o
 from beagle.errors import BeagleError
+
+if TYPE_CHECKING:
+    from beagle.training.endpoint import Endpoint
 
 
 def train(
@@ -22,6 +25,14 @@ def train(
     answers: Annotated[
         Path | None, typer.Option(help="Folder of the target's answers to the prompts; it answers none itself.")
     ] = None,
+    answers_from: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of a server with OpenAI's API that answers the prompts in the target's place; its key is read "
+            "from OPENAI_API_KEY."
+        ),
+    ] = None,
+    answers_model: Annotated[str | None, typer.Option(help="The target's name on that server.")] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="Recipe, YAML (see configs/).")] = None,
     target: o.TargetName = "smollm2-135m",
     dtype: o.DType = "float32",
@@ -43,9 +54,13 @@ def train(
     every epoch (live). Store them where the disk has room: it is the faster way from the second epoch on.
 
     Answers that exist are not made again: the target's own, in a folder of token ids (--answers), or those that the
-    dialogues of --prompts bring (answers.source: given in the recipe).
+    dialogues of --prompts bring (answers.source: given in the recipe). A server that serves the target can answer in its
+    place (--answers-from), with many requests at once (answers.rows).
 
     Example: [bold]beagle train --prompts prompts.jsonl --config configs/smollm2-135m.yaml --out runs/mine[/bold]
+
+    Example: [bold]beagle train --prompts prompts.jsonl --target your/model --answers-from http://host:8000/v1
+    --answers-model your/model --out runs/mine[/bold]
     """
     from beagle.training.pipeline import train_head
     from beagle.training.prompts import read_prompts
@@ -58,6 +73,7 @@ def train(
     questions = read_prompts(prompts, limit=limit, skip_bad_lines=skip_bad_lines) if prompts else None
     if answers and not prompts:
         raise BeagleError(f"--answers '{answers}' holds no prompts; give the file that they answer with --prompts")
+    endpoint = _endpoint(answers_from, answers_model, answers, prompts)
     if questions is None:
         refuse_without_answers(data or out / "data")
     try:
@@ -77,7 +93,7 @@ def train(
             seconds=seconds,
             console=o.console,
             skip_bad_lines=skip_bad_lines,
-            answers=answers,
+            answers=endpoint or answers,
         )
     except KeyboardInterrupt:
         o.console.print(f"[yellow]stopped; nothing is lost: run the same command again to go on in {out}[/yellow]")
@@ -85,3 +101,25 @@ def train(
     finally:
         signal.signal(signal.SIGTERM, before)
     o.console.print(f'draft head written to {folder}; try: beagle generate "Hello" --target {target} --draft {folder}')
+
+
+def _endpoint(url: str | None, model: str | None, answers: Path | None, prompts: Path | None) -> Endpoint | None:
+    """
+    Raises:
+        BeagleError: options are missing, or exclude each other.
+    """
+    from beagle.training.endpoint import Endpoint
+
+    if url is None:
+        if model is not None:
+            raise BeagleError(f"--answers-model '{model}' is a model of a server; give its address with --answers-from")
+        return None
+    if model is None:
+        raise BeagleError(f"--answers-from '{url}' needs the target's name there; give it with --answers-model")
+    if answers is not None:
+        raise BeagleError(
+            f"--answers '{answers}' holds answers, and --answers-from asks for some; leave one of them out"
+        )
+    if prompts is None:
+        raise BeagleError(f"--answers-from '{url}' needs prompts to ask; give them with --prompts")
+    return Endpoint(url, model)

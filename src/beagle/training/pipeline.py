@@ -17,6 +17,7 @@ from beagle.meta import describe
 from beagle.targets.target import Target
 from beagle.training.answer_files import AnswerFolder
 from beagle.training.answers import AnswerGenerator, Sample
+from beagle.training.endpoint import Endpoint, fetch_answers
 from beagle.training.folder import alone
 from beagle.training.prompts import Prompt, answerable, has_template, numbered
 from beagle.training.recipe import AnswerConfig, Recipe
@@ -206,7 +207,7 @@ def train_head(
     seconds: float | None = None,
     console: Console,
     skip_bad_lines: bool = False,
-    answers: Path | None = None,
+    answers: Path | Endpoint | None = None,
 ) -> Path:
     """The whole run; every part resumes.
 
@@ -214,7 +215,8 @@ def train_head(
         prompts: None if the answers are already in ``data``.
         data: folder of answers and states (default: ``out/data``).
         skip_bad_lines: see ``make_answers``.
-        answers: folder of the target's answers to the prompts, which it then needs not answer (see ``AnswerFolder``).
+        answers: the target's answers to the prompts, which it then needs not answer: a folder (see ``AnswerFolder``), or
+            a server that is asked for them, into ``out/answers``.
     Returns:
         The draft checkpoint's folder.
     Raises:
@@ -225,10 +227,17 @@ def train_head(
         refuse_without_answers(folder)
         if answers:
             raise BeagleError(f"'{answers}' holds answers without their prompts; give the prompts too")
-    stored = AnswerFolder.open(answers) if answers else None
+    if isinstance(answers, Endpoint) and recipe.answers.source == "given":
+        raise BeagleError(
+            "answers.source: given trains on the answers in the prompts' file, and asks no endpoint; leave one of them out"
+        )
+    stored = AnswerFolder.open(answers) if isinstance(answers, Path) else None
     with alone(out):
         refuse_before_answers(target, out, recipe.train, recipe.head)
         if prompts is not None:
+            if isinstance(answers, Endpoint):
+                asked = out / "answers"
+                stored = fetch_answers(answers, target, prompts, asked, recipe.answers, console, skip_bad_lines)
             store = make_answers(target, prompts, folder, recipe.answers, console, skip_bad_lines, stored)
         else:
             lengths = recipe.answers.max_prompt_tokens, recipe.answers.max_new_tokens

@@ -34,6 +34,9 @@ def train(
     ] = None,
     answers_model: Annotated[str | None, typer.Option(help="The target's name on that server.")] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="Recipe, YAML (see configs/).")] = None,
+    init: Annotated[
+        str | None, typer.Option(help="A head to start from, named like --draft, instead of random weights.")
+    ] = None,
     target: o.TargetName = "smollm2-135m",
     dtype: o.DType = "float32",
     quantize: o.Quantize = None,
@@ -59,17 +62,25 @@ def train(
 
     Example: [bold]beagle train --prompts prompts.jsonl --config configs/smollm2-135m.yaml --out runs/mine[/bold]
 
+    A head of a model that this one was tuned from is a good start (--init): same shape, own draft vocabulary.
+
     Example: [bold]beagle train --prompts prompts.jsonl --target your/model --answers-from http://host:8000/v1
     --answers-model your/model --out runs/mine[/bold]
+
+    Example: [bold]beagle train --prompts domain.jsonl --target your/fine-tune --init runs/mine/head --out runs/tuned[/bold]
     """
     from beagle.training.pipeline import train_head
     from beagle.training.prompts import read_prompts
     from beagle.training.recipe import Recipe, read_recipe
+    from beagle.training.start import find_start, with_shape_of
     from beagle.training.states import refuse_without_answers
 
     recipe = read_recipe(config) if config else Recipe()
     if max_tokens:
         recipe = replace(recipe, answers=replace(recipe.answers, max_tokens=max_tokens))
+    start = find_start(init, target) if init is not None else None
+    if start:
+        recipe = with_shape_of(recipe, start)
     questions = read_prompts(prompts, limit=limit, skip_bad_lines=skip_bad_lines) if prompts else None
     if answers and not prompts:
         raise BeagleError(f"--answers '{answers}' holds no prompts; give the file that they answer with --prompts")
@@ -94,6 +105,7 @@ def train(
             console=o.console,
             skip_bad_lines=skip_bad_lines,
             answers=endpoint or answers,
+            init=start,
         )
     except KeyboardInterrupt:
         o.console.print(f"[yellow]stopped; nothing is lost: run the same command again to go on in {out}[/yellow]")

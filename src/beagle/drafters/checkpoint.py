@@ -88,6 +88,19 @@ def kv_layers(folder: Path) -> tuple[int, ...]:
     return tuple(settings.get("kv_layers") or ()) if isinstance(settings, dict) else ()  # ``load_head`` refuses it
 
 
+def head_settings(folder: Path) -> dict[str, Any]:
+    """Architecture and settings of a head, as a recipe's head section has them: without what the target fixes.
+
+    Raises:
+        BeagleError: it is no draft head.
+    """
+    kind, content = _content(folder)
+    settings = content.get("head")
+    fixed = {"hidden_size", "target_vocab_size", "draft_vocab_size", *kind.config_class.removed}
+    named = settings.items() if isinstance(settings, dict) else ()  # ``load_head`` refuses it
+    return {"architecture": kind.architecture, **{name: value for name, value in named if name not in fixed}}
+
+
 def _content(folder: Path) -> tuple[type[Block], dict[str, Any]]:
     """A checkpoint's architecture and config.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
+from beagle.drafters.checkpoint import load_head
 from beagle.errors import BeagleError
 from beagle.files import write_json
 from beagle.meta import describe
@@ -21,6 +22,7 @@ from beagle.training.endpoint import Endpoint, fetch_answers
 from beagle.training.folder import alone
 from beagle.training.prompts import Prompt, answerable, has_template, numbered
 from beagle.training.recipe import AnswerConfig, Recipe
+from beagle.training.start import refuse_other_start, start_from
 from beagle.training.states import Fingerprint, StateStore, refuse_without_answers
 from beagle.training.texts import TextReader, store_texts
 from beagle.training.trainer import Trainer, refuse_before_answers
@@ -208,6 +210,7 @@ def train_head(
     console: Console,
     skip_bad_lines: bool = False,
     answers: Path | Endpoint | None = None,
+    init: Path | None = None,
 ) -> Path:
     """The whole run; every part resumes.
 
@@ -217,6 +220,7 @@ def train_head(
         skip_bad_lines: see ``make_answers``.
         answers: the target's answers to the prompts, which it then needs not answer: a folder (see ``AnswerFolder``), or
             a server that is asked for them, into ``out/answers``.
+        init: folder of a head whose weights this one starts from; the recipe has its shape (see ``with_shape_of``).
     Returns:
         The draft checkpoint's folder.
     Raises:
@@ -234,6 +238,8 @@ def train_head(
     stored = AnswerFolder.open(answers) if isinstance(answers, Path) else None
     with alone(out):
         refuse_before_answers(target, out, recipe.train, recipe.head)
+        first = load_head(init, target) if init else None
+        refuse_other_start(out, init)
         if prompts is not None:
             if isinstance(answers, Endpoint):
                 asked = out / "answers"
@@ -245,6 +251,8 @@ def train_head(
             fingerprint = Fingerprint.of(target, *lengths, source)
             store = StateStore(folder, fingerprint, with_states=recipe.answers.states == "disk")
         trainer = Trainer(target, store, out, recipe.train, recipe.head)
+        if init and first and trainer.step == 0:
+            start_from(trainer.head, first, init, out)
         alphas = trainer.train(seconds=seconds, report=lambda line: console.print(line, highlight=False))
         about = describe(target) | {
             "stored_tokens": store.tokens(),
@@ -254,6 +262,8 @@ def train_head(
             "validation_step_alpha": [round(a, 4) for a in alphas],
             "recipe": trainer.identity(),
         }
+        if init:
+            about["init"] = init.name
         trainer.export(out / "head", about)
         write_json(out / "result.json", about)
         return out / "head"

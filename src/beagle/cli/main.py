@@ -19,6 +19,7 @@ from beagle.cli import (
     export,
     generate,
     profile,
+    push,
     report,
     research,
     serve,
@@ -34,7 +35,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Lossless speculative decoding with cross-attention draft heads.",
 )
-for module in (generate, chat, serve, demo, eval, profile, compile, report, view, train, export):
+for module in (generate, chat, serve, demo, eval, profile, compile, report, view, train, push, export):
     app.command()(getattr(module, module.__name__.rsplit(".", 1)[-1]))
 app.add_typer(research.app, name="research")
 

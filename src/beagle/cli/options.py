@@ -31,7 +31,7 @@ DraftName = Annotated[
     typer.Option(
         "--draft",
         "-d",
-        help="head (the shipped one) or a folder that `beagle train` wrote, lookup (what followed the same words "
+        help="head (the shipped one), a folder that `beagle train` wrote or ORG/NAME[@revision] of a head on the hub, lookup (what followed the same words "
         "before), head+lookup or FOLDER+lookup (both in one tree), model:NAME (a smaller model with the same "
         "tokenizer, such as model:Qwen/Qwen2.5-0.5B-Instruct), none; auto is head+lookup where a head is shipped.",
     ),

@@ -69,6 +69,7 @@ def train(
 
     Example: [bold]beagle train --prompts domain.jsonl --target your/fine-tune --init runs/mine/head --out runs/tuned[/bold]
     """
+    from beagle.meta import command_line
     from beagle.training.pipeline import train_head
     from beagle.training.prompts import read_prompts
     from beagle.training.recipe import Recipe, read_recipe
@@ -106,6 +107,7 @@ def train(
             skip_bad_lines=skip_bad_lines,
             answers=endpoint or answers,
             init=start,
+            command=command_line(),
         )
     except KeyboardInterrupt:
         o.console.print(f"[yellow]stopped; nothing is lost: run the same command again to go on in {out}[/yellow]")

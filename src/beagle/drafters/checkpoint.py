@@ -16,6 +16,7 @@ import beagle.drafters.eagle3_head
 import beagle.drafters.eagle_head
 import beagle.drafters.head  # noqa: F401
 from beagle.drafters.block import HEADS, Block
+from beagle.drafters.hub import download_head, is_hub_name
 from beagle.errors import BeagleError
 from beagle.files import replacing, write_json
 
@@ -58,7 +59,7 @@ def shipped_head(target_name: str) -> Path | None:
 
 
 def find_head(draft: str, target_name: str) -> Path:
-    """The folder that a draft names: ``head`` is the one shipped for this target.
+    """The folder that a draft names: ``head`` is the one shipped for this target, ``ORG/NAME[@revision]`` one of the hub.
 
     Raises:
         BeagleError: there is none.
@@ -70,12 +71,30 @@ def find_head(draft: str, target_name: str) -> Path:
                 f"no head is shipped for {target_name}; train one with `beagle train`, or draft by lookup"
             )
         return shipped
-    if not draft or not Path(draft).is_dir():
+    if draft and Path(draft).is_dir():
+        return Path(draft)
+    if is_hub_name(draft):
+        return download_head(draft, refuse_other_models)
+    raise BeagleError(
+        f"draft '{draft}': no such folder; give a folder that `beagle train` wrote, ORG/NAME[@revision] of a head on the "
+        "hub, auto, head, lookup, head+lookup, model:NAME or none"
+    )
+
+
+def refuse_other_models(folder: Path, name: str) -> None:
+    """
+    Args:
+        folder: holds ``config.json``.
+        name: what it is called in the error.
+    Raises:
+        BeagleError: the model is no draft head.
+    """
+    try:
+        _content(folder)
+    except BeagleError as error:
         raise BeagleError(
-            f"draft '{draft}': no such folder; give a folder that `beagle train` wrote, "
-            "auto, head, lookup, head+lookup, model:NAME or none"
-        )
-    return Path(draft)
+            f"draft '{name}' is no Beagle head; give one that `beagle push` uploaded, or model:{name} for a small model"
+        ) from error
 
 
 def kv_layers(folder: Path) -> tuple[int, ...]:

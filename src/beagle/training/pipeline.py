@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
@@ -211,6 +212,7 @@ def train_head(
     skip_bad_lines: bool = False,
     answers: Path | Endpoint | None = None,
     init: Path | None = None,
+    command: str | None = None,
 ) -> Path:
     """The whole run; every part resumes.
 
@@ -221,6 +223,7 @@ def train_head(
         answers: the target's answers to the prompts, which it then needs not answer: a folder (see ``AnswerFolder``), or
             a server that is asked for them, into ``out/answers``.
         init: folder of a head whose weights this one starts from; the recipe has its shape (see ``with_shape_of``).
+        command: that is run, for ``result.json``.
     Returns:
         The draft checkpoint's folder.
     Raises:
@@ -261,9 +264,11 @@ def train_head(
             "steps": trainer.step,
             "validation_step_alpha": [round(a, 4) for a in alphas],
             "recipe": trainer.identity(),
+            "answers": asdict(recipe.answers),
+            "prompts": len(prompts) if prompts is not None else None,
+            "init": init.name if init else None,
+            "command": command,
         }
-        if init:
-            about["init"] = init.name
         trainer.export(out / "head", about)
         write_json(out / "result.json", about)
         return out / "head"

@@ -28,7 +28,7 @@ def find_start(init: str, target_name: str) -> Path:
     head = DraftSpec.parse(init, target_name).head
     if head is None:
         raise BeagleError(
-            f"--init '{init}' names no head; give head (the shipped one) or a folder that `beagle train` wrote"
+            f"--init '{init}' names no head; give head (the shipped one), a folder that `beagle train` wrote, or ORG/NAME of one on the hub"
         )
     return find_head(head, target_name)
 

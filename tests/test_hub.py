@@ -234,6 +234,7 @@ def test_what_the_hub_lacks_is_refused_by_name(remote, folders, beagle, monkeypa
     refused("org/model", "no Beagle head", "model:org/model")
     assert not [path for _, path in remote.asked if path.endswith(("org/model/resolve/main/model.safetensors", ".bin"))]
     use(monkeypatch, "http://127.0.0.1:9", tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # else the client tries for long
     refused("org/never-seen", "no such folder", "http://127.0.0.1:9 can't be asked")
 
 

@@ -87,7 +87,7 @@ def test_another_start_is_refused(train, head, tmp_path):
         meta={},
     )
     ended = train(tmp_path / "run", "--init", tmp_path / "same", "--seconds", 0)
-    ended.refusal("started from other", "--init")
+    ended.refusal("started from other", "start from the same")
 
 
 def test_the_shipped_head_is_a_start():
@@ -113,7 +113,7 @@ def test_bad_starts_are_refused_before_anything_is_answered(train, head, tmp_pat
     monkeypatch.setattr(Trainer, "train", lambda *_, **__: pytest.fail("trained"))
     out = tmp_path / "run"
     train(out, "--init", tmp_path / "nowhere").refusal("nowhere", "no such folder")
-    train(out, "--init", "lookup").refusal("--init 'lookup'", "names no head")
+    train(out, "--init", "lookup").refusal("init 'lookup'", "names no head")
     train(out, "--init", head, head={"newest_state": "scale"}).refusal("newest_state", "'none'", "'scale'", "other")
     train(out, "--init", head, head={"architecture": "eagle"}).refusal("architecture", "beagle", "eagle")
     wide = tiny_target(hidden_size=40)

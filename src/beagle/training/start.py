@@ -28,7 +28,7 @@ def find_start(init: str, target_name: str) -> Path:
     head = DraftSpec.parse(init, target_name).head
     if head is None:
         raise BeagleError(
-            f"--init '{init}' names no head; give head (the shipped one), a folder that `beagle train` wrote, or ORG/NAME of one on the hub"
+            f"init '{init}' names no head to start from; give head (the shipped one), a folder that `beagle train` wrote, or ORG/NAME of one on the hub"
         )
     return find_head(head, target_name)
 
@@ -43,8 +43,8 @@ def with_shape_of(recipe: Recipe, folder: Path) -> Recipe:
     for name, value in recipe.head.items():
         if name not in found or found[name] != value:
             raise BeagleError(
-                f"--init '{folder}': {name} of its head is {found.get(name)!r}, and the recipe's head section has "
-                f"{value!r}; a head starts from one of the same shape: leave {name} out of the recipe, or --init"
+                f"init '{folder}': {name} of its head is {found.get(name)!r}, and the recipe's head section has "
+                f"{value!r}; a head starts from one of the same shape: leave {name} out of the recipe, or give another head"
             )
     return replace(recipe, head=found)
 
@@ -70,8 +70,8 @@ def refuse_other_start(out: Path, folder: Path | None) -> None:
     before = read_json(out / START, f"delete '{out}' to start over") or {}
     if before.get("digest") != digest(folder):
         raise BeagleError(
-            f"'{out}' holds a run that started from {before.get('head') or 'random weights'}; give the same --init, or "
-            "choose another folder"
+            f"'{out}' holds a run that started from {before.get('head') or 'random weights'}; start from "
+            "the same, or choose another folder"
         )
 
 

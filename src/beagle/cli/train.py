@@ -46,6 +46,9 @@ def train(
     seconds: Annotated[
         float | None, typer.Option(min=0.0, help="Stop training after about this long; resumable.")
     ] = None,
+    log_with: Annotated[
+        str | None, typer.Option(help="tensorboard, wandb or trackio: what log.csv gets goes there, too.")
+    ] = None,
     skip_bad_lines: Annotated[
         bool, typer.Option("--skip-bad-lines", help="Leave out lines that are no prompt, or none for this target.")
     ] = False,
@@ -68,6 +71,8 @@ def train(
     --answers-model your/model --out runs/mine[/bold]
 
     Example: [bold]beagle train --prompts domain.jsonl --target your/fine-tune --init runs/mine/head --out runs/tuned[/bold]
+
+    Example: [bold]beagle train --data runs/mine/data --config recipe.yaml --log-with tensorboard --out runs/logged[/bold]
     """
     from beagle.meta import command_line
     from beagle.training.pipeline import train_head
@@ -75,10 +80,13 @@ def train(
     from beagle.training.recipe import Recipe, read_recipe
     from beagle.training.start import find_start, with_shape_of
     from beagle.training.states import refuse_without_answers
+    from beagle.training.tracking import refuse_tracker
 
     recipe = read_recipe(config) if config else Recipe()
     if max_tokens:
         recipe = replace(recipe, answers=replace(recipe.answers, max_tokens=max_tokens))
+    if log_with is not None:
+        refuse_tracker(log_with)
     start = find_start(init, target) if init is not None else None
     if start:
         recipe = with_shape_of(recipe, start)
@@ -108,6 +116,7 @@ def train(
             answers=endpoint or answers,
             init=start,
             command=command_line(),
+            log_with=log_with,
         )
     except KeyboardInterrupt:
         o.console.print(f"[yellow]stopped; nothing is lost: run the same command again to go on in {out}[/yellow]")

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -20,12 +21,13 @@ from beagle.targets.target import Target
 from beagle.training.answer_files import AnswerFolder
 from beagle.training.answers import AnswerGenerator, Sample
 from beagle.training.endpoint import Endpoint, fetch_answers
-from beagle.training.folder import alone
+from beagle.training.folder import alone, identity, read_progress
 from beagle.training.prompts import Prompt, answerable, has_template, numbered
 from beagle.training.recipe import AnswerConfig, Recipe
 from beagle.training.start import refuse_other_start, start_from
 from beagle.training.states import Fingerprint, StateStore, refuse_without_answers
 from beagle.training.texts import TextReader, store_texts
+from beagle.training.tracking import tracking
 from beagle.training.trainer import Trainer, refuse_before_answers
 
 
@@ -213,6 +215,7 @@ def train_head(
     answers: Path | Endpoint | None = None,
     init: Path | None = None,
     command: str | None = None,
+    log_with: str | None = None,
 ) -> Path:
     """The whole run; every part resumes.
 
@@ -224,6 +227,7 @@ def train_head(
             a server that is asked for them, into ``out/answers``.
         init: folder of a head whose weights this one starts from; the recipe has its shape (see ``with_shape_of``).
         command: that is run, for ``result.json``.
+        log_with: a tracker that gets what ``log.csv`` gets (see ``tracking``).
     Returns:
         The draft checkpoint's folder.
     Raises:
@@ -243,20 +247,21 @@ def train_head(
         refuse_before_answers(target, out, recipe.train, recipe.head)
         first = load_head(init, target) if init else None
         refuse_other_start(out, init)
-        if prompts is not None:
-            if isinstance(answers, Endpoint):
-                asked = out / "answers"
-                stored = fetch_answers(answers, target, prompts, asked, recipe.answers, console, skip_bad_lines)
-            store = make_answers(target, prompts, folder, recipe.answers, console, skip_bad_lines, stored)
-        else:
-            lengths = recipe.answers.max_prompt_tokens, recipe.answers.max_new_tokens
-            source = StateStore.existing(folder).fingerprint.source
-            fingerprint = Fingerprint.of(target, *lengths, source)
-            store = StateStore(folder, fingerprint, with_states=recipe.answers.states == "disk")
-        trainer = Trainer(target, store, out, recipe.train, recipe.head)
-        if init and first and trainer.step == 0:
-            start_from(trainer.head, first, init, out)
-        alphas = trainer.train(seconds=seconds, report=lambda line: console.print(line, highlight=False))
+        progress = read_progress(out, identity(recipe.train, recipe.head)) or {}
+        settings = {"answers": asdict(recipe.answers), "train": asdict(recipe.train), "head": recipe.head}
+        with tracking(log_with, out, settings, progress.get("step", 0)) as track:
+            if prompts is not None:
+                if isinstance(answers, Endpoint):
+                    asked = out / "answers"
+                    stored = fetch_answers(answers, target, prompts, asked, recipe.answers, console, skip_bad_lines)
+                store = make_answers(target, prompts, folder, recipe.answers, console, skip_bad_lines, stored)
+            else:
+                store = _existing(target, folder, recipe.answers)
+            trainer = Trainer(target, store, out, recipe.train, recipe.head)
+            if init and first and trainer.step == 0:
+                start_from(trainer.head, first, init, out)
+            report = partial(console.print, highlight=False)
+            alphas = trainer.train(seconds=seconds, report=report, track=track)
         about = describe(target) | {
             "stored_tokens": store.tokens(),
             "trained_tokens": trainer.tokens,
@@ -272,3 +277,10 @@ def train_head(
         trainer.export(out / "head", about)
         write_json(out / "result.json", about)
         return out / "head"
+
+
+def _existing(target: Target, folder: Path, config: AnswerConfig) -> StateStore:
+    """The answers that another run has left."""
+    source = StateStore.existing(folder).fingerprint.source
+    fingerprint = Fingerprint.of(target, config.max_prompt_tokens, config.max_new_tokens, source)
+    return StateStore(folder, fingerprint, with_states=config.states == "disk")

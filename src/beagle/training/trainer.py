@@ -25,7 +25,7 @@ from beagle.targets.loading import first_line, pick_dtype
 from beagle.targets.target import Target
 from beagle.training.config import TrainConfig
 from beagle.training.data import Stored, batches, collate, frequent_tokens, nothing_to_train_on, samples
-from beagle.training.folder import CHECKPOINT, append_log, cut_log, identity, read_progress
+from beagle.training.folder import CHECKPOINT, COLUMNS, append_log, cut_log, identity, read_progress
 from beagle.training.stages import LMHeadWeights, lm_head_rows, stage_loss, step_alpha
 from beagle.training.states import StateStore
 from beagle.training.windows import Batch
@@ -130,8 +130,19 @@ class Trainer:
         """Share of the run after its warm-up that lies before ``step``."""
         return (step - self.config.warmup_steps) / max(1, self.total - self.config.warmup_steps)
 
-    def train(self, *, seconds: float | None = None, report: Callable[[str], None] | None = None) -> list[float]:
-        """Train to the end (or for about ``seconds`` of wall time); returns the last step-α."""
+    def train(
+        self,
+        *,
+        seconds: float | None = None,
+        report: Callable[[str], None] | None = None,
+        track: Callable[[int, dict[str, float]], None] | None = None,
+    ) -> list[float]:
+        """Train to the end (or for about ``seconds`` of wall time); returns the last step-α.
+
+        Args:
+            report: shows a line.
+            track: takes a step and what ``log.csv`` says of it.
+        """
         started = time.perf_counter()
         self.head.train()
         alphas: list[float] = []
@@ -150,7 +161,9 @@ class Trainer:
                         last = self.step == self.total
                         if self.step % self.config.validate_every == 0 or last:
                             alphas = self._validate()
-                            self._log(loss, alphas)
+                            logged = self._log(loss, alphas)
+                            if track:
+                                track(self.step, logged)
                             if report:
                                 report(f"step {self.step}: loss {loss:.3f} α {' '.join(f'{a:.3f}' for a in alphas)}")
                         if self.step % self.config.checkpoint_every == 0 or last:
@@ -202,10 +215,11 @@ class Trainer:
         self.seconds += time.perf_counter() - began
         return float(shown)
 
-    def _log(self, loss: float, alphas: list[float]) -> None:
+    def _log(self, loss: float, alphas: list[float]) -> dict[str, float]:
         stage = "early" if self.step <= self.early_steps else "late"
-        row = [f"{loss:.4f}", f"{self.seconds:.1f}", self.tokens, *(f"{a:.4f}" for a in alphas)]
+        row: list[str | int] = [f"{loss:.4f}", f"{self.seconds:.1f}", self.tokens, *(f"{a:.4f}" for a in alphas)]
         append_log(self.out, [self.step, stage, *row])
+        return {name: float(value) for name, value in zip(COLUMNS[2:], row, strict=False)}
 
     def identity(self) -> dict[str, Any]:
         return identity(self.config, self.head_options)

@@ -65,6 +65,8 @@ def train(
 
     Example: [bold]beagle train --prompts prompts.jsonl --config configs/smollm2-135m.yaml --out runs/mine[/bold]
 
+    At its end held-out prompts are decoded, and τ is shown beside what the training's own code says it is.
+
     A head of a model that this one was tuned from is a good start (--init): same shape, own draft vocabulary.
 
     Example: [bold]beagle train --prompts prompts.jsonl --target your/model --answers-from http://host:8000/v1

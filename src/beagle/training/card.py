@@ -76,11 +76,18 @@ def _facts(result: dict[str, Any], target: str, licence: str | None) -> list[tup
         ("started from", str(result.get("init") or "random weights")),
         ("training", f"{result.get('steps')} steps, {result.get('train_seconds')} seconds"),
         ("step-α of validation", " ".join(f"{alpha:.3f}" for alpha in result.get("validation_step_alpha", []))),
+        ("τ of held-out prompts", _served(result.get("served"))),
         ("machine", str(machine.get("gpu") or f"{machine.get('cpu')}, {machine.get('threads')} threads")),
         ("versions", ", ".join(f"{name} {number}" for name, number in result.get("versions", {}).items())),
         ("date", str(result.get("date"))),
     ]
     return facts
+
+
+def _served(served: dict[str, Any] | None) -> str:
+    if not served:
+        return "not measured"
+    return f"{served['tau']:.2f} with chains of {served['depth']} ({served['prompts']} prompts)"
 
 
 def _answers(result: dict[str, Any], name: str) -> Any:

@@ -24,6 +24,7 @@ from beagle.training.endpoint import Endpoint, fetch_answers
 from beagle.training.folder import alone, identity, read_progress
 from beagle.training.prompts import Prompt, answerable, has_template, numbered
 from beagle.training.recipe import AnswerConfig, Recipe
+from beagle.training.served import measure_served
 from beagle.training.start import refuse_other_start, start_from
 from beagle.training.states import Fingerprint, StateStore, refuse_without_answers
 from beagle.training.texts import TextReader, store_texts
@@ -275,7 +276,11 @@ def train_head(
             "command": command,
         }
         trainer.export(out / "head", about)
-        write_json(out / "result.json", about)
+        held_out = [sample for group in trainer.validation for sample in group]
+        served = measure_served(trainer.head, out / "head", target, held_out)
+        for line in served.lines(alphas) if served else ["no answer is held out, so that none is decoded to compare"]:
+            console.print(line, highlight=False, style="yellow" if line.startswith("warning") else None)
+        write_json(out / "result.json", about | {"served": served.as_dict() if served else None})
         return out / "head"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,22 +89,36 @@ def step_alpha(head: Block, target: Target, groups: list[list[Stored]], steps: i
     """
     tried = torch.zeros(steps, dtype=torch.long)
     right = torch.zeros(steps, dtype=torch.long)
+    for group in groups:
+        for j, _, drafted, accepted in draft_chains(head, target, group, steps):
+            tried[j] += int(drafted.sum())
+            right[j] += int(accepted.sum())
+    return (right / tried.clamp(min=1)).tolist(), tried.tolist()
+
+
+@torch.no_grad()
+def draft_chains(
+    head: Block, target: Target, group: list[Stored], steps: int
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """Chains of drafts from every slot of some samples, teacher-forced, a part of the slots at a time.
+
+    Yields:
+        Number of a draft in its chain, from 0; the slots ``[batch, chains]`` that it stands at; whether the chain has
+        come that far, and whether this draft is the target's greedy choice, too (both bool, as the slots).
+    """
     chains = STAGES[type(head)].chains
     whole, small = lm_head_rows(target), lm_head_rows(target, head.draft_vocab)
-    for group in groups:
-        batch = collate(group, target, target.columns(head.config.kv_layers))
-        for offset in range(steps):
-            alive: Tensor | None = None
-            for j, (states, slots, real) in enumerate(chains(head, batch, batch.states, steps, offset, steps)):
-                if alive is not None:
-                    real = real & alive
-                draft = head.draft_vocab[F.linear(states[real], *small).argmax(-1)]
-                truth = F.linear(batch.pick(batch.top, slots + 1)[real], *whole).argmax(-1)
-                alive = torch.zeros_like(real)
-                alive[real] = draft == truth
-                tried[j] += int(real.sum())
-                right[j] += int(alive.sum())
-    return (right / tried.clamp(min=1)).tolist(), tried.tolist()
+    batch = collate(group, target, target.columns(head.config.kv_layers))
+    for offset in range(steps):
+        alive: Tensor | None = None
+        for j, (states, slots, real) in enumerate(chains(head, batch, batch.states, steps, offset, steps)):
+            if alive is not None:
+                real = real & alive
+            draft = head.draft_vocab[F.linear(states[real], *small).argmax(-1)]
+            truth = F.linear(batch.pick(batch.top, slots + 1)[real], *whole).argmax(-1)
+            alive = torch.zeros_like(real)
+            alive[real] = draft == truth
+            yield j, slots, real, alive
 
 
 def lm_head_rows(target: Target, index: Tensor | None = None) -> LMHeadWeights:

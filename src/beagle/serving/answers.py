@@ -84,10 +84,12 @@ class ServedAnswer(ABC):
         count = self.work.choices
         texts = [""] * count
         logprobs: list[list[TokenLogprob]] = [[] for _ in texts]
+        ids: list[list[int]] = [[] for _ in texts]
         reasons = ["stop"] * count
         async for event in events:
             if isinstance(event, Delta):
                 texts[event.choice] += event.text
+                ids[event.choice] += event.token_ids
                 logprobs[event.choice] += event.logprobs or []
             elif isinstance(event, ChoiceEnd):
                 reasons[event.choice] = event.reason
@@ -96,7 +98,12 @@ class ServedAnswer(ABC):
             else:
                 wanted = self.work.top is not None
                 choices = [
-                    {"index": i, **self._choice(texts[i], logprobs[i] if wanted else None), "finish_reason": reasons[i]}
+                    {
+                        "index": i,
+                        **self._choice(texts[i], logprobs[i] if wanted else None),
+                        **self._ids(ids[i]),
+                        "finish_reason": reasons[i],
+                    }
                     for i in range(count)
                 ]
                 return {
@@ -130,11 +137,16 @@ class ServedAnswer(ABC):
                 yield self._chunk({"index": event.choice, **opening, "finish_reason": None})
             opened.add(event.choice)
             if isinstance(event, Delta):
-                extension = {"tokens": event.tokens, "drafted": event.drafted, **(event.watched or {})}
-                yield self._chunk({"index": event.choice, **self._piece(event), "finish_reason": None}, extension)
+                extension = {"tokens": len(event.token_ids), "drafted": event.drafted, **(event.watched or {})}
+                piece = {**self._piece(event), **self._ids(event.token_ids)}
+                yield self._chunk({"index": event.choice, **piece, "finish_reason": None}, extension)
             else:
                 closing = {"index": event.choice, **self._closing(), "finish_reason": event.reason}
         yield DONE
+
+    def _ids(self, token_ids: list[int]) -> dict[str, Any]:
+        """A choice's token ids, the one that ends it among them, where they were asked for (as in vLLM)."""
+        return {"token_ids": token_ids} if self.work.return_token_ids else {}
 
     def _chunk(self, choice: dict[str, Any], extension: dict[str, Any] | None = None) -> bytes:
         content = {**self._head, "object": self.chunk_object, "choices": [choice]}

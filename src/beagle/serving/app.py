@@ -126,6 +126,7 @@ def to_work(body: ChatRequest | CompletionRequest, prompts: list[Any], *, raw: b
         draft=body.beagle.draft,
         top=body.top,
         watch=body.beagle.watch and bool(body.stream),
+        return_token_ids=bool(body.return_token_ids),
     )
 
 

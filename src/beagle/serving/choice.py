@@ -63,4 +63,4 @@ class Choice:
         if watched is not None:
             watched["tau"] = round(self.sequence.stats.tau, 4)
             watched["tokens_per_second"] = round(self.sequence.stats.tokens_per_second, 3)
-        return Delta(self._number, piece.text, len(piece.token_ids), piece.drafted, logprobs, watched)
+        return Delta(self._number, piece.text, list(piece.token_ids), piece.drafted, logprobs, watched)

@@ -269,7 +269,7 @@ class Engine:
     def _send(self, job: Job, delta: Delta | None) -> None:
         if delta is None:
             return
-        if delta.tokens and job.first_token is None:
+        if delta.token_ids and job.first_token is None:
             job.first_token = time.monotonic()
             self.metrics.first_token_seconds.observe(job.first_token - job.submitted)
         job.send(delta)

@@ -114,6 +114,7 @@ class Common(Strict):
     max_tokens: int | None = Field(None, ge=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
     user: str | None = None
     beagle: Extension = Extension()
 

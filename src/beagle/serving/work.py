@@ -24,6 +24,7 @@ class Work:
         continues: go on with a dialogue's last message instead of answering it.
         max_new_tokens: None is the server's default, within the context.
         top: alternatives to report with each token's log-probability; None reports neither.
+        return_token_ids: give the ids of the answer's tokens, too.
         watch: report every pass's tree and every token's draft depth.
     """
 
@@ -37,6 +38,7 @@ class Work:
     draft: bool = True
     top: int | None = None
     watch: bool = False
+    return_token_ids: bool = False
 
     @property
     def choices(self) -> int:
@@ -76,7 +78,7 @@ class Delta:
 
     choice: int
     text: str
-    tokens: int
+    token_ids: list[int]
     drafted: int
     logprobs: list[TokenLogprob] | None = None
     watched: dict[str, Any] | None = None

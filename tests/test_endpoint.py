@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import sys
 import threading
 from contextlib import contextmanager, suppress
@@ -503,6 +504,25 @@ def test_truncated_answers_are_left_out_with_a_line(vllm, fetch):
     assert by_turn(fetch(vllm)) == expected  # asked again, as all that is missing
 
 
+def test_a_server_that_refuses_each_prompt_in_other_words(vllm, fetch):
+    numbers = count(2000)
+
+    def refuses(path, body, answer):
+        short = body["max_tokens"] == module.TRIED_TOKENS or len(body["messages"][-1]["content"]) < 8
+        words = f"maximum context length is 20 tokens, you requested {next(numbers)}"
+        return answer if short else (400, {"error": {"message": words}})
+
+    vllm.change = refuses
+    found = by_turn(fetch(vllm))
+    assert found
+    assert fetch.printed.count("answers are left out: the server refuses it (maximum context length") == 4
+    assert "answers are left out for other reasons" in fetch.printed
+    vllm.change = lambda *_: (400, {"error": {"message": "no"}})
+    fetch.folder = fetch.folder.with_name("none")
+    with pytest.raises(BeagleError, match=r"the server refuses it \(no\); see the server's log"):
+        fetch(vllm)
+
+
 def test_a_server_whose_answers_are_all_truncated_is_refused(vllm, fetch, target):
     target.eos_ids = vllm.model.target.eos_ids = frozenset()
     vllm.change = cut
@@ -537,6 +557,32 @@ def test_a_head_is_trained_on_a_servers_answers(train, saved, tmp_path):
     assert stored(tmp_path / "run") == stored(tmp_path / "own")
     again = train(tmp_path / "run", *options, "--answers-from", running.url)  # it is down, and nothing is to be asked
     assert again.code == 0, again.err
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_command_goes_on(train, saved, tmp_path, monkeypatch, how):
+    keep, seen = module._Run._keep, []
+
+    def stopped(run, answer):
+        keep(run, answer)
+        seen.append(answer)
+        if len(seen) == 4:
+            signal.raise_signal(how)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
+    with stub(Target(tiny_model(), tokenizer(), "tiny")) as server:
+        options = ["--target", saved, "--answers-model", "tiny", "--answers-from", server.url]
+        with monkeypatch.context() as patched:
+            patched.setattr(module._Run, "_keep", stopped)
+            ended = train(tmp_path / "run", *options)
+        assert ended.code == 130
+        assert "run the same command again" in " ".join(ended.err.split())
+        assert "Traceback" not in ended.err
+        assert 4 <= len(AnswerFolder.open(tmp_path / "run" / "answers").read()) < 12
+        ended = train(tmp_path / "run", *options)
+        assert ended.code == 0, ended.err
+    assert train(tmp_path / "own", "--target", saved).code == 0
+    assert stored(tmp_path / "run") == stored(tmp_path / "own")
 
 
 def test_bad_input_to_the_command(train, saved, beagle, prompts, tmp_path, monkeypatch):

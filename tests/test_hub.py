@@ -197,6 +197,16 @@ def test_a_head_of_the_hub_drafts(remote, folders, beagle, draft):
     assert len([path for method, path in remote.asked if method == "HEAD" and path.endswith("config.json")]) == 1
 
 
+def test_a_training_starts_from_a_head_of_the_hub(remote, train, folders, tmp_path):
+    remote.add("org/head", files_of(folders.head))
+    ended = train(tmp_path / "hub", "--init", "org/head")
+    assert ended.code == 0, ended.err
+    assert train(tmp_path / "folder", "--init", folders.head).code == 0
+    one, other = ((tmp_path / name / "head" / "model.safetensors").read_bytes() for name in ("hub", "folder"))
+    assert one == other
+    train(tmp_path / "none", "--init", "org/none").refusal("org/none", "no such head")
+
+
 def test_a_revision_is_the_one_asked_for(remote, folders, tmp_path):
     other = tmp_path / "older"
     save_head(tiny_head(tiny_target(), seed=3), other, target="tiny", dtype=torch.float32, meta={})

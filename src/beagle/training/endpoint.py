@@ -10,7 +10,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +34,7 @@ SAVE_SECONDS = 30.0  # seconds, after which they are written
 TRIES = 4  # prompts that are asked first, greedily, before all others
 TRIED_TOKENS = 32  # of their answers
 LEAST_AGREEMENT = 0.8  # of the server's greedy tokens with the target's own; two dtypes agree on more than 0.95
+MOST_REASONS = 4  # that are shown
 MOST_UNUSABLE = 20  # answers, beyond which there must be as many that can be used
 # Not OpenAI's, but of vLLM, SGLang and our own server: token ids, and no settings of the model's generation_config.json.
 EXTENSIONS: dict[str, Any] = {"return_token_ids": True, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -165,7 +166,7 @@ class _Run:
         target: Target,
         config: AnswerConfig,
         folder: AnswerFolder,
-        show: Any,
+        show: Callable[[int, int], None],
         stored: dict[str, list[StoredAnswer]],
         tokens: int,
     ) -> None:
@@ -272,7 +273,7 @@ class _Run:
             return Reply.model_validate(answer.model_dump(warnings=False))
         except (self.openai.BadRequestError, self.openai.UnprocessableEntityError) as error:
             raise UnusableError(f"the server refuses it ({_one_line(error)})") from error
-        except (ValidationError, AttributeError, ValueError) as error:
+        except (self.openai.APIResponseValidationError, ValidationError, AttributeError, ValueError) as error:
             raise UnusableError("the server does not answer as OpenAI's API does") from error
 
     async def _try(self, client: Any, todo: list[Prompt]) -> None:
@@ -293,7 +294,7 @@ class _Run:
             except UnusableError as error:
                 if "tokenised again" in str(error):
                     continue
-                raise BeagleError(f"'{self.endpoint.url}', {prompt.name}: {error}; {REMEDY}") from error
+                raise BeagleError(f"'{self.endpoint.url}', {prompt.name}: {error}; {_remedy(str(error))}") from error
             except self.openai.APIStatusError as error:
                 raise await self._named(client, error) from error
             except self.openai.APIError as error:
@@ -391,24 +392,35 @@ class _Run:
                 f"{self.too_long} turns are longer than {self.config.max_prompt_tokens} tokens with what comes before "
                 "them, and are not asked (answers.max_prompt_tokens)"
             )
-        for reason, count in self.unusable.most_common():
+        for reason, count in self.unusable.most_common(MOST_REASONS):
             yield f"{count} answers are left out: {reason}"
+        if len(self.unusable) > MOST_REASONS:  # a server's own words may have numbers in them
+            rest = self.unusable.total() - sum(count for _, count in self.unusable.most_common(MOST_REASONS))
+            yield f"{rest} answers are left out for other reasons"
 
     def why_none(self) -> str:
         """Why hardly any answer could be used, and what helps."""
         if not self.unusable:
             return f"no prompt has at most {self.config.max_prompt_tokens} tokens; raise answers.max_prompt_tokens"
         (reason, _), *_ = self.unusable.most_common(1)
-        remedy = REMEDY
-        if "cut" in reason:
-            remedy = "raise the server's limits of length and time, or lower answers.max_new_tokens"
-        elif "token ids" in reason:
-            remedy = "use a server that takes return_token_ids, such as vLLM"
-        return f"{reason}; {remedy}"
+        return f"{reason}; {_remedy(reason)}"
 
 
 REMEDY = "serve the target itself, with its own tokenizer and chat template"
 ADDRESS = "check the address and that the server runs"
+
+
+def _remedy(reason: str) -> str:
+    """What helps if answers can't be used."""
+    if "cut the answer" in reason:
+        return "raise the server's limits of length and time, or lower answers.max_new_tokens"
+    if "no token ids" in reason:
+        return "use a server that takes return_token_ids, such as vLLM"
+    if "refuses it" in reason:
+        return (
+            "see the server's log; a limit of its context asks for a lower answers.max_prompt_tokens or max_new_tokens"
+        )
+    return REMEDY
 
 
 def _one_line(error: Any) -> str:

@@ -276,6 +276,7 @@ def train_head(
             "command": command,
         }
         trainer.export(out / "head", about)
+        write_json(out / "result.json", about)
         held_out = [sample for group in trainer.validation for sample in group]
         served = measure_served(trainer.head, out / "head", target, held_out)
         for line in served.lines(alphas) if served else ["no answer is held out, so that none is decoded to compare"]:

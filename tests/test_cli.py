@@ -177,7 +177,7 @@ def test_usage_errors(beagle, arguments):
 def test_every_command_has_help(beagle, command):
     ended = beagle(command, "--help")
     assert ended.code == 0
-    assert ("--target" in ended.out) == (command not in ("report", "view", "research"))
+    assert ("--target" in ended.out) == (command not in ("report", "view", "research", "push"))
 
 
 def test_failures_of_ours_have_code_1(folders, beagle, monkeypatch):

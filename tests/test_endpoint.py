@@ -21,6 +21,7 @@ from beagle.errors import BeagleError
 from beagle.model import Model
 from beagle.serving.engine import Limits
 from beagle.targets.chat import encode
+from beagle.targets.loading import load_target
 from beagle.targets.target import Target
 from beagle.training import answer_files
 from beagle.training import endpoint as module
@@ -29,7 +30,7 @@ from beagle.training.endpoint import Endpoint, fetch_answers
 from beagle.training.pipeline import make_answers
 from beagle.training.prompts import Prompt
 from beagle.training.recipe import AnswerConfig
-from conftest import tiny_model, tiny_tokenizer
+from conftest import REAL_CACHE, tiny_model, tiny_tokenizer
 from serving import serving
 from test_answer_files import everything
 from training_runs import stored
@@ -284,6 +285,33 @@ def test_enough_tokens_end_the_asking(vllm, fetch):
     asked = len(vllm.bodies)
     fetch(vllm, config=replace(CONFIG, max_tokens=60, rows=1))
     assert len(vllm.bodies) == asked
+
+
+QUESTIONS = ("Schreibe einen Satz über Äpfel und Grüße.", "List three emoji 🎉 with names.",
+             "Write a Python function that reverses a string.", "写一句关于雨的话。")  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.parametrize("ids", [True, False], ids=["token ids", "texts"])
+def test_a_real_model_is_answered_for_token_by_token(ids, tmp_path, monkeypatch):
+    monkeypatch.setenv("BEAGLE_CACHE", str(REAL_CACHE))
+    own, other = (load_target("smollm2-135m", dtype="float32", device="cpu") for _ in range(2))
+    prompts = [Prompt(str(i), (question, "Tell me more.")) for i, question in enumerate(QUESTIONS)]
+    config = AnswerConfig(rows=6, max_prompt_tokens=200, max_new_tokens=16, max_turns=2, sampled_share=0.5)
+    if not ids:
+        monkeypatch.setattr(module, "EXTENSIONS", {"top_k": -1})
+    fetch = Fetch(own, tmp_path / "answers")
+    with serving(target=other, plain=True) as running:
+        folder = fetch(running, prompts, config, patience=120.0)
+    generated = make_answers(own, prompts, tmp_path / "own", config, Console(file=io.StringIO()))
+    store = make_answers(own, prompts, tmp_path / "data", config, Console(file=io.StringIO()), answers=folder)
+    expected, found = everything(generated), everything(store)
+    assert "100% of the endpoint's greedy tokens" in fetch.printed
+    assert len(found) == len(expected) if ids else len(expected) // 2 <= len(found)  # emoji may be cut in a text
+    assert ("left out" in fetch.printed) == (len(found) < len(expected))
+    for name, sample in found.items():
+        assert sample.tokens.tolist() == expected[name].tokens.tolist()
 
 
 # resumed

@@ -278,7 +278,8 @@ def load(
 
     Args:
         target: ``smollm2-135m``, a hub id, a folder, or a ``.gguf`` file.
-        draft: ``head`` (the one shipped for this target) or a folder that ``beagle train`` wrote;
+        draft: ``head`` (the one shipped for this target), a folder that ``beagle train`` wrote, or
+            ``ORG/NAME[@revision]`` of a head on the hub;
             ``lookup`` (what followed the same words before); ``head+lookup`` or ``FOLDER+lookup``
             (both in one tree); ``model:NAME`` (a smaller model with the same tokenizer, named as a
             target is); ``auto`` (``head+lookup`` where a head is shipped, else plain decoding);

@@ -31,9 +31,9 @@ DraftName = Annotated[
     typer.Option(
         "--draft",
         "-d",
-        help="head (the shipped one), a folder that `beagle train` wrote or ORG/NAME[@revision] of a head on the hub, lookup (what followed the same words "
-        "before), head+lookup or FOLDER+lookup (both in one tree), model:NAME (a smaller model with the same "
-        "tokenizer, such as model:Qwen/Qwen2.5-0.5B-Instruct), none; auto is head+lookup where a head is shipped.",
+        help="head (the shipped one), a folder that `beagle train` wrote or ORG/NAME[@revision] of a head on the hub, "
+        "lookup (what followed the same words before), head+lookup or FOLDER+lookup (both in one tree), "
+        "model:NAME (a smaller model with the same tokenizer, such as model:Qwen/Qwen2.5-0.5B-Instruct), none; auto is head+lookup where a head is shipped.",
     ),
 ]
 DType = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]

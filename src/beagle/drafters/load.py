@@ -21,7 +21,8 @@ class DraftSpec:
     """What to draft with; nothing at all is plain decoding.
 
     Attributes:
-        head: ``head`` (the one shipped for the target) or a folder that ``beagle train`` wrote.
+        head: ``head`` (the one shipped for the target), a folder that ``beagle train`` wrote, or ``ORG/NAME[@revision]`` of a
+            head on the hub.
         model: name of a small model.
         lookup: prompt lookup, alone or in one tree with the head or the model.
     """

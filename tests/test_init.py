@@ -42,7 +42,19 @@ def test_the_head_starts_from_the_other_ones_weights(train, head, tmp_path):
         assert torch.equal(before[name].bfloat16(), after[name]), name
     config = json.loads((tmp_path / "run" / "head" / "config.json").read_text())["head"]
     assert (config["newest_state"], config["num_kv_heads"]) == ("none", 2)
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["init"] == "other"
+    started = json.loads((tmp_path / "run" / "result.json").read_text())["init"]
+    assert (started["head"], started["tau"]) == ("other", None)  # no answer is held out
+
+
+def test_the_other_heads_acceptance_stands_beside_the_new_ones(train, head, prompts, tmp_path):
+    rows = [{"prompt": f"w{3 + i % 60} w{3 + (7 * i) % 60}"} for i in range(120)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ended = train(tmp_path / "run", "--init", head, train=STILL)
+    assert ended.code == 0, ended.err
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["init"]["tau"] >= 1
+    assert f"on held-out prompts: {result['init']['tau']:.2f}" in " ".join(ended.err.split())
+    assert result["served"]["prompts"] > 0
 
 
 @pytest.mark.parametrize("size", [None, 12])

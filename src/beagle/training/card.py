@@ -73,7 +73,7 @@ def _facts(result: dict[str, Any], target: str, licence: str | None) -> list[tup
         ("licence", licence or "not stated"),
         ("data", _data(result)),
         ("seed", f"{recipe.get('train', {}).get('seed')} of the training, {_answers(result, 'seed')} of the answers"),
-        ("started from", str(result.get("init") or "random weights")),
+        ("started from", str((result.get("init") or {}).get("head", "random weights"))),
         ("training", f"{result.get('steps')} steps, {result.get('train_seconds')} seconds"),
         ("step-α of validation", " ".join(f"{alpha:.3f}" for alpha in result.get("validation_step_alpha", []))),
         ("τ of held-out prompts", _served(result.get("served"))),

@@ -24,8 +24,8 @@ from beagle.training.endpoint import Endpoint, fetch_answers
 from beagle.training.folder import alone, identity, read_progress
 from beagle.training.prompts import Prompt, answerable, has_template, numbered
 from beagle.training.recipe import AnswerConfig, Recipe
-from beagle.training.served import measure_served
-from beagle.training.start import refuse_other_start, start_from
+from beagle.training.served import measure_served, tau_of
+from beagle.training.start import refuse_other_start, start_from, started_from
 from beagle.training.states import Fingerprint, StateStore, refuse_without_answers
 from beagle.training.texts import TextReader, store_texts
 from beagle.training.tracking import tracking
@@ -259,8 +259,14 @@ def train_head(
             else:
                 store = _existing(target, folder, recipe.answers)
             trainer = Trainer(target, store, out, recipe.train, recipe.head)
+            held_out = [sample for group in trainer.validation for sample in group]
             if init and first and trainer.step == 0:
-                start_from(trainer.head, first, init, out)
+                tau = tau_of(init, target, held_out)
+                start_from(trainer.head, first, init, out, tau)
+                if tau is not None:
+                    console.print(
+                        f"τ of the head that is started from, on held-out prompts: {tau:.2f}", highlight=False
+                    )
             report = partial(console.print, highlight=False)
             alphas = trainer.train(seconds=seconds, report=report, track=track)
         about = describe(target) | {
@@ -272,12 +278,11 @@ def train_head(
             "recipe": trainer.identity(),
             "answers": asdict(recipe.answers),
             "prompts": len(prompts) if prompts is not None else None,
-            "init": init.name if init else None,
+            "init": started_from(out) if init else None,
             "command": command,
         }
         trainer.export(out / "head", about)
         write_json(out / "result.json", about)
-        held_out = [sample for group in trainer.validation for sample in group]
         served = measure_served(trainer.head, out / "head", target, held_out)
         for line in served.lines(alphas) if served else ["no answer is held out, so that none is decoded to compare"]:
             console.print(line, highlight=False, style="yellow" if line.startswith("warning") else None)

@@ -89,22 +89,45 @@ def measure_served(trained: Block, folder: Path, target: Target, held_out: list[
     Returns:
         None if there are none.
     """
-    some = held_out[:: max(1, -(-len(held_out) // PROMPTS))]
-    some = [replace(sample, tokens=sample.tokens[: sample.answer_from + 1 + TOKENS],
-                    states=None if sample.states is None else sample.states[: sample.answer_from + 1 + TOKENS])
-            for sample in some]  # fmt: skip
+    some = shortened(held_out)
     if not some:
         return None
     trained.eval()  # a run that the clock has stopped was still training
     simulated = [walk for sample in some for walk in simulate(trained, target, [sample])]
-    model = Model(target, load_drafter(DraftSpec(head=str(folder)), target), TreePlan("chain", DEPTH, 1, DEPTH))
-    total, decoded = Stats(), []
-    for sample in some:
-        prompt, new = sample.tokens[: sample.answer_from + 1].tolist(), len(sample.tokens) - sample.answer_from
-        stats = model.generate(prompt, max_new_tokens=new).stats
+    answers = decode(folder, target, some)
+    total = Stats()
+    for stats in answers:
         total.add(stats)
-        decoded.append((stats.passed_tokens, stats.passes))
+    decoded = [(stats.passed_tokens, stats.passes) for stats in answers]
     return Served(len(some), DEPTH, _ratio(simulated), total.tau, total.step_alpha, _error(simulated, decoded))
+
+
+def shortened(held_out: list[Stored]) -> list[Stored]:
+    """Some held-out samples, spread over all, with the beginnings of their answers."""
+    some = held_out[:: max(1, -(-len(held_out) // PROMPTS))]
+    ends = [sample.answer_from + 1 + TOKENS for sample in some]
+    return [
+        replace(sample, tokens=sample.tokens[:end], states=None if sample.states is None else sample.states[:end])
+        for sample, end in zip(some, ends, strict=True)
+    ]
+
+
+def decode(folder: Path, target: Target, samples: list[Stored]) -> list[Stats]:
+    """The samples' prompts answered greedily, as long as the samples are, with chains of an exported head's drafts."""
+    model = Model(target, load_drafter(DraftSpec(head=str(folder)), target), TreePlan("chain", DEPTH, 1, DEPTH))
+    found = []
+    for sample in samples:
+        prompt, new = sample.tokens[: sample.answer_from + 1].tolist(), len(sample.tokens) - sample.answer_from
+        found.append(model.generate(prompt, max_new_tokens=new).stats)
+    return found
+
+
+def tau_of(folder: Path, target: Target, held_out: list[Stored]) -> float | None:
+    """Tokens per pass of held-out prompts with an exported head; None: there are none."""
+    total = Stats()
+    for stats in decode(folder, target, shortened(held_out)):
+        total.add(stats)
+    return total.tau if total.passes else None
 
 
 def simulate(head: Block, target: Target, group: list[Stored]) -> list[tuple[int, int]]:

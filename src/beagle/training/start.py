@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,7 +68,7 @@ def refuse_other_start(out: Path, folder: Path | None) -> None:
     """
     if not (out / CHECKPOINT).is_file():
         return
-    before = read_json(out / START, f"delete '{out}' to start over") or {}
+    before = started_from(out)
     if before.get("digest") != digest(folder):
         raise BeagleError(
             f"'{out}' holds a run that started from {before.get('head') or 'random weights'}; start from "
@@ -76,7 +77,7 @@ def refuse_other_start(out: Path, folder: Path | None) -> None:
 
 
 @torch.no_grad()
-def start_from(head: Block, other: Block, folder: Path, out: Path) -> None:
+def start_from(head: Block, other: Block, folder: Path, out: Path, tau: float | None) -> None:
     """Give a fresh head another one's weights, and note it in the folder of the run.
 
     The draft vocabulary stays the fresh head's: no weight depends on it, since the LM head is the target's.
@@ -85,7 +86,13 @@ def start_from(head: Block, other: Block, folder: Path, out: Path) -> None:
         head: of the same shape; changed in place.
         other: the head to start from, which ``folder`` holds.
         out: folder of the run.
+        tau: of the other head on held-out prompts, to be noted; None: not measured.
     """
     weights = {name: tensor for name, tensor in other.state_dict().items() if name != "draft_vocab"}
     head.load_state_dict({**weights, "draft_vocab": head.draft_vocab})
-    write_json(out / START, {"head": folder.name, "digest": digest(folder)})
+    write_json(out / START, {"head": folder.name, "digest": digest(folder), "tau": tau and round(tau, 3)})
+
+
+def started_from(out: Path) -> dict[str, Any]:
+    """What ``start_from`` has noted in the folder of a run."""
+    return read_json(out / START, f"delete '{out}' to start over") or {}

@@ -25,11 +25,13 @@ from beagle.targets.loading import load_target
 from beagle.targets.target import Target
 from beagle.training import answer_files
 from beagle.training import endpoint as module
+from beagle.training import server as server_module
 from beagle.training.answer_files import AnswerFolder, prompt_key
-from beagle.training.endpoint import Endpoint, fetch_answers
+from beagle.training.endpoint import fetch_answers
 from beagle.training.pipeline import make_answers
 from beagle.training.prompts import Prompt
 from beagle.training.recipe import AnswerConfig
+from beagle.training.server import Endpoint
 from conftest import REAL_CACHE, tiny_model, tiny_tokenizer
 from serving import serving
 from test_answer_files import everything
@@ -300,7 +302,7 @@ def test_a_real_model_is_answered_for_token_by_token(ids, tmp_path, monkeypatch)
     prompts = [Prompt(str(i), (question, "Tell me more.")) for i, question in enumerate(QUESTIONS)]
     config = AnswerConfig(rows=6, max_prompt_tokens=200, max_new_tokens=16, max_turns=2, sampled_share=0.5)
     if not ids:
-        monkeypatch.setattr(module, "EXTENSIONS", {"top_k": -1})
+        monkeypatch.setattr(server_module, "EXTENSIONS", {"top_k": -1})
     fetch = Fetch(own, tmp_path / "answers")
     with serving(target=other, plain=True) as running:
         folder = fetch(running, prompts, config, patience=120.0)
@@ -336,7 +338,7 @@ def test_what_is_missing_is_asked_for_after_an_interruption(vllm, fetch):
     assert 7 <= len(first) < len(expected)
     with stub(new_target()) as second:
         assert by_turn(fetch(second)) == expected
-        asked = [body for body in second.bodies if body["max_tokens"] != module.TRIED_TOKENS]
+        asked = [body for body in second.bodies if body["max_tokens"] != server_module.TRIED_TOKENS]
         assert len(asked) == len(expected) - len(first)
         del second.bodies[:]
         assert by_turn(fetch(second)) == expected
@@ -387,7 +389,7 @@ def test_a_server_that_stops_answering_is_given_up_and_nothing_is_lost(fetch, ho
         numbers, waits = count(), threading.Event()
 
         def stops(path, body, answer):
-            if next(numbers) < module.TRIES + 5:
+            if next(numbers) < server_module.TRIES + 5:
                 return answer
             if how == "silent":
                 waits.wait(20)
@@ -536,7 +538,7 @@ def test_a_server_that_refuses_each_prompt_in_other_words(vllm, fetch):
     numbers = count(2000)
 
     def refuses(path, body, answer):
-        short = body["max_tokens"] == module.TRIED_TOKENS or len(body["messages"][-1]["content"]) < 8
+        short = body["max_tokens"] == server_module.TRIED_TOKENS or len(body["messages"][-1]["content"]) < 8
         words = f"maximum context length is 20 tokens, you requested {next(numbers)}"
         return answer if short else (400, {"error": {"message": words}})
 

@@ -13,7 +13,7 @@ from beagle.cli import options as o
 from beagle.errors import BeagleError
 
 if TYPE_CHECKING:
-    from beagle.training.endpoint import Endpoint
+    from beagle.training.server import Endpoint
 
 
 def train(
@@ -133,7 +133,7 @@ def _endpoint(url: str | None, model: str | None, answers: Path | None, prompts:
     Raises:
         BeagleError: options are missing, or exclude each other.
     """
-    from beagle.training.endpoint import Endpoint
+    from beagle.training.server import Endpoint
 
     if url is None:
         if model is not None:

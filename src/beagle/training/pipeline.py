@@ -20,11 +20,12 @@ from beagle.meta import describe
 from beagle.targets.target import Target
 from beagle.training.answer_files import AnswerFolder
 from beagle.training.answers import AnswerGenerator, Sample
-from beagle.training.endpoint import Endpoint, fetch_answers
+from beagle.training.endpoint import fetch_answers
 from beagle.training.folder import alone, identity, read_progress
 from beagle.training.prompts import Prompt, answerable, has_template, numbered
 from beagle.training.recipe import AnswerConfig, Recipe
 from beagle.training.served import measure_served, tau_of
+from beagle.training.server import Endpoint
 from beagle.training.start import refuse_other_start, start_from, started_from
 from beagle.training.states import Fingerprint, StateStore, refuse_without_answers
 from beagle.training.texts import TextReader, store_texts

@@ -38,8 +38,9 @@ def attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface; ``query`` is ``[batch, heads, queries, head_dim]``.
 
-    ``s_aux`` are sinks ``[heads]``: one more score for each head, whose value is 0. What a layer sees is what its own mask says (``targets.probe`` reads it at load and leaves the window on the
-    module); the mask that comes with a call, where there is one, is not read again.
+    ``s_aux`` are sinks ``[heads]``: one more score for each head, whose value is 0. What a layer sees is what its own
+    mask says (``targets.probe`` reads it at load and leaves the window on the module); the mask that comes with a call,
+    where there is one, is not read again.
     """
     plan = current_plan.get()
     layer = module.layer_idx

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from beagle.errors import BeagleError
 from beagle.model import Model
@@ -15,7 +16,7 @@ from beagle.training import states as states_module
 from beagle.training.answers import AnswerGenerator, Sample
 from beagle.training.data import Stored, batches, collate, frequent_tokens, is_validation, samples
 from beagle.training.prompts import Prompt
-from beagle.training.states import Fingerprint, StateStore, read_shard
+from beagle.training.states import Fingerprint, StateStore, read_shard, shard_ids
 from conftest import tiny_model, tiny_target, tiny_tokenizer
 
 LIMIT = 10
@@ -160,6 +161,44 @@ def test_damaged_shard_is_named_on_resuming(damaged):
     store, shard = damaged
     with pytest.raises(BeagleError, match=shard.name):
         store.done_ids()
+
+
+@pytest.fixture
+def stored(target, tmp_path):
+    """A store of one shard, and what writes other states into it."""
+    store = StateStore(tmp_path, fingerprint(target))
+    store.write(generate(target)[:3])
+    (shard,) = store.shards()
+
+    def rewrite(change) -> None:
+        content = read_shard(shard, with_states=False) | {"states": change(read_shard(shard)["states"])}
+        save_file(content, shard, metadata={"ids": json.dumps(shard_ids(shard))})
+
+    return store, shard, rewrite
+
+
+def spoiled(states: torch.Tensor) -> torch.Tensor:
+    states[-1, 0] = float("nan")
+    return states
+
+
+def test_states_that_are_no_numbers_are_refused_and_large_ones_are_not(stored):
+    _, shard, rewrite = stored
+    rewrite(lambda states: torch.full_like(states, 3e38))  # their sum is infinite
+    assert read_shard(shard)["states"].max() > 2.9e38
+    rewrite(spoiled)
+    with pytest.raises(BeagleError, match="NaN or infinite"):
+        read_shard(shard)
+
+
+def test_batches_are_counted_without_their_states(stored):
+    store, _, rewrite = stored
+    options = {"tokens": 64, "seed": 0, "epoch": 0}
+    whole = [[sample.id for sample in group] for group in batches(store, **options)]
+    rewrite(spoiled)
+    assert [[sample.id for sample in group] for group in batches(store, **options, with_states=False)] == whole
+    with pytest.raises(BeagleError, match="NaN or infinite"):
+        next(batches(store, **options))
 
 
 def test_damaged_manifest_is_named(target, tmp_path):

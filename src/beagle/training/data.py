@@ -38,11 +38,11 @@ def is_validation(sample_id: str, stored_as: str) -> bool:
     return zlib.crc32((key_of(sample_id) or stored_as).encode()) % 40 == 0
 
 
-def samples(shards: list[Path], *, validation: bool) -> list[Stored]:
-    """Samples of some shards that are long enough to bear a loss."""
+def samples(shards: list[Path], *, validation: bool, with_states: bool = True) -> list[Stored]:
+    """Samples of some shards that are long enough to bear a loss; ``with_states`` as of ``read_shard``."""
     out: list[Stored] = []
     for path in shards:
-        content = read_shard(path)
+        content = read_shard(path, with_states=with_states)
         offsets = content["offsets"].tolist()
         for i, (name, first) in enumerate(zip(shard_ids(path), content["answer_from"].tolist(), strict=True)):
             a, b = offsets[i], offsets[i + 1]
@@ -55,19 +55,29 @@ def samples(shards: list[Path], *, validation: bool) -> list[Stored]:
 
 def nothing_to_train_on(store: StateStore) -> str:
     """Why a store without training samples has none, and what helps."""
-    held = len(samples(store.shards(), validation=True))
+    held = len(samples(store.shards(), validation=True, with_states=False))
     if held:
         return f"holds {held} answers, all of them held out for validation; give more prompts"
     return "holds no answer of two tokens or more; give other prompts"
 
 
-def batches(store: StateStore, *, tokens: int, seed: int, epoch: int) -> Iterator[list[Stored]]:
-    """One epoch of training batches of about ``tokens`` tokens each, padding kept small."""
+def batches(
+    store: StateStore, *, tokens: int, seed: int, epoch: int, with_states: bool = True
+) -> Iterator[list[Stored]]:
+    """One epoch of training batches of about ``tokens`` tokens each, padding kept small.
+
+    Args:
+        store: of the samples.
+        tokens: of a batch, padding included.
+        seed: of the order.
+        epoch: its number, from 0.
+        with_states: False is for those who count batches; states that are stored are not read then.
+    """
     shuffle = random.Random(f"{seed}/{epoch}")
     shards = store.shards()
     shuffle.shuffle(shards)
     for at in range(0, len(shards), SHARDS_TOGETHER):
-        pool = samples(shards[at : at + SHARDS_TOGETHER], validation=False)
+        pool = samples(shards[at : at + SHARDS_TOGETHER], validation=False, with_states=with_states)
         shuffle.shuffle(pool)
         pool.sort(key=lambda s: len(s.tokens) // 24)  # stable: shuffled inside a length class
         group: list[Stored] = []
@@ -119,9 +129,8 @@ def frequent_tokens(store: StateStore, size: int, vocab_size: int, always: Itera
         always: tokens that are among them in any case: those that end an answer, which stored answers lack.
     """
     counts = torch.zeros(vocab_size, dtype=torch.long)
-    for shard in store.shards():  # one at a time: their states need not fit into memory together
-        for sample in samples([shard], validation=False):
-            counts += torch.bincount(sample.tokens[sample.answer_from + 1 :], minlength=vocab_size)
+    for sample in samples(store.shards(), validation=False, with_states=False):
+        counts += torch.bincount(sample.tokens[sample.answer_from + 1 :], minlength=vocab_size)
     if not counts.any():
         raise BeagleError(f"'{store.folder}' {nothing_to_train_on(store)}")
     counts[[token for token in always if token < vocab_size]] = counts.max() + 1

@@ -105,7 +105,8 @@ class Trainer:
         held = held[:: max(1, math.ceil(len(held) / config.validation_samples))]  # of every length
         self.tried: list[int] = []  # drafts that each of the last step-α is a share of
         self.validation = [held[i : i + 16] for i in range(0, len(held), 16)]
-        self.per_epoch = sum(1 for _ in batches(store, tokens=config.batch_tokens, seed=config.seed, epoch=0))
+        counted = batches(store, tokens=config.batch_tokens, seed=config.seed, epoch=0, with_states=False)
+        self.per_epoch = sum(1 for _ in counted)
         if not self.per_epoch:
             raise BeagleError(f"'{store.folder}' {nothing_to_train_on(store)}")
         self.early_steps = round(config.early_epochs * self.per_epoch)

@@ -19,6 +19,8 @@ from beagle.targets import compiled
 from beagle.targets.captured import Captured
 from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
+from beagle.training.recipe import Recipe, read_recipe
+from beagle.training.trainer import new_head
 from conftest import (
     FAMILIES,
     LIVELY,
@@ -134,6 +136,23 @@ def test_layers_that_the_target_lacks_are_refused(layers):
 def test_settings_that_cannot_be_are_refused(settings):
     with pytest.raises(ValueError, match=r"kv_layers|blocks"):
         replace(tiny_head(tiny_target()).config, **settings)
+
+
+@pytest.mark.parametrize(("count", "layers"), [(30, (10, 20)), (28, (9, 18)), (3, (1, 2)), (2, (1,)), (1, ())])
+@pytest.mark.parametrize("architecture", ["beagle", "eagle3"])
+def test_layers_at_thirds_of_the_depth(count, layers, architecture):
+    recipe = Recipe(head={"architecture": architecture, "kv_layers": "auto"})
+    assert recipe.state_layers(count) == layers
+
+
+def test_layers_that_are_chosen_are_those_of_the_head(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("head: {kv_layers: auto, blocks: 2}")
+    recipe = read_recipe(tmp_path / "recipe.yaml")
+    target = tiny_target(state_layers=recipe.state_layers(3))
+    assert new_head(target, recipe.train, recipe.head).config.kv_layers == target.state_layers == (1, 2)
+    (tmp_path / "recipe.yaml").write_text("head: {kv_layers: middle}")
+    with pytest.raises(BeagleError, match=r"head\.kv_layers.*'middle'"):
+        read_recipe(tmp_path / "recipe.yaml")
 
 
 def test_a_checkpoint_brings_its_layers(folders, tmp_path):

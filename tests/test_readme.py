@@ -145,10 +145,10 @@ def tiny(tmp_path_factory) -> Path:
     prompts = [{"prompt": f"w{3 + i} w{60 - i} w{9 + 2 * i}"} for i in range(12)]
     (root / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in prompts))
     (root / "configs").mkdir()
-    recipe = yaml.safe_load((ROOT / "configs" / "smollm2-135m.yaml").read_text())
+    recipe = yaml.safe_load((ROOT / "configs" / "default.yaml").read_text())
     recipe["answers"] |= {"rows": 4, "max_new_tokens": 12}
     recipe["train"] |= {"early_epochs": 1, "late_epochs": 1, "batch_tokens": 60, "draft_vocab_size": 48}
-    (root / "configs" / "smollm2-135m.yaml").write_text(yaml.safe_dump(recipe))
+    (root / "configs" / "default.yaml").write_text(yaml.safe_dump(recipe))
     return root
 
 

@@ -54,10 +54,10 @@ def compare(
 ) -> None:
     """Train variants on the same batches; compare time, memory, acceptance. Run again, it goes on.
 
-    Examples: [bold]beagle research compare --data runs/mine/data --config configs/smollm2-135m.yaml
+    Examples: [bold]beagle research compare --data runs/mine/data --config configs/default.yaml
     --suite baselines --tokens 2000000 --seeds 0,1 --out runs/baselines[/bold]
 
-    [bold]beagle research compare --data runs/mine/data --config configs/smollm2-135m.yaml
+    [bold]beagle research compare --data runs/mine/data --config configs/default.yaml
     --variants beagle,eagle --seconds 600 --out runs/minutes[/bold]
     """
     from beagle.meta import command_line, describe

@@ -63,7 +63,7 @@ def train(
     dialogues of --prompts bring (answers.source: given in the recipe). A server that serves the target can answer in its
     place (--answers-from), with many requests at once (answers.rows).
 
-    Example: [bold]beagle train --prompts prompts.jsonl --config configs/smollm2-135m.yaml --out runs/mine[/bold]
+    Example: [bold]beagle train --prompts prompts.jsonl --config configs/default.yaml --out runs/mine[/bold]
 
     At its end held-out prompts are decoded, and τ is shown beside what the training's own code says it is.
 

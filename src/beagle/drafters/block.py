@@ -8,7 +8,7 @@ index i. Embeddings and LM head are the target's own, frozen, and no part of a h
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
@@ -60,10 +60,22 @@ class BlockConfig:
         return ()
 
     @classmethod
+    def layers_of(cls, settings: Mapping[str, Any], count: int) -> tuple[int, ...]:
+        """The ``kv_layers`` that a head with these settings has; ``auto`` are those at one and two thirds of the depth.
+
+        Args:
+            settings: of a recipe's head section.
+            count: layers of the target.
+        """
+        wanted = settings.get("kv_layers", cls.default_kv_layers(count))
+        return tuple(sorted({count // 3, 2 * count // 3} - {0}) if wanted == "auto" else wanted)
+
+    @classmethod
     def for_target(cls, target: Any, **overrides: Any) -> Self:
         """The target's own conventions, with as many KV heads as query heads (see the ablation).
 
         Sizes are those of the loaded weights; what families name differently, or not at all, has a default.
+        ``kv_layers`` may be ``auto``, as of ``layers_of``.
         """
         config = target.config
         heads, head_dim = next(
@@ -85,9 +97,8 @@ class BlockConfig:
             "hidden_act": act if act in ACT2FN else "silu",
             "norm_eps": float(setting(config, "rms_norm_eps") or 1e-6),
             "rope_theta": float(rope.get("rope_theta") or 10_000.0),
-            "kv_layers": cls.default_kv_layers(target.layer_count),
         }
-        return cls(**{**settings, **overrides})
+        return cls(**{**settings, **overrides, "kv_layers": cls.layers_of(overrides, target.layer_count)})
 
 
 def setting(config: Any, name: str) -> Any:

@@ -68,9 +68,7 @@ def head_layers(options: dict[str, Any], count: int) -> tuple[int, ...]:
         options: the head section of a recipe.
         count: layers of the target.
     """
-    if "kv_layers" in options:
-        return tuple(options["kv_layers"])
-    return HEADS[options.get("architecture", "beagle")].config_class.default_kv_layers(count)
+    return HEADS[options.get("architecture", "beagle")].config_class.layers_of(options, count)
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -96,7 +94,7 @@ def checked_head(settings: Any, path: Path) -> dict[str, Any]:
         raise BeagleError(f"recipe '{path}': head.architecture is one of {', '.join(HEADS)}, not {name!r}")
     config = HEADS[name].config_class
     hints = get_type_hints(config)
-    kinds = {f.name: hints[f.name] for f in fields(config)}
+    kinds = {f.name: hints[f.name] for f in fields(config)} | {"kv_layers": tuple[Positive, ...] | Literal["auto"]}
     choices = sorted(set(kinds) - {"hidden_size", "target_vocab_size", "draft_vocab_size"})
     if not isinstance(settings, dict) or set(settings) - {"architecture", *choices}:
         raise BeagleError(

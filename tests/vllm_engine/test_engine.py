@@ -84,9 +84,9 @@ def folders(model, tmp_path_factory) -> Folders:
 class Engine:
     """vLLM, for a while."""
 
-    def __init__(self, model: str, draft: str | None = None, **options) -> None:
+    def __init__(self, model: str, draft: str | None = None, method: str = "eagle", **options) -> None:
         if draft is not None:
-            options["speculative_config"] = {"method": "eagle", "model": draft, "num_speculative_tokens": DEPTH}
+            options["speculative_config"] = {"method": method, "model": draft, "num_speculative_tokens": DEPTH}
         settings = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True, "seed": 0}
         settings |= {"disable_log_stats": False, "enable_prefix_caching": False}
         self.llm = LLM(model, **{**settings, **options})

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from copy import copy
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
 MODEL_TYPE = "beagle"
 METHOD = "eagle"  # of vLLM: a chain from the target's last states
-ARCHITECTURE = "BeagleForCausalLM"  # vLLM puts "Eagle" before it for this method
+LAYERS_METHOD = "eagle3"  # a chain from outputs of several of its layers
+ARCHITECTURE = "BeagleForCausalLM"  # vLLM puts "Eagle" before it for the first method, "Eagle3" for the second
+LAYERS = "eagle_aux_hidden_state_layer_ids"  # where vLLM looks for their numbers
 
 
 FIELDS: dict[str, Any] = {  # and their defaults
@@ -28,11 +32,27 @@ FIELDS: dict[str, Any] = {  # and their defaults
     "token_in_mlp": True,
     "embedding_scale": 1.0,
     "lm_head_bias": False,
+    "num_hidden_layers": 1,
+    LAYERS: None,
+    "final_norm_eps": 1e-6,
 }
 
 
+def method_of(config: dict[str, Any]) -> str:
+    """vLLM's method for the head of an exported ``config.json``."""
+    return LAYERS_METHOD if config.get(LAYERS) else METHOD
+
+
+def method_for(folder: str | Path) -> str:
+    """The same of a folder that ``export`` wrote; of one that isn't there, which vLLM names, that of most heads."""
+    try:
+        return method_of(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
+    except OSError:
+        return METHOD
+
+
 class BeagleDraftConfig(PretrainedConfig):
-    """A Beagle head beside its target's shapes: ``FIELDS`` as attributes, and one layer.
+    """A Beagle head beside its target's shapes: ``FIELDS`` as attributes.
 
     The names that vLLM knows mean what they mean for Llama. Ours:
 
@@ -42,6 +62,10 @@ class BeagleDraftConfig(PretrainedConfig):
         token_in_mlp: see ``drafters.head``.
         embedding_scale: what the target's embedding module multiplies its weights by (1 but for some Gemmas).
         lm_head_bias: whether the exported rows of the LM head have one.
+        num_hidden_layers: the head's blocks.
+        eagle_aux_hidden_state_layer_ids: numbers, from 1 on, of the target's layers whose outputs the head reads, the
+            last of them the target's last; None: its state after the final norm alone.
+        final_norm_eps: of the target's final norm, which is the head's to do where it reads layers.
     """
 
     model_type = MODEL_TYPE
@@ -56,6 +80,4 @@ class BeagleDraftConfig(PretrainedConfig):
             setattr(self, name, given.pop(name, copy(default)))
         if self.newest_state not in ("none", "scale"):
             raise ValueError(f"newest_state is none or scale, not {self.newest_state!r}; export the head again")
-        self.num_hidden_layers = 1
-        given.pop("num_hidden_layers", None)
         super().__init__(**given)

@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from beagle.drafters.block import Block
+from beagle.drafters.block import Block, setting
 from beagle.drafters.head import BeagleHead
 from beagle.errors import BeagleError
 from beagle.files import replacing, write_json
+from beagle.targets.family import sample_ids
 from beagle.targets.target import Target
-from beagle.vllm.config import ARCHITECTURE, METHOD, MODEL_TYPE
+from beagle.vllm.config import ARCHITECTURE, LAYERS, MODEL_TYPE, method_of
 
 Format = Literal["vllm", "speculators"]
 SPECULATORS_VERSION = "0.9.0"  # of the format
@@ -46,11 +48,6 @@ def export(
             f"a head of architecture '{head.architecture}' can't be exported; choose one trained with "
             "'architecture: beagle'"
         )
-    if head.config.kv_layers or head.config.blocks > 1:
-        raise BeagleError(
-            "vLLM is not given more than a target's top state and one block: a head with kv_layers or blocks can't be "
-            "exported; train one without"
-        )
     folder = Path(folder)
     layer = layer_config(head, target)
     content = layer if to == "vllm" else speculators_config(layer, depth, verifier or target.name)
@@ -73,7 +70,7 @@ def layer_config(head: BeagleHead, target: Target) -> dict[str, Any]:
         "architectures": [ARCHITECTURE],
         "target": target.name,
         "hidden_size": c.hidden_size,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": c.blocks,
         "num_attention_heads": c.num_heads,
         "num_key_value_heads": c.num_kv_heads,
         "head_dim": c.head_dim,
@@ -88,6 +85,8 @@ def layer_config(head: BeagleHead, target: Target) -> dict[str, Any]:
         "token_in_mlp": c.token_in_mlp,
         "embedding_scale": embedding_scale(target),
         "lm_head_bias": bias is not None and c.draft_vocab_size is not None,
+        LAYERS: [*c.kv_layers, target.layer_count] if c.kv_layers else None,
+        "final_norm_eps": norm_eps(target),
         "tie_word_embeddings": False,
         "dtype": str(target.dtype).removeprefix("torch."),
     }
@@ -98,7 +97,7 @@ def speculators_config(layer: dict[str, Any], depth: int, verifier: str) -> dict
     method = {"proposal_type": "greedy", "speculative_tokens": depth, "verifier_accept_k": 1, "accept_tolerance": 0.0}
     return {
         "architectures": ["BeagleSpeculator"],
-        "speculators_model_type": METHOD,  # vLLM takes it as its method
+        "speculators_model_type": method_of(layer),  # vLLM takes it as its method
         "speculators_version": SPECULATORS_VERSION,
         "transformer_layer_config": layer,
         "speculators_config": {
@@ -120,6 +119,8 @@ def weights(head: BeagleHead, target: Target, embeddings: bool) -> dict[str, Ten
         state["newest_norm.weight"] = state.pop("newest")
     if head.config.token_in_mlp:
         state["token_norm.weight"] = state.pop("token")
+    if head.config.kv_layers:
+        state["final_norm.weight"] = final_norm(target)
     tensors = {f"model.{name}": tensor for name, tensor in state.items()}
     if head.config.draft_vocab_size is not None:
         rows, bias = target.head_rows(draft_vocab)
@@ -151,3 +152,35 @@ def embedding_scale(target: Target) -> float:
     if not torch.allclose(given, plain * scale, rtol=0.02, atol=1e-6):
         raise BeagleError(f"{target.name}: its embeddings are more than scaled rows; vLLM can't share them with a head")
     return scale
+
+
+def norm_eps(target: Target) -> float:
+    """Of the target's RMS norms."""
+    return float(setting(target.config, "rms_norm_eps") or 1e-6)
+
+
+@torch.no_grad()
+def final_norm(target: Target) -> Tensor:
+    """Weight ``[hidden]`` of the target's final norm; beside other layers' outputs vLLM gives the last one's before it.
+
+    Raises:
+        BeagleError: it is no RMS norm.
+    """
+    ids = sample_ids(target.model.config, target.vocab_size, 12).to(target.device)
+    norms = [m for m in target.base.children() if getattr(m, "weight", ids).shape == (target.hidden_size,)]
+    seen: list[tuple[Tensor, Tensor]] = []
+    hooks = [norm.register_forward_hook(lambda norm, given, out: seen.append((given[0], out))) for norm in norms]
+    try:
+        top = target.prefill(ids[None], target.new_cache(1, 64))[0, :, -target.hidden_size :]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if len(norms) == len(seen) == 1 and torch.equal(seen[0][1][0], top):
+        weight: Tensor = norms[0](torch.full_like(top[:1], 1000.0))[0]  # normed to ones
+        ours = F.rms_norm(seen[0][0][0].float(), top.shape[-1:], weight.float(), norm_eps(target))
+        if torch.allclose(ours, top.float(), rtol=0.02, atol=1e-3 * float(top.float().abs().max())):
+            return weight
+    raise BeagleError(
+        f"{target.name}: its final norm is no RMS norm, which vLLM leaves to heads that read several layers; "
+        "train a head without kv_layers"
+    )

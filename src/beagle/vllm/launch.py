@@ -17,7 +17,7 @@ from typing import NoReturn
 import torch
 
 from beagle.errors import BeagleError
-from beagle.vllm.config import METHOD
+from beagle.vllm.config import method_for
 
 GREEDY_ONLY = "beagle.vllm.greedy.GreedyOnly"
 
@@ -47,8 +47,8 @@ class Launch:
     def arguments(self) -> list[str]:
         """Of the interpreter: vLLM's module, the model, the drafts, and what keeps a CPU's answers right."""
         line = ["-m", "vllm.entrypoints.openai.api_server", "--model", self.model]
-        if self.draft not in (None, self.model):
-            settings = {"method": METHOD, "model": self.draft, "num_speculative_tokens": self.depth}
+        if self.draft is not None and self.draft != self.model:
+            settings = {"method": method_for(self.draft), "model": self.draft, "num_speculative_tokens": self.depth}
             line += ["--speculative-config", json.dumps(settings)]
         if (
             self.cpu and self.draft is not None

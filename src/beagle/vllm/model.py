@@ -1,7 +1,7 @@
 """The Beagle head for vLLM, from its tensor-parallel layers; the same arithmetic as ``drafters.head``.
 
 vLLM calls it as an EAGLE draft model: slot i gets the token t_{i+1}, the position i and the target's
-state h_i after its final norm; what it returns stands in for h_{i+1} and is fed back for the next
+state h_i after its final norm, or outputs of several layers that ``fuse`` makes one of; what it returns stands in for h_{i+1} and is fed back for the next
 slot. After verification vLLM runs it on the hidden states, over the keys of the predicted ones.
 """
 
@@ -24,6 +24,7 @@ from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
     QKVParallelLinear,
+    ReplicatedLinear,
     RowParallelLinear,
 )
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -34,6 +35,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
 
 from beagle.vllm.greedy import WARNING, sampling_is_broken
 
@@ -48,13 +50,16 @@ SHARDS: dict[str, tuple[str, str | int]] = {  # weights of a checkpoint that vLL
 }
 
 
-@support_torch_compile(
-    dynamic_arg_dims={"input_ids": 0, "positions": -1, "hidden_states": 0, "inputs_embeds": 0}  # the tokens
-)
-class BeagleBlock(nn.Module):
-    """One cross-attention block: queries from embeddings, keys and values from states."""
+class Layer(nn.Module):
+    """One attention over keys and values of hidden states, and an MLP."""
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+    def __init__(self, vllm_config: VllmConfig, number: int, prefix: str) -> None:
+        """
+        Args:
+            vllm_config: the target's, the head's in its ``speculative_config``.
+            number: of this block of the head, from 0 on.
+            prefix: of the head's module names.
+        """
         super().__init__()
         config: Any = vllm_config.speculative_config.draft_model_config.hf_config
         d, eps = config.hidden_size, config.rms_norm_eps
@@ -62,10 +67,8 @@ class BeagleBlock(nn.Module):
         heads = config.num_attention_heads // parallel
         kv_heads = max(1, config.num_key_value_heads // parallel)
         self.kv_size = kv_heads * config.head_dim
-        self.embedding_scale = float(config.embedding_scale)
-        # replaced by the target's, but where pipeline parallelism keeps that on another rank
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, d, prefix=f"{prefix}.embed_tokens")
-        self.embedding_norm = RMSNorm(d, eps=eps)
+        # a name that no layer of the target has
+        prefix = f"{prefix}.layers.{vllm_config.model_config.get_total_num_hidden_layers() + number}"
         self.state_norm = RMSNorm(d, eps=eps)
         self.q_proj = ColumnParallelLinear(
             d, config.num_attention_heads * config.head_dim, bias=False, prefix=f"{prefix}.q_proj"
@@ -81,21 +84,14 @@ class BeagleBlock(nn.Module):
         )
         cache = copy.copy(vllm_config.cache_config)
         cache.sliding_window = None  # the target's; the head sees everything
-        layer = vllm_config.model_config.get_total_num_hidden_layers()  # a name that no layer of the target has
         self.attention = Attention(
             heads,
             config.head_dim,
             config.head_dim**-0.5,
             num_kv_heads=kv_heads,
             cache_config=cache,
-            prefix=f"{prefix}.layers.{layer}.attention",
+            prefix=f"{prefix}.attention",
         )
-        self.newest_state = config.newest_state
-        if self.newest_state != "none":
-            self.newest_norm = RMSNorm(d, eps=eps)  # its weight is the head's scale
-        self.token_in_mlp = config.token_in_mlp
-        if self.token_in_mlp:
-            self.token_norm = RMSNorm(d, eps=eps)  # its weight is the head's scale, too
         self.mlp_norm = RMSNorm(d, eps=eps)
         self.gate_up_proj = MergedColumnParallelLinear(
             d, [config.intermediate_size] * 2, bias=False, prefix=f"{prefix}.gate_up_proj"
@@ -103,29 +99,102 @@ class BeagleBlock(nn.Module):
         self.activation = get_act_fn(config.hidden_act)
         self.down_proj = RowParallelLinear(config.intermediate_size, d, bias=False, prefix=f"{prefix}.down_proj")
 
+    def attend(self, x: Tensor, states: Tensor, positions: Tensor) -> Tensor:
+        """Attention of normed ``x`` over hidden states, those of the slots before too; all ``[tokens, hidden]``."""
+        q, _ = self.q_proj(x)
+        kv, _ = self.kv_proj(self.state_norm(states))
+        k, v = kv.split(self.kv_size, dim=-1)
+        q, k = self.rotary(positions, q, k)
+        attended, _ = self.o_proj(self.attention(q, k, v))
+        return attended
+
+    def feed_forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """MLP(x) + y."""
+        gate, up = self.gate_up_proj(x)[0].chunk(2, dim=-1)
+        x, _ = self.down_proj(self.activation(gate) * up)
+        return y + x
+
+
+class FurtherBlock(Layer):
+    """A block behind the first: queries from what the one before it made."""
+
+    def __init__(self, vllm_config: VllmConfig, number: int, prefix: str) -> None:
+        super().__init__(vllm_config, number, prefix)
+        config: Any = vllm_config.speculative_config.draft_model_config.hf_config
+        self.query_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, x: Tensor, states: Tensor, positions: Tensor) -> Tensor:
+        y = self.attend(self.query_norm(x), states, positions) + x
+        return self.feed_forward(y, self.mlp_norm(y))
+
+
+@support_torch_compile(
+    dynamic_arg_dims={"input_ids": 0, "positions": -1, "hidden_states": 0, "inputs_embeds": 0}  # the tokens
+)
+class BeagleBlocks(Layer):
+    """The first block, queries from embeddings, and those behind it; keys and values of all are made of the states."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config, 0, prefix)
+        config: Any = vllm_config.speculative_config.draft_model_config.hf_config
+        d, eps = config.hidden_size, config.rms_norm_eps
+        self.embedding_scale = float(config.embedding_scale)
+        # replaced by the target's, but where pipeline parallelism keeps that on another rank
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, d, prefix=f"{prefix}.embed_tokens")
+        self.embedding_norm = RMSNorm(d, eps=eps)
+        self.newest_state = config.newest_state
+        if self.newest_state != "none":
+            self.newest_norm = RMSNorm(d, eps=eps)  # its weight is the head's scale
+        self.token_in_mlp = config.token_in_mlp
+        if self.token_in_mlp:
+            self.token_norm = RMSNorm(d, eps=eps)  # its weight is the head's scale, too
+        self.further = nn.ModuleList(FurtherBlock(vllm_config, i, prefix) for i in range(1, config.num_hidden_layers))
+        if layers := config.eagle_aux_hidden_state_layer_ids:
+            self.layer_norms = nn.ModuleList(RMSNorm(d, eps=eps) for _ in layers[:-1])
+            self.layer_proj = ReplicatedLinear(
+                d * (len(layers) - 1), d, bias=False, prefix=f"{prefix}.layer_proj"
+            )
+            self.final_norm = RMSNorm(d, eps=config.final_norm_eps)
+
     def embed(self, input_ids: Tensor) -> Tensor:
         embeddings = self.embed_tokens(input_ids)
         return embeddings * self.embedding_scale if self.embedding_scale != 1.0 else embeddings
+
+    def fuse(self, states: Tensor) -> Tensor:
+        """The target's states as the head reads them, ``[tokens, hidden]``.
+
+        Args:
+            states: outputs of the layers that the config names, the last of them the target's last: ``[tokens, layers *
+                hidden]``.
+        Raises:
+            RuntimeError: the target, as vLLM has it, hands over fewer.
+        """
+        d, count = self.final_norm.weight.shape[0], len(self.layer_norms) + 1
+        if states.shape[-1] != d * count:
+            raise RuntimeError(
+                f"the head reads {count} layers of the target, of which vLLM hands over {states.shape[-1] // d}; "
+                "train a head without kv_layers for this target"
+            )
+        *parts, last = (part.contiguous() for part in states.split(d, dim=-1))
+        normed = [norm(part) for norm, part in zip(self.layer_norms, parts, strict=True)]
+        taken, _ = self.layer_proj(torch.cat(normed, dim=-1))
+        return self.final_norm(last) + taken
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, hidden_states: Tensor, inputs_embeds: Tensor | None = None
     ) -> Tensor:
         """Predicted states ``[tokens, hidden]`` of slots; ``hidden_states`` are those before them."""
         embeddings = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
-        q, _ = self.q_proj(self.embedding_norm(embeddings))
-        kv, _ = self.kv_proj(self.state_norm(hidden_states))
-        k, v = kv.split(self.kv_size, dim=-1)
-        q, k = self.rotary(positions, q, k)
-        attended, _ = self.o_proj(self.attention(q, k, v))
-        y = attended + embeddings
+        y = self.attend(self.embedding_norm(embeddings), hidden_states, positions) + embeddings
         if self.newest_state != "none":
             y = y + self.newest_norm(hidden_states)
         x = self.mlp_norm(y)
         if self.token_in_mlp:
             x = x + self.token_norm(embeddings)
-        gate, up = self.gate_up_proj(x)[0].chunk(2, dim=-1)
-        x, _ = self.down_proj(self.activation(gate) * up)
-        return y + x
+        y = self.feed_forward(y, x)
+        for block in self.further:
+            y = block(y, hidden_states, positions)
+        return y
 
 
 class EagleBeagleForCausalLM(nn.Module):
@@ -138,10 +207,10 @@ class EagleBeagleForCausalLM(nn.Module):
     has_own_embed_tokens = False
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # of a further base class, below, nothing is wanted
         config: Any = vllm_config.speculative_config.draft_model_config.hf_config
         self.config = config
-        self.model = BeagleBlock(vllm_config=vllm_config, prefix=f"{prefix}.beagle".lstrip("."))
+        self.model = BeagleBlocks(vllm_config=vllm_config, prefix=f"{prefix}.beagle".lstrip("."))
         self.has_own_lm_head = config.draft_vocab_size is not None
         size = config.draft_vocab_size or config.vocab_size
         if self.has_own_lm_head:
@@ -203,3 +272,20 @@ class EagleBeagleForCausalLM(nn.Module):
         if missing:
             raise ValueError(f"the draft checkpoint lacks {min(missing)}; export it again")
         return loaded | shared
+
+
+class Eagle3BeagleForCausalLM(EagleBeagleForCausalLM, Eagle3LlamaForCausalLM):
+    """The same with the method ``eagle3``, which hands over outputs of several layers.
+
+    vLLM takes no other classes for this method than its own and what is derived from them; all is overridden.
+    """
+
+    def combine_hidden_states(self, hidden_states: Tensor) -> Tensor:
+        """Outputs of the layers that the config names, side by side, to ``[tokens, hidden]``."""
+        return self.model.fuse(hidden_states)
+
+    def get_top_tokens(self, hidden_states: Tensor) -> Tensor:
+        """Best tokens of the target's vocabulary."""
+        logits = self.compute_logits(hidden_states)
+        assert logits is not None
+        return logits.argmax(dim=-1)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_engine import DEPTH, Engine, chain, total
 from transformers import AutoTokenizer
+from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
 import beagle
 from beagle.drafters.base import TreePlan
@@ -14,8 +16,6 @@ from beagle.vllm.config import method_for
 from beagle.vllm.export import export
 from conftest import LIVELY, tiny_head, tiny_model, tiny_tokenizer
 from drafting import One
-from test_engine import DEPTH, Engine, chain, total
-from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
@@ -96,15 +96,14 @@ def test_answers_drafts_and_counters(target_folder, prompts, plain, tmp_path, mo
     model = exported(target_folder, tmp_path, shape)
     ours = [chain(model, ids, TOKENS) for ids in prompts]
     assert sum(counts[2] for _, counts in ours) > 0  # by luck, but the same luck every time
-    method = method_for(tmp_path)
-    assert method == ("eagle3" if "kv_layers" in shape else "eagle")
+    assert method_for(tmp_path) == ("eagle3" if "kv_layers" in shape else "eagle")
     proposed, propose = [], SpecDecodeBaseProposer.propose
 
     def recorded(self, *args, **kwargs):
         proposed.append(propose(self, *args, **kwargs))
         return proposed[-1]
 
-    with Engine(str(target_folder), str(tmp_path), method) as engine:
+    with Engine(str(target_folder), str(tmp_path)) as engine:
         check(engine, prompts, plain, ours)
         monkeypatch.setattr(SpecDecodeBaseProposer, "propose", recorded)
         for ids, own in zip(prompts, plain, strict=True):
@@ -118,7 +117,7 @@ def test_compiled_and_in_chunks(target_folder, prompts, plain, tmp_path):
     model = exported(target_folder, tmp_path, LAYERS)
     ours = [chain(model, ids, TOKENS) for ids in prompts]
     options = {"enforce_eager": False, "max_num_batched_tokens": 40, "enable_chunked_prefill": True}
-    with Engine(str(target_folder), str(tmp_path), "eagle3", **options) as engine:
+    with Engine(str(target_folder), str(tmp_path), **options) as engine:
         check(engine, prompts, plain, ours)
 
 
@@ -132,5 +131,5 @@ def test_a_speculators_folder_is_served_as_the_model(target_folder, prompts, pla
 def test_tensor_parallel(target_folder, prompts, plain, tmp_path):
     model = exported(target_folder, tmp_path, LAYERS)
     ours = [chain(model, ids, TOKENS) for ids in prompts[:2]]
-    with Engine(str(target_folder), str(tmp_path), "eagle3", tensor_parallel_size=2) as engine:
+    with Engine(str(target_folder), str(tmp_path), tensor_parallel_size=2) as engine:
         assert engine.counted(prompts[:2], TOKENS) == (plain[:2], total([counts for _, counts in ours]))

@@ -151,9 +151,7 @@ class BeagleBlocks(Layer):
         self.further = nn.ModuleList(FurtherBlock(vllm_config, i, prefix) for i in range(1, config.num_hidden_layers))
         if layers := config.eagle_aux_hidden_state_layer_ids:
             self.layer_norms = nn.ModuleList(RMSNorm(d, eps=eps) for _ in layers[:-1])
-            self.layer_proj = ReplicatedLinear(
-                d * (len(layers) - 1), d, bias=False, prefix=f"{prefix}.layer_proj"
-            )
+            self.layer_proj = ReplicatedLinear(d * (len(layers) - 1), d, bias=False, prefix=f"{prefix}.layer_proj")
             self.final_norm = RMSNorm(d, eps=config.final_norm_eps)
 
     def embed(self, input_ids: Tensor) -> Tensor:

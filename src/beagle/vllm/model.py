@@ -1,8 +1,8 @@
 """The Beagle head for vLLM, from its tensor-parallel layers; the same arithmetic as ``drafters.head``.
 
-vLLM calls it as an EAGLE draft model: slot i gets the token t_{i+1}, the position i and the target's
-state h_i after its final norm, or outputs of several layers that ``fuse`` makes one of; what it returns stands in for h_{i+1} and is fed back for the next
-slot. After verification vLLM runs it on the hidden states, over the keys of the predicted ones.
+vLLM calls it as an EAGLE draft model: slot i gets the token t_{i+1}, the position i and the target's state h_i after its
+final norm, or outputs of several layers that ``fuse`` makes one of. What it returns stands in for h_{i+1} and is fed back
+for the next slot. After verification vLLM runs it on the hidden states, over the keys of the predicted ones.
 """
 
 from __future__ import annotations

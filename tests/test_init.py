@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from beagle.drafters.checkpoint import load_head, save_head
+from beagle.errors import BeagleError
 from beagle.training.data import frequent_tokens
 from beagle.training.states import StateStore
 from beagle.training.trainer import Trainer
@@ -119,6 +120,20 @@ def test_the_shipped_head_is_a_start():
     shapes = {k: v.shape for k, v in new_head(target, recipe.train, recipe.head).state_dict().items()}
     assert shapes.keys() == weights(folder).keys()
     assert all(shapes[k] == v.shape for k, v in weights(folder).items() if k != "draft_vocab")
+
+
+def test_layers_that_a_recipe_leaves_open_are_those_of_the_start(tmp_path):
+    from beagle.training.recipe import Recipe
+    from beagle.training.start import with_shape_of
+
+    recipe = Recipe(head={"kv_layers": "auto"})
+    save_head(
+        tiny_head(tiny_target(state_layers=(2,)), kv_layers=(2,)), tmp_path, target="t", dtype=torch.float32, meta={}
+    )
+    assert with_shape_of(recipe, tmp_path).head["kv_layers"] == (2,)
+    save_head(tiny_head(tiny_target()), tmp_path, target="t", dtype=torch.float32, meta={})
+    with pytest.raises(BeagleError, match=r"kv_layers of its head is \(\).*'auto'"):
+        with_shape_of(recipe, tmp_path)
 
 
 def test_bad_starts_are_refused_before_anything_is_answered(train, head, tmp_path, monkeypatch):

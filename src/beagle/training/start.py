@@ -29,7 +29,8 @@ def find_start(init: str, target_name: str) -> Path:
     head = DraftSpec.parse(init, target_name).head
     if head is None:
         raise BeagleError(
-            f"init '{init}' names no head to start from; give head (the shipped one), a folder that `beagle train` wrote, or ORG/NAME of one on the hub"
+            f"init '{init}' names no head to start from; give head (the shipped one), a folder that `beagle train` "
+            "wrote, or ORG/NAME of one on the hub"
         )
     return find_head(head, target_name)
 
@@ -42,6 +43,8 @@ def with_shape_of(recipe: Recipe, folder: Path) -> Recipe:
     """
     found = checked_head(head_settings(folder), folder / "config.json")
     for name, value in recipe.head.items():
+        if name == "kv_layers" and value == "auto" and found.get(name):
+            continue  # the head has chosen
         if name not in found or found[name] != value:
             raise BeagleError(
                 f"init '{folder}': {name} of its head is {found.get(name)!r}, and the recipe's head section has "

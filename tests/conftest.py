@@ -311,3 +311,14 @@ def first_turns(folders, beagle, questions, tmp_path):
 def model():
     target = tiny_target()
     return Model(target, tiny_drafter(target))
+
+
+@torch.no_grad()
+def own_greedy(model, ids: list[int], new: int) -> list[int]:
+    """By the model's own forward, without a cache, up to token 2."""
+    made: list[int] = []
+    for _ in range(new):
+        made.append(int(model(input_ids=torch.tensor([ids + made]), use_cache=False).logits[0, -1].argmax()))
+        if made[-1] == 2:
+            break
+    return made

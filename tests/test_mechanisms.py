@@ -17,7 +17,7 @@ from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
 from beagle.training.config import TrainConfig
 from beagle.training.trainer import refuse_before_answers
-from conftest import Oracle, Recorder, tiny_drafter, tiny_head, tiny_model, tiny_tokenizer
+from conftest import Oracle, Recorder, own_greedy, tiny_drafter, tiny_head, tiny_model, tiny_tokenizer
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 PROMPT = [11 + (7 * i * i + i) % 50 for i in range(40)]  # longer than every window below
@@ -47,17 +47,6 @@ def lively(family: str, dtype: torch.dtype = torch.float32, **options):
 
 def target_of(model) -> Target:
     return Target(model, tiny_tokenizer(), "some-model")
-
-
-@torch.no_grad()
-def own_greedy(model, ids: list[int], new: int) -> list[int]:
-    """By the model's own forward, without a cache."""
-    made: list[int] = []
-    for _ in range(new):
-        made.append(int(model(input_ids=torch.tensor([ids + made]), use_cache=False).logits[0, -1].argmax()))
-        if made[-1] == 2:
-            break
-    return made
 
 
 def assert_served(family: str, **options) -> Target:

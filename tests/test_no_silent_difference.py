@@ -18,21 +18,10 @@ from beagle.targets.family import context_limit, sample_ids
 from beagle.targets.mask_rules import window_of
 from beagle.targets.proof import difference
 from beagle.targets.target import Target
-from conftest import tiny_model, tiny_target, tiny_tokenizer
+from conftest import own_greedy, tiny_model, tiny_target, tiny_tokenizer
 
 LONG = [11 + (7 * i * i + i) % 50 for i in range(40)]  # longer than every window below
 FULL, SLIDING = "full_attention", "sliding_attention"
-
-
-@torch.no_grad()
-def own_greedy(model, ids: list[int], new: int) -> list[int]:
-    """By the model's own forward, without a cache."""
-    made: list[int] = []
-    for _ in range(new):
-        made.append(int(model(input_ids=torch.tensor([ids + made]), use_cache=False).logits[0, -1].argmax()))
-        if made[-1] == 2:
-            break
-    return made
 
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}

@@ -14,7 +14,7 @@ from beagle.errors import BeagleError
 from beagle.model import Model
 from beagle.targets.loading import load_target
 from beagle.targets.target import Target
-from conftest import SMALL, Oracle, tiny_drafter, tiny_model, tiny_tokenizer
+from conftest import SMALL, Oracle, own_greedy, tiny_drafter, tiny_model, tiny_tokenizer
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 PROMPT = [11 + (7 * i * i + i) % 50 for i in range(20)]
@@ -48,16 +48,6 @@ def wrapper(family: str):
                 parameter.mul_(6.0)
     model.generation_config.eos_token_id = 2
     return model.eval()
-
-
-@torch.no_grad()
-def own_greedy(model, ids: list[int], new: int) -> list[int]:
-    made: list[int] = []
-    for _ in range(new):
-        made.append(int(model(input_ids=torch.tensor([ids + made]), use_cache=False).logits[0, -1].argmax()))
-        if made[-1] == 2:
-            break
-    return made
 
 
 @pytest.mark.parametrize("family", WRAPPERS)

@@ -34,6 +34,7 @@ def compile(
     from beagle.drafters.load import resolve_draft, state_layers
     from beagle.targets import aot_cache, loading
     from beagle.targets import compiled as passes
+    from beagle.targets.linears import tiled
     from beagle.targets.linears.quantized import check_kind
 
     check_kind(quantize)
@@ -41,6 +42,8 @@ def compile(
         raise BeagleError("BEAGLE_COMPILED=0 is set, so nothing that is compiled would be used; unset it")
     o.quiet_transformers()
     folder = loading.compiled_dir()
+    if reason := tiled.build(folder):
+        o.console.print(f"products stay PyTorch's own: {reason}", markup=False, highlight=False, style="dim")
     spec = resolve_draft(draft, target)
     engine: dict[str, Any] = {"dtype": dtype, "device": "cpu", "trust_remote_code": trust_remote_code}
     model, _ = loading.load_model(target, **engine)

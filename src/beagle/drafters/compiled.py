@@ -19,6 +19,7 @@ from beagle.drafters.block import Block, Rotation
 from beagle.drafters.grow import Beams, ContextKeys, LevelOutput
 from beagle.targets import aot_cache
 from beagle.targets.linears.quantized import quantize_linears
+from beagle.targets.linears.tiled import tile_linears
 from beagle.targets.target import Target
 
 ROOT, BELOW = "root.so", "below.so"
@@ -159,6 +160,8 @@ def build(folder: Path, target: Target, head: Block, name: str) -> tuple[Path, f
         graphs[file] = _Graph(head, lm_head, level)
         if target.quantize:
             quantize_linears(graphs[file], "int8")
+        else:
+            tile_linears(graphs[file])
     appends: dict[str, bool] = {}
     with aot_cache.writing(place, {"draft": name, "appends": appends}) as partial:
         for file, graph in graphs.items():

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from beagle.errors import BeagleError
 from beagle.files import write_json
+from beagle.targets.linears import tiled
 
-FORMAT = 4  # of a package; another one is another key
+FORMAT = 5  # of a package; another one is another key
 OPTIONS = {"freezing": True}  # weights become constants, packed for the products
 METADATA = "about.json"
 
@@ -29,7 +30,7 @@ def key(*made_of: object) -> str:
     """A name for all that makes a package useless elsewhere but the weights; little to compute."""
     parts = [
         FORMAT, *made_of, torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(),
-        sorted(OPTIONS.items()),
+        sorted(OPTIONS.items()), tiled.version() if tiled.loaded() else None,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -97,7 +98,11 @@ def export(graph: nn.Module, inputs: tuple[Any, ...], shapes: tuple[Any, ...], l
     try:
         traced = torch.export.export(graph, inputs, dynamic_shapes=shapes, strict=False)
         package = str(library.with_suffix(".pt2"))
-        torch._inductor.aoti_compile_and_package(traced, package_path=package, inductor_configs=dict(OPTIONS))
+        torch._inductor.aoti_compile_and_package(
+            traced,
+            package_path=package,
+            inductor_configs={**OPTIONS, "aot_inductor.custom_ops_to_c_shims": tiled.c_shims()},
+        )
         # the package would be unpacked anew by every process, and its tree of inputs parsed by every call
         with zipfile.ZipFile(package) as archive, library.open("wb") as out:
             (inside,) = [entry for entry in archive.namelist() if entry.endswith(".so")]

@@ -26,10 +26,12 @@ from beagle.limits import MAX_TREE_TOKENS
 from beagle.targets import aot_cache, probe
 from beagle.targets.cache import KVCache, LayerShape
 from beagle.targets.family import base_of
+from beagle.targets.layers import Layers
+from beagle.targets.linears import tiled
 from beagle.targets.linears.joined import join_linears
 from beagle.targets.linears.quantized import quantize_linears
-from beagle.targets.plan import Kind, Plan
-from beagle.targets.runner import Graph, example, tap
+from beagle.targets.plan import Kind, Plan, Windows
+from beagle.targets.runner import Graph, example, run_layers, tap
 
 FILES: dict[Kind, str] = {"tree": "pass.so", "exact": "exact.so", "trees": "rows.so"}
 Varying = tuple[int, ...]  # dimensions
@@ -85,6 +87,8 @@ def find(folder: Path, model: nn.Module, quantize: str | None, state_layers: Seq
     """What ``build`` made of this very model, before its weights are packed; None if there is nothing."""
     if model.device.type != "cpu":
         return None
+    if not aot_cache.compiled_disabled():
+        tiled.load(folder)
     package = aot_cache.find(folder, _key(model, quantize, state_layers), model.state_dict)
     return Compiled(package, model.get_input_embeddings()) if package is not None else None  # type: ignore[operator]
 
@@ -120,9 +124,11 @@ def build(
     base = base_of(model)
     embed: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
     layers = probe.learn(model, name)
-    join_linears(base, lambda: probe.learn(model, name))
+    join(base, layers, embed.weight)  # type: ignore[arg-type]
     if quantize:
         quantize_linears(base, quantize)
+    else:
+        tiled.tile_linears(base)
     tap(base, state_layers, len(layers.shapes), name)
     wanted: dict[Kind, bool] = {"tree": True, "exact": exact, "trees": batch}
     with aot_cache.writing(package, {"target": name}) as partial:
@@ -134,13 +140,27 @@ def build(
     return package, time.perf_counter() - began
 
 
-def _export(graph: Graph, embed: nn.Module, layers: list[LayerShape], library: Path, name: str) -> None:
-    weight: Tensor = embed.weight  # type: ignore[assignment]
+def join(base: nn.Module, layers: Layers, embedding: Tensor) -> None:
+    """Join the linear layers that read the same tensor, in place.
 
+    Args:
+        base: the model without its LM head, with our attention.
+        layers: what its layers cache.
+        embedding: the weight of its embedding.
+    """
+    ids, plan = _example("tree", layers.shapes, layers.distinct_windows, embedding)
+    join_linears(base, lambda: run_layers(base, plan, input_ids=ids))
+
+
+def _example(kind: Kind, layers: list[LayerShape], windows: Windows, embedding: Tensor) -> tuple[Tensor, Plan]:
     def new_cache(sequences: int, capacity: int) -> KVCache:
-        return KVCache(layers, batch=sequences, capacity=capacity, dtype=weight.dtype, device=weight.device)
+        return KVCache(layers, batch=sequences, capacity=capacity, dtype=embedding.dtype, device=embedding.device)
 
-    ids, plan = example(graph.kind, new_cache, graph.windows, len(weight), None)
+    return example(kind, new_cache, windows, len(embedding), None)
+
+
+def _export(graph: Graph, embed: nn.Module, layers: list[LayerShape], library: Path, name: str) -> None:
+    ids, plan = _example(graph.kind, layers, graph.windows, embed.weight)  # type: ignore[arg-type]
     # parts of one tensor take minutes to be proven apart
     plan = replace(plan, layers=[tensor.clone() for tensor in plan.layers])
     tensors = plan.tensors()

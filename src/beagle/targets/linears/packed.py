@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beagle.targets.linears import tiled
+
 Apply = Callable[[Tensor], Tensor]
 PACKED_DTYPES = (torch.bfloat16, torch.float16)  # fp32 products take plain weights at full speed
 PACKED_TOKENS = 16  # the number of tokens that the order is chosen for; any number works
@@ -16,10 +18,16 @@ PACKED_TOKENS = 16  # the number of tokens that the order is chosen for; any num
 def packed(weight: Tensor, bias: Tensor | None = None) -> Apply:
     """``x [..., in] -> x @ weight.T + bias [..., out]``; packed on a CPU in half precision, plain elsewhere.
 
+    By our own kernel where it was built, which is for few vectors.
+
     Args:
         weight: ``[out, in]``.
         bias: ``[out]`` or None.
     """
+    return tiled.apply(weight, bias) if tiled.fits(weight) else _reordered(weight, bias)
+
+
+def _reordered(weight: Tensor, bias: Tensor | None) -> Apply:
     if weight.device.type == "cpu" and weight.dtype in PACKED_DTYPES and torch.backends.mkldnn.is_available():
         try:
             ordered = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_TOKENS)
@@ -52,4 +60,4 @@ def pack_linears(module: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and child.weight.device.type == "cpu" and child.weight.dtype in PACKED_DTYPES:
                 bias = None if child.bias is None else child.bias.detach()
-                setattr(parent, name, PackedLinear(child, packed(child.weight.detach(), bias)))
+                setattr(parent, name, PackedLinear(child, _reordered(child.weight.detach(), bias)))

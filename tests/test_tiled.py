@@ -9,6 +9,7 @@ from torch import nn
 from beagle.targets import compiled
 from beagle.targets.linears import tiled
 from beagle.targets.linears.packed import packed
+from beagle.targets.linears.quantized import VectorQuantizer, quantized
 from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
 from conftest import tiny_model, tiny_tokenizer
@@ -41,6 +42,17 @@ def test_its_products_are_right(kernel, outputs, inputs, vectors):
     ours = packed(weight, bias)(x)
     right = x.double() @ weight.double().T + bias.double()
     assert torch.allclose(ours.double(), right, rtol=2**-8, atol=1e-3 * inputs**0.5)
+
+
+@pytest.mark.parametrize("outputs", [16, 48, 576])
+@pytest.mark.parametrize("vectors", [1, 2, 8, 9, 16, 17, 33, 65])
+def test_its_int8_products_are_those_of_whole_numbers(kernel, outputs, vectors, monkeypatch):
+    weight, bias, x = drawn(outputs, 192), drawn(outputs), drawn(vectors, 192)
+    ours = quantized(weight, bias, "int8", VectorQuantizer())(x)
+    monkeypatch.setattr(tiled, "_kernel", None)
+    pytorchs = quantized(weight, bias, "int8", VectorQuantizer())(x)
+    assert torch.allclose(ours, pytorchs, rtol=2**-7, atol=1e-3)
+    assert (ours == pytorchs).float().mean() > 0.99  # but for the rounding of products with a fused sum
 
 
 def test_a_vectors_product_does_not_depend_on_the_others(kernel):

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from beagle.drafters.block import Block, Rotation
 from beagle.drafters.grow import Beams, ContextKeys, LevelOutput
 from beagle.targets import aot_cache
+from beagle.targets.linears import tiled
 from beagle.targets.linears.quantized import quantize_linears
-from beagle.targets.linears.tiled import tile_linears
 from beagle.targets.target import Target
 
 ROOT, BELOW = "root.so", "below.so"
@@ -158,10 +158,8 @@ def build(folder: Path, target: Target, head: Block, name: str) -> tuple[Path, f
     graphs = {}
     for file, level in ((ROOT, 1), (BELOW, 2)):
         graphs[file] = _Graph(head, lm_head, level)
-        if target.quantize:
+        if target.quantize or tiled.loaded():  # the tree decides, drafts need not be exact; the kernel is faster so
             quantize_linears(graphs[file], "int8")
-        else:
-            tile_linears(graphs[file])
     appends: dict[str, bool] = {}
     with aot_cache.writing(place, {"draft": name, "appends": appends}) as partial:
         for file, graph in graphs.items():

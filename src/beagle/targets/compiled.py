@@ -29,6 +29,7 @@ from beagle.targets.family import base_of
 from beagle.targets.layers import Layers
 from beagle.targets.linears import tiled
 from beagle.targets.linears.joined import join_linears
+from beagle.targets.linears.packed import tile_linears
 from beagle.targets.linears.quantized import quantize_linears
 from beagle.targets.plan import Kind, Plan, Windows
 from beagle.targets.runner import Graph, example, run_layers, tap
@@ -128,7 +129,7 @@ def build(
     if quantize:
         quantize_linears(base, quantize)
     else:
-        tiled.tile_linears(base)
+        tile_linears(base)
     tap(base, state_layers, len(layers.shapes), name)
     wanted: dict[Kind, bool] = {"tree": True, "exact": exact, "trees": batch}
     with aot_cache.writing(package, {"target": name}) as partial:

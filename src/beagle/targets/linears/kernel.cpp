@@ -1,10 +1,13 @@
-// Products of a few vectors with a large weight, for CPUs: y[m, :] = W x[m, :] + bias, all in bf16, sums in fp32.
+// Products of a few vectors with a large weight, for CPUs: y[m, :] = W x[m, :] + bias.
 //
-// Such a product is as fast as its weight can be read. The weight lies in tiles in the order of reading: a tile is
-// 16 outputs by 32 inputs, inputs in pairs, [16 pairs][16 outputs][2], 1 KiB. What comes next is prefetched, since the
-// hardware doesn't follow tile loads. An output is summed in the same order whatever the number of vectors is.
+// Such a product is as fast as its weight can be read. The weight lies in tiles in the order of reading. A tile is
+// 1 KiB: 16 outputs by 32 inputs of bf16, inputs in pairs, [16 pairs][16 outputs][2]; or 16 outputs by 64 inputs of
+// int8, inputs in fours, [16 fours][16 outputs][4]. What comes next is prefetched, since the hardware doesn't follow
+// tile loads. An output is summed in the same order whatever the number of vectors is.
 //
-// Where the CPU has AMX, 16 vectors cost what one does; elsewhere AVX-512 BF16 multiplies.
+// Vectors are bf16. Beside int8 weights each becomes two vectors of int8, coarse and fine, see `quantized.py`.
+//
+// Where the CPU has AMX, 16 vectors cost what one does; elsewhere AVX-512 BF16 and VNNI multiply.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -14,6 +17,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
@@ -21,8 +25,10 @@ namespace {
 
 using bf16 = uint16_t;
 
-constexpr int64_t OUT = 16, IN = 32, TILE = OUT * IN;  // of a tile: outputs, inputs, numbers
-constexpr int64_t AHEAD = 2 * TILE;                    // numbers that are prefetched ahead of their use
+constexpr int64_t OUT = 16, IN = 32;  // outputs and bf16 inputs of a tile
+constexpr int64_t TILE = 1024;        // bytes
+constexpr int64_t AHEAD = 2 * TILE;   // bytes that are prefetched ahead of their use
+constexpr float FINE = 254;           // steps of the fine vector in one of the coarse one
 
 float widened(bf16 x) {
   uint32_t bits = uint32_t(x) << 16;
@@ -41,8 +47,10 @@ void store(bf16* y, __m512 sums, const bf16* bias) {
   std::memcpy(y, &out, 32);
 }
 
-void prefetch_tile(const bf16* tile) {
-  for (int64_t i = 0; i < TILE; i += 32) _mm_prefetch(reinterpret_cast<const char*>(tile + i), _MM_HINT_T0);
+void prefetch(const void* line) { _mm_prefetch(static_cast<const char*>(line) + AHEAD, _MM_HINT_T0); }
+
+void prefetch_tile(const void* tile) {
+  for (int64_t i = 0; i < TILE; i += 64) prefetch(static_cast<const char*>(tile) + i);
 }
 
 // B blocks of 16 outputs, of R vectors.
@@ -55,7 +63,7 @@ void avx_rows(const bf16* w, const bf16* x, bf16* y, const bf16* bias, int64_t i
     __m512bh weights[B];
     for (int j = 0; j < B; j++) {
       const bf16* p = w + j * in * OUT + k * OUT;
-      _mm_prefetch(reinterpret_cast<const char*>(p + AHEAD), _MM_HINT_T0);
+      prefetch(p);
       weights[j] = (__m512bh)_mm512_load_si512(p);
     }
     for (int m = 0; m < R; m++) {
@@ -83,6 +91,86 @@ void avx(const bf16* w, const bf16* x, bf16* y, const bf16* bias, int64_t rows, 
     }
 }
 
+// Vectors as whole numbers, x = scale * (coarse + fine / FINE), in groups of up to 8: their coarse ones, their fine ones.
+struct Whole {
+  std::vector<int8_t> bytes;
+  std::vector<float> scales;
+
+  void of(const bf16* x, int64_t rows, int64_t in) {
+    if (bytes.size() < size_t(2 * rows * in)) bytes.resize(2 * rows * in);
+    scales.resize(rows);
+    for (int64_t m = 0; m < rows; m++, x += in) {
+      __m512 most = _mm512_setzero_ps();
+      for (int64_t k = 0; k < in; k += 16) most = _mm512_max_ps(most, _mm512_abs_ps(load(x + k)));
+      scales[m] = std::max(_mm512_reduce_max_ps(most), 1e-12f) / 127;
+      const __m512 scale = _mm512_set1_ps(scales[m]);
+      const int64_t first = m / 8 * 8, size = std::min<int64_t>(rows - first, 8);
+      int8_t *coarse = &bytes[(first + m) * in], *fine = coarse + size * in;
+      for (int64_t k = 0; k < in; k += 16) {
+        const __m512 steps = _mm512_div_ps(load(x + k), scale);
+        const __m512i whole = _mm512_cvtps_epi32(steps);
+        const __m512 rest = _mm512_mul_ps(_mm512_sub_ps(steps, _mm512_cvtepi32_ps(whole)), _mm512_set1_ps(FINE));
+        store(coarse + k, whole);
+        store(fine + k, _mm512_cvtps_epi32(rest));
+      }
+    }
+  }
+
+  static __m512 load(const bf16* x) {
+    const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+  }
+
+  static void store(int8_t* to, __m512i whole) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(whole));
+  }
+};
+
+// 16 outputs of one vector from its sums.
+void finish(bf16* y, __m512i coarse, __m512i fine, const float* scales, float scale, const bf16* bias) {
+  __m512 sums = _mm512_fmadd_ps(_mm512_cvtepi32_ps(fine), _mm512_set1_ps(1 / FINE), _mm512_cvtepi32_ps(coarse));
+  sums = _mm512_mul_ps(_mm512_mul_ps(sums, _mm512_loadu_ps(scales)), _mm512_set1_ps(scale));
+  store(y, sums, bias);
+}
+
+// A block of 16 outputs of R vectors; VNNI multiplies bytes without a sign, so 128 times the weights' sums go off.
+template <int R>
+void vnni_rows(const int8_t* w, const Whole& x, int64_t from, bf16* y, const float* scales, const int32_t* weight_sums,
+               const bf16* bias, int64_t in, int64_t out) {
+  const int8_t* bytes = &x.bytes[2 * from * in];
+  __m512i coarse[R], fine[R];
+  const __m512i off = _mm512_slli_epi32(_mm512_loadu_si512(weight_sums), 7);
+  for (int m = 0; m < R; m++) coarse[m] = fine[m] = _mm512_sub_epi32(_mm512_setzero_si512(), off);
+  const __m512i sign = _mm512_set1_epi8(int8_t(0x80));
+  for (int64_t k = 0; k < in; k += 4) {
+    const int8_t* p = w + k * OUT;
+    prefetch(p);
+    const __m512i weights = _mm512_loadu_si512(p);
+    for (int m = 0; m < R; m++) {
+      int32_t four;
+      std::memcpy(&four, bytes + m * in + k, 4);
+      coarse[m] = _mm512_dpbusd_epi32(coarse[m], _mm512_xor_si512(_mm512_set1_epi32(four), sign), weights);
+      std::memcpy(&four, bytes + (R + m) * in + k, 4);
+      fine[m] = _mm512_dpbusd_epi32(fine[m], _mm512_xor_si512(_mm512_set1_epi32(four), sign), weights);
+    }
+  }
+  for (int m = 0; m < R; m++) finish(y + m * out, coarse[m], fine[m], scales, x.scales[from + m], bias);
+}
+
+void vnni(const int8_t* w, const Whole& x, bf16* y, const float* scales, const int32_t* sums, const bf16* bias,
+          int64_t rows, int64_t in, int64_t out) {
+  for (int64_t from = 0; from < rows; from += 8, y += 8 * out) switch (std::min<int64_t>(rows - from, 8)) {
+      case 1: vnni_rows<1>(w, x, from, y, scales, sums, bias, in, out); break;
+      case 2: vnni_rows<2>(w, x, from, y, scales, sums, bias, in, out); break;
+      case 3: vnni_rows<3>(w, x, from, y, scales, sums, bias, in, out); break;
+      case 4: vnni_rows<4>(w, x, from, y, scales, sums, bias, in, out); break;
+      case 5: vnni_rows<5>(w, x, from, y, scales, sums, bias, in, out); break;
+      case 6: vnni_rows<6>(w, x, from, y, scales, sums, bias, in, out); break;
+      case 7: vnni_rows<7>(w, x, from, y, scales, sums, bias, in, out); break;
+      default: vnni_rows<8>(w, x, from, y, scales, sums, bias, in, out);
+    }
+}
+
 #ifdef __AMX_BF16__
 
 // Linux lets a process use the tiles' registers only after it asked for them.
@@ -97,12 +185,11 @@ struct alignas(64) TileShapes {
   uint8_t rows[16] = {};
 };
 
-// Tiles 0 to 3 are sums, 4 and 5 vectors, 6 and 7 weights; 1, 3 and 5 belong to the second 16 of up to 32 vectors.
-void shape_tiles(int64_t rows) {
+// Tiles 0 to 3 are sums, 4 and 5 vectors, 6 and 7 weights; 1, 3 and 5 belong to the second of two groups of vectors.
+void shape_tiles(int64_t first, int64_t second) {
   TileShapes shapes;
   for (int i = 0; i < 8; i++) {
-    int64_t second = rows > 16 ? rows - 16 : 1;
-    shapes.rows[i] = i >= 6 ? 16 : (i & 1) ? second : std::min<int64_t>(rows, 16);
+    shapes.rows[i] = i >= 6 ? 16 : (i & 1) ? second : first;
     shapes.bytes[i] = 64;
   }
   _tile_loadconfig(&shapes);
@@ -117,14 +204,14 @@ void tiles(const bf16* w, const bf16* x, bf16* y, const bf16* bias, int64_t rows
   _tile_zero(2);
   _tile_zero(3);
   for (int64_t k = 0; k < in; k += IN) {
-    prefetch_tile(w + k * OUT + AHEAD);
+    prefetch_tile(w + k * OUT);
     _tile_loadd(4, x + k, in * 2);
     if (MORE) _tile_loadd(5, x + 16 * in + k, in * 2);
     _tile_loadd(6, w + k * OUT, 64);
     _tile_dpbf16ps(0, 4, 6);
     if (MORE) _tile_dpbf16ps(1, 5, 6);
     if (BOTH) {
-      prefetch_tile(second + k * OUT + AHEAD);
+      prefetch_tile(second + k * OUT);
       _tile_loadd(7, second + k * OUT, 64);
       _tile_dpbf16ps(2, 4, 7);
       if (MORE) _tile_dpbf16ps(3, 5, 7);
@@ -140,7 +227,74 @@ void tiles(const bf16* w, const bf16* x, bf16* y, const bf16* bias, int64_t rows
       store(y + m * out + j * OUT, _mm512_load_ps(sums[2 * j + m / 16][m % 16]), bias ? bias + j * OUT : nullptr);
 }
 
+// As `tiles`; MORE: over 8 vectors, up to 16.
+template <bool BOTH, bool MORE>
+void whole_tiles(const int8_t* w, const Whole& x, int64_t from, bf16* y, const float* scales, const bf16* bias,
+                 int64_t rows, int64_t in, int64_t out) {
+  const int8_t *bytes = &x.bytes[2 * from * in], *second = w + in * OUT;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t k = 0; k < in; k += 2 * IN) {
+    prefetch_tile(w + k * OUT);
+    _tile_loadd(4, bytes + k, in);
+    if (MORE) _tile_loadd(5, bytes + 16 * in + k, in);
+    _tile_loadd(6, w + k * OUT, 64);
+    _tile_dpbssd(0, 4, 6);
+    if (MORE) _tile_dpbssd(1, 5, 6);
+    if (BOTH) {
+      prefetch_tile(second + k * OUT);
+      _tile_loadd(7, second + k * OUT, 64);
+      _tile_dpbssd(2, 4, 7);
+      if (MORE) _tile_dpbssd(3, 5, 7);
+    }
+  }
+  alignas(64) int32_t sums[4][16][16];
+  _tile_stored(0, sums[0], 64);
+  if (MORE) _tile_stored(1, sums[1], 64);
+  if (BOTH) _tile_stored(2, sums[2], 64);
+  if (BOTH && MORE) _tile_stored(3, sums[3], 64);
+  for (int j = 0; j < 1 + BOTH; j++)
+    for (int64_t m = 0; m < rows; m++) {
+      const int64_t group = m / 8, size = std::min<int64_t>(rows - 8 * group, 8);
+      const auto& own = sums[2 * j + group];
+      finish(y + m * out + j * OUT, _mm512_load_si512(own[m % 8]), _mm512_load_si512(own[m % 8 + size]),
+             scales + j * OUT, x.scales[from + m], bias ? bias + j * OUT : nullptr);
+    }
+}
+
 #endif
+
+// As `share`, for int8 weights.
+void share_whole(const int8_t* w, const Whole& x, bf16* y, const float* scales, const int32_t* sums, const bf16* bias,
+                 int64_t rows, int64_t in, int64_t out, int64_t from, int64_t to) {
+  int64_t shaped = 0;
+  for (int64_t b = from; b < to; b += 2) {
+    const int8_t* weights = w + b * in * OUT;
+    const bf16* added = bias ? bias + b * OUT : nullptr;
+    const bool both = to - b > 1;
+#ifdef __AMX_BF16__
+    if (has_tiles()) {
+      for (int64_t m = 0; m < rows; m += 16) {
+        const int64_t some = std::min<int64_t>(rows - m, 16);
+        if (some != shaped) shape_tiles(2 * std::min<int64_t>(some, 8), some > 8 ? 2 * (some - 8) : 1);
+        shaped = some;
+        auto run = some > 8 ? (both ? whole_tiles<true, true> : whole_tiles<false, true>)
+                            : (both ? whole_tiles<true, false> : whole_tiles<false, false>);
+        run(weights, x, m, y + m * out + b * OUT, scales + b * OUT, added, some, in, out);
+      }
+      continue;
+    }
+#endif
+    for (int j = 0; j < 1 + both; j++)
+      vnni(weights + j * in * OUT, x, y + (b + j) * OUT, scales + (b + j) * OUT, sums + (b + j) * OUT,
+           added ? added + j * OUT : nullptr, rows, in, out);
+  }
+#ifdef __AMX_BF16__
+  if (shaped) _tile_release();
+#endif
+}
 
 // Blocks of 16 outputs, of one thread.
 void share(const bf16* w, const bf16* x, bf16* y, const bf16* bias, int64_t rows, int64_t in, int64_t out, int64_t from,
@@ -153,7 +307,8 @@ void share(const bf16* w, const bf16* x, bf16* y, const bf16* bias, int64_t rows
     if (has_tiles()) {
       for (int64_t m = 0; m < rows; m += 32) {  // the weights of two blocks stay in the cache
         const int64_t some = std::min<int64_t>(rows - m, 32);
-        if (some != shaped) shape_tiles(shaped = some);
+        if (some != shaped) shape_tiles(std::min<int64_t>(some, 16), some > 16 ? some - 16 : 1);
+        shaped = some;
         auto run = some > 16 ? (both ? tiles<true, true> : tiles<false, true>)
                              : (both ? tiles<true, false> : tiles<false, false>);
         run(weights, x + m * in, y + m * out + b * OUT, added, some, in, out);
@@ -166,6 +321,26 @@ void share(const bf16* w, const bf16* x, bf16* y, const bf16* bias, int64_t rows
 #ifdef __AMX_BF16__
   if (shaped) _tile_release();  // other libraries shape them for themselves
 #endif
+}
+
+void* data(AtenTensorHandle tensor) {
+  void* out = nullptr;
+  aoti_torch_get_data_ptr(tensor, &out);
+  return out;
+}
+
+// y [rows, out] like x [rows, in], for a weight [out, in]; shape becomes rows, out, in.
+AOTITorchError new_output(AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* y, int64_t* shape) {
+  int64_t numel, *sizes;
+  int32_t type;
+  aoti_torch_get_numel(x, &numel);
+  aoti_torch_get_dtype(x, &type);
+  aoti_torch_get_sizes(weight, &sizes);
+  shape[0] = numel / sizes[1];
+  shape[1] = sizes[0];
+  shape[2] = sizes[1];
+  const int64_t strides[2] = {shape[1], 1};
+  return aoti_torch_empty_strided(2, shape, strides, type, aoti_torch_device_type_cpu(), 0, y);
 }
 
 }  // namespace
@@ -185,23 +360,39 @@ void tiled_linear(const void* x, const void* weight, const void* bias, void* y, 
   }
 }
 
-// The same for a graph that inductor compiled: weight [out, in], y new.
+// The same with int8 weights, which `scales [out]` scale and whose sums are `sums [out]`; in a multiple of 64.
+void tiled_linear_int8(const void* x, const void* weight, const float* scales, const int32_t* sums, const void* bias,
+                       void* y, int64_t rows, int64_t in, int64_t out) {
+  const int64_t blocks = out / OUT, pairs = (blocks + 1) / 2;
+  const int threads = int(std::min<int64_t>(omp_get_max_threads(), pairs));
+#pragma omp parallel num_threads(threads)
+  {
+    thread_local Whole whole;
+    whole.of(static_cast<const bf16*>(x), rows, in);  // each thread for itself: waiting for another takes longer
+    const int64_t i = omp_get_thread_num(), n = omp_get_num_threads();
+    share_whole(static_cast<const int8_t*>(weight), whole, static_cast<bf16*>(y), scales, sums,
+                static_cast<const bf16*>(bias), rows, in, out, pairs * i / n * 2,
+                std::min(pairs * (i + 1) / n * 2, blocks));
+  }
+}
+
+// The same two for graphs that inductor compiled: weight [out, in], y new.
 AOTITorchError aoti_torch_cpu_tiled_linear(AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias,
                                            AtenTensorHandle* y) {
-  void *from, *tiles, *added = nullptr, *to;
-  int64_t numel, *sizes;
-  int32_t type;
-  aoti_torch_get_data_ptr(x, &from);
-  aoti_torch_get_numel(x, &numel);
-  aoti_torch_get_dtype(x, &type);
-  aoti_torch_get_data_ptr(weight, &tiles);
-  aoti_torch_get_sizes(weight, &sizes);
-  if (bias) aoti_torch_get_data_ptr(*bias, &added);
-  const int64_t out = sizes[0], in = sizes[1], shape[2] = {numel / in, out}, strides[2] = {out, 1};
-  AOTITorchError error = aoti_torch_empty_strided(2, shape, strides, type, aoti_torch_device_type_cpu(), 0, y);
-  if (error) return error;
-  aoti_torch_get_data_ptr(*y, &to);
-  tiled_linear(from, tiles, added, to, shape[0], in, out);
-  return AOTI_TORCH_SUCCESS;
+  int64_t shape[3];
+  AOTITorchError error = new_output(x, weight, y, shape);
+  if (!error) tiled_linear(data(x), data(weight), bias ? data(*bias) : nullptr, data(*y), shape[0], shape[2], shape[1]);
+  return error;
+}
+
+AOTITorchError aoti_torch_cpu_tiled_linear_int8(AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle scales,
+                                                AtenTensorHandle sums, AtenTensorHandle* bias, AtenTensorHandle* y) {
+  int64_t shape[3];
+  AOTITorchError error = new_output(x, weight, y, shape);
+  if (!error)
+    tiled_linear_int8(data(x), data(weight), static_cast<const float*>(data(scales)),
+                      static_cast<const int32_t*>(data(sums)), bias ? data(*bias) : nullptr, data(*y), shape[0],
+                      shape[2], shape[1]);
+  return error;
 }
 }

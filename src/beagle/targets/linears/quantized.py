@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beagle.errors import BeagleError
+from beagle.targets.linears import tiled
 from beagle.targets.linears.packed import Apply, PackedLinear
 
 KINDS = ("int8", "int4")
@@ -107,6 +108,8 @@ def _fits(weight: Tensor, kind: str) -> bool:
 
 def _int8(weight: Tensor, bias: Tensor | None, quantizer: VectorQuantizer) -> Apply:
     scales, whole = _int8_weight(weight)
+    if weight.dtype == torch.bfloat16 and tiled.fits(whole):
+        return tiled.apply_int8(whole, scales, bias)
     turned = whole.t()
     cuda = weight.device.type == "cuda"
 

@@ -16,44 +16,49 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from beagle.files import replacing
 
-OUT, IN = 16, 32  # outputs and inputs of a tile
+OUT, IN, IN_INT8 = 16, 32, 64  # outputs of a tile, and inputs in bf16 and in int8
 SOURCE = Path(__file__).with_name("kernel.cpp")
-SHIM = (  # how a compiled graph calls it
+SHIMS = (  # how compiled graphs call it
     "AOTITorchError aoti_torch_cpu_tiled_linear("
-    "AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, AtenTensorHandle* y)"
+    "AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, AtenTensorHandle* y)",
+    "AOTITorchError aoti_torch_cpu_tiled_linear_int8(AtenTensorHandle x, AtenTensorHandle weight, "
+    "AtenTensorHandle scales, AtenTensorHandle sums, AtenTensorHandle* bias, AtenTensorHandle* y)",
 )
 SECONDS = 300  # that building it may take
 
-_kernel: Any = None  # the library's function, once it is loaded
-_operator = torch.library.Library("beagle", "DEF")  # for tracing: what a graph calls
-_operator.define("tiled_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_kernel: Any = None  # the library, once it is loaded
+_operators = torch.library.Library("beagle", "DEF")  # for tracing: what a graph calls
+_operators.define("tiled_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_operators.define("tiled_linear_int8(Tensor x, Tensor weight, Tensor scales, Tensor sums, Tensor? bias) -> Tensor")
 
 
-@torch.library.register_fake("beagle::tiled_linear", lib=_operator)
-def _shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+@torch.library.register_fake("beagle::tiled_linear", lib=_operators)
+@torch.library.register_fake("beagle::tiled_linear_int8", lib=_operators)
+def _shape(x: Tensor, weight: Tensor, *others: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@torch.library.impl(_operator, "tiled_linear", "CPU")
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x [rows, in]``, bf16, times a weight that ``tiled`` ordered, ``[out, in]``, plus ``bias [out]``: ``[rows, out]``."""
-    x = x.contiguous()
-    rows, inputs = x.shape
-    out = x.new_empty(rows, weight.shape[0])
-    _kernel(
-        x.data_ptr(),
-        weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        rows,
-        inputs,
-        weight.shape[0],
-    )
+@torch.library.impl(_operators, "tiled_linear", "CPU")
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = _shape(x, weight)
+    _kernel.tiled_linear(*_pointers(x, weight, bias, out), x.shape[0], x.shape[1], weight.shape[0])
     return out
+
+
+@torch.library.impl(_operators, "tiled_linear_int8", "CPU")
+def _product_int8(x: Tensor, weight: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None) -> Tensor:
+    out = _shape(x, weight)
+    pointers = _pointers(x, weight, scales, sums, bias, out)
+    _kernel.tiled_linear_int8(*pointers, x.shape[0], x.shape[1], weight.shape[0])
+    return out
+
+
+def _pointers(*tensors: Tensor | None) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def loaded() -> bool:
@@ -63,7 +68,8 @@ def loaded() -> bool:
 
 def c_shims() -> dict[Any, list[str]]:
     """Operators that graphs call without going through Python, for inductor."""
-    return {torch.ops.beagle.tiled_linear.default: [SHIM]} if loaded() else {}
+    operators = torch.ops.beagle.tiled_linear.default, torch.ops.beagle.tiled_linear_int8.default
+    return {operator: [shim] for operator, shim in zip(operators, SHIMS, strict=True)} if loaded() else {}
 
 
 @cache
@@ -84,11 +90,13 @@ def load(folder: Path) -> bool:
     if _kernel is None and library.is_file():
         try:
             # global: compiled graphs find its symbols
-            _kernel = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL).tiled_linear
+            kernel = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+            for function, pointers in ((kernel.tiled_linear, 4), (kernel.tiled_linear_int8, 6)):
+                function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * 3
+                function.restype = None
         except (OSError, AttributeError):
             return False
-        _kernel.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3
-        _kernel.restype = None
+        _kernel = kernel
     return loaded()
 
 
@@ -141,7 +149,7 @@ def _is_faster() -> bool:
         for _ in range(7):
             began = time.perf_counter()
             for own, _ in ordered:
-                product(x, own, None)
+                _product(x, own, None)
             between = time.perf_counter()
             for _, other in ordered:
                 torch.ops.mkldnn._linear_pointwise(x, other, None, "none", [], "")
@@ -153,48 +161,43 @@ def _is_faster() -> bool:
 
 
 def fits(weight: Tensor) -> bool:
-    """Whether the kernel takes a weight ``[out, in]``."""
+    """Whether the kernel takes a weight ``[out, in]`` of bf16 or int8."""
+    inputs = {torch.bfloat16: IN, torch.int8: IN_INT8}.get(weight.dtype)
     return (
         loaded()
         and weight.device.type == "cpu"
-        and weight.dtype == torch.bfloat16
+        and inputs is not None
         and weight.shape[0] % OUT == 0
-        and weight.shape[1] % IN == 0
+        and weight.shape[1] % inputs == 0
     )
 
 
 def tiled(weight: Tensor) -> Tensor:
-    """A weight ``[out, in]`` in the kernel's order: ``[out / 16, in / 32]`` tiles ``[16 pairs, 16 outputs, 2]``, same shape."""
+    """A weight ``[out, in]`` in the kernel's order, same shape: tiles ``[out / 16, …]`` of 1 KiB each, as of ``kernel.cpp``."""
     out, inputs = weight.shape
-    tiles = weight.detach().view(out // OUT, OUT, inputs // IN, IN // 2, 2).permute(0, 2, 3, 1, 4)
-    return tiles.contiguous().view(out, inputs)
+    together = 4 if weight.dtype == torch.int8 else 2  # inputs of an output, one after the other
+    tiles = weight.detach().view(out // OUT, OUT, inputs // (16 * together), 16, together)
+    return tiles.permute(0, 2, 3, 1, 4).contiguous().view(out, inputs)
 
 
 def apply(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """``x [..., in] -> x @ weight.T + bias [..., out]`` of a weight that ``fits``."""
+    """``x [..., in] -> x @ weight.T + bias [..., out]`` of a bf16 weight that ``fits``."""
     ordered = tiled(weight)
-    return lambda x: product(x.reshape(-1, x.shape[-1]), ordered, bias).view(*x.shape[:-1], -1)
+
+    def product(x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.beagle.tiled_linear(x.reshape(-1, x.shape[-1]).contiguous(), ordered, bias)
+        return out.view(*x.shape[:-1], -1)
+
+    return product
 
 
-class TiledLinear(nn.Module):
-    """Stands in for one ``nn.Linear`` in a graph that is about to be traced."""
+def apply_int8(weight: Tensor, scales: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """The same of an int8 weight that ``fits`` with ``scales [out]`` in fp32; ``x`` and ``bias`` are bf16."""
+    ordered, sums = tiled(weight), weight.sum(1, dtype=torch.int32)
 
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = nn.Parameter(tiled(linear.weight), requires_grad=False)
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+    def product(x: Tensor) -> Tensor:
+        vectors = x.reshape(-1, x.shape[-1]).contiguous()
+        out: Tensor = torch.ops.beagle.tiled_linear_int8(vectors, ordered, scales, sums, bias)
+        return out.view(*x.shape[:-1], -1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.beagle.tiled_linear(
-            x.reshape(-1, self.in_features).contiguous(), self.weight, self.bias
-        )
-        return out.view(*x.shape[:-1], self.out_features)
-
-
-def tile_linears(module: nn.Module) -> None:
-    """Replace every ``nn.Linear`` below ``module`` whose weight fits, in place."""
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and fits(child.weight):
-                setattr(parent, name, TiledLinear(child))
+    return product

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beagle.decoding.costs import SEVERAL, Costs, cached_costs, interpolate, measure, tree_sizes
+from beagle.decoding.costs import SEVERAL, Costs, cached_costs, interpolate, measure, still_true, tree_sizes
 from beagle.drafters.base import TreePlan
 from beagle.drafters.lookup import LookupDrafter
 from beagle.drafters.small import SmallModelDrafter
@@ -85,12 +85,43 @@ def test_costs_are_measured_once(target, monkeypatch):
     assert cached_costs(target, drafter, plan) == first
 
 
+def test_costs_of_a_busy_machine_are_not_kept(target, monkeypatch):
+    busy = Costs([0.5] * 65, draft=0.1, depth=5, steady=False)
+    monkeypatch.setattr("beagle.decoding.costs.measure", lambda *_: busy)
+    plan, drafter = TreePlan(), tiny_drafter(target)
+    assert cached_costs(target, drafter, plan) == busy
+    idle = Costs([0.25] * 65, draft=0.1, depth=5)
+    monkeypatch.setattr("beagle.decoding.costs.measure", lambda *_: idle)
+    assert cached_costs(target, drafter, plan) == idle
+
+
+def test_costs_that_passes_are_far_faster_than_are_measured_again(target, monkeypatch):
+    monkeypatch.setattr("beagle.decoding.costs.still_true", still_true)
+    slow, now = (Costs([seconds] * 65, draft=0.1, depth=5) for seconds in (60.0, 1e-9))
+    plan, drafter = TreePlan(), tiny_drafter(target)
+    monkeypatch.setattr("beagle.decoding.costs.measure", lambda *_: slow)
+    assert cached_costs(target, drafter, plan) == slow
+    monkeypatch.setattr("beagle.decoding.costs.measure", lambda *_: now)
+    assert cached_costs(target, drafter, plan) == now
+    monkeypatch.setattr("beagle.decoding.costs.measure", lambda *_: pytest.fail("measured again"))
+    assert cached_costs(target, drafter, plan) == now
+
+
+def test_a_busy_machine_shows(target, monkeypatch):
+    monkeypatch.setattr("beagle.decoding.costs.STEADY", 1.3)
+    clock = iter(i * (1.0 if i % 4 < 2 else 1.9) for i in range(10**6))
+    monkeypatch.setattr("beagle.decoding.costs.time.perf_counter", lambda: next(clock))
+    assert not measure(target, tiny_drafter(target), TreePlan(depth=1), context=20).steady
+
+
 def test_batches_have_costs_of_their_own(target, monkeypatch):
     drafter, plan = tiny_drafter(target), TreePlan()
     single = cached_costs(target, drafter, plan)
-    monkeypatch.setattr(target, "verify", None)
-    shared = cached_costs(target, drafter, plan, batch=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(target, "verify", None)
+        shared = cached_costs(target, drafter, plan, batch=True)
     assert shared != single
+    monkeypatch.setattr("beagle.decoding.costs.measure", lambda *_: pytest.fail("measured again"))
     assert cached_costs(target, drafter, plan) == single
 
 

@@ -17,13 +17,18 @@ PATIENCE = 5.0  # seconds: moving pages holds up whoever asks for memory, and a 
 _asked_for: list[Timer] = []
 
 
+def huge_pages_wanted() -> bool:
+    """Whether this system has them and ``BEAGLE_HUGE_PAGES=0`` doesn't refuse them."""
+    return sys.platform.startswith("linux") and os.environ.get("BEAGLE_HUGE_PAGES") != "0"
+
+
 def use_huge_pages() -> None:
     """Put this process's large private memory on huge pages in a while, beside whatever it does then; some seconds.
 
     Elsewhere than on Linux, or with ``BEAGLE_HUGE_PAGES=0``, nothing happens; an older Linux refuses and nothing
     is lost.
     """
-    if not sys.platform.startswith("linux") or os.environ.get("BEAGLE_HUGE_PAGES") == "0":
+    if not huge_pages_wanted():
         return
     timer = Timer(PATIENCE, collapse)
     timer.daemon = True

@@ -20,12 +20,15 @@ from beagle.drafters.base import Draft, Drafter, TreePlan
 from beagle.files import write_json
 from beagle.limits import MAX_NODES
 from beagle.memory import finish_huge_pages
+from beagle.targets.linears import tiled
 from beagle.targets.loading import cache_dir
 from beagle.targets.plan import EXACT_BLOCK, EXACT_TOKENS
 from beagle.targets.target import Target, TreeShape
 
 SEVERAL = 4  # contexts that draft at once or share a pass while that is timed
 SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, MAX_NODES)
+STEADY = 1.3  # on a machine with nothing else to do, the median of a time is no longer than so many of its least ones
+CHECKS = 5  # passes that known costs are compared with
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,14 @@ class Costs:
         draft: of a whole draft.
         depth: levels of that draft.
         seconds_per_extra_context: what each further context adds to it that drafts beside the first.
+        steady: the machine had nothing else to do.
     """
 
     verify: list[float]
     draft: float
     depth: int
     seconds_per_extra_context: float = 0.0
+    steady: bool = True
 
     def drafting(self, contexts: int) -> float:
         """Seconds of a draft of so many contexts at once."""
@@ -169,7 +174,21 @@ def measure(
         drafts_of_several.append(time.perf_counter() - began)
     one = median(drafts)
     more = max(0.0, median(drafts_of_several) - one) / (SEVERAL - 1)
-    return Costs(interpolate({n: median(t) for n, t in times.items()}), one, plan.depth, more)
+    spreads = [median(t) / min(t) for t in (*times.values(), drafts)]
+    verify = interpolate({n: median(t) for n, t in times.items()})
+    return Costs(verify, one, plan.depth, more, steady=median(spreads) <= STEADY)
+
+
+def still_true(costs: Costs, target: Target) -> bool:
+    """Whether passes of one token take about as long as they did: they may have been measured on a busy machine."""
+    cache = target.new_cache(1, 8)
+    token, shape = torch.ones(1, dtype=torch.long, device=target.device), TreeShape([-1])
+    times = []
+    for _ in range(CHECKS):
+        began = time.perf_counter()
+        target.logits(target.verify(cache, token, shape)).max(-1).indices.tolist()
+        times.append(time.perf_counter() - began)
+    return min(times) > costs.verify[1] / 2
 
 
 def cached_costs(
@@ -181,6 +200,8 @@ def cached_costs(
     batch: bool = False,
 ) -> Costs:
     """Costs of this machine, target, drafter, dtype, quantisation, threads and plan, from the user's cache if known.
+
+    Those of a busy machine serve once and are not kept; known ones that passes are twice as fast as are measured anew.
 
     Args:
         fresh: measure again, and let the cache know.
@@ -195,6 +216,7 @@ def cached_costs(
         "quantize": target.quantize,
         "compiled": (fast := target.compiled) is not None
         and ("exact" if exact else "trees" if batch else "tree") in fast.runner.kinds,
+        "kernel": tiled.version() if tiled.loaded() else None,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "plan": [plan.kind, plan.depth, plan.top_k],
@@ -205,8 +227,12 @@ def cached_costs(
     known = _read(path)
     for entry in known if not fresh else ():
         if entry.get("key") == key and set(entry.get("costs", ())) == {field.name for field in fields(Costs)}:
-            return Costs(**entry["costs"])
+            costs = Costs(**entry["costs"])
+            if exact or batch or still_true(costs, target):
+                return costs
     costs = measure(target, drafter, plan, exact, batch)
+    if not costs.steady:
+        return costs
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         others = [entry for entry in known if entry.get("key") != key]

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 
 import torch
 
+from beagle.memory import collapse, huge_pages_wanted
+from beagle.targets.linears import tiled
+from beagle.targets.linears.tiled import OUT
 from beagle.targets.target import Target
 
 LEAST_BYTES, MOST_BYTES = 64 * 2**20, 4 * 2**30
 ROUNDS = 5
+LEAST_SECONDS = 1.0  # of the rounds of one kernel: a neighbour's burst is over by then
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,19 @@ def probe(target: Target) -> Machine:
 
 
 def bandwidth(size: int, device: torch.device) -> float:
-    """Bytes/s of reading ``size`` bytes again and again: as large as the weights, so that caches help both alike."""
+    """Bytes/s of reading ``size`` bytes again and again: as large as the weights, so that caches help both alike.
+
+    The memory lies on huge pages where the weights do.
+    """
     columns = 4096
-    matrix = torch.ones(size // (4 * columns), columns, device=device)
+    matrix = torch.ones(size // (4 * columns) // OUT * OUT, columns, device=device)
+    if device.type == "cpu" and huge_pages_wanted():
+        collapse()
     half, halves = matrix.view(torch.bfloat16), torch.ones(2 * columns, dtype=torch.bfloat16, device=device)
     vector = torch.ones(columns, device=device)
     kernels: list[Callable[[], object]] = [matrix.sum, lambda: torch.mv(matrix, vector), lambda: torch.mv(half, halves)]
+    if tiled.fits(half):
+        kernels.append(lambda: torch.ops.beagle.tiled_linear(halves[None], half, None))
     return matrix.nbytes / min(best_time(kernel, device) for kernel in kernels)
 
 
@@ -58,11 +69,12 @@ def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def best_time(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the quickest of some rounds; launches of a GPU are paid once a round, not once a call."""
+    """Seconds of the quickest of many rounds; launches of a GPU are paid once a round, not once a call."""
     calls = 10 if device.type == "cuda" else 1
-    times = []
+    times: list[float] = []
     work()
-    for _ in range(ROUNDS):
+    end = time.perf_counter() + LEAST_SECONDS
+    while len(times) < ROUNDS or time.perf_counter() < end:
         synchronize(device)
         began = time.perf_counter()
         for _ in range(calls):

@@ -107,6 +107,8 @@ def load_target(
         capture_target(target)
     if target.device.type == "cpu":
         use_huge_pages()
+        if os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE":
+            _console.print("[dim]OMP_WAIT_POLICY=PASSIVE makes passes about three times as slow; unset it[/dim]")
     if target.context_ends:
         _console.print(
             f"[dim]{name}: texts end at {target.context_limit} tokens, since {target.context_ends}[/dim]",

@@ -204,6 +204,7 @@ def target() -> Target:
 def own_cache(tmp_path_factory, monkeypatch):
     """Measured costs and the like never touch the user's cache."""
     monkeypatch.setenv("BEAGLE_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr("beagle.targets.linears.tiled._kernel", None)  # what one test loads is not for the next
     monkeypatch.setattr("beagle.decoding.costs.STEADY", math.inf)  # other tests run beside this one
     monkeypatch.setattr("beagle.decoding.costs.still_true", lambda *_: True)
 

@@ -230,7 +230,7 @@ def test_the_command_leaves_what_is_compiled(packages, beagle, monkeypatch):
     monkeypatch.setattr(loading, "compiled_dir", lambda: packages)
     monkeypatch.setattr(loading, "load_model", lambda *arguments, **options: (model(), tiny_tokenizer()))
     monkeypatch.setattr(compiled, "build", None)
-    ended = beagle("compile", "-t", "tiny-gemma2", "--exact", "--draft", "none")
+    ended = beagle("compile", "-t", "tiny-gemma2", "--dtype", "float32", "--exact", "--draft", "none")
     assert ended.code == 0, ended.err
     assert "compiled already" in ended.err
     assert "beagle profile" in ended.err

@@ -22,13 +22,19 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def kernel(tmp_path_factory):
+def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kernel")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiled, "_kernel", None)
         patch.setattr(tiled, "_is_faster", lambda: True)
         assert tiled.build(folder) is None
-        yield folder
+    return folder
+
+
+@pytest.fixture
+def kernel(built):
+    assert tiled.load(built)
+    return built
 
 
 def drawn(*shape: int) -> torch.Tensor:
@@ -96,7 +102,6 @@ def test_layers_that_read_the_same_tensor_are_one_product():
 
 
 def test_without_a_compiler_there_is_a_reason(tmp_path, monkeypatch):
-    monkeypatch.setattr(tiled, "_kernel", None)
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "no-such-compiler" in tiled.build(tmp_path)
     assert not tiled.loaded()

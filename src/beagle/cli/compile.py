@@ -29,6 +29,8 @@ def compile(
     They serve as long as the weights, the dtype, the number of threads and PyTorch stay the same;
     BEAGLE_COMPILED=0 leaves them aside. What is compiled already stays: after training another head this takes seconds.
     """
+    import torch
+
     from beagle.drafters import compiled as levels
     from beagle.drafters.checkpoint import find_head, load_head
     from beagle.drafters.load import resolve_draft, state_layers
@@ -42,7 +44,8 @@ def compile(
         raise BeagleError("BEAGLE_COMPILED=0 is set, so nothing that is compiled would be used; unset it")
     o.quiet_transformers()
     folder = loading.compiled_dir()
-    if reason := tiled.build(folder):
+    products_in = loading.pick_dtype(dtype, torch.device("cpu"))
+    if products_in == torch.bfloat16 and (reason := tiled.build(folder)):
         o.console.print(f"products stay PyTorch's own: {reason}", markup=False, highlight=False, style="dim")
     spec = resolve_draft(draft, target)
     engine: dict[str, Any] = {"dtype": dtype, "device": "cpu", "trust_remote_code": trust_remote_code}

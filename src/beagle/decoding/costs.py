@@ -216,7 +216,7 @@ def cached_costs(
         "quantize": target.quantize,
         "compiled": (fast := target.compiled) is not None
         and ("exact" if exact else "trees" if batch else "tree") in fast.runner.kinds,
-        "kernel": tiled.version() if tiled.loaded() else None,
+        "kernel": tiled.used(target.dtype),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "plan": [plan.kind, plan.depth, plan.top_k],

@@ -158,7 +158,7 @@ def build(folder: Path, target: Target, head: Block, name: str) -> tuple[Path, f
     graphs = {}
     for file, level in ((ROOT, 1), (BELOW, 2)):
         graphs[file] = _Graph(head, lm_head, level)
-        if target.quantize or tiled.loaded():  # the tree decides, drafts need not be exact; the kernel is faster so
+        if target.quantize or tiled.used(target.dtype):  # drafts need not be exact
             quantize_linears(graphs[file], "int8")
     appends: dict[str, bool] = {}
     with aot_cache.writing(place, {"draft": name, "appends": appends}) as partial:
@@ -202,4 +202,6 @@ def _weights(target: Target, head: Block) -> dict[str, Tensor]:
 
 
 def _kind(target: Target, head: Block) -> str:
-    return aot_cache.key("draft", head.architecture, asdict(head.config), str(target.dtype), target.quantize)
+    return aot_cache.key(
+        "draft", head.architecture, asdict(head.config), str(target.dtype), tiled.used(target.dtype), target.quantize
+    )

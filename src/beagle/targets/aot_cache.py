@@ -30,7 +30,7 @@ def key(*made_of: object) -> str:
     """A name for all that makes a package useless elsewhere but the weights; little to compute."""
     parts = [
         FORMAT, *made_of, torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(),
-        sorted(OPTIONS.items()), tiled.version() if tiled.loaded() else None,
+        sorted(OPTIONS.items()),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

@@ -183,7 +183,8 @@ def _key(model: nn.Module, quantize: str | None, state_layers: Sequence[int]) ->
         transformers.__version__,
         type(model).__name__,
         settings,
-        str(next(model.parameters()).dtype),
+        str(dtype := next(model.parameters()).dtype),
+        tiled.used(dtype),
         quantize,
         *map(int, state_layers),
     )

@@ -66,6 +66,11 @@ def loaded() -> bool:
     return _kernel is not None
 
 
+def used(dtype: torch.dtype) -> str | None:
+    """The kernel's version if a model of this dtype uses it here."""
+    return version() if loaded() and dtype == torch.bfloat16 else None
+
+
 def c_shims() -> dict[Any, list[str]]:
     """Operators that graphs call without going through Python, for inductor."""
     operators = torch.ops.beagle.tiled_linear.default, torch.ops.beagle.tiled_linear_int8.default

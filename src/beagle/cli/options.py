@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
@@ -134,6 +134,30 @@ def with_setup(command: Callable[..., None]) -> Callable[..., None]:
     expanded.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return expanded
+
+
+def with_ranks(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, with the processes that a launcher has started it in as its parameter ``ranks``; rank 0 prints."""
+
+    @wraps(command)
+    def joined(**given: Any) -> None:
+        from beagle.ranks import joined as joined_ranks
+
+        with joined_ranks() as ranks:
+            if not ranks.leads:
+                from beagle.targets import loading
+
+                console.quiet = loading._console.quiet = True
+            command(ranks=ranks, **given)
+
+    hints = get_type_hints(command, localns={"Ranks": Any}, include_extras=True)
+    own = inspect.signature(command)
+    parameters = [
+        whole.replace(annotation=hints[name]) for name, whole in own.parameters.items() if name != "ranks"
+    ]
+    joined.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    joined.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return joined
 
 
 def tree_plan(tree: str, depth: int, top_k: int, nodes: int) -> TreePlan:

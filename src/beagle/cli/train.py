@@ -13,10 +13,13 @@ from beagle.cli import options as o
 from beagle.errors import BeagleError
 
 if TYPE_CHECKING:
+    from beagle.ranks import Ranks
     from beagle.training.server import Endpoint
 
 
+@o.with_ranks
 def train(
+    ranks: Ranks,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; the head ends in OUT/head.")],
     prompts: Annotated[
         Path | None, typer.Option(help="Prompts, JSON lines or an array, gzipped or not; the target answers them.")
@@ -102,7 +105,7 @@ def train(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BeagleError(f"cannot write '{out}': {error.strerror}; choose another --out") from error
-    engine: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    engine: dict[str, Any] = {"dtype": dtype, "device": ranks.device(device), "trust_remote_code": trust_remote_code}
     loaded = o.load_target(target, quantize=quantize, state_layers=recipe.state_layers, **engine)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job's manager ends it as Ctrl-C does
     try:
@@ -119,9 +122,11 @@ def train(
             init=start,
             command=command_line(),
             log_with=log_with,
+            ranks=ranks,
         )
     except KeyboardInterrupt:
-        o.console.print(f"[yellow]stopped; nothing is lost: run the same command again to go on in {out}[/yellow]")
+        if ranks.stopped():
+            o.console.print(f"[yellow]stopped; nothing is lost: run the same command again to go on in {out}[/yellow]")
         raise
     finally:
         signal.signal(signal.SIGTERM, before)

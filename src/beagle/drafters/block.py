@@ -153,6 +153,8 @@ class Layer(nn.Module):
 
     Attributes:
         dropout: while training, of attention's output and the MLP's middle.
+        part: of a batch that is computed in parts, which samples these are, of how many; None: it is computed at once.
+            What is dropped does not depend on it.
     """
 
     config: BlockConfig
@@ -161,6 +163,7 @@ class Layer(nn.Module):
         super().__init__()
         self.config = config
         self.dropout = 0.0
+        self.part: tuple[slice, int] | None = None
 
     def _add_attention(self, width: int | None = None) -> None:
         """
@@ -216,6 +219,12 @@ class Layer(nn.Module):
     def _drop(self, x: Tensor) -> Tensor:
         if not (self.dropout and self.training):
             return x
+        if self.part is not None:
+            samples, of = self.part
+            return x * self._dropped(x.new_ones(of, *x.shape[1:]))[samples]
+        return self._dropped(x)
+
+    def _dropped(self, x: Tensor) -> Tensor:
         return drop(x, self.dropout) if x.device.type == "cpu" else F.dropout(x, self.dropout)
 
 

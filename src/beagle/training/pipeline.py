@@ -17,6 +17,7 @@ from beagle.drafters.checkpoint import load_head
 from beagle.errors import BeagleError
 from beagle.files import write_json
 from beagle.meta import describe
+from beagle.ranks import ALONE, Ranks
 from beagle.targets.target import Target
 from beagle.training.answer_files import AnswerFolder
 from beagle.training.answers import AnswerGenerator, Sample
@@ -218,6 +219,7 @@ def train_head(
     init: Path | None = None,
     command: str | None = None,
     log_with: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """The whole run; every part resumes.
 
@@ -230,12 +232,18 @@ def train_head(
         init: folder of a head whose weights this one starts from; the recipe has its shape (see ``with_shape_of``).
         command: that is run, for ``result.json``.
         log_with: a tracker that gets what ``log.csv`` gets (see ``tracking``).
+        ranks: the processes that train together; rank 0 makes answers and writes files, the others wait for the answers.
     Returns:
         The draft checkpoint's folder.
     Raises:
         BeagleError: see the message; what takes no answer to find out is found out before the first.
     """
     folder = data or out / "data"
+    if not ranks.leads:
+        ranks.wait_for("answers")
+        trainer = Trainer(target, _existing(target, folder, recipe.answers), out, recipe.train, recipe.head, ranks)
+        trainer.train(seconds=seconds)
+        return out / "head"
     if prompts is None:
         refuse_without_answers(folder)
         if answers:
@@ -259,7 +267,8 @@ def train_head(
                 store = make_answers(target, prompts, folder, recipe.answers, console, skip_bad_lines, stored)
             else:
                 store = _existing(target, folder, recipe.answers)
-            trainer = Trainer(target, store, out, recipe.train, recipe.head)
+            ranks.tell("answers")
+            trainer = Trainer(target, store, out, recipe.train, recipe.head, ranks)
             held_out = [sample for group in trainer.validation for sample in group]
             if init and first and trainer.step == 0:
                 tau = tau_of(init, target, held_out)

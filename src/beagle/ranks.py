@@ -1,0 +1,268 @@
+"""Several processes that work on one run, as torchrun or ``accelerate launch`` start them.
+
+Each is a *rank*. Rank 0 leads: it alone writes files and prints. All that ranks send each other is numbers and bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from beagle.errors import BeagleError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+MEETING = timedelta(minutes=10)  # for all ranks to start
+STEP = timedelta(minutes=30)  # for a sum: rank 0 may write a checkpoint before it
+BEAT = 5.0  # seconds between two signs of life of rank 0
+SILENCE = 300.0  # seconds without one, after which those that wait for rank 0 give up
+REPORT = 10.0  # seconds that a stopped rank gives rank 0 to report it
+
+AGAIN = "run the same command again, with any number of ranks: it goes on from the last checkpoint"
+
+
+class RankLost(BeagleError):
+    """Another rank has ended, or can't be reached."""
+
+
+class Ranks:
+    """This process among those of its run. One that is alone sends nothing.
+
+    Attributes:
+        rank: its number, from 0.
+        count: processes of the run.
+    """
+
+    def __init__(self, rank: int = 0, count: int = 1, store: Store | None = None) -> None:
+        """
+        Args:
+            rank: number of this process, from 0.
+            count: processes of the run; more than one have met in torch.distributed's default group.
+            store: that all of them reach; None: there is one process.
+        """
+        self.rank, self.count = rank, count
+        self._store: Any = store
+        self._reports: bool | None = None
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def device(self, device: str) -> str:
+        """This rank's own GPU, where ``device`` names none and there are some."""
+        if self.count > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+            return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        return device
+
+    def share(self, samples: int) -> slice:
+        """This rank's part of so many samples; it may be empty."""
+        return slice(self.rank * samples // self.count, (self.rank + 1) * samples // self.count)
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors by their sums over all ranks, the same bits on each.
+
+        Args:
+            tensors: of one dtype and device, of the same shapes on all ranks.
+        Raises:
+            RankLost: another rank has ended.
+        """
+        if self.count == 1:
+            return
+        import torch.distributed as dist
+
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        with self._together():
+            dist.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def broadcast(self, content: bytes, source: int = 0) -> bytes:
+        """
+        Args:
+            content: what this rank has; only that of ``source`` counts.
+            source: a rank.
+        Returns:
+            What ``source`` has.
+        Raises:
+            RankLost: another rank has ended.
+        """
+        if self.count == 1:
+            return content
+        import torch.distributed as dist
+
+        size = torch.tensor([len(content)])
+        with self._together():
+            dist.broadcast(size, source)
+            data = torch.empty(int(size), dtype=torch.uint8)
+            if self.rank == source:
+                data = torch.frombuffer(bytearray(content or b"-"), dtype=torch.uint8)[: len(content)]
+            if int(size):
+                dist.broadcast(data, source)
+        return data.numpy().tobytes()
+
+    def agree(self, flag: bool) -> bool:
+        """Rank 0's flag, on all ranks."""
+        return self.broadcast(bytes([flag])) == b"\x01"
+
+    def refuse_difference(self, about: dict[str, Any], remedy: str) -> None:
+        """
+        Args:
+            about: what must be the same on all ranks, by name; as JSON has it.
+            remedy: what the user can do.
+        Raises:
+            BeagleError: something isn't; it is named, on all ranks.
+            RankLost: another rank has ended.
+        """
+        if self.count == 1:
+            return
+        first, *others = (json.loads(self.broadcast(json.dumps(about).encode(), rank)) for rank in range(self.count))
+        for rank, theirs in enumerate(others, 1):
+            if other := next((name for name, value in first.items() if theirs.get(name) != value), None):
+                raise BeagleError(
+                    f"rank {rank} has another {other} than rank 0 ({theirs.get(other)}, not {first[other]}); {remedy}"
+                )
+
+    def tell(self, what: str) -> None:
+        """Let those go on that wait for rank 0 to have done something (see ``wait_for``)."""
+        if self.count > 1:
+            with self._together():
+                self._store.set(what, b"done")
+
+    def wait_for(self, what: str) -> None:
+        """Wait until rank 0 has done something, for as long as it gives signs of life.
+
+        Raises:
+            RankLost: it gives none, or a rank has failed.
+        """
+        beat, heard = b"", time.monotonic()
+        while True:
+            with self._together():
+                if self._store.check([what]):
+                    return
+                latest = self._store.get("beat") if self._store.check(["beat"]) else b""
+                failed = self._store.check(["failed"])
+            if failed:
+                raise RankLost(f"a rank failed while rank {self.rank} waited for the {what}; {AGAIN}")
+            now = time.monotonic()
+            if latest != beat:
+                beat, heard = latest, now
+            elif now - heard > SILENCE:
+                raise RankLost(
+                    f"rank {self.rank} waits for the {what} that rank 0 makes, which has given no sign of life for "
+                    f"{SILENCE:.0f} s; see what holds it up, then {AGAIN}"
+                )
+            time.sleep(0.1)
+
+    def reports(self) -> bool:
+        """Whether this rank, the first that asks, is the one that prints why the run ends."""
+        if self._reports is None:
+            try:
+                self._reports = self._store is None or self._store.add("reports", 1) == 1
+                if self._store is not None:
+                    self._store.set("failed", b"")
+            except RuntimeError:  # the store was in rank 0, which has ended
+                self._reports = self.rank == 1
+        return self._reports
+
+    def stopped(self) -> bool:
+        """Whether this rank, interrupted, is the one that prints so: another than rank 0 only if that can't."""
+        end = time.monotonic() + REPORT
+        while not self.leads and time.monotonic() < end:
+            try:
+                if self._store.check(["failed"]):
+                    return False
+            except RuntimeError:
+                break
+            time.sleep(0.1)
+        return self.reports()
+
+    def give_signs_of_life(self) -> None:
+        """From now on, in a thread that ends with the process."""
+
+        def run() -> None:
+            number = 0
+            while True:
+                number += 1
+                try:
+                    self._store.set("beat", str(number))
+                except RuntimeError:
+                    return
+                time.sleep(BEAT)
+
+        threading.Thread(target=run, name="signs of life", daemon=True).start()
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """
+        Raises:
+            RankLost: what needs the other ranks has failed.
+        """
+        try:
+            yield
+        except RuntimeError as error:  # that of torch.distributed, whichever library is under it
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise RankLost(f"another rank has ended or can't be reached ({reason}); {AGAIN}") from error
+
+
+ALONE = Ranks()
+
+
+def launched() -> bool:
+    """Whether a launcher has started this process as one of several."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """The ranks of this run; a failure is reported by one of them, and the others end without a word.
+
+    Raises:
+        BeagleError: the ranks don't find each other.
+        SystemExit: another rank reports why the run ends.
+    """
+    if not launched():
+        yield ALONE
+        return
+    import torch.distributed as dist
+
+    try:
+        store, rank, count = next(dist.rendezvous("env://", timeout=MEETING))
+        gpus = torch.cuda.is_available() and dist.is_nccl_available()
+        backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("group", store), rank=rank, world_size=count, timeout=STEP
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BeagleError(
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} can't reach the others ({reason}); start all of "
+            "them with torchrun or accelerate launch, and see that MASTER_ADDR:MASTER_PORT can be reached"
+        ) from error
+    ranks = Ranks(rank, count, dist.PrefixStore("beagle", store))
+    if ranks.leads:
+        ranks.give_signs_of_life()
+    try:
+        yield ranks
+    except BeagleError as error:
+        if not ranks.reports():
+            raise SystemExit(error.exit_code) from None
+        raise
+    except KeyboardInterrupt:
+        if not ranks.stopped():
+            raise SystemExit(130) from None
+        raise
+    except Exception:
+        if not ranks.reports():
+            raise SystemExit(1) from None
+        raise
+    dist.destroy_process_group()

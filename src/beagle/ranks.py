@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ STEP = timedelta(minutes=30)  # for a sum: rank 0 may write a checkpoint before 
 BEAT = 5.0  # seconds between two signs of life of rank 0
 SILENCE = 300.0  # seconds without one, after which those that wait for rank 0 give up
 REPORT = 10.0  # seconds that a stopped rank gives rank 0 to report it
+LINGER = 3.0  # seconds that rank 0, which may hold what the others ask, outlives its failure
 
 AGAIN = "run the same command again, with any number of ranks: it goes on from the last checkpoint"
 
@@ -170,6 +171,7 @@ class Ranks:
                 self._reports = self._store is None or self._store.add("reports", 1) == 1
                 if self._store is not None:
                     self._store.set("failed", b"")
+                    self._store.add("heard", 0 if self.leads else 1)
             except RuntimeError:  # the store was in rank 0, which has ended
                 self._reports = self.rank == 1
         return self._reports
@@ -185,6 +187,19 @@ class Ranks:
                 break
             time.sleep(0.1)
         return self.reports()
+
+    def linger(self) -> None:
+        """Let the others, whose run this rank has ended, ask whether they report it."""
+        import torch.distributed as dist
+
+        if not self.leads:
+            return
+        end = time.monotonic() + LINGER
+        with suppress(RuntimeError):
+            if dist.get_backend() == "gloo":
+                dist.destroy_process_group()  # they wait in it
+            while self._store.add("heard", 0) < self.count - 1 and time.monotonic() < end:
+                time.sleep(0.05)
 
     def give_signs_of_life(self) -> None:
         """From now on, in a thread that ends with the process."""
@@ -253,16 +268,12 @@ def joined() -> Iterator[Ranks]:
         ranks.give_signs_of_life()
     try:
         yield ranks
-    except BeagleError as error:
-        if not ranks.reports():
-            raise SystemExit(error.exit_code) from None
-        raise
-    except KeyboardInterrupt:
-        if not ranks.stopped():
-            raise SystemExit(130) from None
-        raise
-    except Exception:
-        if not ranks.reports():
-            raise SystemExit(1) from None
+    except (Exception, KeyboardInterrupt) as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        reports = ranks.stopped() if interrupted else ranks.reports()
+        ranks.linger()
+        if not reports:
+            code = 130 if interrupted else error.exit_code if isinstance(error, BeagleError) else 1
+            raise SystemExit(code) from None
         raise
     dist.destroy_process_group()

@@ -152,9 +152,7 @@ def with_ranks(command: Callable[..., None]) -> Callable[..., None]:
 
     hints = get_type_hints(command, localns={"Ranks": Any}, include_extras=True)
     own = inspect.signature(command)
-    parameters = [
-        whole.replace(annotation=hints[name]) for name, whole in own.parameters.items() if name != "ranks"
-    ]
+    parameters = [whole.replace(annotation=hints[name]) for name, whole in own.parameters.items() if name != "ranks"]
     joined.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     joined.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return joined

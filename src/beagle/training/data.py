@@ -97,9 +97,7 @@ def padded_tokens(group: Sequence[Stored], target: Target) -> int:
     return min(round_up(max(len(s.tokens) for s in group), ROUND), target.context_limit)
 
 
-def collate(
-    group: Sequence[Stored], target: Target, columns: Tensor | None = None, n: int | None = None
-) -> Batch:
+def collate(group: Sequence[Stored], target: Target, columns: Tensor | None = None, n: int | None = None) -> Batch:
     """Pad a group and look its embeddings up, in fp32; run the target where no states are stored.
 
     Args:

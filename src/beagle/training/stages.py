@@ -109,9 +109,7 @@ def part_loss(
     return loss + config.regression * regression(p, t, w), loss.detach(), w.sum()
 
 
-def count_slots(
-    head: Block, first: Tensor, last: Tensor, config: TrainConfig, *, stage: str, offset: int
-) -> list[int]:
+def count_slots(head: Block, first: Tensor, last: Tensor, config: TrainConfig, *, stage: str, offset: int) -> list[int]:
     """Slots of a whole batch that bear a loss, in each step of a stage; arguments as of ``Batch`` and ``stage_loss``."""
     if stage == "early":
         return slot_counts(first, last, 1, 0, 1)

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import shutil
 import signal
-import socket
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +16,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from beagle import ranks
-from beagle.cli import main
 from beagle.drafters.block import Layer
 from beagle.ranks import Ranks
 from beagle.training import trainer
@@ -32,13 +26,13 @@ from beagle.training.gradients import Draw, Gradients
 from beagle.training.stages import STAGES, count_slots
 from beagle.training.states import Fingerprint, StateStore
 from conftest import LIVELY, tiny_head, tiny_target
+from launching import Launch
 from training_runs import RECIPE
 
 CONFIG = TrainConfig(
     early_epochs=6, late_epochs=7, window=3, steps=3, batch_tokens=160, learning_rate=2e-3, warmup_steps=4,
     schedule="cosine", noise=0.05, regression=0.1, dropout=0.15, validate_every=25, checkpoint_every=4,
 )  # fmt: skip
-PROCESSES = multiprocessing.get_context("fork")  # what is imported need not be again
 
 
 @pytest.fixture(scope="module")
@@ -118,64 +112,6 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(target, store, architec
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()) + 1e-9)
-
-
-def free_port() -> int:
-    with socket.socket() as own:
-        own.bind(("127.0.0.1", 0))
-        return int(own.getsockname()[1])
-
-
-def command(rank: int, count: int, port: int, words: list[str], stderr: Path) -> None:
-    """``beagle`` as one process of several, in a process that has imported it."""
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "BEAGLE_CACHE": str(stderr.parent / "cache"), "COLUMNS": "300", "TERM": "dumb",
-    }  # fmt: skip
-    sys.stdout = sys.stderr = stderr.open("w", buffering=1)
-    torch.set_num_threads(1)  # the parent's other threads are not here
-    sys.argv = ["beagle", *words]
-    main.run()
-
-
-class Launch:
-    """``beagle train`` in several processes."""
-
-    def __init__(self, folder: Path, words: list[list[str]]) -> None:
-        folder.mkdir(exist_ok=True)
-        port = free_port()
-        self.stderr = [folder / f"stderr-{rank}" for rank in range(len(words))]
-        self.processes = [
-            PROCESSES.Process(target=command, args=(rank, len(words), port, own, self.stderr[rank]))
-            for rank, own in enumerate(words)
-        ]
-        for process in self.processes:
-            process.start()
-
-    def wait_for(self, path: Path) -> None:
-        while not path.exists():
-            assert any(process.is_alive() for process in self.processes), self.errors()
-            time.sleep(0.002)
-
-    def kill(self, rank: int) -> None:
-        os.kill(self.processes[rank].pid, signal.SIGKILL)
-
-    def codes(self) -> list[int]:
-        for process in self.processes:
-            process.join(60)
-        return [process.exitcode for process in self.processes]
-
-    def errors(self) -> list[str]:
-        """What the processes printed but for bars, and all lines of errors."""
-        return [path.read_text() for path in self.stderr if path.exists()]
-
-    def refusal(self) -> str:
-        """The one line of an error, of whichever process."""
-        text = "".join(self.errors())
-        assert "Traceback" not in text
-        lines = [line for line in text.splitlines() if line.startswith(("error: ", "failure of ours: "))]
-        assert len(lines) == 1, text
-        return lines[0]
 
 
 @pytest.fixture(scope="module")

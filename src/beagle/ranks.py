@@ -5,8 +5,12 @@ Each is a *rank*. Rank 0 leads: it alone writes files and prints. All that ranks
 
 from __future__ import annotations
 
+import atexit
+import copy
 import json
 import os
+import re
+import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -54,6 +58,7 @@ class Ranks:
         self.rank, self.count = rank, count
         self._store: Any = store
         self._reports: bool | None = None
+        self._mirrored = False
 
     @property
     def leads(self) -> bool:
@@ -66,8 +71,20 @@ class Ranks:
         return device
 
     def share(self, samples: int) -> slice:
-        """This rank's part of so many samples; it may be empty."""
+        """This rank's part of so many samples, which lie together; it may be empty."""
+        if self._mirrored:
+            return slice(0, samples)
         return slice(self.rank * samples // self.count, (self.rank + 1) * samples // self.count)
+
+    def every(self) -> slice:
+        """This rank's part of a list whose items are taken in turn."""
+        return slice(None) if self._mirrored else slice(self.rank, None, self.count)
+
+    def mirrored(self) -> Ranks:
+        """The same ranks where each computes the whole, as they do whose target is divided among them."""
+        same = copy.copy(self)
+        same._mirrored = True
+        return same
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors by their sums over all ranks, the same bits on each.
@@ -77,7 +94,7 @@ class Ranks:
         Raises:
             RankLost: another rank has ended.
         """
-        if self.count == 1:
+        if self.count == 1 or self._mirrored:
             return
         import torch.distributed as dist
 
@@ -111,9 +128,9 @@ class Ranks:
                 dist.broadcast(data, source)
         return data.numpy().tobytes()
 
-    def agree(self, flag: bool) -> bool:
-        """Rank 0's flag, on all ranks."""
-        return self.broadcast(bytes([flag])) == b"\x01"
+    def agree_on(self, value: Any) -> Any:
+        """Rank 0's value, on all ranks; as JSON has it."""
+        return value if self.count == 1 else json.loads(self.broadcast(json.dumps(value).encode()))
 
     def refuse_difference(self, about: dict[str, Any], remedy: str) -> None:
         """
@@ -188,6 +205,16 @@ class Ranks:
             time.sleep(0.1)
         return self.reports()
 
+    def leave(self) -> None:
+        """End together: rank 0, which may hold what the others wait for, is the last."""
+        end = time.monotonic() + STEP.total_seconds()
+        with suppress(RuntimeError):
+            self._store.add("left", 1)
+            while self.leads and self._store.add("left", 0) < self.count and time.monotonic() < end:
+                if self._store.check(["failed"]):
+                    return
+                time.sleep(0.05)
+
     def linger(self) -> None:
         """Let the others, whose run this rank has ended, ask whether they report it."""
         import torch.distributed as dist
@@ -225,11 +252,30 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:  # that of torch.distributed, whichever library is under it
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise RankLost(f"another rank has ended or can't be reached ({reason}); {AGAIN}") from error
+            raise RankLost(f"another rank has ended or can't be reached ({reason_of(error)}); {AGAIN}") from error
 
 
 ALONE = Ranks()
+
+
+@contextmanager
+def _lost_in_a_pass() -> Iterator[None]:
+    """
+    Raises:
+        RankLost: a library under torch.distributed has lost another rank in the midst of a model's pass.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search(r"gloo|nccl|connection (reset|closed)", str(error), re.IGNORECASE):
+            raise
+        raise RankLost(f"another rank has ended or can't be reached ({reason_of(error)}); {AGAIN}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """The first sentence of an error, without the line of the library's source that it comes from."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r"^\[\S+:\d+\] ", "", lines[0]).split(". ")[0]
 
 
 def launched() -> bool:
@@ -258,22 +304,25 @@ def joined() -> Iterator[Ranks]:
             backend, store=dist.PrefixStore("group", store), rank=rank, world_size=count, timeout=STEP
         )
     except (RuntimeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BeagleError(
-            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} can't reach the others ({reason}); start all of "
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} can't reach the others ({reason_of(error)}); start all of "
             "them with torchrun or accelerate launch, and see that MASTER_ADDR:MASTER_PORT can be reached"
         ) from error
     ranks = Ranks(rank, count, dist.PrefixStore("beagle", store))
     if ranks.leads:
         ranks.give_signs_of_life()
     try:
-        yield ranks
+        with _lost_in_a_pass():
+            yield ranks
     except (Exception, KeyboardInterrupt) as error:
         interrupted = isinstance(error, KeyboardInterrupt)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, which would end it before its last line
         reports = ranks.stopped() if interrupted else ranks.reports()
-        ranks.linger()
+        atexit.register(ranks.linger)  # after that line
         if not reports:
             code = 130 if interrupted else error.exit_code if isinstance(error, BeagleError) else 1
             raise SystemExit(code) from None
         raise
+    ranks.leave()
     dist.destroy_process_group()

@@ -56,6 +56,8 @@ def train(
         bool, typer.Option("--skip-bad-lines", help="Leave out lines that are no prompt, or none for this target.")
     ] = False,
     trust_remote_code: o.Trust = False,
+    device_map: o.DeviceMap = None,
+    tensor_parallel: o.TensorParallel = False,
 ) -> None:
     """Train a draft head: answers and states, early stage, late stage. Run again, it goes on.
 
@@ -105,7 +107,20 @@ def train(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BeagleError(f"cannot write '{out}': {error.strerror}; choose another --out") from error
+    if tensor_parallel and o.target_ranks(ranks, tensor_parallel) and prompts:
+        raise BeagleError(
+            f"--prompts '{prompts}': answers are made by one process, and --tensor-parallel has {ranks.count}; make them "
+            "first (--answers-from, --device-map auto), then give their folder with --data"
+        )
+    if device_map and ranks.count > 1:
+        raise BeagleError(
+            f"--device-map {device_map}: each of {ranks.count} processes would fill all devices; start one process, or use "
+            "--tensor-parallel in its place"
+        )
     engine: dict[str, Any] = {"dtype": dtype, "device": ranks.device(device), "trust_remote_code": trust_remote_code}
+    engine["device_map"] = device_map
+    if tensor_parallel:
+        engine["tensor_parallel"], ranks = ranks, ranks.mirrored()
     loaded = o.load_target(target, quantize=quantize, state_layers=recipe.state_layers, **engine)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job's manager ends it as Ctrl-C does
     try:

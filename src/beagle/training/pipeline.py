@@ -240,10 +240,7 @@ def train_head(
     """
     folder = data or out / "data"
     if not ranks.leads:
-        ranks.wait_for("answers")
-        trainer = Trainer(target, _existing(target, folder, recipe.answers), out, recipe.train, recipe.head, ranks)
-        trainer.train(seconds=seconds)
-        return out / "head"
+        return _follow(target, folder, out, recipe, ranks, seconds, init)
     if prompts is None:
         refuse_without_answers(folder)
         if answers:
@@ -293,11 +290,29 @@ def train_head(
         }
         trainer.export(out / "head", about)
         write_json(out / "result.json", about)
+        ranks.tell("head")
         served = measure_served(trainer.head, out / "head", target, held_out)
         for line in served.lines(alphas) if served else ["no answer is held out, so that none is decoded to compare"]:
             console.print(line, highlight=False, style="yellow" if line.startswith("warning") else None)
         write_json(out / "result.json", about | {"served": served.as_dict() if served else None})
         return out / "head"
+
+
+def _follow(
+    target: Target, folder: Path, out: Path, recipe: Recipe, ranks: Ranks, seconds: float | None, init: Path | None
+) -> Path:
+    """What ranks but the first do of a run: compute, and write nothing."""
+    ranks.wait_for("answers")
+    trainer = Trainer(target, _existing(target, folder, recipe.answers), out, recipe.train, recipe.head, ranks)
+    held_out = [sample for group in trainer.validation for sample in group]
+    divided = target.ranks.count > 1  # then every pass of rank 0's needs all ranks
+    if divided and init and trainer.step == 0:
+        tau_of(init, target, held_out)
+    trainer.train(seconds=seconds)
+    if divided:
+        ranks.wait_for("head")
+        measure_served(trainer.head, out / "head", target, held_out)
+    return out / "head"
 
 
 def _existing(target: Target, folder: Path, config: AnswerConfig) -> StateStore:

@@ -128,7 +128,7 @@ def step_alpha(
     """
     tried = torch.zeros(steps, dtype=torch.long)
     right = torch.zeros(steps, dtype=torch.long)
-    for group in groups[ranks.rank :: ranks.count]:
+    for group in groups[ranks.every()]:
         for j, _, drafted, accepted in draft_chains(head, target, group, steps):
             tried[j] += int(drafted.sum())
             right[j] += int(accepted.sum())

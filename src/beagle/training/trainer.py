@@ -213,7 +213,7 @@ class Trainer:
                         stage = "early" if self.step < self.early_steps else "late"
                         note = f"loss {loss:.3f}" + (f"  α₁ {alphas[0]:.3f}" if alphas else "")
                         progress.update(task, completed=self.step, description=f"{stage} stage", note=note)
-                        if seconds is not None and self.ranks.agree(time.perf_counter() - started > seconds):
+                        if seconds is not None and self.ranks.agree_on(time.perf_counter() - started > seconds):
                             self.save()
                             return alphas
                     else:
@@ -290,7 +290,7 @@ class Trainer:
 
     def _resume(self) -> None:
         found = read_progress(self.out, self.identity()) if self.ranks.leads else None
-        progress = json.loads(self.ranks.broadcast(json.dumps(found).encode()))
+        progress = self.ranks.agree_on(found)
         if self.ranks.leads:
             cut_log(self.out, progress["step"] if progress else 0)
         if progress is None:

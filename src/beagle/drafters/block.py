@@ -83,6 +83,8 @@ class BlockConfig:
             for heads, shape in zip(target.layers.heads, target.layers.shapes, strict=True)
             if heads  # a convolution has none
         )
+        if target.ranks.count > 1:  # this rank has some of them
+            heads = setting(config, "num_attention_heads") or heads
         rope = setting(config, "rope_parameters") or {}
         rope = rope.get("full_attention") or rope
         act = setting(config, "hidden_act") or setting(config, "hidden_activation")

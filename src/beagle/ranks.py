@@ -298,17 +298,18 @@ def joined() -> Iterator[Ranks]:
 
     try:
         store, rank, count = next(dist.rendezvous("env://", timeout=MEETING))
+        attempt = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         gpus = torch.cuda.is_available() and dist.is_nccl_available()
         backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
         dist.init_process_group(
-            backend, store=dist.PrefixStore("group", store), rank=rank, world_size=count, timeout=STEP
+            backend, store=dist.PrefixStore("group", attempt), rank=rank, world_size=count, timeout=STEP
         )
     except (RuntimeError, ValueError) as error:
         raise BeagleError(
             f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} can't reach the others ({reason_of(error)}); start all of "
             "them with torchrun or accelerate launch, and see that MASTER_ADDR:MASTER_PORT can be reached"
         ) from error
-    ranks = Ranks(rank, count, dist.PrefixStore("beagle", store))
+    ranks = Ranks(rank, count, dist.PrefixStore("beagle", attempt))
     if ranks.leads:
         ranks.give_signs_of_life()
     try:

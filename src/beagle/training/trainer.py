@@ -151,7 +151,7 @@ class Trainer:
             "target": self.target.digest,
             "data": order.hexdigest()[:16],
         }
-        self.ranks.refuse_difference(about, "give all ranks the same recipe, target and --data")
+        self.ranks.refuse_difference(about, "give all ranks the same recipe, target and data")
         return first
 
     def _lm_head(self) -> LMHeadWeights:

@@ -11,7 +11,7 @@ import beagle
 ROOT = Path(beagle.__file__).parent
 # from below to above: a module imports from its own line and those above it in this list
 LAYERS = [
-    {"errors", "limits", "hf", "files", "memory", "threads"},
+    {"errors", "limits", "hf", "files", "memory", "threads", "ranks"},
     {"targets"},
     {"drafters"},
     {"decoding"},

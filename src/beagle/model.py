@@ -19,7 +19,9 @@ from beagle.decoding.text import StopText
 from beagle.drafters.base import Drafter, TreePlan
 from beagle.drafters.load import load_drafter, resolve_draft, state_layers
 from beagle.errors import BeagleError
+from beagle.ranks import ALONE, Ranks
 from beagle.targets.chat import Message, encode
+from beagle.targets.devices import DeviceMap
 from beagle.targets.loading import DEFAULT_TARGET, load_target
 from beagle.targets.target import Target
 
@@ -273,6 +275,8 @@ def load(
     trust_remote_code: bool = False,
     quantize: str | None = None,
     prefix_cache: int = 0,
+    device_map: DeviceMap | None = None,
+    tensor_parallel: Ranks = ALONE,
 ) -> Model:
     """Load a target and its drafter.
 
@@ -292,6 +296,10 @@ def load(
         prefix_cache: most tokens whose keys and values are kept when answers end, for prompts of ``generate`` and
             ``stream`` that begin with the same tokens, as a dialogue's next turn does: only what is new is run. In
             half precision a near-tie may fall otherwise than without. Exact mode doesn't use it. 0 keeps none.
+        device_map: ``auto``, or a map as transformers takes it: what one device has no room for is kept in the CPU's memory
+            or on disk.
+        tensor_parallel: processes among which the target's layers are divided, see ``beagle.ranks.joined``. All of them
+            make the same calls.
 
     Returns:
         The target with its drafter.
@@ -301,5 +309,8 @@ def load(
     """
     spec = resolve_draft(draft, target)
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    loaded = load_target(target, quantize=quantize, state_layers=state_layers(spec, target), **options)
+    loaded = load_target(
+        target, quantize=quantize, state_layers=state_layers(spec, target), device_map=device_map,
+        tensor_parallel=tensor_parallel, **options,
+    )  # fmt: skip
     return Model(loaded, load_drafter(spec, loaded, **options), plan, prefix_cache=prefix_cache)

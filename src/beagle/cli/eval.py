@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,9 +13,14 @@ from beagle.errors import BeagleError
 from beagle.evaluation.records import Record, read_records, read_result
 from beagle.files import first_change
 
+if TYPE_CHECKING:
+    from beagle.ranks import Ranks
+
 
 @o.with_setup
+@o.with_ranks
 def eval(
+    ranks: Ranks,
     *,
     suite: Annotated[str | None, typer.Option(help="quick (ships with the package), paper or spec-bench.")] = None,
     questions: Annotated[
@@ -45,6 +50,7 @@ def eval(
     temperature: o.Temperature = 0.0,
     seed: o.Seed = 0,
     setup: o.Setup,
+    tensor_parallel: o.TensorParallel = False,
     skip_bad_lines: Annotated[
         bool, typer.Option("--skip-bad-lines", help="Leave out lines that are no question, or none for this target.")
     ] = False,
@@ -70,6 +76,9 @@ def eval(
         raise BeagleError(f"give either --suite ({', '.join(suites.SUITES)}) or --questions FILE")
     if resume and json is None:
         raise BeagleError("--resume needs --json, the file to go on with")
+    if o.target_ranks(ranks, tensor_parallel).count > 1 and resume:
+        raise BeagleError("--resume does not go with --tensor-parallel; start over, with another --json")
+    json = json if ranks.leads else None
     sets = suites.load_suite(suite, limit) if suite else suites.load_questions(questions or [], limit, skip_bad_lines)
     if first_turns:
         sets = suites.first_turns(sets)
@@ -87,7 +96,10 @@ def eval(
     }  # fmt: skip
     records = _earlier(json, resume, arguments)
     layers = drafts.state_layers(chosen, setup.target)
-    loaded = o.load_target(setup.target, quantize=setup.quantize, state_layers=layers, **setup.engine())
+    loaded = o.load_target(
+        setup.target, quantize=setup.quantize, state_layers=layers, device_map=setup.device_map, tensor_parallel=ranks,
+        **setup.engine(),
+    )  # fmt: skip
     sets = {name: answerable(loaded, prompts, skip_bad_lines) for name, prompts in sets.items()}
     systems = load_systems(loaded, chosen, drafts, plan, **setup.engine())
     with o.console.status("measuring what a pass costs here"):

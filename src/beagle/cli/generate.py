@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,9 +13,14 @@ from beagle.cli import options as o
 from beagle.decoding.stats import Stats
 from beagle.errors import BeagleError
 
+if TYPE_CHECKING:
+    from beagle.ranks import Ranks
+
 
 @o.with_setup
+@o.with_ranks
 def generate(
+    ranks: Ranks,
     *,
     prompt: Annotated[str, typer.Argument(help="The question; '-' reads standard input.")],
     setup: o.Setup,
@@ -40,6 +45,7 @@ def generate(
     seed: o.Seed = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text (repeatable).")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
+    tensor_parallel: o.TensorParallel = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No figures after the answer.")] = False,
 ) -> None:
     """Answer one prompt, streaming; the figures follow on standard error.
@@ -50,12 +56,12 @@ def generate(
     """
     if prompt == "-":
         try:
-            prompt = sys.stdin.read()
+            prompt = ranks.agree_on(sys.stdin.read() if ranks.leads else None)
         except UnicodeDecodeError as error:
             raise BeagleError(f"standard input is no UTF-8 text ({error}); convert it first") from error
     elif len(prompt) < 200 and prompt.endswith(".txt") and Path(prompt).is_file():
         raise BeagleError(f"'{prompt}' is a file; pipe it in: beagle generate - < {prompt}")
-    model = setup.load_model()
+    model = setup.load_model(tensor_parallel=o.target_ranks(ranks, tensor_parallel))
     stats = Stats()
     pieces = model.stream(
         prompt,

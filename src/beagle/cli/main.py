@@ -42,9 +42,15 @@ app.add_typer(research.app, name="research")
 
 @app.callback()
 def options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Options of every command."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count != "1" and "RANK" in os.environ and context.invoked_subcommand not in ("train", "generate", "eval"):
+        raise BeagleError(
+            f"beagle {context.invoked_subcommand} is one process, and a launcher has started {count}; start it without"
+        )
 
 
 def run() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from collections.abc import Callable
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
@@ -19,6 +21,7 @@ from beagle.limits import MAX_NODES
 
 if TYPE_CHECKING:
     from beagle.model import Model
+    from beagle.ranks import Ranks
     from beagle.targets.target import Target
 
 
@@ -44,6 +47,19 @@ Quantize = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda.")]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        help="auto: layers that one GPU has no room for are kept in the CPU's memory or on disk, and brought for each pass."
+    ),
+]
+TensorParallel = Annotated[
+    bool,
+    typer.Option(
+        "--tensor-parallel",
+        help="Divide the target's layers among the processes: torchrun --nproc-per-node N -m beagle …",
+    ),
+]
 Exact = Annotated[
     bool, typer.Option("--exact", help="Shape-stable passes: bit-equal to plain decoding in half precision too.")
 ]
@@ -93,6 +109,7 @@ class Setup:
     tree_top_k: TreeTopK = PLAN.top_k
     nodes: Nodes = 0
     trust_remote_code: Trust = False
+    device_map: DeviceMap = None
 
     def plan(self) -> TreePlan:
         return tree_plan(self.tree, self.depth, self.tree_top_k, self.nodes)
@@ -103,7 +120,7 @@ class Setup:
 
     def load_model(self, **options: Any) -> Model:
         """The target and its drafter; further options as of ``beagle.load``."""
-        own = {"plan": self.plan(), "quantize": self.quantize, **self.engine()}
+        own = {"plan": self.plan(), "quantize": self.quantize, "device_map": self.device_map, **self.engine()}
         return load_model(self.target, self.draft, **own, **options)
 
     def arguments(self) -> dict[str, Any]:
@@ -114,6 +131,7 @@ class Setup:
             "exact": self.exact, "target": redact_paths(self.target), "draft": redact_paths(self.draft),
             "dtype": self.dtype, "device": self.device, "quantize": self.quantize, "tree": self.tree,
             "depth": self.depth, "top_k": self.tree_top_k, "nodes": self.nodes or "by cost",
+            "device_map": self.device_map,  # older files don't have it
         }  # fmt: skip
 
 
@@ -134,6 +152,47 @@ def with_setup(command: Callable[..., None]) -> Callable[..., None]:
     expanded.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return expanded
+
+
+def with_ranks(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, with the processes that a launcher has started it in as its parameter ``ranks``; rank 0 prints."""
+
+    @wraps(command)
+    def joined(**given: Any) -> None:
+        from beagle.ranks import joined as joined_ranks
+
+        with ExitStack() as stack:
+            ranks = stack.enter_context(joined_ranks())
+            if not ranks.leads:
+                from beagle.targets import loading
+
+                console.quiet = loading._console.quiet = True
+                stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            command(ranks=ranks, **given)
+
+    hints = get_type_hints(command, localns={"Ranks": Any}, include_extras=True)
+    own = inspect.signature(command)
+    parameters = [whole.replace(annotation=hints[name]) for name, whole in own.parameters.items() if name != "ranks"]
+    joined.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    joined.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return joined
+
+
+def target_ranks(ranks: Ranks, tensor_parallel: bool) -> Ranks:
+    """The ranks that a target is divided among, where a command runs in more than one process for nothing else.
+
+    Raises:
+        BeagleError: there is one process, or there are several for nothing.
+    """
+    if tensor_parallel and ranks.count == 1:
+        raise BeagleError(
+            "--tensor-parallel needs several processes; start them: torchrun --nproc-per-node N -m beagle …"
+        )
+    if ranks.count > 1 and not tensor_parallel:
+        raise BeagleError(
+            f"{ranks.count} processes would do the same work; add --tensor-parallel, or start one process"
+        )
+    return ranks
 
 
 def tree_plan(tree: str, depth: int, top_k: int, nodes: int) -> TreePlan:

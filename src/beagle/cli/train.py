@@ -13,10 +13,13 @@ from beagle.cli import options as o
 from beagle.errors import BeagleError
 
 if TYPE_CHECKING:
+    from beagle.ranks import Ranks
     from beagle.training.server import Endpoint
 
 
+@o.with_ranks
 def train(
+    ranks: Ranks,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; the head ends in OUT/head.")],
     prompts: Annotated[
         Path | None, typer.Option(help="Prompts, JSON lines or an array, gzipped or not; the target answers them.")
@@ -53,6 +56,8 @@ def train(
         bool, typer.Option("--skip-bad-lines", help="Leave out lines that are no prompt, or none for this target.")
     ] = False,
     trust_remote_code: o.Trust = False,
+    device_map: o.DeviceMap = None,
+    tensor_parallel: o.TensorParallel = False,
 ) -> None:
     """Train a draft head: answers and states, early stage, late stage. Run again, it goes on.
 
@@ -102,7 +107,20 @@ def train(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BeagleError(f"cannot write '{out}': {error.strerror}; choose another --out") from error
-    engine: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    if tensor_parallel and o.target_ranks(ranks, tensor_parallel) and prompts:
+        raise BeagleError(
+            f"--prompts '{prompts}': answers are made by one process, and --tensor-parallel has {ranks.count}; make them "
+            "first (--answers-from, --device-map auto), then give their folder with --data"
+        )
+    if device_map and ranks.count > 1:
+        raise BeagleError(
+            f"--device-map {device_map}: each of {ranks.count} processes would fill all devices; start one process, or use "
+            "--tensor-parallel in its place"
+        )
+    engine: dict[str, Any] = {"dtype": dtype, "device": ranks.device(device), "trust_remote_code": trust_remote_code}
+    engine["device_map"] = device_map
+    if tensor_parallel:
+        engine["tensor_parallel"], ranks = ranks, ranks.mirrored()
     loaded = o.load_target(target, quantize=quantize, state_layers=recipe.state_layers, **engine)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job's manager ends it as Ctrl-C does
     try:
@@ -119,9 +137,11 @@ def train(
             init=start,
             command=command_line(),
             log_with=log_with,
+            ranks=ranks,
         )
     except KeyboardInterrupt:
-        o.console.print(f"[yellow]stopped; nothing is lost: run the same command again to go on in {out}[/yellow]")
+        if ranks.stopped():
+            o.console.print(f"[yellow]stopped; nothing is lost: run the same command again to go on in {out}[/yellow]")
         raise
     finally:
         signal.signal(signal.SIGTERM, before)

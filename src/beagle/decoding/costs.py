@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -205,8 +206,11 @@ def cached_costs(
 
     Args:
         fresh: measure again, and let the cache know.
+
+    Ranks that a target is divided among take rank 0's, so that all draft the same trees.
     """
-    key = {
+    ranks = target.ranks
+    key: dict[str, Any] = {
         "machine": platform.node() + platform.machine() + platform.processor(),
         "device": torch.cuda.get_device_name() if target.device.type == "cuda" else "cpu",
         "target": target.name,
@@ -223,15 +227,19 @@ def cached_costs(
         "exact": exact,
         "batch": SEVERAL if batch else 0,
     }
+    if ranks.count > 1:
+        key["ranks"] = ranks.count
     path = cache_dir() / "costs.json"
     known = _read(path)
-    for entry in known if not fresh else ():
-        if entry.get("key") == key and set(entry.get("costs", ())) == {field.name for field in fields(Costs)}:
-            costs = Costs(**entry["costs"])
-            if exact or batch or still_true(costs, target):
-                return costs
-    costs = measure(target, drafter, plan, exact, batch)
-    if not costs.steady:
+    names = {field.name for field in fields(Costs)}
+    kept = next((e["costs"] for e in known if e.get("key") == key and set(e.get("costs", ())) == names), None)
+    kept = ranks.agree_on(None if fresh else kept)
+    if kept is not None:
+        costs = Costs(**kept)
+        if exact or batch or ranks.agree_on(still_true(costs, target)):
+            return costs
+    costs = Costs(**ranks.agree_on(measure(target, drafter, plan, exact, batch).__dict__))
+    if not (costs.steady and ranks.leads):
         return costs
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -83,6 +83,8 @@ class BlockConfig:
             for heads, shape in zip(target.layers.heads, target.layers.shapes, strict=True)
             if heads  # a convolution has none
         )
+        if target.ranks.count > 1:  # this rank has some of them
+            heads = setting(config, "num_attention_heads") or heads
         rope = setting(config, "rope_parameters") or {}
         rope = rope.get("full_attention") or rope
         act = setting(config, "hidden_act") or setting(config, "hidden_activation")
@@ -153,6 +155,8 @@ class Layer(nn.Module):
 
     Attributes:
         dropout: while training, of attention's output and the MLP's middle.
+        part: of a batch that is computed in parts, which samples these are, of how many; None: it is computed at once.
+            What is dropped does not depend on it.
     """
 
     config: BlockConfig
@@ -161,6 +165,7 @@ class Layer(nn.Module):
         super().__init__()
         self.config = config
         self.dropout = 0.0
+        self.part: tuple[slice, int] | None = None
 
     def _add_attention(self, width: int | None = None) -> None:
         """
@@ -216,6 +221,12 @@ class Layer(nn.Module):
     def _drop(self, x: Tensor) -> Tensor:
         if not (self.dropout and self.training):
             return x
+        if self.part is not None:
+            samples, of = self.part
+            return x * self._dropped(x.new_ones(of, *x.shape[1:]))[samples]
+        return self._dropped(x)
+
+    def _dropped(self, x: Tensor) -> Tensor:
         return drop(x, self.dropout) if x.device.type == "cpu" else F.dropout(x, self.dropout)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from beagle.errors import BeagleError
+from beagle.targets.devices import named_weights
 
 
 def whole_of(model: Any) -> nn.Module:
@@ -36,8 +37,8 @@ def weights_of_a_pass(base: nn.Module, head: nn.Module, embed: nn.Module) -> tup
 def weights_digest(model: nn.Module) -> str:
     """Tells models of one shape apart by up to 256 values of every weight; the same in every dtype that holds them."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        values = parameter.detach().flatten()
+    for name, weight in named_weights(model):
+        values = weight.flatten()
         few = values[:: max(1, len(values) // 256)][:256].to("cpu", torch.bfloat16)
         digest.update(name.encode() + few.float().numpy().tobytes())
     return digest.hexdigest()[:16]

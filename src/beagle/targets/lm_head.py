@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from beagle.errors import BeagleError
+from beagle.targets.devices import present
 from beagle.targets.linears.packed import packed
 from beagle.targets.linears.quantized import VectorQuantizer, quantized
 
@@ -65,8 +66,9 @@ class LMHead:
 
         They carry the model's logit scale; a soft cap, which changes no order, is left out.
         """
-        weight: Tensor = self._head.weight
-        bias: Tensor | None = self._head.bias
+        with present(self._head):
+            weight: Tensor = self._head.weight
+            bias: Tensor | None = self._head.bias
         if index is not None:
             weight, bias = weight[index], None if bias is None else bias[index]
         if self._scale != 1.0:

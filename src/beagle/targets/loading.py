@@ -21,8 +21,10 @@ from safetensors import SafetensorError
 from beagle.errors import BeagleError
 from beagle.hf import auto_class
 from beagle.memory import use_huge_pages
-from beagle.targets import aot_cache, compiled
+from beagle.ranks import ALONE, Ranks
+from beagle.targets import aot_cache, compiled, devices
 from beagle.targets.captured import Captured
+from beagle.targets.devices import DeviceMap
 from beagle.targets.family import refuse_unsupported
 from beagle.targets.generation import left_out
 from beagle.targets.linears.quantized import check_kind
@@ -85,6 +87,8 @@ def load_target(
     trust_remote_code: bool = False,
     quantize: str | None = None,
     state_layers: Sequence[int] | Callable[[int], Sequence[int]] = (),
+    device_map: DeviceMap | None = None,
+    tensor_parallel: Ranks = ALONE,
 ) -> Target:
     """Load a target; ``quantize`` and ``state_layers`` as of ``Target``, other arguments and errors as of ``load_model``.
 
@@ -94,11 +98,17 @@ def load_target(
     settings that would change greedy answers.
     """
     check_kind(quantize)
-    model, tokenizer = load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    devices.refuse_together(name, device, quantize, device_map, tensor_parallel)
+    model, tokenizer = load_model(
+        name, dtype=dtype, device=device, trust_remote_code=trust_remote_code, device_map=device_map,
+        tensor_parallel=tensor_parallel,
+    )  # fmt: skip
     refuse_unsupported(model.config, name)
     layers = state_layers
     if callable(layers):
         layers = layers(int(model.config.get_text_config(decoder=True).num_hidden_layers))
+    if device_map is not None or tensor_parallel.count > 1:  # the weights are where they are, and ranks go in step
+        return Target(model, tokenizer, name, pack=False, state_layers=layers, ranks=tensor_parallel)
     fast = compiled.find(compiled_dir(), model, quantize, layers)  # before the weights are packed
     target = Target(model, tokenizer, name, quantize, cache_dir() / "probes", state_layers=layers)
     if fast is not None:
@@ -130,7 +140,13 @@ def load_target(
 
 
 def load_model(
-    name: str = DEFAULT_TARGET, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    name: str = DEFAULT_TARGET,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    device_map: DeviceMap | None = None,
+    tensor_parallel: Ranks = ALONE,
 ) -> tuple[Any, Any]:
     """Load a transformers model and its tokenizer, as they are.
 
@@ -139,6 +155,10 @@ def load_model(
         dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         trust_remote_code: run code that comes with the model.
+        device_map: ``auto``, or a map as transformers takes it: what one device has no room for is kept in the CPU's memory
+            or on disk, and brought for each pass. One GPU at most computes.
+        tensor_parallel: ranks that hold a share of every layer each (see ``beagle.ranks.joined``). All of them load the
+            target and make the same calls. ``device`` is each one's own then.
 
     Returns:
         The model in evaluation mode, and its tokenizer.
@@ -152,6 +172,7 @@ def load_model(
     kind = pick_dtype(dtype, where)
     source = resolve(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    spread, scratch = devices.options(name, device_map, tensor_parallel, cache_dir())
     config: Any = None
     try:
         config = AutoConfig.from_pretrained(source, **options)
@@ -164,7 +185,7 @@ def load_model(
                 "model"
             )
         model, report = auto.from_pretrained(
-            source, config=config, dtype=kind, use_safetensors=True, output_loading_info=True, **options
+            source, config=config, dtype=kind, use_safetensors=True, output_loading_info=True, **spread, **options
         )
         if missing := sorted(report["missing_keys"]):
             raise BeagleError(f"target '{name}': its weights lack {missing[0]}; copy or download it again")
@@ -177,6 +198,10 @@ def load_model(
         raise BeagleError(
             f"target '{name}' can't be loaded: {first_line(error)}; check or download it again"
         ) from error
+    if spread:
+        devices.refuse_unserved(model, name, tensor_parallel)
+        model.offloaded = scratch
+        return model.eval(), tokenizer
     return model.to(where).eval(), tokenizer
 
 

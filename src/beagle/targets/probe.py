@@ -20,6 +20,7 @@ from beagle.errors import BeagleError
 from beagle.hf import AttentionInterface, AttentionMaskInterface
 from beagle.targets.attention import NAME
 from beagle.targets.cache import LayerShape
+from beagle.targets.devices import device_of
 from beagle.targets.family import base_of, context_limit
 from beagle.targets.layers import Layers
 from beagle.targets.mask_rules import chunk_of, window_of
@@ -215,7 +216,7 @@ def learn(model: Any, name: str, expected: int | None = None) -> Layers:
         BeagleError: a layer computes its attention elsewhere, or what it sees is no sliding window.
     """
     base = base_of(model)
-    device = next(base.parameters()).device
+    device = device_of(model)
     limit, _ = context_limit(model.config.get_text_config(decoder=True))
     notes = _Notes(name, max(TOKENS, min(limit, MOST_KEYS)))
     model.set_attn_implementation(PROBE)

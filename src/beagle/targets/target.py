@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from beagle.errors import BeagleError
 from beagle.hf import own_attention
 from beagle.limits import MAX_TREE_TOKENS
+from beagle.ranks import ALONE, Ranks
 from beagle.targets import probe, proof
 from beagle.targets.attention import NAME
 from beagle.targets.cache import KVCache
+from beagle.targets.devices import device_of
 from beagle.targets.family import (
     base_of,
     context_limit,
@@ -71,6 +73,7 @@ class Target:
         probes: Path | None = None,
         pack: bool = True,
         state_layers: Sequence[int] = (),
+        ranks: Ranks = ALONE,
     ) -> None:
         """
         Args:
@@ -83,6 +86,7 @@ class Target:
             pack: reorder weights for the CPU's kernels (see ``targets.linears.packed``). Without, passes read the model's
                 own weights, whatever is written to them later.
             state_layers: numbers of the layers, from 1 on, whose outputs a draft head reads beside the top state.
+            ranks: that the model's layers are divided among; each runs the same passes at the same time.
         Raises:
             BeagleError: the family keeps no plain KV cache, or computes something that the pass does not;
                 or there is no kernel to quantise with, or no such layer.
@@ -92,13 +96,14 @@ class Target:
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
+        self.ranks = ranks
         self.config: Any = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
         self.base = base_of(model)
         self.head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
         self.embed: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
         weight: Tensor = self.embed.weight
         self.vocab_size, self.hidden_size = weight.shape
-        self.device, self.dtype = weight.device, weight.dtype
+        self.device, self.dtype = device_of(model), weight.dtype
         self.context_limit, self.context_ends = context_limit(self.config)
         self.eos_ids = eos_ids(model, tokenizer)
         model.eval().requires_grad_(False)

@@ -18,7 +18,9 @@ class TrainConfig:
     """The paper's values as defaults; our recipes stand in ``configs/``.
 
     Attributes:
-        batch_tokens: padded tokens a step (the paper: 16 sequences).
+        batch_tokens: padded tokens a step (the paper: 16 sequences), of all processes together.
+        micro_batch_tokens: padded tokens that a process computes at once, against want of memory; the gradients of larger
+            batches are accumulated, which changes them no more than rounding does. None: its share of the batch.
         early_epochs: of the architecture's parallel stage.
         late_epochs: of its simulated one, ``steps`` drafted levels deep (see ``stages.STAGES``).
         window: k.
@@ -45,6 +47,7 @@ class TrainConfig:
     early_window: Positive | None = None
     steps: Positive = 4
     batch_tokens: Positive = 16 * 2048
+    micro_batch_tokens: Positive | None = None
     learning_rate: Annotated[float, Field(gt=0)] = 3e-5
     warmup_steps: Annotated[int, Field(ge=0)] = 2000
     schedule: Literal["constant", "cosine"] = "constant"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,15 +92,21 @@ def batches(
         yield from (g for g in groups if g)
 
 
-def collate(group: list[Stored], target: Target, columns: Tensor | None = None) -> Batch:
+def padded_tokens(group: Sequence[Stored], target: Target) -> int:
+    """Tokens that each sample of a batch is padded to."""
+    return min(round_up(max(len(s.tokens) for s in group), ROUND), target.context_limit)
+
+
+def collate(group: Sequence[Stored], target: Target, columns: Tensor | None = None, n: int | None = None) -> Batch:
     """Pad a group and look its embeddings up, in fp32; run the target where no states are stored.
 
     Args:
         group: samples.
         target: their model.
         columns: what the head reads of a state, as of ``Target.columns``.
+        n: tokens that each sample is padded to; None: see ``padded_tokens``.
     """
-    n = min(round_up(max(len(s.tokens) for s in group), ROUND), target.context_limit)
+    n = n or padded_tokens(group, target)
     tokens = torch.zeros(len(group), n, dtype=torch.long)
     for i, sample in enumerate(group):
         tokens[i, : len(sample.tokens)] = sample.tokens

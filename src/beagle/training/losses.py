@@ -148,16 +148,17 @@ def total(values: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def dpace_weights(acceptance: Tensor, real: Sequence[Tensor]) -> Tensor:
+def dpace_weights(acceptance: Tensor, real: Sequence[Tensor], normalise: bool = True) -> Tensor:
     """Weights of drafted steps by what each is worth for the accepted length (D-PACE, arXiv 2605.18810).
 
     Step j of a chain weighs Σ_{m ≥ j} Π_{i ≤ m} ã_i, with ã_i = (1 - 0.5) α_i + 0.5 of that chain's own steps:
-    a step that later ones depend on, or that earlier ones often lead to, counts more. Weights sum to 1.
+    a step that later ones depend on, or that earlier ones often lead to, counts more.
 
     Args:
         acceptance: α of the real slots, step after step, ``[slots]``.
         real: per step, which of its slots bear a loss, bool ``[batch, chains]``; column c is the same chain at
             every step.
+        normalise: let the weights sum to 1.
 
     Returns:
         ``[slots]``, without a gradient.
@@ -167,7 +168,7 @@ def dpace_weights(acceptance: Tensor, real: Sequence[Tensor]) -> Tensor:
     smoothed[mask] = (1 - DPACE_SMOOTHING) * acceptance + DPACE_SMOOTHING
     reached = smoothed.cumprod(0)
     weights = reached.flip(0).cumsum(0).flip(0)[mask]
-    return weights / weights.sum()
+    return weights / weights.sum() if normalise else weights
 
 
 def regression(predicted: Tensor, true: Tensor, weights: Tensor) -> Tensor:

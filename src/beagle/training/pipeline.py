@@ -17,6 +17,7 @@ from beagle.drafters.checkpoint import load_head
 from beagle.errors import BeagleError
 from beagle.files import write_json
 from beagle.meta import describe
+from beagle.ranks import ALONE, Ranks
 from beagle.targets.target import Target
 from beagle.training.answer_files import AnswerFolder
 from beagle.training.answers import AnswerGenerator, Sample
@@ -218,6 +219,7 @@ def train_head(
     init: Path | None = None,
     command: str | None = None,
     log_with: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """The whole run; every part resumes.
 
@@ -230,12 +232,15 @@ def train_head(
         init: folder of a head whose weights this one starts from; the recipe has its shape (see ``with_shape_of``).
         command: that is run, for ``result.json``.
         log_with: a tracker that gets what ``log.csv`` gets (see ``tracking``).
+        ranks: the processes that train together; rank 0 makes answers and writes files, the others wait for the answers.
     Returns:
         The draft checkpoint's folder.
     Raises:
         BeagleError: see the message; what takes no answer to find out is found out before the first.
     """
     folder = data or out / "data"
+    if not ranks.leads:
+        return _follow(target, folder, out, recipe, ranks, seconds, init)
     if prompts is None:
         refuse_without_answers(folder)
         if answers:
@@ -259,7 +264,8 @@ def train_head(
                 store = make_answers(target, prompts, folder, recipe.answers, console, skip_bad_lines, stored)
             else:
                 store = _existing(target, folder, recipe.answers)
-            trainer = Trainer(target, store, out, recipe.train, recipe.head)
+            ranks.tell("answers")
+            trainer = Trainer(target, store, out, recipe.train, recipe.head, ranks)
             held_out = [sample for group in trainer.validation for sample in group]
             if init and first and trainer.step == 0:
                 tau = tau_of(init, target, held_out)
@@ -284,11 +290,29 @@ def train_head(
         }
         trainer.export(out / "head", about)
         write_json(out / "result.json", about)
+        ranks.tell("head")
         served = measure_served(trainer.head, out / "head", target, held_out)
         for line in served.lines(alphas) if served else ["no answer is held out, so that none is decoded to compare"]:
             console.print(line, highlight=False, style="yellow" if line.startswith("warning") else None)
         write_json(out / "result.json", about | {"served": served.as_dict() if served else None})
         return out / "head"
+
+
+def _follow(
+    target: Target, folder: Path, out: Path, recipe: Recipe, ranks: Ranks, seconds: float | None, init: Path | None
+) -> Path:
+    """What ranks but the first do of a run: compute, and write nothing."""
+    ranks.wait_for("answers")
+    trainer = Trainer(target, _existing(target, folder, recipe.answers), out, recipe.train, recipe.head, ranks)
+    held_out = [sample for group in trainer.validation for sample in group]
+    divided = target.ranks.count > 1  # then every pass of rank 0's needs all ranks
+    if divided and init and trainer.step == 0:
+        tau_of(init, target, held_out)
+    trainer.train(seconds=seconds)
+    if divided:
+        ranks.wait_for("head")
+        measure_served(trainer.head, out / "head", target, held_out)
+    return out / "head"
 
 
 def _existing(target: Target, folder: Path, config: AnswerConfig) -> StateStore:

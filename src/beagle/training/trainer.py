@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -14,18 +15,20 @@ import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from beagle.drafters.block import Block, Layer
 from beagle.drafters.checkpoint import HEADS, save_head
 from beagle.errors import BeagleError
 from beagle.files import replacing, write_json
+from beagle.ranks import ALONE, RankLost, Ranks
 from beagle.targets.loading import first_line, pick_dtype
 from beagle.targets.target import Target
 from beagle.training.config import TrainConfig
-from beagle.training.data import Stored, batches, collate, frequent_tokens, nothing_to_train_on, samples
+from beagle.training.data import Stored, batches, frequent_tokens, nothing_to_train_on, padded_tokens, samples
 from beagle.training.folder import CHECKPOINT, COLUMNS, append_log, cut_log, identity, read_progress
+from beagle.training.gradients import Draw, Gradients
 from beagle.training.stages import LMHeadWeights, lm_head_rows, stage_loss, step_alpha
 from beagle.training.states import StateStore
 from beagle.training.windows import Batch
@@ -74,24 +77,41 @@ def refuse_before_answers(target: Target, out: Path, config: TrainConfig, option
 
 
 class Trainer:
-    """One training run in one folder; started again, it goes on where its last checkpoint stands."""
+    """One training run in one folder; started again, it goes on where its last checkpoint stands.
+
+    Several ranks compute a share of each batch each. Their number changes nothing but the rounding.
+    """
 
     def __init__(
-        self, target: Target, store: StateStore, out: Path, config: TrainConfig, head: dict[str, Any] | None = None
+        self,
+        target: Target,
+        store: StateStore,
+        out: Path,
+        config: TrainConfig,
+        head: dict[str, Any] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """
         Args:
+            target: the model that is drafted for.
+            store: its answers.
+            out: folder of the run; rank 0 alone reads and writes it.
+            config: settings of the training.
             head: ``architecture`` (default: beagle) and settings of that head's config.
+            ranks: the processes that train together.
+        Raises:
+            BeagleError: there is nothing to train on, the run in ``out`` is another one, or ranks differ in recipe,
+                target or answers.
         """
-        self.target, self.store, self.out, self.config = target, store, out, config
+        self.target, self.store, self.out, self.config, self.ranks = target, store, out, config, ranks
         torch.manual_seed(config.seed)
         self.head_options = head or {}
         self.head = new_head(target, config, self.head_options)
         if size := config.draft_vocab_size:
             self.head.draft_vocab.copy_(frequent_tokens(store, size, target.vocab_size, target.eos_ids))
-        self.columns = target.columns(self.head.config.kv_layers)
         self.autocast = config.autocast and pick_dtype("auto", target.device) == torch.bfloat16
         self.lm_head = self._lm_head()
+        self.gradients = Gradients(self.head, target, config, ranks, self.autocast)
         self.optimizer = torch.optim.AdamW(
             self.head.parameters(),
             lr=config.learning_rate,
@@ -106,13 +126,33 @@ class Trainer:
         self.tried: list[int] = []  # drafts that each of the last step-α is a share of
         self.validation = [held[i : i + 16] for i in range(0, len(held), 16)]
         counted = batches(store, tokens=config.batch_tokens, seed=config.seed, epoch=0, with_states=False)
+        if ranks.count > 1:
+            counted = iter(self._same_on_all_ranks(list(counted)))
         self.per_epoch = sum(1 for _ in counted)
         if not self.per_epoch:
             raise BeagleError(f"'{store.folder}' {nothing_to_train_on(store)}")
         self.early_steps = round(config.early_epochs * self.per_epoch)
         self.total = self.early_steps + round(config.late_epochs * self.per_epoch)
-        out.mkdir(parents=True, exist_ok=True)
+        if ranks.leads:
+            out.mkdir(parents=True, exist_ok=True)
         self._resume()
+
+    def _same_on_all_ranks(self, first: list[list[Stored]]) -> list[list[Stored]]:
+        """The batches of the first epoch, which every rank must see alike.
+
+        Raises:
+            BeagleError: another rank has others, or another recipe or target.
+        """
+        order = hashlib.sha256()
+        for sample in itertools.chain.from_iterable(first):
+            order.update(f"{sample.id} {sample.answer_from} ".encode() + sample.tokens.numpy().tobytes())
+        about = {
+            "recipe": hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16],
+            "target": self.target.digest,
+            "data": order.hexdigest()[:16],
+        }
+        self.ranks.refuse_difference(about, "give all ranks the same recipe, target and data")
+        return first
 
     def _lm_head(self) -> LMHeadWeights:
         """In the dtype of products: autocast would cast it for each of them, since it keeps only what is trained."""
@@ -147,8 +187,9 @@ class Trainer:
         started = time.perf_counter()
         self.head.train()
         alphas: list[float] = []
+        self._share_weights()
         columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-        with Progress(*columns, console=Console(stderr=True)) as progress:
+        with Progress(*columns, console=Console(stderr=True), disable=not self.ranks.leads) as progress:
             task = progress.add_task("training", total=self.total, completed=self.step, note="")
             try:
                 while self.step < self.total:
@@ -172,12 +213,12 @@ class Trainer:
                         stage = "early" if self.step < self.early_steps else "late"
                         note = f"loss {loss:.3f}" + (f"  α₁ {alphas[0]:.3f}" if alphas else "")
                         progress.update(task, completed=self.step, description=f"{stage} stage", note=note)
-                        if seconds is not None and time.perf_counter() - started > seconds:
+                        if seconds is not None and self.ranks.agree_on(time.perf_counter() - started > seconds):
                             self.save()
                             return alphas
                     else:
                         self.epoch, self.at = self.epoch + 1, 0
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, RankLost):
                 self.save()
                 raise
         alphas = alphas or self._validate()  # none: resumed at its end
@@ -186,25 +227,21 @@ class Trainer:
 
     def _validate(self) -> list[float]:
         self.head.eval()
-        alphas, self.tried = step_alpha(self.head, self.target, self.validation, 5)
+        alphas, self.tried = step_alpha(self.head, self.target, self.validation, 5, self.ranks)
         self.head.train()
         return alphas
 
     def _one(self, group: list[Stored]) -> float:
         began = time.perf_counter()
         c = self.config
-        batch = collate(group, self.target, self.columns)
+        shape = (len(group), padded_tokens(group, self.target), self.head.config.state_size)
         random = torch.Generator(device=self.target.device).manual_seed(c.seed * 1_000_003 + self.step)
-        noise = torch.randn(batch.states.shape, generator=random, device=self.target.device)
+        noise = torch.randn(shape, generator=random, device=self.target.device)
         for part in self.optimizer.param_groups:
             part["lr"] = self.learning_rate(self.step)
         stage = "early" if self.step < self.early_steps else "late"
         offset = int(torch.randint(c.stage_window(stage), (), generator=random, device=self.target.device))
-        torch.manual_seed(c.seed * 1_000_003 + self.step)  # dropout of a resumed run is that of a whole one
-        with torch.autocast(self.target.device.type, torch.bfloat16, enabled=self.autocast):
-            loss, shown = stage_loss(self.head, batch, self.lm_head, c, stage=stage, offset=offset, noise=noise)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        shown = self.gradients(group, self.lm_head, Draw(stage, offset, noise, c.seed * 1_000_003 + self.step))
         norm = torch.nn.utils.clip_grad_norm_(self.head.parameters(), c.max_grad_norm)
         if not torch.isfinite(norm):
             raise BeagleError(
@@ -219,14 +256,17 @@ class Trainer:
     def _log(self, loss: float, alphas: list[float]) -> dict[str, float]:
         stage = "early" if self.step <= self.early_steps else "late"
         row: list[str | int] = [f"{loss:.4f}", f"{self.seconds:.1f}", self.tokens, *(f"{a:.4f}" for a in alphas)]
-        append_log(self.out, [self.step, stage, *row])
+        if self.ranks.leads:
+            append_log(self.out, [self.step, stage, *row])
         return {name: float(value) for name, value in zip(COLUMNS[2:], row, strict=False)}
 
     def identity(self) -> dict[str, Any]:
         return identity(self.config, self.head_options)
 
     def save(self) -> None:
-        """Checkpoint everything that a resumed run needs, atomically."""
+        """Checkpoint everything that a resumed run needs, atomically; rank 0 does."""
+        if not self.ranks.leads:
+            return
         tensors = {f"head.{k}": v for k, v in self.head.state_dict().items()}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
@@ -249,12 +289,15 @@ class Trainer:
             ) from error
 
     def _resume(self) -> None:
-        progress = read_progress(self.out, self.identity())
+        found = read_progress(self.out, self.identity()) if self.ranks.leads else None
+        progress = self.ranks.agree_on(found)
+        if self.ranks.leads:
+            cut_log(self.out, progress["step"] if progress else 0)
         if progress is None:
-            cut_log(self.out, 0)
-            write_json(self.out / "run.json", self.identity())
+            if self.ranks.leads:
+                write_json(self.out / "run.json", self.identity())
             return
-        tensors = load_file(self.out / CHECKPOINT)
+        tensors = load(self.ranks.broadcast((self.out / CHECKPOINT).read_bytes() if self.ranks.leads else b""))
         self.head.load_state_dict({k[5:]: v for k, v in tensors.items() if k.startswith("head.")})
         self.lm_head = self._lm_head()
         states: dict[int, dict[str, Tensor]] = {}
@@ -269,7 +312,12 @@ class Trainer:
         if self.step > begun:  # answers that came since then make no late stage early again
             self.total += begun - self.early_steps
             self.early_steps = begun
-        cut_log(self.out, self.step)
+
+    def _share_weights(self) -> None:
+        """Rank 0's, which may have started from another head."""
+        if self.ranks.count > 1:
+            weights = {name: tensor.contiguous() for name, tensor in self.head.state_dict().items()}
+            self.head.load_state_dict(load(self.ranks.broadcast(save(weights) if self.ranks.leads else b"")))
 
     def export(self, folder: Path, meta: dict[str, Any]) -> None:
         """Write the head as a draft checkpoint that ``beagle generate --draft`` takes."""

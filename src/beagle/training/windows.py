@@ -29,12 +29,19 @@ class Batch:
         states: ``[batch, n, state_size]`` hidden states h_i, the top ones behind those of other layers.
         first: ``[batch]`` first slot that bears a loss (prompt length - 1).
         last: ``[batch]`` last such slot (tokens - 2: its output is compared with h_{last+1}).
+        longest: most slots of a sample that bear a loss, where this is a part of a larger batch and padded as that is.
     """
 
     embeddings: Tensor
     states: Tensor
     first: Tensor
     last: Tensor
+    longest: int | None = None
+
+    @property
+    def most_slots(self) -> int:
+        """Most slots of a sample that bear a loss."""
+        return int((self.last - self.first).max()) + 1 if self.longest is None else self.longest
 
     @property
     def top(self) -> Tensor:
@@ -54,8 +61,9 @@ def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 def bases(batch: Batch, window: int, offset: int) -> Tensor:
     """The first slots of all whole windows, ``[batch, windows]``; those beyond ``last`` are padding."""
-    start = batch.first + (-offset) % window
-    slots = round_up(max(1, int((batch.last - start).max() + 1)), ROUND)
+    skipped = (-offset) % window
+    start = batch.first + skipped
+    slots = round_up(max(1, batch.most_slots - skipped), ROUND)
     count = -(-slots // window)
     return start[:, None] + torch.arange(count, device=start.device) * window
 
@@ -77,7 +85,21 @@ def early(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset
 
 def span(batch: Batch) -> int:
     """Most slots of a sample that bear a loss, rounded up."""
-    return round_up(int((batch.last - batch.first).max()) + 1, ROUND)
+    return round_up(batch.most_slots, ROUND)
+
+
+def slot_counts(first: Tensor, last: Tensor, window: int, offset: int, steps: int) -> list[int]:
+    """How many slots bear a loss in each step of the chains from ``bases``, of a batch that need not be there.
+
+    Args:
+        first: ``[batch]``, as of ``Batch``.
+        last: likewise.
+        window: distance of bases.
+        offset: ε in [0, window).
+        steps: of each chain.
+    """
+    start = first + (-offset) % window
+    return [int(((last - start - step) // window + 1).clamp(min=0).sum()) for step in range(steps)]
 
 
 def round_up(n: int, to: int) -> int:

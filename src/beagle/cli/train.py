@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 def train(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; the head ends in OUT/head.")],
     prompts: Annotated[
-        Path | None, typer.Option(help="Prompts, JSON lines or an array, gzipped or not; the target answers them.")
+        Path | None,
+        typer.Option(
+            help="Prompts, which the target answers: JSON lines or an array, gzipped or not, Parquet, Arrow, or a folder "
+            "that the library datasets saved."
+        ),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of answers and states (default: OUT/data).")] = None,
     answers: Annotated[
@@ -92,7 +96,8 @@ def train(
     start = find_start(init, target) if init is not None else None
     if start:
         recipe = with_shape_of(recipe, start)
-    questions = read_prompts(prompts, limit=limit, skip_bad_lines=skip_bad_lines) if prompts else None
+    given = recipe.answers.source != "target"
+    questions = read_prompts(prompts, limit=limit, skip_bad_lines=skip_bad_lines, given=given) if prompts else None
     if answers and not prompts:
         raise BeagleError(f"--answers '{answers}' holds no prompts; give the file that they answer with --prompts")
     endpoint = _endpoint(answers_from, answers_model, answers, prompts)

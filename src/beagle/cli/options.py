@@ -26,6 +26,10 @@ console = Console(stderr=True)
 PLAN = TreePlan()  # defaults of the tree options
 
 TargetName = Annotated[str, typer.Option("--target", "-t", help="smollm2-135m, a hub id, a folder, or a .gguf file.")]
+Adapter = Annotated[
+    str | None,
+    typer.Option("--adapter", help="Folder of a LoRA adapter of the target, which is merged into its weights."),
+]
 DraftName = Annotated[
     str,
     typer.Option(
@@ -83,6 +87,7 @@ class Setup:
     """What most commands take alike: the target, what drafts, and how."""
 
     target: TargetName = "smollm2-135m"
+    adapter: Adapter = None
     draft: DraftName = "auto"
     exact: Exact = False
     dtype: DType = "auto"
@@ -103,7 +108,7 @@ class Setup:
 
     def load_model(self, **options: Any) -> Model:
         """The target and its drafter; further options as of ``beagle.load``."""
-        own = {"plan": self.plan(), "quantize": self.quantize, **self.engine()}
+        own = {"plan": self.plan(), "quantize": self.quantize, "adapter": self.adapter, **self.engine()}
         return load_model(self.target, self.draft, **own, **options)
 
     def arguments(self) -> dict[str, Any]:
@@ -114,6 +119,7 @@ class Setup:
             "exact": self.exact, "target": redact_paths(self.target), "draft": redact_paths(self.draft),
             "dtype": self.dtype, "device": self.device, "quantize": self.quantize, "tree": self.tree,
             "depth": self.depth, "top_k": self.tree_top_k, "nodes": self.nodes or "by cost",
+            "adapter": redact_paths(self.adapter) if self.adapter else None,  # older files don't have it
         }  # fmt: skip
 
 
@@ -146,6 +152,7 @@ def load_model(target: str, draft: str, **options: Any) -> Model:
     """A target and its drafter; options as of ``beagle.load``."""
     from beagle.model import load
 
+    _refuse_adapter(target)
     quiet_transformers()
     with console.status(f"loading {target}"):
         model = load(target, draft=None if draft == "none" else draft, **options)
@@ -158,9 +165,24 @@ def load_target(target: str, **options: Any) -> Target:
     """A target alone; options as of ``targets.loading.load_target``."""
     from beagle.targets import loading
 
+    _refuse_adapter(target)
     quiet_transformers()
     with console.status(f"loading {target}"):
         return loading.load_target(target, **options)
+
+
+def _refuse_adapter(target: str) -> None:
+    """
+    Raises:
+        BeagleError: the target is an adapter's folder; the option that takes it is named.
+    """
+    from beagle.targets.adapter import is_adapter
+
+    if target and is_adapter(Path(target)):
+        raise BeagleError(
+            f"--target '{target}' is an adapter (LoRA), not a whole model; give its base model with --target and this "
+            "folder with --adapter, or a folder that peft's merge_and_unload().save_pretrained made"
+        )
 
 
 def quiet_transformers() -> None:

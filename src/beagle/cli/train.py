@@ -41,7 +41,14 @@ def train(
     init: Annotated[
         str | None, typer.Option(help="A head to start from, named like --draft, instead of random weights.")
     ] = None,
+    show_tau: Annotated[
+        bool,
+        typer.Option(
+            "--show-tau", help="Show τ on a few held-out prompts after each minute of training; on with --init."
+        ),
+    ] = False,
     target: o.TargetName = "smollm2-135m",
+    adapter: o.Adapter = None,
     dtype: o.DType = "float32",
     quantize: o.Quantize = None,
     device: o.Device = "auto",
@@ -71,7 +78,8 @@ def train(
 
     At its end held-out prompts are decoded, and τ is shown beside what the training's own code says it is.
 
-    A head of a model that this one was tuned from is a good start (--init): same shape, own draft vocabulary.
+    A head of a model that this one was tuned from is a good start (--init): same shape, own draft vocabulary. τ is shown
+    after each minute then. An adapter of the target is merged into it (--adapter).
 
     Example: [bold]beagle train --prompts prompts.jsonl --target your/model --answers-from http://host:8000/v1
     --answers-model your/model --out runs/mine[/bold]
@@ -107,7 +115,12 @@ def train(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BeagleError(f"cannot write '{out}': {error.strerror}; choose another --out") from error
-    engine: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    engine: dict[str, Any] = {
+        "dtype": dtype,
+        "device": device,
+        "trust_remote_code": trust_remote_code,
+        "adapter": adapter,
+    }
     loaded = o.load_target(target, quantize=quantize, state_layers=recipe.state_layers, **engine)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job's manager ends it as Ctrl-C does
     try:
@@ -122,6 +135,8 @@ def train(
             skip_bad_lines=skip_bad_lines,
             answers=endpoint or answers,
             init=start,
+            show_tau=show_tau or start is not None,
+            adapter=adapter,
             command=command_line(),
             log_with=log_with,
         )
@@ -130,7 +145,8 @@ def train(
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-    o.console.print(f'draft head written to {folder}; try: beagle generate "Hello" --target {target} --draft {folder}')
+    own = f"{target} --adapter {adapter}" if adapter else target
+    o.console.print(f'draft head written to {folder}; try: beagle generate "Hello" --target {own} --draft {folder}')
 
 
 def _endpoint(url: str | None, model: str | None, answers: Path | None, prompts: Path | None) -> Endpoint | None:

@@ -22,6 +22,7 @@ from beagle.errors import BeagleError
 from beagle.hf import auto_class
 from beagle.memory import use_huge_pages
 from beagle.targets import aot_cache, compiled
+from beagle.targets.adapter import is_adapter, merge_adapter, refuse_no_adapter
 from beagle.targets.captured import Captured
 from beagle.targets.family import refuse_unsupported
 from beagle.targets.generation import left_out
@@ -83,6 +84,7 @@ def load_target(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    adapter: str | Path | None = None,
     quantize: str | None = None,
     state_layers: Sequence[int] | Callable[[int], Sequence[int]] = (),
 ) -> Target:
@@ -94,7 +96,9 @@ def load_target(
     settings that would change greedy answers.
     """
     check_kind(quantize)
-    model, tokenizer = load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    model, tokenizer = load_model(
+        name, dtype=dtype, device=device, trust_remote_code=trust_remote_code, adapter=adapter
+    )
     refuse_unsupported(model.config, name)
     layers = state_layers
     if callable(layers):
@@ -130,7 +134,12 @@ def load_target(
 
 
 def load_model(
-    name: str = DEFAULT_TARGET, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    name: str = DEFAULT_TARGET,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    adapter: str | Path | None = None,
 ) -> tuple[Any, Any]:
     """Load a transformers model and its tokenizer, as they are.
 
@@ -139,6 +148,7 @@ def load_model(
         dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         trust_remote_code: run code that comes with the model.
+        adapter: folder of a LoRA adapter, which is merged into the weights. A tokenizer in it takes the model's place.
 
     Returns:
         The model in evaluation mode, and its tokenizer.
@@ -150,6 +160,8 @@ def load_model(
 
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
+    if adapter is not None:
+        refuse_no_adapter(adapter)
     source = resolve(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     config: Any = None
@@ -168,7 +180,8 @@ def load_model(
         )
         if missing := sorted(report["missing_keys"]):
             raise BeagleError(f"target '{name}': its weights lack {missing[0]}; copy or download it again")
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        own = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(str(adapter) if own else source, **options)
     except BeagleError:
         raise
     except ImportError as error:
@@ -177,7 +190,8 @@ def load_model(
         raise BeagleError(
             f"target '{name}' can't be loaded: {first_line(error)}; check or download it again"
         ) from error
-    return model.to(where).eval(), tokenizer
+    model = model.to(where).eval()
+    return (model if adapter is None else merge_adapter(model, adapter)), tokenizer
 
 
 def capture_target(target: Target) -> None:
@@ -224,11 +238,10 @@ def resolve(name: str) -> str:
             raise BeagleError(f"target '{name}': no such GGUF file; check the path")
         return str(_converted(path))
     if path.is_dir():
-        if (path / "adapter_config.json").is_file() and not any(path.glob("model*.safetensors")):
+        if is_adapter(path):
             raise BeagleError(
-                f"target '{name}' is an adapter (LoRA), not a whole model; merge it into its base model first: "
-                "peft's AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(MERGED), "
-                "then copy the tokenizer there and give MERGED"
+                f"target '{name}' is an adapter (LoRA), not a whole model; name its base model as the target and this "
+                "folder as the adapter, or a folder that peft's merge_and_unload().save_pretrained made"
             )
         if not (path / "config.json").is_file():
             raise BeagleError(f"target '{name}': the folder has no config.json; point at a saved transformers model")

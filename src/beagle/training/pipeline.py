@@ -17,7 +17,7 @@ from rich.progress import Progress, TextColumn
 from beagle.drafters.checkpoint import load_head
 from beagle.errors import BeagleError
 from beagle.files import write_json
-from beagle.meta import describe
+from beagle.meta import describe, redact_paths
 from beagle.targets.target import Target
 from beagle.training.answer_files import AnswerFolder
 from beagle.training.answers import AnswerGenerator, Sample
@@ -26,7 +26,7 @@ from beagle.training.endpoint import fetch_answers
 from beagle.training.folder import alone, identity, read_progress
 from beagle.training.prompts import Prompt, answerable, has_template, numbered
 from beagle.training.recipe import AnswerConfig, Recipe
-from beagle.training.served import measure_served, tau_of
+from beagle.training.served import EachMinute, measure_served, tau_of
 from beagle.training.server import Endpoint
 from beagle.training.start import refuse_other_start, start_from, started_from
 from beagle.training.states import Fingerprint, StateStore, refuse_without_answers
@@ -256,6 +256,8 @@ def train_head(
     skip_bad_lines: bool = False,
     answers: Path | Endpoint | None = None,
     init: Path | None = None,
+    show_tau: bool = False,
+    adapter: str | None = None,
     command: str | None = None,
     log_with: str | None = None,
 ) -> Path:
@@ -268,6 +270,8 @@ def train_head(
         answers: the target's answers to the prompts, which it then needs not answer: a folder (see ``AnswerFolder``), or
             a server that is asked for them, into ``out/answers``.
         init: folder of a head whose weights this one starts from; the recipe has its shape (see ``with_shape_of``).
+        show_tau: show τ on a few held-out prompts after each minute of training.
+        adapter: that the target was loaded with, for ``result.json``.
         command: that is run, for ``result.json``.
         log_with: a tracker that gets what ``log.csv`` gets (see ``tracking``).
     Returns:
@@ -310,7 +314,8 @@ def train_head(
                         f"τ of the head that is started from, on held-out prompts: {tau:.2f}", highlight=False
                     )
             report = partial(console.print, highlight=False)
-            alphas = trainer.train(seconds=seconds, report=report, track=track)
+            watch = EachMinute(trainer.head, target, held_out, report) if show_tau and held_out else None
+            alphas = trainer.train(seconds=seconds, report=report, track=track, watch=watch)
         about = describe(target) | {
             "stored_tokens": store.tokens(),
             "trained_tokens": trainer.tokens,
@@ -321,6 +326,7 @@ def train_head(
             "answers": asdict(recipe.answers),
             "prompts": len(prompts) if prompts is not None else None,
             "init": started_from(out) if init else None,
+            "adapter": redact_paths(adapter) if adapter else None,
             "command": command,
         }
         trainer.export(out / "head", about)

@@ -14,7 +14,7 @@ PIP_INSTALL := pip install --quiet --no-warn-script-location
 # a process for each core, of one thread each
 FAST := -m pytest -n auto --dist loadfile -m "not slow and not network and not browser and not vllm"
 # from the ranges in pyproject.toml to versions; torch and what it brings are left to TORCH
-RESOLVE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --extra data --no-header --no-annotate
+RESOLVE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-header --no-annotate
 WITHOUT_TORCH := grep -vE '^(torch|triton|nvidia-|cuda-)'
 
 .PHONY: demo test test-fast test-newest test-oldest test-browser test-vllm lint docs lock release-check clean

@@ -43,7 +43,9 @@ if any(find_spec(name) is None for name in ("fastapi", "uvicorn", "prometheus_cl
         "test_endpoint.py",
     ]  # the extras serve and dev are not installed
 if find_spec("peft") is None:
-    collect_ignore_glob += ["test_adapters.py"]  # the extra dev is not installed
+    collect_ignore_glob += ["test_adapters.py", "test_adapter.py"]  # the extra dev is not installed
+if find_spec("datasets") is None:
+    collect_ignore_glob += ["test_tables.py"]  # the extra dev is not installed
 if find_spec("vllm") is None:
     collect_ignore_glob += ["vllm_engine/*"]  # make test-vllm
 

@@ -453,3 +453,13 @@ def test_the_command_without_prompts_is_refused(beagle, folders, answer_folder, 
     refusal = beagle("train", *options, "--answers", answer_folder.folder).refusal(answer_folder.folder)
     assert "--prompts" in refusal
     assert not (tmp_path / "run").exists()
+
+
+def test_answers_that_are_cut_are_counted_once(tmp_path):
+    target = tiny_target()
+    run = Run(target, tmp_path / "data")
+    folder = folder_of(target, tmp_path / "answers", answered(target, PROMPTS[:4]))
+    run(PROMPTS[:4], replace(CONFIG, max_new_tokens=3), answers=folder)
+    longer = sum(len(answer.tokens) - 1 > 3 for answer in folder.read())
+    assert longer > 1
+    assert run.printed.count(f"{longer} answers are longer than 3 tokens, and are cut there") == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Unpack
 
 from beagle.decoding.costs import Costs, cached_costs
@@ -273,6 +274,7 @@ def load(
     device: str = "auto",
     plan: TreePlan | None = None,
     trust_remote_code: bool = False,
+    adapter: str | Path | None = None,
     quantize: str | None = None,
     prefix_cache: int = 0,
     device_map: DeviceMap | None = None,
@@ -292,6 +294,7 @@ def load(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         plan: shape of the draft tree; by default its size follows from this machine's costs.
         trust_remote_code: run code that comes with the model.
+        adapter: folder of a LoRA adapter of the target, which is merged into its weights.
         quantize: ``int8`` or ``int4``: the target and its draft head (not a smaller model) run quantised.
         prefix_cache: most tokens whose keys and values are kept when answers end, for prompts of ``generate`` and
             ``stream`` that begin with the same tokens, as a dialogue's next turn does: only what is new is run. In
@@ -310,7 +313,7 @@ def load(
     spec = resolve_draft(draft, target)
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     loaded = load_target(
-        target, quantize=quantize, state_layers=state_layers(spec, target), device_map=device_map,
+        target, adapter=adapter, quantize=quantize, state_layers=state_layers(spec, target), device_map=device_map,
         tensor_parallel=tensor_parallel, **options,
     )  # fmt: skip
     return Model(loaded, load_drafter(spec, loaded, **options), plan, prefix_cache=prefix_cache)

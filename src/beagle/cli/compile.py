@@ -13,6 +13,7 @@ from beagle.errors import BeagleError
 
 def compile(
     target: o.TargetName = "smollm2-135m",
+    adapter: o.Adapter = None,
     draft: o.DraftName = "auto",
     dtype: o.DType = "auto",
     quantize: o.Quantize = None,
@@ -48,7 +49,12 @@ def compile(
     if products_in == torch.bfloat16 and (reason := tiled.build(folder)):
         o.console.print(f"products stay PyTorch's own: {reason}", markup=False, highlight=False, style="dim")
     spec = resolve_draft(draft, target)
-    engine: dict[str, Any] = {"dtype": dtype, "device": "cpu", "trust_remote_code": trust_remote_code}
+    engine: dict[str, Any] = {
+        "dtype": dtype,
+        "device": "cpu",
+        "trust_remote_code": trust_remote_code,
+        "adapter": adapter,
+    }
     model, _ = loading.load_model(target, **engine)
     layers = state_layers(spec, target)
     known = passes.find(folder, model, quantize, layers)

@@ -97,11 +97,11 @@ def eval(
     records = _earlier(json, resume, arguments)
     layers = drafts.state_layers(chosen, setup.target)
     loaded = o.load_target(
-        setup.target, quantize=setup.quantize, state_layers=layers, device_map=setup.device_map, tensor_parallel=ranks,
-        **setup.engine(),
+        setup.target, adapter=setup.adapter, quantize=setup.quantize, state_layers=layers, device_map=setup.device_map,
+        tensor_parallel=ranks, **setup.engine(),
     )  # fmt: skip
     sets = {name: answerable(loaded, prompts, skip_bad_lines) for name, prompts in sets.items()}
-    systems = load_systems(loaded, chosen, drafts, plan, **setup.engine())
+    systems = load_systems(loaded, chosen, drafts, plan, adapter=setup.adapter, **setup.engine())
     with o.console.status("measuring what a pass costs here"):
         costs = {s.mode: cost for s in systems if (cost := s.costs(setup.exact)) is not None}
     about = describe(loaded, (system.model.drafter for system in systems))

@@ -29,6 +29,10 @@ console = Console(stderr=True)
 PLAN = TreePlan()  # defaults of the tree options
 
 TargetName = Annotated[str, typer.Option("--target", "-t", help="smollm2-135m, a hub id, a folder, or a .gguf file.")]
+Adapter = Annotated[
+    str | None,
+    typer.Option("--adapter", help="Folder of a LoRA adapter of the target, which is merged into its weights."),
+]
 DraftName = Annotated[
     str,
     typer.Option(
@@ -99,6 +103,7 @@ class Setup:
     """What most commands take alike: the target, what drafts, and how."""
 
     target: TargetName = "smollm2-135m"
+    adapter: Adapter = None
     draft: DraftName = "auto"
     exact: Exact = False
     dtype: DType = "auto"
@@ -120,7 +125,10 @@ class Setup:
 
     def load_model(self, **options: Any) -> Model:
         """The target and its drafter; further options as of ``beagle.load``."""
-        own = {"plan": self.plan(), "quantize": self.quantize, "device_map": self.device_map, **self.engine()}
+        own = {
+            "plan": self.plan(), "quantize": self.quantize, "adapter": self.adapter, "device_map": self.device_map,
+            **self.engine(),
+        }  # fmt: skip
         return load_model(self.target, self.draft, **own, **options)
 
     def arguments(self) -> dict[str, Any]:
@@ -131,7 +139,7 @@ class Setup:
             "exact": self.exact, "target": redact_paths(self.target), "draft": redact_paths(self.draft),
             "dtype": self.dtype, "device": self.device, "quantize": self.quantize, "tree": self.tree,
             "depth": self.depth, "top_k": self.tree_top_k, "nodes": self.nodes or "by cost",
-            "device_map": self.device_map,  # older files don't have it
+            "device_map": self.device_map, "adapter": redact_paths(self.adapter) if self.adapter else None,  # older files lack both
         }  # fmt: skip
 
 
@@ -205,6 +213,7 @@ def load_model(target: str, draft: str, **options: Any) -> Model:
     """A target and its drafter; options as of ``beagle.load``."""
     from beagle.model import load
 
+    _refuse_adapter(target)
     quiet_transformers()
     with console.status(f"loading {target}"):
         model = load(target, draft=None if draft == "none" else draft, **options)
@@ -217,9 +226,24 @@ def load_target(target: str, **options: Any) -> Target:
     """A target alone; options as of ``targets.loading.load_target``."""
     from beagle.targets import loading
 
+    _refuse_adapter(target)
     quiet_transformers()
     with console.status(f"loading {target}"):
         return loading.load_target(target, **options)
+
+
+def _refuse_adapter(target: str) -> None:
+    """
+    Raises:
+        BeagleError: the target is an adapter's folder; the option that takes it is named.
+    """
+    from beagle.targets.adapter import is_adapter
+
+    if target and is_adapter(Path(target)):
+        raise BeagleError(
+            f"--target '{target}' is an adapter (LoRA), not a whole model; give its base model with --target and this "
+            "folder with --adapter, or a folder that peft's merge_and_unload().save_pretrained made"
+        )
 
 
 def quiet_transformers() -> None:

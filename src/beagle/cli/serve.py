@@ -24,7 +24,9 @@ def serve(
     api_key: Annotated[
         str, typer.Option(envvar="BEAGLE_API_KEY", help="Ask clients for this key.", show_default=False)
     ] = "",
-    name: Annotated[str, typer.Option("--name", help="The model's name for clients; by default the target's.")] = "",
+    name: Annotated[
+        str, typer.Option("--name", help="The model's name for clients; by default the adapter's or the target's.")
+    ] = "",
     live: Annotated[int, typer.Option(min=1, help="Requests that are answered at once.")] = 8,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are told 429.")] = 32,
     seconds: Annotated[float, typer.Option(min=0.1, help="A request's time; then its answer is cut.")] = 300.0,
@@ -79,7 +81,8 @@ def serve(
         model = owner.submit(load).result()
         limits = Limits(live, queue, seconds, context or None, max_new_tokens, grace=grace, prefix_cache=prefix_cache)
         running = Engine(model, limits, exact=setup.exact, owner=owner)
-        served = name or (Path(setup.target).resolve().name if Path(setup.target).exists() else setup.target)
+        own = setup.adapter or setup.target
+        served = name or (Path(own).resolve().name if Path(own).exists() else own)
         app = create_app(running, name=served, api_key=api_key or None)
         address = listener.getsockname()
         where = f"[{address[0]}]" if ":" in address[0] else address[0]

@@ -32,6 +32,11 @@ def serve(context: typer.Context) -> None:
     from beagle.vllm.launch import CPU_DEPTH, require_vllm
 
     given: dict[str, Any] = context.params
+    if given["adapter"]:
+        raise BeagleError(
+            f"--adapter '{given['adapter']}' is not for --engine vllm; merge it with peft (merge_and_unload, "
+            "save_pretrained) and give that folder with --target"
+        )
     for name in given.keys() - TAKEN:
         if _asked(context, name):
             raise BeagleError(f"--{name.replace('_', '-')} means nothing with --engine vllm; leave it out")

@@ -22,7 +22,11 @@ def train(
     ranks: Ranks,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; the head ends in OUT/head.")],
     prompts: Annotated[
-        Path | None, typer.Option(help="Prompts, JSON lines or an array, gzipped or not; the target answers them.")
+        Path | None,
+        typer.Option(
+            help="Prompts, which the target answers: JSON lines or an array, gzipped or not, Parquet, Arrow, or a folder "
+            "that the library datasets saved."
+        ),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of answers and states (default: OUT/data).")] = None,
     answers: Annotated[
@@ -40,7 +44,14 @@ def train(
     init: Annotated[
         str | None, typer.Option(help="A head to start from, named like --draft, instead of random weights.")
     ] = None,
+    show_tau: Annotated[
+        bool,
+        typer.Option(
+            "--show-tau", help="Show τ on a few held-out prompts after each minute of training; on with --init."
+        ),
+    ] = False,
     target: o.TargetName = "smollm2-135m",
+    adapter: o.Adapter = None,
     dtype: o.DType = "float32",
     quantize: o.Quantize = None,
     device: o.Device = "auto",
@@ -72,7 +83,8 @@ def train(
 
     At its end held-out prompts are decoded, and τ is shown beside what the training's own code says it is.
 
-    A head of a model that this one was tuned from is a good start (--init): same shape, own draft vocabulary.
+    A head of a model that this one was tuned from is a good start (--init): same shape, own draft vocabulary. τ is shown
+    after each minute then. An adapter of the target is merged into it (--adapter).
 
     Example: [bold]beagle train --prompts prompts.jsonl --target your/model --answers-from http://host:8000/v1
     --answers-model your/model --out runs/mine[/bold]
@@ -97,7 +109,8 @@ def train(
     start = find_start(init, target) if init is not None else None
     if start:
         recipe = with_shape_of(recipe, start)
-    questions = read_prompts(prompts, limit=limit, skip_bad_lines=skip_bad_lines) if prompts else None
+    given = recipe.answers.source != "target"
+    questions = read_prompts(prompts, limit=limit, skip_bad_lines=skip_bad_lines, given=given) if prompts else None
     if answers and not prompts:
         raise BeagleError(f"--answers '{answers}' holds no prompts; give the file that they answer with --prompts")
     endpoint = _endpoint(answers_from, answers_model, answers, prompts)
@@ -118,7 +131,7 @@ def train(
             "--tensor-parallel in its place"
         )
     engine: dict[str, Any] = {"dtype": dtype, "device": ranks.device(device), "trust_remote_code": trust_remote_code}
-    engine["device_map"] = device_map
+    engine |= {"device_map": device_map, "adapter": adapter}
     if tensor_parallel:
         engine["tensor_parallel"], ranks = ranks, ranks.mirrored()
     loaded = o.load_target(target, quantize=quantize, state_layers=recipe.state_layers, **engine)
@@ -135,6 +148,8 @@ def train(
             skip_bad_lines=skip_bad_lines,
             answers=endpoint or answers,
             init=start,
+            show_tau=show_tau or start is not None,
+            adapter=adapter,
             command=command_line(),
             log_with=log_with,
             ranks=ranks,
@@ -145,7 +160,8 @@ def train(
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-    o.console.print(f'draft head written to {folder}; try: beagle generate "Hello" --target {target} --draft {folder}')
+    own = f"{target} --adapter {adapter}" if adapter else target
+    o.console.print(f'draft head written to {folder}; try: beagle generate "Hello" --target {own} --draft {folder}')
 
 
 def _endpoint(url: str | None, model: str | None, answers: Path | None, prompts: Path | None) -> Endpoint | None:

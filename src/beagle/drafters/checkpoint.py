@@ -74,6 +74,8 @@ def find_head(draft: str, target_name: str) -> Path:
     if draft and Path(draft).is_dir():
         return Path(draft)
     if is_hub_name(draft):
+        if (parent := Path(draft).parent).is_dir():  # where nobody looks for an organisation of the hub
+            raise BeagleError(f"draft '{draft}': no such folder in '{parent}'; check the path")
         return download_head(draft, refuse_other_models)
     raise BeagleError(
         f"draft '{draft}': no such folder; give a folder that `beagle train` wrote, ORG/NAME[@revision] of a head on the "

@@ -48,8 +48,8 @@ def download_head(name: str, check: Callable[[Path, str], None]) -> Path:
         ) from error
     except hub.LocalEntryNotFoundError as error:
         raise BeagleError(
-            f"draft '{name}': no such folder, and {constants.ENDPOINT} can't be asked for it ({_first_line(error)}); "
-            "give a folder, or go online"
+            f"draft '{name}': no such folder, and {constants.ENDPOINT} can't be asked for it; give a folder, "
+            "or go online"
         ) from error
     except hub.EntryNotFoundError as error:
         raise BeagleError(

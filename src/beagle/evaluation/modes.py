@@ -141,9 +141,21 @@ def check_modes(modes: Sequence[str], drafts: Drafts) -> None:
 
 
 def load_systems(
-    target: Target, modes: Sequence[str], drafts: Drafts, plan: TreePlan | None = None, **options: Any
+    target: Target,
+    modes: Sequence[str],
+    drafts: Drafts,
+    plan: TreePlan | None = None,
+    adapter: str | None = None,
+    **options: Any,
 ) -> list[System]:
     """Load what each mode needs besides the target; options as of ``targets.loading.load_model``.
+
+    Args:
+        target: whose answers all modes give.
+        modes: their names.
+        drafts: what they draft with.
+        plan: shape of the draft tree.
+        adapter: that the target was loaded with.
 
     All of our modes share the one target; transformers' modes share a second copy of the model, as
     transformers loads it, but for its generation config, of which they too take the tokens that end an answer alone.
@@ -157,7 +169,7 @@ def load_systems(
     ]  # before the copy is loaded, whose memory is no part of theirs
     transformers_modes: dict[str, System] = {}
     if wanted := [mode for mode in modes if mode in HF_MODES]:
-        copy = load_model(target.name, **options)[0]
+        copy = load_model(target.name, adapter=adapter, **options)[0]
         copy.generation_config = neutral(copy.generation_config, target.eos_ids)  # as our modes decode
         for mode in wanted:
             assistant, weights = None, 0.0

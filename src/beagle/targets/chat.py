@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from beagle.errors import BeagleError
 from beagle.targets.target import Target
 
 Message = Mapping[str, Any]
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # around what a chat template takes for generated
 ROLES = ("system", "developer", "user", "assistant", "tool")  # besides those that the template names
 
 
@@ -53,24 +55,56 @@ def encode(
         return _token_ids(target, items)
     if raw:
         raise BeagleError("raw takes a text or token ids; leave raw out for a dialogue")
-    if not template:
-        raise BeagleError(f"{target.name}: the tokenizer has no chat template; pass the prompt as plain text")
-    messages = [_message(f"message {n} of {len(items)}", m, str(template)) for n, m in enumerate(items, 1)]
+    messages = _messages(target, items)
     if continue_final_message:
         last = messages[-1]
         if last["role"] != "assistant" or not (last["content"] or "").strip():
             raise BeagleError("continue_final_message needs a last message of the assistant with some text")
+    options = {"add_generation_prompt": not continue_final_message, "continue_final_message": continue_final_message}
+    return _checked(target, _rendered(target, messages, **options)["input_ids"])
+
+
+def encode_ended(target: Target, dialogue: Sequence[Message]) -> tuple[list[int], list[bool] | None]:
+    """Token ids of a dialogue that asks for nothing more.
+
+    Args:
+        target: whose chat template renders it.
+        dialogue: messages as of ``encode``.
+
+    Returns:
+        The ids, and which of them the template marks as generated; None: it marks none.
+
+    Raises:
+        BeagleError: the tokenizer or its template doesn't take it.
+    """
+    tokenizer: Any = target.tokenizer
+    messages = _messages(target, list(dialogue))
+    marks = bool(_MARKS.search(str(tokenizer.chat_template))) and tokenizer.is_fast
+    encoded = _rendered(target, messages, return_assistant_tokens_mask=marks)
+    mask = [bool(token) for token in encoded["assistant_masks"]] if marks else None
+    return _checked(target, encoded["input_ids"]), mask
+
+
+def _messages(target: Target, items: list[Any]) -> list[dict[str, Any]]:
+    """A dialogue's messages as its chat template takes them."""
+    template = getattr(target.tokenizer, "chat_template", None)
+    if not template:
+        raise BeagleError(f"{target.name}: the tokenizer has no chat template; pass the prompt as plain text")
+    return [_message(f"message {n} of {len(items)}", m, str(template)) for n, m in enumerate(items, 1)]
+
+
+def _rendered(target: Target, messages: list[dict[str, Any]], **options: Any) -> Any:
+    """What the chat template makes of messages, encoded.
+
+    Raises:
+        BeagleError: it refuses them.
+    """
+    tokenizer: Any = target.tokenizer
     try:
-        encoded = tokenizer.apply_chat_template(
-            messages,
-            add_generation_prompt=not continue_final_message,
-            continue_final_message=continue_final_message,
-            return_dict=True,
-        )
+        return tokenizer.apply_chat_template(messages, return_dict=True, **options)
     except (TemplateError, TypeError, ValueError, LookupError) as error:  # roles in an unknown order, say
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BeagleError(f"{target.name}: its chat template refuses this dialogue ({reason})") from error
-    return _checked(target, encoded["input_ids"])
 
 
 def _items(prompt: Any) -> list[Any]:

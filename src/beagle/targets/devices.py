@@ -18,7 +18,12 @@ DeviceMap = str | dict[str, str | int]
 
 
 def refuse_together(
-    name: str, device: str, quantize: str | None, device_map: DeviceMap | None, tensor_parallel: Ranks
+    name: str,
+    device: str,
+    quantize: str | None,
+    adapter: str | Path | None,
+    device_map: DeviceMap | None,
+    tensor_parallel: Ranks,
 ) -> None:
     """
     Raises:
@@ -32,8 +37,12 @@ def refuse_together(
         raise BeagleError(f"device map '{device_map}' is unknown; use auto")
     if device_map is not None and device != "auto":
         raise BeagleError(f"target '{name}': a device map chooses the device; leave device '{device}' out")
+    what = "tensor parallelism" if device_map is None else "a device map"
+    if adapter is not None:
+        raise BeagleError(
+            f"target '{name}': adapter '{adapter}' does not go with {what}; merge it into the weights first"
+        )
     if quantize is not None:
-        what = "tensor parallelism" if device_map is None else "a device map"
         raise BeagleError(f"target '{name}': quantize {quantize} does not go with {what}; leave one of them out")
 
 

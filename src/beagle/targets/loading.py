@@ -23,6 +23,7 @@ from beagle.hf import auto_class
 from beagle.memory import use_huge_pages
 from beagle.ranks import ALONE, Ranks
 from beagle.targets import aot_cache, compiled, devices
+from beagle.targets.adapter import is_adapter, merge_adapter, refuse_no_adapter
 from beagle.targets.captured import Captured
 from beagle.targets.devices import DeviceMap
 from beagle.targets.family import refuse_unsupported
@@ -85,6 +86,7 @@ def load_target(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    adapter: str | Path | None = None,
     quantize: str | None = None,
     state_layers: Sequence[int] | Callable[[int], Sequence[int]] = (),
     device_map: DeviceMap | None = None,
@@ -98,10 +100,10 @@ def load_target(
     settings that would change greedy answers.
     """
     check_kind(quantize)
-    devices.refuse_together(name, device, quantize, device_map, tensor_parallel)
+    devices.refuse_together(name, device, quantize, adapter, device_map, tensor_parallel)
     model, tokenizer = load_model(
-        name, dtype=dtype, device=device, trust_remote_code=trust_remote_code, device_map=device_map,
-        tensor_parallel=tensor_parallel,
+        name, dtype=dtype, device=device, trust_remote_code=trust_remote_code, adapter=adapter,
+        device_map=device_map, tensor_parallel=tensor_parallel,
     )  # fmt: skip
     refuse_unsupported(model.config, name)
     layers = state_layers
@@ -145,6 +147,7 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    adapter: str | Path | None = None,
     device_map: DeviceMap | None = None,
     tensor_parallel: Ranks = ALONE,
 ) -> tuple[Any, Any]:
@@ -155,6 +158,7 @@ def load_model(
         dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         trust_remote_code: run code that comes with the model.
+        adapter: folder of a LoRA adapter, which is merged into the weights. A tokenizer in it takes the model's place.
         device_map: ``auto``, or a map as transformers takes it: what one device has no room for is kept in the CPU's memory
             or on disk, and brought for each pass. One GPU at most computes.
         tensor_parallel: ranks that hold a share of every layer each (see ``beagle.ranks.joined``). All of them load the
@@ -170,6 +174,8 @@ def load_model(
 
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
+    if adapter is not None:
+        refuse_no_adapter(adapter)
     source = resolve(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     spread, scratch = devices.options(name, device_map, tensor_parallel, cache_dir())
@@ -189,7 +195,8 @@ def load_model(
         )
         if missing := sorted(report["missing_keys"]):
             raise BeagleError(f"target '{name}': its weights lack {missing[0]}; copy or download it again")
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        own = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(str(adapter) if own else source, **options)
     except BeagleError:
         raise
     except ImportError as error:
@@ -202,7 +209,8 @@ def load_model(
         devices.refuse_unserved(model, name, tensor_parallel)
         model.offloaded = scratch
         return model.eval(), tokenizer
-    return model.to(where).eval(), tokenizer
+    model = model.to(where).eval()
+    return (model if adapter is None else merge_adapter(model, adapter)), tokenizer
 
 
 def capture_target(target: Target) -> None:
@@ -249,11 +257,10 @@ def resolve(name: str) -> str:
             raise BeagleError(f"target '{name}': no such GGUF file; check the path")
         return str(_converted(path))
     if path.is_dir():
-        if (path / "adapter_config.json").is_file() and not any(path.glob("model*.safetensors")):
+        if is_adapter(path):
             raise BeagleError(
-                f"target '{name}' is an adapter (LoRA), not a whole model; merge it into its base model first: "
-                "peft's AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(MERGED), "
-                "then copy the tokenizer there and give MERGED"
+                f"target '{name}' is an adapter (LoRA), not a whole model; name its base model as the target and this "
+                "folder as the adapter, or a folder that peft's merge_and_unload().save_pretrained made"
             )
         if not (path / "config.json").is_file():
             raise BeagleError(f"target '{name}': the folder has no config.json; point at a saved transformers model")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
+from math import ceil
 from pathlib import Path
 
 from rich.console import Console
@@ -16,16 +17,17 @@ from rich.progress import Progress, TextColumn
 from beagle.drafters.checkpoint import load_head
 from beagle.errors import BeagleError
 from beagle.files import write_json
-from beagle.meta import describe
+from beagle.meta import describe, redact_paths
 from beagle.ranks import ALONE, Ranks
 from beagle.targets.target import Target
 from beagle.training.answer_files import AnswerFolder
 from beagle.training.answers import AnswerGenerator, Sample
+from beagle.training.dialogues import answered
 from beagle.training.endpoint import fetch_answers
 from beagle.training.folder import alone, identity, read_progress
 from beagle.training.prompts import Prompt, answerable, has_template, numbered
 from beagle.training.recipe import AnswerConfig, Recipe
-from beagle.training.served import measure_served, tau_of
+from beagle.training.served import EachMinute, measure_served, tau_of
 from beagle.training.server import Endpoint
 from beagle.training.start import refuse_other_start, start_from, started_from
 from beagle.training.states import Fingerprint, StateStore, refuse_without_answers
@@ -58,30 +60,62 @@ def make_answers(
 
     Args:
         answers: the target's answers to the prompts, made once; the target answers none itself. ``rows``,
-            ``sampled_share`` and ``temperature`` of the config are of no use then.
+            ``sampled_share`` and ``temperature`` of the config are of no use then. With source ``both`` they are the
+            answers to the prompts that don't keep their own.
         skip_bad_lines: leave out prompts that the target's chat template refuses, each with a line on stderr; None as
             of ``read_prompts``.
     Raises:
         BeagleError: a prompt is refused, another run fills the store, or there is not one answer; or ``answers`` are
             another target's, or are not wanted.
     """
-    given = config.source == "given"
-    if answers and given:
+    if answers and config.source == "given":
         raise BeagleError(
             f"answers.source: given trains on the answers in the prompts' file, not on those in '{answers.folder}'; "
             "leave one of them out"
         )
-    source = "given" if given else "files" if answers else None
+    source = {"given": "given", "target": "files" if answers else None}.get(
+        config.source, f"{config.given_share:g} given"
+    )
     with alone(folder, ".answers.lock"):
         fingerprint = Fingerprint.of(target, config.max_prompt_tokens, config.max_new_tokens, source)
         if answers:
             answers.refuse_other_target(target)
         store = StateStore(folder, fingerprint, with_states=config.states == "disk")
-        if source:
-            _read_answers(target, prompts, store, config, console, skip_bad_lines, answers)
-        elif todo := _unanswered(target, prompts, store, config, console, skip_bad_lines):
+        given, asked = divided(prompts, config)
+        most = config.max_tokens
+        if given:
+            if most and asked:
+                most = ceil(most * len(given) / len(prompts))
+            some = replace(config, max_tokens=most)
+            _read_answers(target, given, store, some, console, skip_bad_lines)
+        if asked and answers:
+            rest = (
+                replace(config, max_tokens=config.max_tokens - most) if config.max_tokens and most and given else config
+            )
+            _read_answers(target, asked, store, rest, console, skip_bad_lines, answers)
+        elif todo := _unanswered(target, asked, store, config, console, skip_bad_lines):
             _answer(target, todo, store, config, console)
         return store
+
+
+def divided(prompts: list[Prompt], config: AnswerConfig) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts that keep the answers that they bring, and those that are asked.
+
+    A prompt's content and the seed alone decide, as for all that is drawn.
+
+    Returns:
+        Both with a key for each prompt (see ``numbered``).
+    """
+    prompts = numbered(prompts)
+    if config.source != "both":
+        return (prompts, []) if config.source == "given" else ([], prompts)
+    given: list[Prompt] = []
+    asked: list[Prompt] = []
+    for prompt in prompts:
+        drawn = random.Random(f"{config.seed}/given/{prompt.key}").random() < config.given_share
+        brings = prompt.text or any(True for _ in answered(prompt.given()))
+        (given if brings and (drawn or not prompt.is_askable) else asked).append(prompt)
+    return given, asked
 
 
 def _read_answers(
@@ -91,7 +125,7 @@ def _read_answers(
     config: AnswerConfig,
     console: Console,
     skip_bad_lines: bool | None,
-    answers: AnswerFolder | None,
+    answers: AnswerFolder | None = None,
 ) -> None:
     """Fill the store with answers that exist: those of a folder, else those in the prompts' file."""
     reader = TextReader(
@@ -104,9 +138,15 @@ def _read_answers(
     texts = reader.stored(answers, prompts) if answers else reader.given(prompts, skip_bad_lines)
     store_texts(target, texts, store, console, max_tokens=config.max_tokens, seed=config.seed)
     for line in reader.left_out:
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, markup=False)
     if reader.too_long:
         console.print(_too_long(reader.too_long, config), highlight=False)
+    if reader.cut:
+        console.print(
+            f"{reader.cut} answers are longer than {config.max_new_tokens} tokens, and are cut there "
+            "(answers.max_new_tokens)",
+            highlight=False,
+        )
     if not store.shards():
         raise BeagleError(
             f"no answer could be used: {reader.too_long} turns are longer than {config.max_prompt_tokens} tokens, the "
@@ -131,7 +171,7 @@ def _unanswered(
 ) -> list[Prompt]:
     """The prompts that the store lacks, none where it has enough tokens."""
     done, earlier = store.answered()
-    todo = [prompt for prompt in numbered(prompts) if prompt.key not in done]
+    todo = [prompt for prompt in prompts if prompt.key not in done]
     if not todo or (config.max_tokens and store.tokens() >= config.max_tokens):
         return []
     if not has_template(target):
@@ -217,6 +257,8 @@ def train_head(
     skip_bad_lines: bool = False,
     answers: Path | Endpoint | None = None,
     init: Path | None = None,
+    show_tau: bool = False,
+    adapter: str | None = None,
     command: str | None = None,
     log_with: str | None = None,
     ranks: Ranks = ALONE,
@@ -230,6 +272,8 @@ def train_head(
         answers: the target's answers to the prompts, which it then needs not answer: a folder (see ``AnswerFolder``), or
             a server that is asked for them, into ``out/answers``.
         init: folder of a head whose weights this one starts from; the recipe has its shape (see ``with_shape_of``).
+        show_tau: show τ on a few held-out prompts after each minute of training, where one process trains.
+        adapter: that the target was loaded with, for ``result.json``.
         command: that is run, for ``result.json``.
         log_with: a tracker that gets what ``log.csv`` gets (see ``tracking``).
         ranks: the processes that train together; rank 0 makes answers and writes files, the others wait for the answers.
@@ -260,7 +304,8 @@ def train_head(
             if prompts is not None:
                 if isinstance(answers, Endpoint):
                     asked = out / "answers"
-                    stored = fetch_answers(answers, target, prompts, asked, recipe.answers, console, skip_bad_lines)
+                    _, todo = divided(prompts, recipe.answers)
+                    stored = fetch_answers(answers, target, todo, asked, recipe.answers, console, skip_bad_lines)
                 store = make_answers(target, prompts, folder, recipe.answers, console, skip_bad_lines, stored)
             else:
                 store = _existing(target, folder, recipe.answers)
@@ -275,7 +320,9 @@ def train_head(
                         f"τ of the head that is started from, on held-out prompts: {tau:.2f}", highlight=False
                     )
             report = partial(console.print, highlight=False)
-            alphas = trainer.train(seconds=seconds, report=report, track=track)
+            shown = show_tau and held_out and ranks.count == 1  # other processes would wait for it
+            watch = EachMinute(trainer.head, target, held_out, report) if shown else None
+            alphas = trainer.train(seconds=seconds, report=report, track=track, watch=watch)
         about = describe(target) | {
             "stored_tokens": store.tokens(),
             "trained_tokens": trainer.tokens,
@@ -286,6 +333,7 @@ def train_head(
             "answers": asdict(recipe.answers),
             "prompts": len(prompts) if prompts is not None else None,
             "init": started_from(out) if init else None,
+            "adapter": redact_paths(adapter) if adapter else None,
             "command": command,
         }
         trainer.export(out / "head", about)

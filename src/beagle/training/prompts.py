@@ -1,36 +1,27 @@
-"""Question files: JSON lines or a JSON array in the formats people have, checked one by one."""
+"""What a target is asked, and what dialogues bring: rows in the shapes people have, checked one by one."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import json
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 
 from beagle.errors import BeagleError
 from beagle.targets.chat import Message, encode
 from beagle.targets.target import Target
+from beagle.training.prompt_files import rows
 
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_PANDAS = "python -c \"import pandas; pandas.read_parquet('{0}').to_json('{0}.jsonl', orient='records', lines=True)\""
-_OTHERS = {  # first bytes of files that are taken for question files, and what makes one of them
-    b"PAR1": ("Parquet", _PANDAS),
-    b"\x28\xb5\x2f\xfd": ("Zstandard", "zstd -d '{0}'"),
-    b"\xfd7zXZ": ("xz", "xz -dk '{0}'"),
-    b"BZh": ("bzip2", "bzip2 -dk '{0}'"),
-    b"PK\x03\x04": ("zip", "unzip '{0}'"),
-    b"\xff\xfe": ("UTF-16", "iconv -f UTF-16 -t UTF-8 '{0}' > '{0}.jsonl'"),
-    b"\xfe\xff": ("UTF-16", "iconv -f UTF-16 -t UTF-8 '{0}' > '{0}.jsonl'"),
-}
+_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
+    "system": "system", "tool": "tool", "function": "tool", "observation": "tool",
+}  # fmt: skip
+_FIELDS = ("turns", "prompt", "question", "messages", "conversations")
 
 
 @dataclass(frozen=True)
@@ -43,6 +34,8 @@ class Prompt:
         repeat: how many prompts of the same content stand before it (see ``numbered``).
         source: the file and line that it comes from, if it comes from one.
         answers: what its file answers to the first turns, up to the first turn that it doesn't answer once.
+        dialogue: the messages as they stand in its file, without the system's; empty where it holds questions alone.
+        text: a text without turns, which nothing can be asked about.
     """
 
     id: str
@@ -52,11 +45,19 @@ class Prompt:
     repeat: int = 0
     source: str = field(default="", compare=False)
     answers: tuple[str, ...] = field(default=(), compare=False)
+    dialogue: tuple[Message, ...] = field(default=(), compare=False)
+    text: str = ""
+
+    @property
+    def is_askable(self) -> bool:
+        """Whether a model can answer its turns in place of the answers that it brings."""
+        tools = any(message["role"] == "tool" or message.get("tool_calls") for message in self.dialogue)
+        return bool(self.turns) and not tools
 
     @property
     def key(self) -> str:
         """The same for the same content (and repeat), whatever file it comes from: 24 hexadecimal digits."""
-        content = json.dumps([self.system, *self.turns, self.repeat])
+        content = json.dumps([self.system, *(self.turns or [self.text]), self.repeat])
         return hashlib.sha256(content.encode()).hexdigest()[:24]
 
     @property
@@ -80,6 +81,15 @@ class Prompt:
         for turn, answer in zip(self.turns, answers, strict=False):
             messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
         return [*messages, {"role": "user", "content": self.turns[len(answers)]}]
+
+    def given(self) -> list[Message]:
+        """The dialogue as its file has it, answers included."""
+        system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        dialogue = list(self.dialogue)
+        if not dialogue:
+            for turn, answer in zip(self.turns, self.answers, strict=False):
+                dialogue += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
+        return system + dialogue
 
 
 def has_template(target: Target) -> bool:
@@ -110,53 +120,47 @@ def answerable(target: Target, prompts: Sequence[Prompt], skip_bad_lines: bool |
 
 def numbered(prompts: Iterable[Prompt]) -> list[Prompt]:
     """The prompts, those that repeat an earlier one with its number: each has a key of its own."""
-    seen: Counter[tuple[str, tuple[str, ...]]] = Counter()
+    seen: Counter[tuple[str, tuple[str, ...], str]] = Counter()
     out = []
     for prompt in prompts:
-        content = prompt.system, prompt.turns
+        content = prompt.system, prompt.turns, prompt.text
         out.append(replace(prompt, repeat=seen[content]))
         seen[content] += 1
     return out
 
 
-def read_prompts(path: str | Path, *, limit: int | None = None, skip_bad_lines: bool | None = False) -> list[Prompt]:
-    """Read a file of prompts: JSON lines or one JSON array, in UTF-8, gzipped or not.
+def read_prompts(
+    path: str | Path, *, limit: int | None = None, skip_bad_lines: bool | None = False, given: bool = False
+) -> list[Prompt]:
+    """Read prompts: JSON lines or one JSON array, in UTF-8, gzipped or not; with ``datasets`` Parquet, Arrow and folders.
 
-    A line (or an entry of the array) holds ``turns`` (FastChat, EAGLE, Spec-Bench), ``prompt`` or ``question``,
-    ``messages`` (OpenAI) or ``conversations`` (ShareGPT). A system message stands first in the last two; the
-    others may have a field ``system``.
+    A row holds ``turns`` (FastChat, EAGLE, Spec-Bench), ``prompt`` (with ``completion``) or ``question``, ``messages``
+    (OpenAI) or ``conversations`` (ShareGPT). A system message stands first in the last two; the others may have a
+    field ``system``.
 
     Args:
         limit: read no further than that many prompts.
         skip_bad_lines: leave out what is no prompt, each with a line on stderr. None is False without the option to
             name in an error.
+        given: as of ``parse_prompt``.
     Raises:
         BeagleError: no such file, nothing in it, or a bad line (file and number named).
     """
     path = Path(path)
     prompts: list[Prompt] = []
-    try:
-        with path.open("rb") as file:
-            packed = path.suffix == ".gz" or file.peek(2)[:2] == b"\x1f\x8b"
-            for number, source, content in _rows(path, gzip.GzipFile(fileobj=file) if packed else file):
-                if limit is not None and len(prompts) >= limit:
-                    break
-                try:
-                    row = json.loads(content) if isinstance(content, str) else content
-                    prompts.append(replace(parse_prompt(row, number), source=source))
-                except (ValueError, RecursionError) as error:
-                    what: Any = error
-                    if isinstance(error, json.JSONDecodeError):
-                        what = f"no JSON from column {error.colno} on"
-                    elif isinstance(error, RecursionError):
-                        what = "JSON nested too deeply"
-                    reject(f"{source}: {what}", error, skip_bad_lines)
-    except UnicodeDecodeError as error:
-        raise BeagleError(f"question file '{path}' can't be read: {error}; save it in UTF-8") from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise BeagleError(f"question file '{path}' can't be read: {error}; copy or compress it again") from error
-    except OSError as error:
-        raise BeagleError(f"question file '{path}' can't be read: {error.strerror or error}; check the path") from error
+    for number, source, content in rows(path):
+        if limit is not None and len(prompts) >= limit:
+            break
+        try:
+            row = json.loads(content) if isinstance(content, str) else content
+            prompts.append(replace(parse_prompt(row, number, given=given), source=source))
+        except (ValueError, RecursionError) as error:
+            what: Any = error
+            if isinstance(error, json.JSONDecodeError):
+                what = f"no JSON from column {error.colno} on"
+            elif isinstance(error, RecursionError):
+                what = "JSON nested too deeply"
+            reject(f"{source}: {what}", error, skip_bad_lines)
     if not prompts:
         raise BeagleError(
             f'question file \'{path}\' holds no prompt; give one JSON object a line with "turns" or "prompt"'
@@ -177,103 +181,117 @@ def reject(message: str, error: Exception, skip: bool | None) -> None:
     Console(stderr=True).print(f"[yellow]skipped {message}[/yellow]", highlight=False)
 
 
-def _rows(path: Path, file: Any) -> Iterator[tuple[int, str, Any]]:
-    """Number, source and content of every row: a line's text, or an entry of an array.
-
-    Raises:
-        BeagleError: the file is of another format, or an array that ends too soon.
+def parse_prompt(row: Any, number: int, *, given: bool = False) -> Prompt:
     """
-    start = file.peek(8)[:8]
-    for magic, (name, command) in _OTHERS.items():
-        if start.startswith(magic):
-            raise BeagleError(
-                f"question file '{path}' can't be read: it is {name}; convert it first: {command.format(path)}"
-            )
-    text: IO[str] = io.TextIOWrapper(file, encoding="utf-8-sig")
-    number, first = next(((n, line) for n, line in enumerate(text, 1) if line.strip()), (1, ""))
-    lines: Iterable[str] = text
-    if first.lstrip().startswith("["):
-        rest = text.read()
-        try:
-            entries = json.loads(first + rest)
-        except (json.JSONDecodeError, RecursionError) as error:
-            if not _is_json(first):
-                where = f" from line {number - 1 + error.lineno} on" if isinstance(error, json.JSONDecodeError) else ""
-                raise BeagleError(
-                    f"question file '{path}' begins like a JSON array but is none{where}; copy or download it again"
-                ) from error
-            lines = rest.split("\n")
-        else:
-            for n, entry in enumerate(entries, 1):
-                yield n, f"{path}: entry {n}", entry if isinstance(entry, dict) else []
-            return
-    for n, line in enumerate(chain([first], lines), number):
-        if line.strip():
-            yield n, f"{path}:{n}", line.strip()
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def parse_prompt(row: Any, number: int) -> Prompt:
-    """
+    Args:
+        row: what a file holds of it.
+        number: of the row, in place of an id.
+        given: take what brings its own answers first, and also what can't be asked: a ``text``, and dialogues with
+            messages of tools.
     Raises:
-        ValueError: the row holds no user turns in any known form.
+        ValueError: the row is in no known shape.
     """
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
-    turns: Any
-    answers: tuple[str, ...] = ()
+    turns: Any = []
+    talk: list[dict[str, Any]] = []
+    text: Any = ""
     system: Any = [row["system"]] if row.get("system") else []
-    if "turns" in row:
-        turns = row["turns"]
-    elif "prompt" in row or "question" in row:
-        asked = row.get("prompt", row.get("question"))
-        turns = asked if isinstance(asked, list) else [asked]
+    dialogue = _dialogue(row)
+    asked = next((row[name] for name in ("turns", "prompt", "question") if name in row), dialogue)
+    if dialogue is not None and (given or asked is dialogue or _are_messages(asked)):
+        talk, more = _talk(dialogue, tools=given)
+        system += more
+        turns = [message["content"] for message in talk if message["role"] == "user"]
+    elif "turns" in row or asked is not None:
+        turns = asked if isinstance(asked, list) or "turns" in row else [asked]
+    elif given and isinstance(row.get("text"), str) and row["text"].strip():
+        text = row["text"]
     else:
-        dialogue = row.get("messages") or row.get("conversations")
-        if not isinstance(dialogue, list):
-            raise ValueError('none of "turns", "prompt", "messages", "conversations" is there')
-        turns = []
-        talk: list[tuple[str, Any]] = []
-        for message in dialogue:
-            role = _ROLES.get(str(message.get("role") or message.get("from"))) if isinstance(message, dict) else None
-            if role is None:
-                raise ValueError("a message has no known role")
-            content = message.get("content") or message.get("value")
-            if role != "system":
-                talk.append((role, content))
-            if role == "user":
-                turns.append(content)
-            elif role == "system" and content:
-                if turns:
-                    raise ValueError("a system message stands behind a user's turn; it must be the first message")
-                system.append(content)
-        answers = _answers(talk)
-    if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
+        takes = ", ".join(f'"{name}"' for name in (*_FIELDS, *(["text"] if given else [])))
+        found = ", ".join(f'"{name}"' for name in row) or "nothing"
+        raise ValueError(f"none of {takes} is there, only {found}")
+    if not text and not (isinstance(turns, list) and turns and all(isinstance(t, str) and t.strip() for t in turns)):
         raise ValueError("the user turns are not a list of non-empty texts")
-    if not all(isinstance(text, str) for text in system):
+    if not all(isinstance(part, str) for part in system):
         raise ValueError("the system message is not a text")
     identity = next((row[name] for name in ("id", "question_id") if row.get(name) is not None), number)
-    joined = "\n\n".join(system)
-    prompt = Prompt(str(identity), tuple(turns), str(row.get("category", "")), joined, answers=answers)
+    prompt = Prompt(
+        str(identity), tuple(turns), str(row.get("category", "")), "\n\n".join(system),
+        answers=_answers(talk), dialogue=tuple(talk), text=text,
+    )  # fmt: skip
     try:
-        "".join([prompt.id, prompt.category, prompt.system, *turns]).encode()
+        "".join([prompt.id, prompt.category, prompt.system, *turns, text]).encode()
     except UnicodeEncodeError as error:
         raise ValueError("it holds half a surrogate pair, which is no character") from error
     return prompt
 
 
-def _answers(talk: list[tuple[str, Any]]) -> tuple[str, ...]:
-    """Answers to the first turns of a dialogue of ``(role, content)``, as long as user and assistant take turns."""
+def _dialogue(row: dict[str, Any]) -> list[Any] | None:
+    """The messages of a row, a prompt and its completion among them; None: it has none."""
+    found = row.get("messages") or row.get("conversations")
+    if isinstance(found, list):
+        return found
+    prompt: Any = row.get("prompt")
+    completion: Any = row.get("completion")
+    asked: list[Any]
+    if _are_messages(prompt):
+        asked = prompt
+    elif isinstance(prompt, str) and completion:
+        asked = [{"role": "user", "content": prompt}]
+    else:
+        return None
+    if not _are_messages(completion):
+        completion = [{"role": "assistant", "content": completion}] if completion else []
+    return [*asked, *completion]
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
+
+
+def _talk(dialogue: list[Any], *, tools: bool) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Messages as chat templates have them, and the contents of the system's.
+
+    Args:
+        dialogue: messages in OpenAI's or ShareGPT's form.
+        tools: take messages of tools.
+    Raises:
+        ValueError: one is none, or stands where it can't.
+    """
+    talk: list[dict[str, Any]] = []
+    system = []
+    for message in dialogue:
+        if not isinstance(message, dict):
+            raise ValueError("a message is no JSON object")
+        named = message.get("role") or message.get("from")
+        role = _ROLES.get(str(named))
+        if role is None or (role == "tool" and not tools):
+            known = sorted(name for name, of in _ROLES.items() if tools or of != "tool")
+            raise ValueError(f"a message has no known role: {named!r} is none of {', '.join(known)}")
+        content = message.get("content") or message.get("value")
+        if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+            content = "".join(part["text"] for part in content)
+        if role == "system":
+            if content and any(earlier["role"] == "user" for earlier in talk):
+                raise ValueError("a system message stands behind a user's turn; it must be the first message")
+            system += [content] if content else []
+            continue
+        more = {name: value for name, value in message.items() if name not in ("role", "from", "content", "value")}
+        talk.append({**more, "role": role, "content": content})
+    return talk, system
+
+
+def _answers(talk: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Answers to the first turns of a dialogue, as long as user and assistant take turns."""
     answers = []
-    for (asks, _), (role, content) in zip(talk[::2], talk[1::2], strict=False):
-        if (asks, role) != ("user", "assistant") or not isinstance(content, str) or not content.strip():
+    for asks, answer in zip(talk[::2], talk[1::2], strict=False):
+        content = answer["content"]
+        if (
+            (asks["role"], answer["role"]) != ("user", "assistant")
+            or not isinstance(content, str)
+            or not content.strip()
+        ):
             break
         answers.append(content)
     return tuple(answers)

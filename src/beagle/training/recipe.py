@@ -20,7 +20,9 @@ class AnswerConfig:
 
     Attributes:
         source: ``target``: the target answers the prompts, or has answered them (see ``make_answers``); ``given``: the
-            dialogues bring the answers, and nothing is generated.
+            dialogues bring the answers, and nothing is generated; ``both``: a share of the dialogues keeps its answers.
+        given_share: share of the dialogues that keep the answers that they bring, with source ``both``; the target
+            answers the others.
         states: ``disk`` stores hidden states (2 bytes x hidden size a token); ``live`` stores tokens
             only and runs the target again in every epoch.
         max_tokens: stop after this many tokens, prompts included (None: all prompts).
@@ -37,7 +39,8 @@ class AnswerConfig:
     max_tokens: Positive | None = None
     states: Literal["disk", "live"] = "disk"
     seed: int = 0
-    source: Literal["target", "given"] = "target"
+    source: Literal["target", "given", "both"] = "target"
+    given_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     state_layers: tuple[Positive, ...] = ()
 
 

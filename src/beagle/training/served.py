@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import stdev
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -12,6 +15,7 @@ import torch
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.drafters.block import Block
+from beagle.drafters.checkpoint import save_head
 from beagle.drafters.load import DraftSpec, load_drafter
 from beagle.model import Model
 from beagle.targets.target import Target
@@ -20,6 +24,8 @@ from beagle.training.stages import draft_chains
 
 DEPTH = 5  # of the chains, as in validation
 PROMPTS = 12  # most held-out prompts that are decoded
+FEW = 4  # of them, each minute
+MINUTE = 60.0  # seconds
 TOKENS = 64  # most tokens of each answer
 ERRORS = 3  # standard errors, and
 SHARE = 0.05  # of the simulated length, beyond both of which a gap is no noise
@@ -102,9 +108,9 @@ def measure_served(trained: Block, folder: Path, target: Target, held_out: list[
     return Served(len(some), DEPTH, _ratio(simulated), total.tau, total.step_alpha, _error(simulated, decoded))
 
 
-def shortened(held_out: list[Stored]) -> list[Stored]:
+def shortened(held_out: list[Stored], most: int = PROMPTS) -> list[Stored]:
     """Some held-out samples, spread over all, with the beginnings of their answers."""
-    some = held_out[:: max(1, -(-len(held_out) // PROMPTS))]
+    some = held_out[:: max(1, -(-len(held_out) // most))]
     ends = [sample.answer_from + 1 + TOKENS for sample in some]
     return [
         replace(sample, tokens=sample.tokens[:end], states=None if sample.states is None else sample.states[:end])
@@ -122,12 +128,46 @@ def decode(folder: Path, target: Target, samples: list[Stored]) -> list[Stats]:
     return found
 
 
-def tau_of(folder: Path, target: Target, held_out: list[Stored]) -> float | None:
-    """Tokens per pass of held-out prompts with an exported head; None: there are none."""
+def tau_of(folder: Path, target: Target, held_out: list[Stored], most: int = PROMPTS) -> float | None:
+    """Tokens per pass of up to ``most`` held-out prompts with an exported head; None: there are none."""
     total = Stats()
-    for stats in decode(folder, target, shortened(held_out)):
+    for stats in decode(folder, target, shortened(held_out, most)):
         total.add(stats)
     return total.tau if total.passes else None
+
+
+class EachMinute:
+    """Shows τ on a few held-out prompts, now and after each minute of training."""
+
+    def __init__(self, head: Block, target: Target, held_out: list[Stored], show: Callable[[str], None]) -> None:
+        """
+        Args:
+            head: that is trained.
+            target: its target.
+            held_out: samples that are not trained on.
+            show: shows a line.
+        """
+        self.head, self.target, self.held_out, self.show = head, target, held_out, show
+        self.trained = 0.0
+        self._measure()
+        self.since = time.perf_counter()
+
+    def __call__(self) -> None:
+        """A step has been made."""
+        passed = time.perf_counter() - self.since
+        if passed < MINUTE:
+            return
+        self.trained += passed
+        self._measure()
+        self.since = time.perf_counter()  # measuring trains nothing
+
+    def _measure(self) -> None:
+        with TemporaryDirectory() as folder:
+            save_head(self.head, folder, target=self.target.name, dtype=torch.bfloat16, meta={})
+            tau = tau_of(Path(folder), self.target, self.held_out, FEW)
+        if tau is not None:
+            few = len(shortened(self.held_out, FEW))
+            self.show(f"after {self.trained / 60:.1f} minutes of training: τ {tau:.2f} on {few} held-out prompts")
 
 
 def simulate(head: Block, target: Target, group: list[Stored]) -> list[tuple[int, int]]:

@@ -33,7 +33,8 @@ class Fingerprint:
     """What stored states depend on; a folder never holds two kinds. ``target`` alone is a name, which may change.
 
     Attributes:
-        source: where the answers come from: ``files`` or ``given`` (see ``training.texts``); None: the target made them.
+        source: where the answers come from: ``files``, ``given`` (see ``training.texts``) or a share of them; None: the
+            target made them.
     """
 
     target: str

@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from rich.console import Console
@@ -16,10 +17,12 @@ from rich.progress import Progress, TextColumn
 from torch import Tensor
 
 from beagle.errors import BeagleError
+from beagle.targets.chat import encode
 from beagle.targets.target import Target
 from beagle.training.answer_files import AnswerFolder, prompt_key
 from beagle.training.answers import Sample, refuse_not_finite
-from beagle.training.prompts import Prompt, answerable, has_template, numbered, reject
+from beagle.training.dialogues import InseparableError, answered, last_answer
+from beagle.training.prompts import Prompt, has_template, reject
 from beagle.training.states import StateStore
 from beagle.training.windows import ROUND, round_up
 
@@ -36,6 +39,7 @@ class TextReader:
         max_turns: most turns of a dialogue.
         left_out: what was passed over, a line each.
         too_long: turns that were passed over since they are too long.
+        cut: answers that were cut.
     """
 
     def __init__(self, target: Target, *, max_prompt_tokens: int, max_new_tokens: int, max_turns: int) -> None:
@@ -44,7 +48,7 @@ class TextReader:
         self.max_new_tokens = max_new_tokens
         self.max_turns = max_turns if has_template(target) else 1
         self.left_out: list[str] = []
-        self.too_long = 0
+        self.too_long = self.cut = 0
 
     def stored(self, folder: AnswerFolder, prompts: Iterable[Prompt]) -> Iterator[Sample]:
         """Answers of a folder to these prompts, each with the history that it was made with.
@@ -81,41 +85,64 @@ class TextReader:
             history.append(self.target.tokenizer.decode(made.tolist(), skip_special_tokens=True))
 
     def given(self, prompts: Sequence[Prompt], skip_bad_lines: bool | None = False) -> Iterator[Sample]:
-        """Dialogues with the answers that they bring.
+        """Dialogues with the answers that they bring, each a sample, and texts without turns.
 
         Args:
-            skip_bad_lines: leave out what the tokenizer or its template refuses; as of ``answerable``.
+            prompts: each with a key of its own (see ``numbered``).
+            skip_bad_lines: leave out what the tokenizer or its template refuses; as of ``reject``.
         Raises:
-            BeagleError: none brings an answer, or one is refused (named).
+            BeagleError: none brings an answer, or one is refused (named); or the chat template doesn't show of any
+                which tokens are the answer's.
         """
-        dialogues = [prompt for prompt in numbered(prompts) if prompt.answers]
-        if not dialogues:
+        without = usable = 0
+        hidden: list[str] = []
+        for prompt in prompts:
+            try:
+                turns = list(self._given(prompt))
+            except InseparableError as error:
+                hidden.append(f"{prompt.name}: {error}")
+                continue
+            except (BeagleError, TypeError, ValueError) as error:  # half a surrogate pair, say
+                reject(f"{prompt.name}: {error}", error, skip_bad_lines)
+                continue
+            without += not turns
+            usable += bool(turns)
+            for turn, (ids, answer) in enumerate(turns):
+                yield from self._sample(prompt, turn, ids, torch.tensor(answer, dtype=torch.long))
+        if not usable and hidden:
+            raise BeagleError(hidden[0])
+        if not usable and without < len(prompts):
+            raise BeagleError(f"{self.target.name} takes none of the {len(prompts)} prompts; give others")
+        if not usable:
             raise BeagleError(
                 "none of the prompts brings an answer, and answers.source: given trains on those; give dialogues with "
                 "turns of the assistant, or let the target answer (answers.source: target)"
             )
-        if without := len(prompts) - len(dialogues):
+        if without:
             self.left_out.append(f"{without} prompts bring no answer to their first turn, and are left out")
-        for prompt in answerable(self.target, dialogues, skip_bad_lines):
-            try:
-                turns = [self._given(prompt, turn) for turn in range(min(len(prompt.answers), self.max_turns))]
-            except (BeagleError, TypeError, ValueError) as error:  # half a surrogate pair, say
-                reject(f"{prompt.name}: {error}", error, skip_bad_lines)
-            else:
-                for turn, (ids, answer) in enumerate(turns):
-                    yield from self._sample(prompt, turn, ids, answer)
+        if hidden:
+            self.left_out.append(f"{len(hidden)} dialogues are left out; {hidden[0]}")
 
-    def _given(self, prompt: Prompt, turn: int) -> tuple[list[int], Tensor]:
-        """Token ids of a turn with what comes before it, and of its answer."""
-        answer = self.target.tokenizer(prompt.answers[turn], add_special_tokens=False)["input_ids"]
-        return prompt.encode(self.target, prompt.answers[:turn]), torch.tensor(answer, dtype=torch.long)
+    def _given(self, prompt: Prompt) -> Iterator[tuple[list[int], list[int]]]:
+        """Token ids before each answer, and the answer's."""
+        if prompt.text:
+            ids = encode(self.target, prompt.text, raw=True)
+            yield ids[:1], ids[1:]
+        elif has_template(self.target):
+            for dialogue in islice(answered(prompt.given()), self.max_turns):
+                yield last_answer(self.target, dialogue)
+        elif prompt.answers:
+            answer = self.target.tokenizer(prompt.answers[0], add_special_tokens=False)["input_ids"]
+            yield encode(self.target, prompt.turns[0]), answer
 
     def _sample(self, prompt: Prompt, turn: int, ids: list[int], answer: Tensor) -> Iterator[Sample]:
         """One sample, or none where the prompt is too long or the answer is empty."""
         if len(ids) > self.max_prompt_tokens:
             self.too_long += 1
             return
-        answer = answer[: min(self.max_new_tokens, self.target.context_limit - len(ids))]
+        most = min(self.max_new_tokens, self.target.context_limit - len(ids))
+        self.cut += len(answer) > most
+        answer = answer[:most]
         if len(answer):
             tokens = torch.cat([torch.tensor(ids), answer])
             yield Sample(f"{prompt.key}/{turn}", tokens, None, len(ids) - 1)

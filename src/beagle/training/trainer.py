@@ -177,12 +177,14 @@ class Trainer:
         seconds: float | None = None,
         report: Callable[[str], None] | None = None,
         track: Callable[[int, dict[str, float]], None] | None = None,
+        watch: Callable[[], None] | None = None,
     ) -> list[float]:
         """Train to the end (or for about ``seconds`` of wall time); returns the last step-α.
 
         Args:
             report: shows a line.
             track: takes a step and what ``log.csv`` says of it.
+            watch: called after each step but the last.
         """
         started = time.perf_counter()
         self.head.train()
@@ -201,6 +203,8 @@ class Trainer:
                             break
                         loss = self._one(group)
                         last = self.step == self.total
+                        if watch and not last:
+                            watch()
                         if self.step % self.config.validate_every == 0 or last:
                             alphas = self._validate()
                             logged = self._log(loss, alphas)

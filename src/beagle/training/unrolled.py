@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from beagle.drafters.eagle_head import FeatureHead
-from beagle.training.windows import Batch, Part, additive, attend_with_own, bases
+from beagle.training.windows import Batch, Part, TrueKeys, bases
 
 
 def single(head: FeatureHead, batch: Batch, keys_from: Tensor, window: int, offset: int) -> Part:
@@ -48,8 +48,7 @@ def chains(head: FeatureHead, batch: Batch, keys_from: Tensor, window: int, offs
     true = head.features(batch.embeddings[:, 1:], head.fuse(keys_from[:, :-1]))  # the last slot's next token is unknown
     everywhere = torch.arange(true.shape[1], device=base.device)
     k, v = head.keys_values(true, head.rotation(everywhere[None], true.dtype))
-    k, v = k.contiguous(), v.contiguous()  # as in ``windows.simulated``
-    mask = additive(everywhere <= base[..., None], k.dtype)[:, None]  # [batch, 1, bases, n - 1]
+    keys = TrueKeys(k.contiguous(), v.contiguous(), base)  # as in ``windows.late``
     features = batch.pick(true, base)
     own_k: list[Tensor] = []  # of each step but the first, [batch, kv_heads, bases, head_dim]
     own_v: list[Tensor] = []
@@ -63,6 +62,6 @@ def chains(head: FeatureHead, batch: Batch, keys_from: Tensor, window: int, offs
             own_k.append(key)
             own_v.append(value)
         q = head.queries(features, rotation)
-        attended = attend_with_own(q, k, v, mask, own_k, own_v) if own_k else head.attend(q, k, v, mask)
+        attended = keys.attend(head, q, own_k=own_k, own_v=own_v)
         out.append((head.finish(attended, features), slots, slots <= batch.last[:, None]))
     return out

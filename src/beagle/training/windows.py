@@ -6,15 +6,21 @@ of slots <= b. A batch brings ``first`` and ``last``, the slots of each sample t
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from beagle.drafters.block import Layer
 from beagle.drafters.head import BeagleHead
 
+MASK = 2**24  # most entries of a mask, and
+SCORES = 2**25  # most scores of queries and keys, of all heads, that exist at a time: more are made part by part
 ROUND = 16  # lengths: products of few shapes, as oneDNN keeps what it made for each
 
 Part = tuple[Tensor, Tensor, Tensor]  # predicted states [batch, m, hidden], their slots [batch, m], which are real
@@ -116,10 +122,10 @@ def seeing(head: BeagleHead, batch: Batch, keys_from: Tensor, base: Tensor) -> P
     keys_from = head.fuse(keys_from)
     k, v = head.keys_values(keys_from, head.rotation(everywhere[None], keys_from.dtype))
     embeddings = batch.pick(batch.embeddings, slots + 1)
-    mask = additive(everywhere <= base[..., None], k.dtype)[:, None]
+    true = TrueKeys(k, v, base)
 
     def attend(q: Tensor, heads: slice) -> Tensor:
-        return head.attend(q, k[:, heads], v[:, heads], mask)
+        return true.attend(head, q, heads)
 
     rotation = head.rotation(slots, embeddings.dtype)
     return head.predict(attend, rotation, embeddings, batch.pick(keys_from, base)), slots, real
@@ -138,18 +144,16 @@ def late(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset:
     everywhere = torch.arange(batch.states.shape[1], device=base.device)
     keys_from = head.fuse(keys_from)
     k, v = head.keys_values(keys_from, head.rotation(everywhere[None], keys_from.dtype))
-    k, v = k.contiguous(), v.contiguous()  # a product with anything else copies it, and autograd keeps each copy
-    mask = additive(everywhere <= base[..., None], k.dtype)[:, None]  # [batch, 1, windows, n]
+    # a product with anything else copies it, and autograd keeps each copy
+    true = TrueKeys(k.contiguous(), v.contiguous(), base)
     newest = batch.pick(keys_from, base)  # [batch, windows, hidden]
     own_k: list[Tensor] = []  # of each earlier step, [batch, cached_heads, windows, head_dim]
     own_v: list[Tensor] = []
     out: list[Part] = []
 
     def attend(q: Tensor, heads: slice) -> Tensor:
-        if not own_k:
-            return head.attend(q, k[:, heads], v[:, heads], mask)
-        own = ([x[:, heads] for x in of] for of in (own_k, own_v))
-        return attend_with_own(q, k[:, heads], v[:, heads], mask, *own)
+        own = [[x[:, heads] for x in of] for of in (own_k, own_v)]
+        return true.attend(head, q, heads, *own)
 
     for step in range(1, steps + 1):
         slots = base + step - 1
@@ -164,7 +168,91 @@ def late(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset:
     return out
 
 
-def attend_with_own(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, own_k: list[Tensor], own_v: list[Tensor]) -> Tensor:
+class TrueKeys:
+    """Keys and values of the true states, and up to which slot each query sees them.
+
+    Of long samples, queries are taken part by part, and what a part needs is computed anew in the backward pass: the
+    memory of a step grows with the length of a sample, not with its square.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, base: Tensor) -> None:
+        """
+        Args:
+            k, v: ``[batch, kv_heads, n, head_dim]``.
+            base: the last slot that each query sees, ``[batch, queries]``.
+        """
+        self.k, self.v, self.base = k, v, base
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """Additive, ``[batch, 1, queries, n]``."""
+        return up_to(self.base, self.k)
+
+    def attend(
+        self,
+        head: Layer,
+        q: Tensor,
+        heads: slice = slice(None),
+        own_k: Sequence[Tensor] = (),
+        own_v: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """Attention of queries to what they see.
+
+        Args:
+            head: whose attention it is.
+            q: ``[batch, heads, queries, head_dim]``.
+            heads: which of the keys' heads they meet.
+            own_k, own_v: per earlier step a key and a value of each query's own window, as of ``attend_with_own``.
+        Returns:
+            ``[batch, heads, queries, head_dim]``.
+        """
+        k, v = self.k[:, heads], self.v[:, heads]
+        rows = SCORES // q[:, :, :1, :1].numel() if own_k else MASK // len(q)
+        part = max(1, rows // k.shape[2])  # queries
+        if q.shape[2] <= part:
+            return _attend_to(head, q, k, v, self.mask, tuple(own_k), tuple(own_v))
+        parts = zip(
+            q.split(part, 2), self.base.split(part, 1), *(x.split(part, 2) for x in (*own_k, *own_v)), strict=True
+        )
+        out = []
+        for some, base, *own in parts:
+            end = min(round_up(int(base.max()) + 1, ROUND), k.shape[2])  # no query of the part sees more
+            seen = k[:, :, :end], v[:, :, :end]
+            out.append(
+                _again(_attend_part, head, some, *seen, base, tuple(own[: len(own_k)]), tuple(own[len(own_k) :]))
+            )
+        return torch.cat(out, 2)
+
+
+def up_to(base: Tensor, k: Tensor) -> Tensor:
+    """The additive mask ``[batch, 1, queries, n]`` of queries that see keys ``[batch, heads, n, head_dim]`` up to ``base``."""
+    return additive(torch.arange(k.shape[2], device=k.device) <= base[..., None], k.dtype)[:, None]
+
+
+def _again(attend: Callable[..., Tensor], *of: Any) -> Tensor:
+    """A part of attention whose scores are not kept for the backward pass."""
+    out: Tensor = checkpoint(attend, *of, use_reentrant=False, preserve_rng_state=False)
+    return out
+
+
+def _attend_to(
+    head: Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, own_k: Sequence[Tensor], own_v: Sequence[Tensor]
+) -> Tensor:
+    if own_k:
+        return attend_with_own(q, k, v, mask, own_k, own_v)
+    return head.attend(q, k, v, mask)
+
+
+def _attend_part(
+    head: Layer, q: Tensor, k: Tensor, v: Tensor, base: Tensor, own_k: tuple[Tensor, ...], own_v: tuple[Tensor, ...]
+) -> Tensor:
+    mask = up_to(base, k)
+    return _attend(q, k, v, mask, own_k, own_v) if own_k else head.attend(q, k, v, mask)
+
+
+def attend_with_own(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, own_k: Sequence[Tensor], own_v: Sequence[Tensor]
+) -> Tensor:
     """Attention over shared true keys and, per query, the predicted keys of its own window.
 
     As in a fused kernel, the scores of all keys are computed anew in the backward pass and not kept for it.
@@ -176,9 +264,9 @@ def attend_with_own(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, own_k: list[T
     Returns:
         ``[batch, heads, windows, head_dim]``.
     """
-    own = tuple(own_k), tuple(own_v)  # the caller's lists grow before the backward pass
-    out: Tensor = checkpoint(_attend, q, k, v, mask, *own, use_reentrant=False, preserve_rng_state=False)
-    return out
+    return _again(
+        _attend, q, k, v, mask, tuple(own_k), tuple(own_v)
+    )  # the caller's lists grow before the backward pass
 
 
 def _attend(

@@ -1,0 +1,119 @@
+"""Tune a model on a narrow domain with LoRA (peft), and repair the draft head of its base model for it.
+
+    python examples/repair_a_head.py --out runs/repair --tune-seconds 600 --head-seconds 300
+
+The domain is made up here: orders in plain words, answered with a receipt in a fixed form. The tuned model writes that
+form, which the base model's head has never seen, so its drafts fit less. `beagle train --init head --adapter FOLDER`
+starts from that head, and shows τ on held-out prompts before, after each minute, and at the end.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+import beagle
+
+THINGS = {
+    "tea": 3,
+    "coffee": 4,
+    "bread": 2,
+    "soup": 6,
+    "salad": 7,
+    "rice": 5,
+    "fish": 12,
+    "cake": 8,
+    "juice": 4,
+    "fruit": 5,
+}
+NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gina", "Hugo", "Iris", "Jon"]
+ASKS = [
+    "{name} would like {order}.",
+    "An order for {name}: {order}.",
+    "Please bring {order} to {name}.",
+    "{name} takes {order}.",
+]
+RECIPE = """
+answers: {max_prompt_tokens: 160, max_new_tokens: 160, max_turns: 1, sampled_share: 0.25, rows: 32}
+train: {early_epochs: 0, late_epochs: 8, window: 3, steps: 3, batch_tokens: 1024, learning_rate: 0.0005,
+        warmup_steps: 20, schedule: cosine, dropout: 0.1, autocast: true, validate_every: 200, checkpoint_every: 200}
+"""
+
+
+def dialogue(chance: random.Random) -> tuple[str, str]:
+    """An order and its receipt."""
+    name, things = chance.choice(NAMES), chance.sample(sorted(THINGS), chance.randint(2, 4))
+    counts = {thing: chance.randint(1, 9) for thing in things}
+    order = ", ".join(f"{count} {thing}" for thing, count in counts.items())
+    lines = [f"- {thing}: {n} x {THINGS[thing]} = {n * THINGS[thing]} coins" for thing, n in sorted(counts.items())]
+    total = sum(n * THINGS[thing] for thing, n in counts.items())
+    receipt = "\n".join([f"RECEIPT for {name}", *lines, f"TOTAL: {total} coins", "Paid on delivery. Thank you!"])
+    return chance.choice(ASKS).format(name=name, order=order), receipt
+
+
+def tune(model, tokenizer, pairs: list[tuple[str, str]], seconds: float, folder: Path) -> None:
+    """Train a LoRA adapter on the answers for some time, and save it."""
+    torch.manual_seed(0)
+    tuned = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-3)
+    chance, ends, step = random.Random(0), time.perf_counter() + seconds, 0
+    tuned.train()
+    while step == 0 or time.perf_counter() < ends:
+        rows = []
+        for asked, receipt in chance.sample(pairs, 8):
+            messages = [{"role": "user", "content": asked}]
+            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+            answer = tokenizer(receipt, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+            rows.append((prompt + answer, [-100] * len(prompt) + answer))
+        longest = max(len(ids) for ids, _ in rows)
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row, _ in rows], device=model.device)
+        labels = torch.tensor([row + [-100] * (longest - len(row)) for _, row in rows], device=model.device)
+        loss = tuned(input_ids=ids, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        step += 1
+        if step % 20 == 0:
+            print(f"step {step}: loss {float(loss):.3f}", flush=True)
+    tuned.save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--target", default="smollm2-135m")
+    parser.add_argument("--head", default="head", help="to start from, as of --draft")
+    parser.add_argument("--dialogues", type=int, default=2000)
+    parser.add_argument("--tune-seconds", type=float, default=600.0)
+    parser.add_argument("--head-seconds", type=float, default=300.0)
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    chance = random.Random(1)
+    pairs = [dialogue(chance) for _ in range(given.dialogues)]
+    adapter, prompts, recipe = given.out / "adapter", given.out / "prompts.jsonl", given.out / "recipe.yaml"
+    if not adapter.exists():
+        model, tokenizer = beagle.load_model(given.target, dtype="float32")
+        tune(model, tokenizer, pairs, given.tune_seconds, adapter)
+        del model
+    prompts.write_text("".join(json.dumps({"prompt": asked}) + "\n" for asked, _ in pairs))
+    recipe.write_text(RECIPE)
+    command = [sys.executable, "-m", "beagle", "train", "--target", given.target, "--adapter", str(adapter)]
+    command += ["--prompts", str(prompts), "--config", str(recipe), "--out", str(given.out / "run")]
+    command += ["--init", given.head, "--seconds", str(given.head_seconds)]
+    print(" ".join(command[1:]), flush=True)
+    subprocess.run(command, check=True)
+    result = json.loads((given.out / "run" / "result.json").read_text())
+    before, after = result["init"]["tau"], result["served"] and result["served"]["tau"]
+    print(
+        f"τ on held-out prompts of the tuned model: {before} with its base model's head, {after} with the repaired one"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from beagle.targets.recurrent_cache import Chains
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,20 @@ class KVCache:
         view.tensors = [tensor[i : i + 1] for tensor in self.tensors]
         view.batch, view.lengths = 1, [0]
         return view
+
+    def chains(self, starts: list[int], counts: list[int], first: int = 0) -> Chains | None:
+        """What a pass does to recurrent layers; None: there are none.
+
+        Args:
+            starts: tokens of each sequence before those of the pass.
+            counts: tokens of the pass, of each sequence.
+            first: the first of these sequences; the others follow.
+        """
+        return None
+
+    def fewest(self, i: int) -> int:
+        """The fewest tokens that a sequence can be cut back to."""
+        return 0
 
     @property
     def length(self) -> int:

@@ -44,9 +44,17 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-KEPT = {"full_attention", "sliding_attention", "chunked_attention", "conv"}  # types of layers that a KV cache can serve
+KEPT = {
+    "linear_attention",
+    "mamba",
+    "hybrid",
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+    "conv",
+}  # types of layers that a KV cache can serve
 INDEXED = {"indexed_attention", "compressed_sparse_attention", "heavily_compressed_attention"}
-RECURRENT = {"mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "xlstm", "jamba", "bamba", "zamba"}
+RECURRENT = {"mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "xlstm", "jamba", "zamba"}
 
 
 def refuse_unsupported(config: Any, name: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -47,6 +47,8 @@ class _Notes:
         self.windows: dict[int, Window] = {}
         self.softcaps: dict[int, float | None] = {}
         self.sinks: dict[int, bool] = {}
+        self.running: list[nn.Module] = []  # the innermost last
+        self.recurrent: dict[nn.Module, int] = {}
 
     def note(
         self,
@@ -108,12 +110,25 @@ class _Asked(PlanCache):
         return super().get_seq_length(layer_idx)
 
     def update_conv_state(
-        self, conv_states: Tensor, layer_idx: int, *, conv_kernel_size: int, state_idx: int = 0
+        self, conv_states: Tensor, layer_idx: int, *, conv_kernel_size: int = 0, state_idx: int = 0
     ) -> Tensor:
         self.asked = True
-        shape = LayerShape(1, conv_states.shape[1], 0)
-        self._notes.note(layer_idx, shape, heads=0, window=conv_kernel_size)
+        module = self._notes.running[-1] if self._notes.running else None
+        if module not in self._notes.recurrent:
+            shape = LayerShape(1, conv_states.shape[1], 0)
+            self._notes.note(layer_idx, shape, heads=0, window=conv_kernel_size)
         return conv_states
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        self.asked = True
+        if self._notes.running:
+            self._notes.recurrent[self._notes.running[-1]] = layer_idx
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        self.get_recurrent_state(layer_idx, state_idx)
+        return recurrent_states
 
     def get_query_offset(self, layer_idx: int | None = 0) -> int:
         return 0
@@ -226,10 +241,14 @@ def learn(model: Any, name: str, expected: int | None = None) -> Layers:
         n = min(TOKENS, limit)
         with tokens_alone(name):
             asked = _Asked(n, device, notes).inputs(cache) if cache else {}
-            base(input_ids=torch.ones(1, n, dtype=torch.long, device=device), use_cache=False, **asked)
+            with _running(base, notes.running):
+                base(input_ids=torch.ones(1, n, dtype=torch.long, device=device), use_cache=False, **asked)
     finally:
         _notes.pop()
         model.set_attn_implementation(NAME)
+    if notes.recurrent:
+        for i in {*range(expected or 0), *notes.recurrent.values()} - set(notes.calls):
+            notes.note(i, LayerShape(1, 0, 0), heads=0, window=None)  # no keys
     order = sorted(notes.calls)
     if expected is not None and (order != list(range(expected)) or set(notes.calls.values()) != {1}):
         raise BeagleError(f"{name}: {_strange(base, notes.calls, expected)}; choose a model with plain attention")
@@ -242,9 +261,27 @@ def learn(model: Any, name: str, expected: int | None = None) -> Layers:
         [notes.softcaps[i] for i in order],
         [notes.sinks[i] for i in order],
         cache,
+        recurrent=[names[module] for module in notes.recurrent],
     )
     layers.mark(base)
     return layers
+
+
+@contextmanager
+def _running(base: nn.Module, running: list[nn.Module]) -> Iterator[None]:
+    """Keep a list of the modules that are at work, the innermost last."""
+
+    def enter(module: nn.Module, inputs: Any) -> None:
+        running.append(module)
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        running.pop()
+
+    with ExitStack() as hooks:
+        for module in base.modules():
+            hooks.enter_context(module.register_forward_pre_hook(enter))
+            hooks.enter_context(module.register_forward_hook(leave))
+        yield
 
 
 def _strange(base: nn.Module, calls: dict[int, int], expected: int) -> str:

@@ -37,6 +37,7 @@ from beagle.targets.linears.packed import pack_linears
 from beagle.targets.linears.quantized import BITS, check_kind, quantize_linears
 from beagle.targets.lm_head import LMHead
 from beagle.targets.plan import EXACT_BLOCK, EXACT_TOKENS, Kind, Plan, of_exact_tree, of_prompt, of_tree, of_trees, span
+from beagle.targets.recurrent_cache import RecurrentCache
 from beagle.targets.runner import Checked, Eager, FastRunner, Runner, example, tap
 from beagle.targets.shape import TreeShape
 
@@ -153,7 +154,7 @@ class Target:
         self.layers = layers
         try:
             with probe.tokens_alone(self.name):
-                proof.prove(self, ids, expected)
+                self._prove(ids, expected)
         except proof.Different as error:
             model.set_attn_implementation(own)
             if not proof.own_positions(whole, ids, expected):
@@ -169,10 +170,21 @@ class Target:
                 f"{self.name}: its logits are more than one linear layer over the last hidden state, so this family "
                 "can't be served; choose another model"
             )
-        layers = replace(layers, unscaled=gaps[1] < gaps[0])
+        layers = replace(self.layers, unscaled=gaps[1] < gaps[0])
         if folder is not None:
             remember(folder, key, layers)
         return layers
+
+    def _prove(self, ids: Tensor, expected: Tensor) -> None:
+        """``proof.prove``. Recurrent layers that forget their state before several tokens get one at a time."""
+        try:
+            proof.prove(self, ids, expected)
+        except proof.Different:
+            if not self.chains_only:
+                raise
+            self.layers = replace(self.layers, one_by_one=True)
+            self.layers.mark(self.base)
+            proof.prove(self, ids, expected)
 
     @torch.no_grad()
     def use(self, runner: FastRunner) -> None:
@@ -189,6 +201,11 @@ class Target:
             self.compiled = None
             raise
 
+    @property
+    def chains_only(self) -> bool:
+        """Whether layers with a recurrent state forbid trees with branches."""
+        return bool(self.layers.recurrent)
+
     def _example(self, kind: Kind) -> tuple[Tensor, Plan]:
         return example(kind, self.new_cache, self.layers.distinct_windows, self.vocab_size, self.eager)
 
@@ -202,9 +219,12 @@ class Target:
         """
         try:
             own = self.compiled.runner.new_cache(capacity) if self.compiled is not None and batch == 1 else None
-            return own or KVCache(
-                self.layers.shapes, batch=batch, capacity=capacity, dtype=self.dtype, device=self.device
-            )
+            if own is not None:
+                return own
+            size: Any = {"batch": batch, "capacity": capacity, "dtype": self.dtype, "device": self.device}
+            if self.chains_only:
+                return RecurrentCache(self.layers.shapes, recurrent_layers=len(self.layers.recurrent), **size)
+            return KVCache(self.layers.shapes, **size)
         except RuntimeError as error:  # PyTorch's, whichever device is out of memory
             raise BeagleError(
                 f"{self.name}: no memory for a KV cache of {capacity} tokens for {batch} answers at once; ask for fewer "
@@ -270,6 +290,7 @@ class Target:
         Returns:
             Hidden states ``[nodes - done, state_size]``.
         """
+        self._refuse_branches([shape])
         return self.run(tokens[None], of_tree(cache, shape, self.layers.distinct_windows, done))[0]
 
     def verify_trees(self, cache: KVCache, tokens: Tensor, shapes: list[TreeShape], first: int = 0) -> Tensor:
@@ -285,7 +306,23 @@ class Target:
         Returns:
             Hidden states ``[nodes of all trees, state_size]``.
         """
+        self._refuse_branches(shapes)
         return self.run(tokens[None], of_trees(cache, shapes, self.layers.distinct_windows, first))[0]
+
+    def _refuse_branches(self, shapes: list[TreeShape]) -> None:
+        if self.chains_only and not all(shape.is_chain for shape in shapes):
+            raise ValueError(f"{self.name} keeps a recurrent state, which runs chains; the tree has branches")
+
+    def refuse_exact(self) -> None:
+        """
+        Raises:
+            BeagleError: there are no exact passes of this target.
+        """
+        if self.chains_only:
+            raise BeagleError(
+                f"{self.name} keeps a recurrent state, whose bits depend on how many tokens share a pass, so there is no "
+                "exact mode for it; leave exact out, and load it with dtype float32 where near-ties matter"
+            )
 
     def verify_exact(self, cache: KVCache, tokens: Tensor, shape: TreeShape, keys: int) -> Tensor:
         """``verify`` in exact mode: states bit-equal to those of one node at a time.
@@ -297,7 +334,10 @@ class Target:
             keys: padded number of keys of every pass of this generation.
         Returns:
             Hidden states ``[nodes, state_size]``.
+        Raises:
+            BeagleError: as of ``refuse_exact``.
         """
+        self.refuse_exact()
         return self._run_exact(cache, tokens, shape, keys, max(len(tokens), self.min_exact_tokens))
 
     def _run_exact(self, cache: KVCache, tokens: Tensor, shape: TreeShape, keys: int, count: int) -> Tensor:

@@ -80,13 +80,14 @@ class KVCache:
         view.batch, view.lengths = 1, [0]
         return view
 
-    def chains(self, starts: list[int], counts: list[int], first: int = 0) -> Chains | None:
+    def chains(self, committed: list[int], counts: list[int], first: int = 0, done: int = 0) -> Chains | None:
         """What a pass does to recurrent layers; None: there are none.
 
         Args:
-            starts: tokens of each sequence before those of the pass.
+            committed: tokens of each sequence that no later pass rejects.
             counts: tokens of the pass, of each sequence.
             first: the first of these sequences; the others follow.
+            done: tokens behind the committed ones that an earlier pass has run.
         """
         return None
 

@@ -71,6 +71,7 @@ class Plan:
         folded: masks repeated for the heads of a group, filled by attention.
         before: the last slots of each token's path by their number, filled by short convolutions.
         chains: what the pass does to recurrent layers, where there are some.
+        named_layer: the layer whose keys are attended to next, where a module shared by several layers has named it.
     """
 
     kind: Kind
@@ -84,6 +85,7 @@ class Plan:
     folded: dict[tuple[Window, int], Tensor] = field(default_factory=dict)
     before: dict[int, Tensor] = field(default_factory=dict)
     chains: Chains | None = None
+    named_layer: int | None = None
 
     def tensors(self) -> list[Tensor]:
         """What a graph takes. ``of_tensors`` is the inverse."""
@@ -154,7 +156,7 @@ def of_tree(cache: KVCache, tree: TreeShape, windows: Windows, done: int = 0) ->
     queries = positions[done:]
     masks = _masks(visible, queries[:, None], keys, windows, cache.dtype)
     slots = slice(start + done, start + n)
-    chains = cache.chains([start + done], [n - done])
+    chains = cache.chains([start], [n - done], done=done)
     return Plan("tree", queries[None], slots, cache.tensors, start + n, masks, chains=chains)
 
 

@@ -37,8 +37,9 @@ class PlanCache:
         positions = self._plan.positions[0]
         return positions - torch.arange(len(positions), device=positions.device)
 
-    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As they are: the attention function writes them into our own cache."""
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As they are: the attention function writes them into our own cache, under the layer that is named here."""
+        self._plan.named_layer = layer_idx
         return key, value
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:

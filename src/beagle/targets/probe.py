@@ -49,6 +49,7 @@ class _Notes:
         self.sinks: dict[int, bool] = {}
         self.running: list[nn.Module] = []  # the innermost last
         self.recurrent: dict[nn.Module, int] = {}
+        self.named_layer: int | None = None  # as of ``Plan``
 
     def note(
         self,
@@ -105,6 +106,10 @@ class _Asked(PlanCache):
         positions = self._plan.positions
         return {name: self, "attention_mask": torch.ones_like(positions), "position_ids": positions}
 
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self._notes.named_layer = layer_idx
+        return key, value
+
     def get_seq_length(self, layer_idx: int | None = 0) -> Tensor:
         self.asked = True
         return super().get_seq_length(layer_idx)
@@ -154,7 +159,8 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Takes notes; what it returns has the right shape and means nothing."""
     notes = _notes[-1]
-    layer = getattr(module, "layer_idx", None)
+    layer = notes.named_layer if notes.named_layer is not None else getattr(module, "layer_idx", None)
+    notes.named_layer = None
     if not isinstance(layer, int):
         raise BeagleError(
             f"{notes.name}: its attention layers have no number (layer_idx), so it can't be served; choose another model"
@@ -290,7 +296,10 @@ def _strange(base: nn.Module, calls: dict[int, int], expected: int) -> str:
         return "its attention runs more than once in a layer, each time with other keys and values"
     own = sorted({type(module).__name__ for module in base.modules() if "Attention" in type(module).__name__})
     missing = f"{expected - len(calls)} of its {expected} layers" if calls else "its layers"
-    return f"{missing} compute attention ({', '.join(own) or 'none'}) outside transformers' attention interface"
+    return (
+        f"{missing} compute attention ({', '.join(own) or 'none'}) outside transformers' attention interface, or keep a "
+        "recurrent state outside its cache"
+    )
 
 
 def _cache_name(base: nn.Module, device: Any) -> str:

@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beagle.limits import MAX_TREE_TOKENS
 from beagle.targets.attention import current_plan
 from beagle.targets.plan_cache import PlanCache, is_open
-from beagle.targets.recurrent_cache import Chains, State, is_prompt
+from beagle.targets.recurrent_cache import Chains, State
 
+Outputs = tuple[Tensor | None, ...]  # of a module
 MOST_AGAIN = 16  # tokens that a layer runs again in front of new ones; of more it keeps a new state first
 
 
@@ -70,6 +72,38 @@ class LayerStates:
         return recurrent_states
 
 
+class _Call:
+    """A module's call, to be made with other tokens and states.
+
+    Attributes:
+        hidden: the tokens' inputs that the module was given, ``[batch, tokens, hidden]``.
+        gives_tuple: whether the module returns several things.
+    """
+
+    def __init__(self, own: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """
+        Args:
+            own: the module's ``forward``.
+            arguments: of the call; the first tensor among them is what the module computes from.
+            options: of the call, by name.
+        """
+        self._own, self._positional = own, len(arguments)
+        named: dict[Any, Any] = dict(enumerate(arguments)) | options
+        self._first, self.hidden = next((name, value) for name, value in named.items() if isinstance(value, Tensor))
+        # no mask: no sequence is padded
+        self._given = {name: None if is_open(value) else value for name, value in named.items()}
+        self.gives_tuple = False
+
+    def __call__(self, inputs: Tensor, states: LayerStates) -> Outputs:
+        """The call with other ``inputs [batch, tokens, hidden]``, and states in the cache's place."""
+        given = {name: states if isinstance(value, PlanCache) else value for name, value in self._given.items()}
+        given[self._first] = inputs
+        arguments = [given.pop(i) for i in range(self._positional)]
+        found = self._own(*arguments, **given)
+        self.gives_tuple = isinstance(found, tuple)
+        return found if self.gives_tuple else (found,)
+
+
 class RecurrentForward:
     """In the place of a module's ``forward``."""
 
@@ -87,66 +121,54 @@ class RecurrentForward:
         plan = current_plan.get(None)
         if plan is None or plan.chains is None:
             return self.own(*arguments, **options)
-        named = dict(enumerate(arguments)) | options
-        first, hidden = next((name, value) for name, value in named.items() if isinstance(value, Tensor))
+        call, flat = _Call(self.own, arguments, options), plan.sequences is not None
+        pieces = call.hidden[0].split(plan.chains.counts) if flat else call.hidden.unbind(0)
+        found = [
+            None if parts[0] is None else torch.cat(parts)[None] if flat else torch.stack(parts)
+            for parts in zip(*self._run(call, list(pieces), plan.chains), strict=True)
+        ]
+        return tuple(found) if call.gives_tuple else found[0]
 
-        def call(inputs: Tensor, states: LayerStates) -> Any:
-            """The module, with states in the cache's place, and no mask: no sequence is padded."""
-            given = {
-                name: states if isinstance(value, PlanCache) else None if is_open(value) else value
-                for name, value in named.items()
-            } | {first: inputs}
-            return self.own(*(given.pop(i) for i in range(len(arguments))), **given)
-
-        pieces = hidden[0].split(plan.chains.counts) if plan.sequences is not None else hidden.unbind(0)
-        parts = self._run(call, list(pieces), plan.chains)
-        return torch.cat(parts)[None] if plan.sequences is not None else torch.stack(parts)
-
-    def _run(self, call: Callable[..., Any], pieces: list[Tensor], chains: Chains) -> list[Tensor]:
-        """Outputs ``[tokens, hidden]`` of each sequence's new tokens; those of one length share a call."""
-        before: list[State] = []
-        inputs: list[Tensor] = []
+    def _run(self, call: _Call, pieces: list[Tensor], chains: Chains) -> list[Outputs]:
+        """Outputs ``[tokens, ...]`` of each sequence's new tokens; those of one length share a call."""
         tracks = [own[self._number] for own in chains.tracks]
-        known: list[int] = []  # tokens that each state has seen
-        for track, start, piece in zip(tracks, chains.starts, pieces, strict=True):
-            state, again = track.at(start)
-            if again is not None and len(again) > MOST_AGAIN:
-                _, made = self._call(call, [state], again[None])
-                state, again = made[0][-1], None
-            before.append(state)
-            known.append(start - (len(again) if again is not None else 0))
-            inputs.append(torch.cat([again, piece]) if again is not None else piece)
-        alike: dict[tuple[bool, int], list[int]] = defaultdict(list)
-        for i, (state, given) in enumerate(zip(before, inputs, strict=True)):
-            alike[bool(state), len(given)].append(i)
-        outputs: list[Tensor] = [pieces[0]] * len(pieces)
-        for group in alike.values():
-            together = torch.stack([inputs[i] for i in group])
-            found, states = self._call(call, [before[i] for i in group], together)
-            for j, i in enumerate(group):
-                end = known[i] + len(inputs[i])
-                made = {end - k: own for k, own in enumerate(reversed(states[j]))}
-                if is_prompt(len(pieces[i])):
-                    tracks[i].keep({end: made[end]}, None)
-                else:
-                    tracks[i].keep({known[i]: before[i], **made}, inputs[i])
-                outputs[i] = found[j, -len(pieces[i]) :]
+        alike: dict[tuple[bool, int], list[tuple[int, int]]] = defaultdict(list)
+        passes = zip(tracks, chains.starts, chains.committed, pieces, strict=True)
+        for i, (track, start, committed, piece) in enumerate(passes):
+            seen = track.cut(start, committed)
+            if start - seen > MOST_AGAIN:
+                _, states = self._call(call, [track.states[seen]], track.since(seen)[None])
+                track.states[start] = states[0][-1]
+                seen = start
+            track.append(piece)
+            alike[seen == 0, start + len(piece) - seen].append((i, seen))
+        outputs: list[Outputs] = [()] * len(pieces)
+        for (_, length), group in alike.items():
+            before = [tracks[i].states[seen] for i, seen in group]
+            inputs = torch.stack([tracks[i].since(seen) for i, seen in group])
+            found, states = self._call(call, before, inputs)
+            for j, (i, seen) in enumerate(group):
+                new, end = len(pieces[i]), seen + length
+                tracks[i].states |= {end - k: own for k, own in enumerate(reversed(states[j]))}
+                if new > MAX_TREE_TOKENS:  # a prompt, none of which is rejected
+                    tracks[i].restart(end, tracks[i].states[end])
+                outputs[i] = tuple(None if part is None else part[j, -new:] for part in found)
         return outputs
 
-    def _call(self, call: Callable[..., Any], before: list[State], inputs: Tensor) -> tuple[Tensor, list[list[State]]]:
-        """Outputs ``[sequences, tokens, hidden]``, and of each sequence its last states in the order of its tokens."""
+    def _call(self, call: _Call, before: list[State], inputs: Tensor) -> tuple[Outputs, list[list[State]]]:
+        """Outputs ``[sequences, tokens, ...]``, and of each sequence its last states in the order of its tokens."""
         steps = inputs.split(1, dim=1) if self._one_by_one and before[0] else [inputs]
-        outputs: list[Tensor] = []
+        outputs: list[Outputs] = []
         made: list[list[State]] = [[] for _ in before]
         for step in steps:
             # copies, for modules write into them
             held = LayerStates({key: torch.cat([own[key] for own in before]).clone() for key in before[0]})
-            found = call(step, held)
-            outputs.append(found[0] if isinstance(found, tuple) else found)
+            outputs.append(call(step, held))
             before = [{key: value[i : i + 1] for key, value in held.states.items()} for i in range(len(before))]
             for own, state in zip(made, before, strict=True):
                 own.append(state)
-        return torch.cat(outputs, dim=1), made
+        whole = [None if parts[0] is None else torch.cat(parts, dim=1) for parts in zip(*outputs, strict=True)]
+        return tuple(whole), made
 
 
 def wrap(module: nn.Module, number: int, one_by_one: bool) -> None:

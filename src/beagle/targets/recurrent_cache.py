@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from beagle.limits import MAX_TREE_TOKENS
 from beagle.targets.cache import KVCache
 
 State = dict[tuple[str, int], Tensor]  # a layer's states of one sequence, by their sort and number, ``[1, ...]`` each
@@ -23,8 +23,8 @@ class Track:
     """What one recurrent layer keeps of one sequence.
 
     Attributes:
-        states: by the number of tokens that they have seen. At no token there is none.
-        first: number of tokens before ``inputs``.
+        states: by the number of tokens that they have seen. Of no tokens there is none.
+        first: the least of these numbers.
         inputs: what the layer was given since, ``[tokens, hidden]``; None: nothing.
     """
 
@@ -32,32 +32,44 @@ class Track:
     first: int = 0
     inputs: Tensor | None = None
 
-    def at(self, start: int) -> tuple[State, Tensor | None]:
-        """The latest state within the first ``start`` tokens, and the inputs from there on to be run again.
+    def cut(self, start: int, committed: int) -> int:
+        """Forget what lies behind the first ``start`` tokens, and what is older than any state that is still needed.
 
+        Args:
+            start: tokens before those of the next pass.
+            committed: those of them that no later pass rejects.
+        Returns:
+            How many tokens the latest state has seen; ``since`` gives the inputs from there on.
         Raises:
             RuntimeError: those tokens haven't run, or their state is no longer kept.
         """
         if start == 0:
-            return {}, None
-        known = max((n for n in self.states if n <= start), default=-1)
-        end = self.first + (len(self.inputs) if self.inputs is not None else 0)
-        if known < 0 or max(known, end) < start:
+            self.restart(0, {})
+        count = len(self.inputs) if self.inputs is not None else 0
+        oldest = max((n for n in self.states if n <= committed), default=None)
+        if oldest is None or self.first + count < start:
             raise RuntimeError(f"a recurrent layer has no state of {start} tokens")
-        if known == start or self.inputs is None:
-            return self.states[known], None
-        return self.states[known], self.inputs[known - self.first : start - self.first]
+        if self.inputs is not None:
+            self.inputs = self.inputs[oldest - self.first : start - self.first]
+        self.states = {n: state for n, state in self.states.items() if oldest <= n <= start}
+        self.first = oldest
+        return max(self.states)
 
-    def keep(self, states: dict[int, State], inputs: Tensor | None) -> None:
-        """
-        Args:
-            states: by the number of tokens that they have seen.
-            inputs: of the tokens since the first of them, as far as some may be rejected.
-        """
-        self.states, self.first, self.inputs = states, min(states), inputs
+    def append(self, inputs: Tensor) -> None:
+        """The layer is given more, ``[tokens, hidden]``."""
+        self.inputs = inputs if self.inputs is None else torch.cat([self.inputs, inputs])
+
+    def since(self, seen: int) -> Tensor:
+        """What the layer was given behind the first ``seen`` tokens, ``[tokens, hidden]``."""
+        assert self.inputs is not None
+        return self.inputs[seen - self.first :]
+
+    def restart(self, seen: int, state: State) -> None:
+        """Keep a state of ``seen`` tokens alone."""
+        self.states, self.first, self.inputs = {seen: state}, seen, None
 
     def take(self, other: Track) -> None:
-        """Become a copy of ``other``; states are shared, since nothing writes into them."""
+        """Become a copy of ``other``; tensors are shared, since nothing writes into them."""
         self.states, self.first, self.inputs = dict(other.states), other.first, other.inputs
 
 
@@ -67,11 +79,13 @@ class Chains:
 
     Attributes:
         tracks: of each sequence, one for each recurrent layer.
-        starts: tokens of each sequence before the chain.
-        counts: tokens of each chain.
+        committed: tokens of each sequence that no later pass rejects.
+        starts: tokens of each sequence before those of the pass.
+        counts: tokens of the pass, of each sequence.
     """
 
     tracks: list[list[Track]]
+    committed: list[int]
     starts: list[int]
     counts: list[int]
 
@@ -92,8 +106,9 @@ class RecurrentCache(KVCache):
         super().__init__(*arguments, **options)
         self._tracks = [[Track() for _ in range(recurrent_layers)] for _ in range(self.batch)]
 
-    def chains(self, starts: list[int], counts: list[int], first: int = 0) -> Chains:
-        return Chains(self._tracks[first : first + len(counts)], list(starts), counts)
+    def chains(self, committed: list[int], counts: list[int], first: int = 0, done: int = 0) -> Chains:
+        starts = [n + done for n in committed]
+        return Chains(self._tracks[first : first + len(counts)], committed, starts, counts)
 
     def fewest(self, i: int) -> int:
         return max(min(track.states) for track in self._tracks[i]) if self._tracks[i] else 0
@@ -132,8 +147,3 @@ class RecurrentCache(KVCache):
     def _copy_tracks(self, i: int, other: RecurrentCache, other_i: int) -> None:
         for own, of in zip(self._tracks[i], other._tracks[other_i], strict=True):
             own.take(of)
-
-
-def is_prompt(count: int) -> bool:
-    """Whether so many tokens of one sequence are a prompt, none of which is rejected."""
-    return count > MAX_TREE_TOKENS

@@ -352,6 +352,7 @@ class Target:
         Packed CPU kernels differ for a single token at most, GPU libraries for every number (then it is
         ``EXACT_TOKENS``: all passes have as many). Tried out on a chain, for every number of tokens from two on.
         """
+        self.refuse_exact()
         ids = sample_ids(self.config, self.vocab_size, EXACT_TOKENS + 8).to(self.device)
         keys = 2 * EXACT_BLOCK
         cache = self.new_cache(1, keys)

@@ -19,7 +19,8 @@ from beagle.drafters.small import SmallModelDrafter
 from beagle.errors import BeagleError
 from beagle.model import Model
 from beagle.targets import compiled, loading, recurrent
-from beagle.targets.recurrent_cache import RecurrentCache, Track
+from beagle.targets.chains import Track
+from beagle.targets.recurrent_cache import RecurrentCache
 from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
 from conftest import Oracle, tiny_drafter, tiny_model, tiny_target, tiny_tokenizer
@@ -54,6 +55,39 @@ RECURRENT = {
     "qwen3_5_text": DELTA,
     "olmo_hybrid": DELTA,
     "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 16},
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "moe", "attention", "mamba"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 8,
+        "n_groups": 2,
+        "chunk_size": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "moe_shared_expert_intermediate_size": 16,
+    },
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": [LINEAR, "hybrid", LINEAR, "hybrid"],
+        "num_key_value_heads": 4,
+        "mamba_d_state": 8,
+        "mamba_ngroups": 2,
+        "n_mamba_heads": 4,
+        "chunk_size": 16,
+    },
+    "kimi_linear": {
+        "layer_types": [LINEAR, FULL, LINEAR],
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        **EXPERTS,
+    },
+    "zaya": {"router_hidden_size": 16, "layer_types": ["hybrid"] * 3, **EXPERTS, "num_experts_per_tok": 1},
     "mamba": {"state_size": 4, "num_hidden_layers": 2},
     "falcon_mamba": {"state_size": 4, "num_hidden_layers": 2},
     "jamba": {
@@ -266,12 +300,12 @@ def test_exact_mode_is_refused_with_a_remedy():
         lambda: model.decoder(2, exact=True),
         lambda: model.target.min_exact_tokens,
     ):
-        with pytest.raises(BeagleError, match="^tiny-bamba keeps a recurrent state.* leave exact out"):
+        with pytest.raises(BeagleError, match=r"^tiny-bamba keeps a recurrent state.* leave exact out"):
             ask()
 
 
 def test_compiling_is_refused(tmp_path):
-    with pytest.raises(BeagleError, match="^tiny keeps a recurrent state.*can't be compiled"):
+    with pytest.raises(BeagleError, match=r"^tiny keeps a recurrent state.*can't be compiled"):
         compiled.build(tmp_path, tiny_model("bamba", **RECURRENT["bamba"]), "tiny")
     assert list(tmp_path.iterdir()) == []
 

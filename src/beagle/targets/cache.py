@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from beagle.targets.recurrent_cache import Chains
+from beagle.targets.chains import Chains
 
 
 @dataclass(frozen=True)

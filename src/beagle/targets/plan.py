@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from beagle.targets.cache import KVCache
-from beagle.targets.recurrent_cache import Chains
+from beagle.targets.chains import Chains
 from beagle.targets.shape import TreeShape
 
 EXACT_TOKENS = 16  # most tokens of an exact pass; all of them, where kernels differ by number of tokens

@@ -1,6 +1,6 @@
 """Layers with a recurrent state (Mamba, gated delta nets and others), computed by transformers' own modules.
 
-Such a module asks a cache for its states and hands it new ones. Ours answers by ``targets.recurrent_cache``: tokens that
+Such a module asks a cache for its states and hands it new ones. Ours answers by ``targets.chains``: tokens that
 were accepted since the state that is kept run again in front of the new ones, and their outputs are dropped.
 """
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from beagle.limits import MAX_TREE_TOKENS
 from beagle.targets.attention import current_plan
+from beagle.targets.chains import Chains, State
 from beagle.targets.plan_cache import PlanCache, is_open
-from beagle.targets.recurrent_cache import Chains, State
 
 Outputs = tuple[Tensor | None, ...]  # of a module
 MOST_AGAIN = 16  # tokens that a layer runs again in front of new ones; of more it keeps a new state first

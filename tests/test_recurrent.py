@@ -339,3 +339,13 @@ def test_a_folder_is_loaded_and_remembered_with_a_line(tmp_path, capsys):
         target.eos_ids = frozenset()
         model = Model(target, sometimes_wrong(own_answer("mamba")), PLAN)
         assert model.generate(PROMPT, max_new_tokens=16).token_ids == own_answer("mamba")
+
+
+@pytest.mark.parametrize("family", ["bamba", "mamba", "mamba2"])
+def test_half_precision_and_quantised_weights(family):
+    for options in ({"dtype": torch.bfloat16}, {"quantize": "int8"}):
+        model = tiny_model(family, **RECURRENT[family]).to(options.pop("dtype", torch.float32))
+        target = Target(model, tiny_tokenizer(), "tiny", **options)
+        states = target.prefill(torch.tensor([PROMPT]), target.new_cache(1, 16))
+        assert states.dtype == target.logits(states).dtype == target.dtype  # Mamba 2 gives fp32 by itself
+        assert len(Model(target, LookupDrafter(), PLAN).generate(PROMPT, max_new_tokens=8).token_ids) > 0

@@ -33,7 +33,7 @@ from beagle.targets.family import (
     whole_of,
 )
 from beagle.targets.layers import Layers, key_of, remember, remembered
-from beagle.targets.linears.packed import pack_linears
+from beagle.targets.linears.packed import keep_read_linears, pack_linears
 from beagle.targets.linears.quantized import BITS, check_kind, quantize_linears
 from beagle.targets.lm_head import LMHead
 from beagle.targets.plan import EXACT_BLOCK, EXACT_TOKENS, Kind, Plan, of_exact_tree, of_prompt, of_tree, of_trees, span
@@ -112,6 +112,9 @@ class Target:
         self._lm_head = LMHead(self.head, self.config, name, pack)
         self.pass_weights, self.pass_bytes = weights_of_a_pass(self.base, self.head, self.embed)
         self.quantize = quantize
+        if quantize or pack:
+            with probe.tokens_alone(name):
+                keep_read_linears(self.base)
         self.unquantized = quantize_linears(self.base, quantize) if quantize else []  # layers whose shape can't be
         if quantize:
             self.pass_bytes = self.pass_weights * BITS[quantize] // 8
@@ -148,8 +151,9 @@ class Target:
         whole = whole_of(model)
         few = ids[None, : min(n, 12)]
         with probe.tokens_alone(self.name):
-            expected: Tensor = whole(input_ids=ids[None], use_cache=False)[0][0]
-            logits, states = model(input_ids=few, use_cache=False).logits, whole(input_ids=few, use_cache=False)[0]
+            expected: Tensor = whole(input_ids=ids[None], use_cache=False)[0][0].to(self.dtype)
+            logits = model(input_ids=few, use_cache=False).logits
+            states: Tensor = whole(input_ids=few, use_cache=False)[0].to(self.dtype)
         model.set_attn_implementation(NAME)
         self.layers = layers
         try:
@@ -157,7 +161,7 @@ class Target:
                 self._prove(ids, expected)
         except proof.Different as error:
             model.set_attn_implementation(own)
-            if not proof.own_positions(whole, ids, expected):
+            if self.chains_only or not proof.own_positions(whole, ids, expected):
                 raise
             raise BeagleError(
                 f"{self.name}: it numbers its tokens in a way of its own, so that those of a draft can't be given their "
@@ -247,7 +251,7 @@ class Target:
         """One pass: ids ``[batch, tokens]`` to hidden states ``[batch, tokens, state_size]``."""
         fast = self.compiled
         runner = fast if fast is not None and fast.takes(plan) else self.eager
-        return runner(tokens, plan)
+        return runner(tokens, plan).to(self.dtype)  # some recurrent models give fp32 ones whatever their weights are
 
     def prefill(self, ids: Tensor, cache: KVCache) -> Tensor:
         """Run prompts of one length, and commit them: a long one piece by piece, so that no mask grows with n².

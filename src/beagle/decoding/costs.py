@@ -21,8 +21,8 @@ from beagle.drafters.base import Draft, Drafter, TreePlan
 from beagle.files import write_json
 from beagle.limits import MAX_NODES
 from beagle.memory import finish_huge_pages
-from beagle.targets.linears import tiled
 from beagle.targets.cache import KVCache
+from beagle.targets.linears import tiled
 from beagle.targets.loading import cache_dir
 from beagle.targets.plan import EXACT_BLOCK, EXACT_TOKENS
 from beagle.targets.target import Target, TreeShape

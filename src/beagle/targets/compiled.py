@@ -153,6 +153,7 @@ def join(base: nn.Module, layers: Layers, embedding: Tensor) -> None:
         embedding: the weight of its embedding.
     """
     ids, plan = _example("tree", layers.shapes, layers.distinct_windows, embedding)
+    join_linears(base, lambda: run_layers(base, plan, input_ids=ids))
 
 
 def _example(kind: Kind, layers: list[LayerShape], windows: Windows, embedding: Tensor) -> tuple[Tensor, Plan]:

@@ -109,11 +109,11 @@ def test_folder_of_another_kind_of_model(tmp_path):
     refusal(tmp_path, "can't be loaded")
 
 
-def test_recurrent_folder(tmp_path):
-    config = AutoConfig.for_model("mamba", vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4)
+def test_folder_of_a_model_with_a_state_of_its_own(tmp_path):
+    config = AutoConfig.for_model("rwkv", vocab_size=64, hidden_size=16, num_hidden_layers=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    refusal(tmp_path, "attention")
+    refusal(tmp_path, "recurrent state outside its cache")
 
 
 def test_missing_and_garbage_gguf(tmp_path):

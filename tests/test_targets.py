@@ -110,9 +110,7 @@ def test_tree_shape_knows_depths_and_ancestors():
     ("family", "options", "word"),
     [
         ("t5", {}, "encoder-decoder"),
-        ("mamba", {}, "recurrent"),
-        ("rwkv", {}, "rwkv"),
-        ("qwen3_next", {}, "linear_attention"),
+        ("deepseek_v32", {"layer_types": ["indexed_attention"] * 61}, "index"),
     ],
 )
 def test_families_without_plain_cache_are_refused(family, options, word):

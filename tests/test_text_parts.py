@@ -100,7 +100,7 @@ def refusal(model) -> str:
         ("bloom", {}, r"its layers compute attention \(BloomAttention\) outside"),
         ("diffllama", {}, "attention runs more than once in a layer"),
         ("roberta", {"is_decoder": True}, "numbers its tokens in a way of its own"),
-        ("qwen3_next", {"layer_types": ["linear_attention", FULL, FULL]}, "recurrent state"),
+        ("recurrent_gemma", {}, "recurrent state outside its cache"),
         ("deepseek_v32", {"layer_types": ["indexed_attention"] * 3, "q_lora_rank": 8, "kv_lora_rank": 8}, "index"),
     ],
 )

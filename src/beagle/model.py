@@ -33,7 +33,7 @@ class Model:
     Attributes:
         target: the model whose answers are wanted.
         drafter: what proposes tokens; None is plain decoding.
-        plan: shape of the draft tree.
+        plan: shape of the draft tree; a chain where the target has a recurrent state.
         prefixes: keys and values of earlier answers, where some are kept.
     """
 
@@ -50,7 +50,8 @@ class Model:
         self.prefixes = PrefixCache(whole("prefix_cache", prefix_cache, 0)) if prefix_cache else None
         self.target = target
         self.drafter = drafter
-        self.plan = plan or TreePlan()
+        plan = plan or TreePlan()
+        self.plan = plan.as_chain() if target.chains_only else plan
         self._costs: dict[tuple[bool, bool], Costs] = {}
 
     def costs(self, exact: bool = False, fresh: bool = False, batch: bool = False) -> Costs:

@@ -21,12 +21,14 @@ from beagle.drafters.base import Draft, Drafter, TreePlan
 from beagle.files import write_json
 from beagle.limits import MAX_NODES
 from beagle.memory import finish_huge_pages
+from beagle.targets.cache import KVCache
 from beagle.targets.linears import tiled
 from beagle.targets.loading import cache_dir
 from beagle.targets.plan import EXACT_BLOCK, EXACT_TOKENS
 from beagle.targets.target import Target, TreeShape
 
 SEVERAL = 4  # contexts that draft at once or share a pass while that is timed
+AGAIN = 4  # tokens that recurrent layers run again in passes that are timed
 SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, MAX_NODES)
 STEADY = 1.3  # on a machine with nothing else to do, the median of a time is no longer than so many of its least ones
 CHECKS = 5  # passes that known costs are compared with
@@ -132,6 +134,8 @@ def measure(
 ) -> Costs:
     """Time verification by size, and drafting for one context and for several, interleaved, medians.
 
+    Chains of a target with a recurrent state are timed behind a rejected draft, of which some tokens run again.
+
     Args:
         exact: passes of exact mode.
         batch: passes that several contexts can share.
@@ -143,9 +147,9 @@ def measure(
     ids = [1 + i % (target.vocab_size - 1) for i in range(context)]
     cache = target.new_cache(1, keys)
     states = target.prefill(torch.tensor([ids], device=target.device), cache)[0]
+    drafted = _after_rejection(target, ids, keys) if target.chains_only else cache
     if batch:
-        cache = target.new_cache(SEVERAL, keys)
-        cache.lengths = [context] * SEVERAL  # of zeros, which take as long to read as anything
+        cache, drafted = (_several(target, one, keys) for one in (cache, drafted))
     alone, *several = contexts = [drafter.context() for _ in range(1 + SEVERAL)]
     for own in contexts:
         own.extend(ids, states)
@@ -155,15 +159,15 @@ def measure(
     for _ in range(repeats):
         for n in sizes:
             tokens = torch.ones(n, dtype=torch.long, device=target.device)
-            shape = TreeShape([-1, *([0] * (n - 1))])
-            trees = [TreeShape([-1, *([0] * (size - 1))]) for size in tree_sizes(n, SEVERAL)]
+            shape, *trees = (_shape(target, size) for size in (n, *tree_sizes(n, SEVERAL)))
+            behind = drafted if n > 1 else cache
             began = time.perf_counter()
             if exact:
-                target.exact_logits(target.verify_exact(cache, tokens, shape, keys)).max(-1).indices.tolist()
+                target.exact_logits(target.verify_exact(behind, tokens, shape, keys)).max(-1).indices.tolist()
             elif batch:
-                target.logits(target.verify_trees(cache, tokens, trees)).max(-1).indices.tolist()
+                target.logits(target.verify_trees(behind, tokens, trees)).max(-1).indices.tolist()
             else:
-                target.logits(target.verify(cache, tokens, shape)).max(-1).indices.tolist()
+                target.logits(target.verify(behind, tokens, shape)).max(-1).indices.tolist()
             times[n].append(time.perf_counter() - began)
         for own in contexts:
             own.extend(ids[-1:], states[-1:])  # a draft begins with what the last pass brought
@@ -190,6 +194,30 @@ def still_true(costs: Costs, target: Target) -> bool:
         target.logits(target.verify(cache, token, shape)).max(-1).indices.tolist()
         times.append(time.perf_counter() - began)
     return min(times) > costs.verify[1] / 2
+
+
+def _shape(target: Target, nodes: int) -> TreeShape:
+    """A tree of so many nodes, as wide as the target takes it."""
+    return TreeShape.chain(nodes) if target.chains_only else TreeShape([-1, *([0] * (nodes - 1))])
+
+
+def _several(target: Target, one: KVCache, slots: int) -> KVCache:
+    """The sequence of a cache ``SEVERAL`` times."""
+    cache = target.new_cache(SEVERAL, slots)
+    for i in range(SEVERAL):
+        cache.copy_sequence(i, one, 0)
+    return cache
+
+
+def _after_rejection(target: Target, ids: list[int], slots: int) -> KVCache:
+    """A cache of these tokens of which recurrent layers have to run the last ones again, as they do behind a rejected draft."""
+    cache, again = target.new_cache(1, slots), min(AGAIN, len(ids) - 1)
+    tokens = torch.tensor([*ids, ids[0]], device=target.device)
+    begin = len(ids) - again
+    target.prefill(tokens[None, :begin], cache)
+    target.verify(cache, tokens[begin:], TreeShape.chain(again + 1))
+    cache.compact(list(range(again)))
+    return cache
 
 
 def cached_costs(

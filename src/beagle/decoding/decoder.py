@@ -24,7 +24,7 @@ from beagle.decoding.sampling import Sampler
 from beagle.decoding.sequence import Emitted, Sequence, Step, room
 from beagle.decoding.stats import Stats
 from beagle.decoding.walk import Walk, accept
-from beagle.drafters.base import Draft, Drafter, TreePlan, prune
+from beagle.drafters.base import Draft, Drafter, TreePlan, best_chain, prune
 from beagle.errors import BeagleError
 from beagle.limits import MAX_NODES
 from beagle.targets.plan import EXACT_TOKENS
@@ -79,7 +79,11 @@ class Decoder:
             prefixes: keys of earlier sequences, for prompts that begin as they did; of no use in exact mode, whose
                 bits would be others.
             piece: most tokens of a prompt that run between two passes of the live sequences; None: all of them.
+        Raises:
+            BeagleError: ``exact``, which there is not for this target.
         """
+        if exact:
+            target.refuse_exact()
         self.target = target
         self.size = size
         self.live: list[Sequence] = []
@@ -269,6 +273,8 @@ class Decoder:
         most = EXACT_TOKENS - 1 if self._exact else MAX_NODES
         if self._plan.kind != "static" and self._plan.nodes is not None:
             most = min(most, self._plan.nodes)
+        if self.target.chains_only:
+            made = [best_chain(draft) for draft in made]
         made = [prune(draft, depth, most) for draft, depth in zip(made, reach, strict=True)]
         if costs is not None and self._plan.sized_by_costs:
             if alone:

@@ -60,6 +60,7 @@ class PrefixCache:
         prompt = torch.tensor(ids[:-1])
         with self._lock:
             common = [_common(one.tokens, prompt) for one in self._kept]
+            common = [n if n >= one.cache.fewest(0) else 0 for n, one in zip(common, self._kept, strict=True)]
             if not max(common, default=0):
                 return None
             best = max(range(len(common)), key=common.__getitem__)
@@ -77,6 +78,8 @@ class PrefixCache:
             states: hidden states ``[n, hidden]`` of all tokens, piece by piece.
         """
         ids = torch.tensor(tokens[: self.most])
+        if len(ids) < cache.fewest(row):
+            return
         with self._lock:
             for one in self._kept:
                 if _common(one.tokens, ids) == len(ids):  # nothing new

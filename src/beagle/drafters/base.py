@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -47,6 +47,10 @@ class TreePlan:
         """Whether measured costs choose how many candidates are verified."""
         return self.kind == "dynamic" and self.nodes is None
 
+    def as_chain(self) -> TreePlan:
+        """The plan of chains that is most like it: whatever is as deep, with one candidate a level."""
+        return replace(self, kind="chain" if self.kind == "static" else self.kind, top_k=1)
+
 
 # Static tree: children kept per rank path; the k-th best child of a node at rank path r is kept if
 # the path (r, k) is here. Wide at the top, a chain at the bottom, 25 candidates.
@@ -85,6 +89,21 @@ class Draft:
     def first(self, n: int) -> Draft:
         """The best ``n`` candidates."""
         return Draft(self.tokens[:n], self.parents[:n], self.scores[:n])
+
+
+def best_chain(draft: Draft) -> Draft:
+    """The path of a draft that is worth most: where most of its candidates are expected to be right."""
+    worth: list[float] = []
+    for parent, score in zip(draft.parents, draft.scores, strict=True):
+        worth.append(math.exp(score) + (worth[parent] if parent >= 0 else 0.0))
+    path: list[int] = []
+    at = max(range(len(worth)), key=worth.__getitem__, default=-1)
+    while at >= 0:
+        path.append(at)
+        at = draft.parents[at]
+    path.reverse()
+    tokens, scores = [draft.tokens[i] for i in path], [draft.scores[i] for i in path]
+    return Draft(tokens, list(range(-1, len(path) - 1)), scores)
 
 
 def prune(draft: Draft, depth: int, most: int) -> Draft:

@@ -78,11 +78,9 @@ class BlockConfig:
         ``kv_layers`` may be ``auto``, as of ``layers_of``.
         """
         config = target.config
-        heads, head_dim = next(
-            (heads, shape.key_dim)
-            for heads, shape in zip(target.layers.heads, target.layers.shapes, strict=True)
-            if heads  # a convolution has none
-        )
+        sizes = zip(target.layers.heads, target.layers.shapes, strict=True)
+        attention = [(heads, shape.key_dim) for heads, shape in sizes if heads]  # a convolution has none
+        heads, head_dim = (attention or [(max(1, target.hidden_size // 64), min(64, target.hidden_size))])[0]
         if target.ranks.count > 1:  # this rank has some of them
             heads = setting(config, "num_attention_heads") or heads
         rope = setting(config, "rope_parameters") or {}

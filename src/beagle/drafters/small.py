@@ -95,6 +95,8 @@ class SmallModelDrafter(Drafter[SmallModelContext]):
     def _draft(self, context: SmallModelContext, root: int, plan: TreePlan, min_expected_tokens: float) -> Draft:
         if min_expected_tokens > 1 or not context.can_run([*context.pending, root]):
             return Draft([], [], [])
+        if self.small.chains_only:
+            plan = plan.as_chain()
         length = context.length
         depth = min(plan.depth, self.small.context_limit - length)
         width = plan.width

@@ -43,7 +43,8 @@ def attention(
     where there is one, is not read again.
     """
     plan = current_plan.get()
-    layer = module.layer_idx
+    layer = plan.named_layer if plan.named_layer is not None else module.layer_idx
+    plan.named_layer = None
     assert isinstance(layer, int)
     keys, values = write(plan, layer, key, value)
     if scaling is None:

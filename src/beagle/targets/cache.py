@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from beagle.targets.chains import Chains
+
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -75,6 +77,21 @@ class KVCache:
         view.tensors = [tensor[i : i + 1] for tensor in self.tensors]
         view.batch, view.lengths = 1, [0]
         return view
+
+    def chains(self, committed: list[int], counts: list[int], first: int = 0, done: int = 0) -> Chains | None:
+        """What a pass does to recurrent layers; None: there are none.
+
+        Args:
+            committed: tokens of each sequence that no later pass rejects.
+            counts: tokens of the pass, of each sequence.
+            first: the first of these sequences; the others follow.
+            done: tokens behind the committed ones that an earlier pass has run.
+        """
+        return None
+
+    def fewest(self, i: int) -> int:
+        """The fewest tokens that a sequence can be cut back to."""
+        return 0
 
     @property
     def length(self) -> int:

@@ -22,6 +22,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from beagle.errors import BeagleError
 from beagle.limits import MAX_TREE_TOKENS
 from beagle.targets import aot_cache, probe
 from beagle.targets.cache import KVCache, LayerShape
@@ -125,6 +126,8 @@ def build(
     base = base_of(model)
     embed: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
     layers = probe.learn(model, name)
+    if layers.recurrent:
+        raise BeagleError(f"{name} keeps a recurrent state, so its passes can't be compiled; use it without")
     join(base, layers, embed.weight)  # type: ignore[arg-type]
     if quantize:
         quantize_linears(base, quantize)

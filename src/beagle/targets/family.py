@@ -44,25 +44,18 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-KEPT = {"full_attention", "sliding_attention", "chunked_attention", "conv"}  # types of layers that a KV cache can serve
-INDEXED = {"indexed_attention", "compressed_sparse_attention", "heavily_compressed_attention"}
-RECURRENT = {"mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "xlstm", "jamba", "bamba", "zamba"}
+INDEXED = {"indexed_attention", "compressed_sparse_attention", "heavily_compressed_attention"}  # types of layers
 
 
 def refuse_unsupported(config: Any, name: str) -> None:
-    """Refuse, by config alone, families that have no plain KV cache."""
+    """Refuse, by config alone, what running a model would not show."""
     if getattr(config, "is_encoder_decoder", False):
         raise BeagleError(f"{name}: encoder-decoder models can't be served; choose a causal (decoder-only) LM")
     text = config.get_text_config(decoder=True)
-    types = set(getattr(text, "layer_types", None) or ()) - KEPT
+    types = set(getattr(text, "layer_types", None) or ())
     what = ""
     if types & INDEXED:
         what = f"its layers ({_named(types & INDEXED)}) choose the keys that a token sees by an index of their own"
-    elif types - {"mlp", "moe"} or text.model_type in RECURRENT:
-        layers = _named(types - {"mlp", "moe"}) or text.model_type
-        what = f"its layers ({layers}) keep a recurrent state, which can't be rolled back when a draft is rejected"
-    elif types:
-        what = f"it has layers without attention ({_named(types)})"
     elif not isinstance(getattr(text, "num_hidden_layers", None), int):
         what = f"a {text.model_type} is not one stack of layers"
     if what:

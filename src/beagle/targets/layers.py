@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from beagle.targets.attention import WINDOW
 from beagle.targets.cache import LayerShape
 from beagle.targets.plan import Chunk, Window
 from beagle.targets.plan_cache import ASKED
+from beagle.targets.recurrent import wrap
 
-FORMAT = 4  # of what is remembered
+FORMAT = 5  # of what is remembered
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Layers:
         sinks: whether each layer has attention sinks.
         cache: under which name the layers take a cache that they ask for more than keys; empty: they don't.
         unscaled: whether the model's logits leave out the scale and the soft cap of its config.
+        recurrent: names of the modules that keep a recurrent state, below the model without its LM head.
+        one_by_one: whether they take one token at a time behind a state.
     """
 
     names: list[str]
@@ -45,6 +48,8 @@ class Layers:
     sinks: list[bool]
     cache: str = ""
     unscaled: bool = False
+    recurrent: list[str] = field(default_factory=list)
+    one_by_one: bool = False
 
     @property
     def are_plain(self) -> bool:
@@ -70,11 +75,16 @@ class Layers:
         return sum(2 * heads * (c.key_dim + c.value_dim) for heads, c in zip(self.heads, self.shapes, strict=True))
 
     def mark(self, base: nn.Module) -> None:
-        """Leave each layer's window on its module, where our attention function reads it; and ``cache`` on all."""
+        """Leave each layer's window on its module, where our attention function reads it; and ``cache`` on all.
+
+        Modules with a recurrent state run chains from now on.
+        """
         modules = dict(base.named_modules())
         for name, window in zip(self.names, self.windows, strict=True):
             if name:
                 setattr(modules[name], WINDOW, window)
+        for number, name in enumerate(self.recurrent):
+            wrap(modules[name], number, self.one_by_one)
         setattr(base, ASKED, self.cache)
 
 

@@ -115,12 +115,14 @@ def load_target(
     target = Target(model, tokenizer, name, quantize, cache_dir() / "probes", state_layers=layers)
     if fast is not None:
         target.use(fast)
-    if target.device.type == "cuda" and not aot_cache.compiled_disabled():
+    if target.device.type == "cuda" and not aot_cache.compiled_disabled() and not target.chains_only:
         capture_target(target)
     if target.device.type == "cpu":
         use_huge_pages()
         if os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE":
             _console.print("[dim]OMP_WAIT_POLICY=PASSIVE makes passes about three times as slow; unset it[/dim]")
+    if target.chains_only:
+        _console.print(f"[dim]{name}: keeps a recurrent state, so drafts are chains[/dim]", highlight=False)
     if target.context_ends:
         _console.print(
             f"[dim]{name}: texts end at {target.context_limit} tokens, since {target.context_ends}[/dim]",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from beagle.targets.cache import KVCache
+from beagle.targets.chains import Chains
 from beagle.targets.shape import TreeShape
 
 EXACT_TOKENS = 16  # most tokens of an exact pass; all of them, where kernels differ by number of tokens
@@ -69,6 +70,8 @@ class Plan:
         tail: in exact mode the slots that each token sees besides, in the order of their positions, ``[tokens, tail]``.
         folded: masks repeated for the heads of a group, filled by attention.
         before: the last slots of each token's path by their number, filled by short convolutions.
+        chains: what the pass does to recurrent layers, where there are some.
+        named_layer: the layer whose keys are attended to next, where a module shared by several layers has named it.
     """
 
     kind: Kind
@@ -81,6 +84,8 @@ class Plan:
     tail: Tensor | None = None
     folded: dict[tuple[Window, int], Tensor] = field(default_factory=dict)
     before: dict[int, Tensor] = field(default_factory=dict)
+    chains: Chains | None = None
+    named_layer: int | None = None
 
     def tensors(self) -> list[Tensor]:
         """What a graph takes. ``of_tensors`` is the inverse."""
@@ -130,7 +135,8 @@ def of_prompt(cache: KVCache, first: int, last: int, windows: Windows, scored: b
     if needed:
         keys = torch.arange(last, device=cache.device)
         masks = _masks((keys <= queries[:, None])[None, None], queries[:, None], keys, needed, cache.dtype)
-    return Plan("prompt", queries[None], slice(first, last), cache.tensors, last, masks)
+    chains = cache.chains([first] * cache.batch, [last - first] * cache.batch)
+    return Plan("prompt", queries[None], slice(first, last), cache.tensors, last, masks, chains=chains)
 
 
 def of_tree(cache: KVCache, tree: TreeShape, windows: Windows, done: int = 0) -> Plan:
@@ -149,7 +155,9 @@ def of_tree(cache: KVCache, tree: TreeShape, windows: Windows, done: int = 0) ->
     keys = torch.cat([torch.arange(start, device=device), positions])
     queries = positions[done:]
     masks = _masks(visible, queries[:, None], keys, windows, cache.dtype)
-    return Plan("tree", queries[None], slice(start + done, start + n), cache.tensors, start + n, masks)
+    slots = slice(start + done, start + n)
+    chains = cache.chains([start], [n - done], done=done)
+    return Plan("tree", queries[None], slots, cache.tensors, start + n, masks, chains=chains)
 
 
 def of_trees(cache: KVCache, trees: list[TreeShape], windows: Windows, first: int = 0) -> Plan:
@@ -192,7 +200,8 @@ def of_trees(cache: KVCache, trees: list[TreeShape], windows: Windows, first: in
     slots = (torch.tensor(starts)[index] + column).to(device)
     positions = queries[index, column][None].to(device)
     layers = [tensor[first:] for tensor in cache.tensors] if first else cache.tensors
-    return Plan("trees", positions, slots, layers, end, masks, sequences)
+    chains = cache.chains(starts, counts, first)
+    return Plan("trees", positions, slots, layers, end, masks, sequences, chains=chains)
 
 
 def of_exact_tree(cache: KVCache, tree: TreeShape, keys: int, tokens: int, windows: Windows) -> Plan:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -47,6 +47,9 @@ class _Notes:
         self.windows: dict[int, Window] = {}
         self.softcaps: dict[int, float | None] = {}
         self.sinks: dict[int, bool] = {}
+        self.running: list[nn.Module] = []  # the innermost last
+        self.recurrent: dict[nn.Module, int] = {}
+        self.named_layer: int | None = None  # as of ``Plan``
 
     def note(
         self,
@@ -103,17 +106,34 @@ class _Asked(PlanCache):
         positions = self._plan.positions
         return {name: self, "attention_mask": torch.ones_like(positions), "position_ids": positions}
 
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self._notes.named_layer = layer_idx
+        return key, value
+
     def get_seq_length(self, layer_idx: int | None = 0) -> Tensor:
         self.asked = True
         return super().get_seq_length(layer_idx)
 
     def update_conv_state(
-        self, conv_states: Tensor, layer_idx: int, *, conv_kernel_size: int, state_idx: int = 0
+        self, conv_states: Tensor, layer_idx: int, *, conv_kernel_size: int = 0, state_idx: int = 0
     ) -> Tensor:
         self.asked = True
-        shape = LayerShape(1, conv_states.shape[1], 0)
-        self._notes.note(layer_idx, shape, heads=0, window=conv_kernel_size)
+        module = self._notes.running[-1] if self._notes.running else None
+        if module not in self._notes.recurrent:
+            shape = LayerShape(1, conv_states.shape[1], 0)
+            self._notes.note(layer_idx, shape, heads=0, window=conv_kernel_size)
         return conv_states
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        self.asked = True
+        if self._notes.running:
+            self._notes.recurrent[self._notes.running[-1]] = layer_idx
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        self.get_recurrent_state(layer_idx, state_idx)
+        return recurrent_states
 
     def get_query_offset(self, layer_idx: int | None = 0) -> int:
         return 0
@@ -139,7 +159,8 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Takes notes; what it returns has the right shape and means nothing."""
     notes = _notes[-1]
-    layer = getattr(module, "layer_idx", None)
+    layer = notes.named_layer if notes.named_layer is not None else getattr(module, "layer_idx", None)
+    notes.named_layer = None
     if not isinstance(layer, int):
         raise BeagleError(
             f"{notes.name}: its attention layers have no number (layer_idx), so it can't be served; choose another model"
@@ -226,10 +247,14 @@ def learn(model: Any, name: str, expected: int | None = None) -> Layers:
         n = min(TOKENS, limit)
         with tokens_alone(name):
             asked = _Asked(n, device, notes).inputs(cache) if cache else {}
-            base(input_ids=torch.ones(1, n, dtype=torch.long, device=device), use_cache=False, **asked)
+            with _running(base, notes.running):
+                base(input_ids=torch.ones(1, n, dtype=torch.long, device=device), use_cache=False, **asked)
     finally:
         _notes.pop()
         model.set_attn_implementation(NAME)
+    if notes.recurrent:
+        for i in {*range(expected or 0), *notes.recurrent.values()} - set(notes.calls):
+            notes.note(i, LayerShape(1, 0, 0), heads=0, window=None)  # no keys
     order = sorted(notes.calls)
     if expected is not None and (order != list(range(expected)) or set(notes.calls.values()) != {1}):
         raise BeagleError(f"{name}: {_strange(base, notes.calls, expected)}; choose a model with plain attention")
@@ -242,9 +267,27 @@ def learn(model: Any, name: str, expected: int | None = None) -> Layers:
         [notes.softcaps[i] for i in order],
         [notes.sinks[i] for i in order],
         cache,
+        recurrent=[names[module] for module in notes.recurrent],
     )
     layers.mark(base)
     return layers
+
+
+@contextmanager
+def _running(base: nn.Module, running: list[nn.Module]) -> Iterator[None]:
+    """Keep a list of the modules that are at work, the innermost last."""
+
+    def enter(module: nn.Module, inputs: Any) -> None:
+        running.append(module)
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        running.pop()
+
+    with ExitStack() as hooks:
+        for module in base.modules():
+            hooks.enter_context(module.register_forward_pre_hook(enter))
+            hooks.enter_context(module.register_forward_hook(leave))
+        yield
 
 
 def _strange(base: nn.Module, calls: dict[int, int], expected: int) -> str:
@@ -253,7 +296,10 @@ def _strange(base: nn.Module, calls: dict[int, int], expected: int) -> str:
         return "its attention runs more than once in a layer, each time with other keys and values"
     own = sorted({type(module).__name__ for module in base.modules() if "Attention" in type(module).__name__})
     missing = f"{expected - len(calls)} of its {expected} layers" if calls else "its layers"
-    return f"{missing} compute attention ({', '.join(own) or 'none'}) outside transformers' attention interface"
+    return (
+        f"{missing} compute attention ({', '.join(own) or 'none'}) outside transformers' attention interface, or keep a "
+        "recurrent state outside its cache"
+    )
 
 
 def _cache_name(base: nn.Module, device: Any) -> str:

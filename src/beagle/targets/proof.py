@@ -26,6 +26,9 @@ class Passes(Protocol):
     name: str
     vocab_size: int
 
+    @property
+    def chains_only(self) -> bool: ...
+
     def new_cache(self, batch: int, capacity: int) -> KVCache: ...
 
     def prefill(self, ids: Tensor, cache: KVCache) -> Tensor: ...
@@ -47,7 +50,9 @@ def prove(target: Passes, ids: Tensor, expected: Tensor) -> None:
             f"{target.name}: its states are no finite numbers; load it with dtype float32, or check its weights"
         )
     n = len(ids)
-    tree, shape = ids.new_tensor([0, 1, 2, 3, 0, 3]), TreeShape([-1, 0, 0, 2, 2, 3])  # its path: 0 2 3 5
+    tree, shape, path = ids.new_zeros(6), TreeShape([-1, 0, 0, 2, 2, 3]), [0, 2, 3, 5]
+    if target.chains_only:
+        shape, path = TreeShape.chain(6), [0, 1, 2, 3]
     steps = min(4, n - 7)
     if steps < 0:
         return  # a context of a few tokens: nothing to draft in
@@ -58,9 +63,9 @@ def prove(target: Passes, ids: Tensor, expected: Tensor) -> None:
     for at in range(begin, begin + steps):
         singles.append(target.verify(cache, ids[at : at + 1], TreeShape([-1])))
         cache.compact([0])
-    at, path = begin + steps, [0, 2, 3, 5]
+    at = begin + steps
     tree[path] = ids[at : at + 4]
-    tree[[1, 4]] = (ids[at + 1 : at + 3] + 1) % target.vocab_size
+    tree[[i for i in range(6) if i not in path]] = (ids[at + 1 : at + 3] + 1) % target.vocab_size
     drafted = target.verify(cache, tree, shape)[path]
     cache.compact(path)
     singles.append(target.verify(cache, ids[n - 1 :], TreeShape([-1])))

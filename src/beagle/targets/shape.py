@@ -27,6 +27,11 @@ class TreeShape:
         """Each node the parent of the next."""
         return cls(list(range(-1, nodes - 1)))
 
+    @property
+    def is_chain(self) -> bool:
+        """Whether no node has two children."""
+        return self.parents == list(range(-1, len(self.parents) - 1))
+
     def depths(self) -> list[int]:
         """Depth of each node; the root's is 0."""
         depths = [0]
@@ -37,7 +42,7 @@ class TreeShape:
     def ancestors(self) -> Tensor:
         """Bool ``[nodes, nodes]``: ``[i, j]`` is true if j is i or an ancestor of i."""
         n = len(self.parents)
-        if self.parents == list(range(-1, n - 1)):
+        if self.is_chain:
             return torch.ones(n, n, dtype=torch.bool).tril_()
         seen = torch.eye(n, dtype=torch.bool)
         for node, parent in enumerate(self.parents):

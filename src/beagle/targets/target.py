@@ -33,10 +33,11 @@ from beagle.targets.family import (
     whole_of,
 )
 from beagle.targets.layers import Layers, key_of, remember, remembered
-from beagle.targets.linears.packed import pack_linears
+from beagle.targets.linears.packed import keep_read_linears, pack_linears
 from beagle.targets.linears.quantized import BITS, check_kind, quantize_linears
 from beagle.targets.lm_head import LMHead
 from beagle.targets.plan import EXACT_BLOCK, EXACT_TOKENS, Kind, Plan, of_exact_tree, of_prompt, of_tree, of_trees, span
+from beagle.targets.recurrent_cache import RecurrentCache
 from beagle.targets.runner import Checked, Eager, FastRunner, Runner, example, tap
 from beagle.targets.shape import TreeShape
 
@@ -111,6 +112,9 @@ class Target:
         self._lm_head = LMHead(self.head, self.config, name, pack)
         self.pass_weights, self.pass_bytes = weights_of_a_pass(self.base, self.head, self.embed)
         self.quantize = quantize
+        if quantize or pack:
+            with probe.tokens_alone(name):
+                keep_read_linears(self.base)
         self.unquantized = quantize_linears(self.base, quantize) if quantize else []  # layers whose shape can't be
         if quantize:
             self.pass_bytes = self.pass_weights * BITS[quantize] // 8
@@ -147,16 +151,17 @@ class Target:
         whole = whole_of(model)
         few = ids[None, : min(n, 12)]
         with probe.tokens_alone(self.name):
-            expected: Tensor = whole(input_ids=ids[None], use_cache=False)[0][0]
-            logits, states = model(input_ids=few, use_cache=False).logits, whole(input_ids=few, use_cache=False)[0]
+            expected: Tensor = whole(input_ids=ids[None], use_cache=False)[0][0].to(self.dtype)
+            logits = model(input_ids=few, use_cache=False).logits
+            states: Tensor = whole(input_ids=few, use_cache=False)[0].to(self.dtype)
         model.set_attn_implementation(NAME)
         self.layers = layers
         try:
             with probe.tokens_alone(self.name):
-                proof.prove(self, ids, expected)
+                self._prove(ids, expected)
         except proof.Different as error:
             model.set_attn_implementation(own)
-            if not proof.own_positions(whole, ids, expected):
+            if self.chains_only or not proof.own_positions(whole, ids, expected):
                 raise
             raise BeagleError(
                 f"{self.name}: it numbers its tokens in a way of its own, so that those of a draft can't be given their "
@@ -169,10 +174,21 @@ class Target:
                 f"{self.name}: its logits are more than one linear layer over the last hidden state, so this family "
                 "can't be served; choose another model"
             )
-        layers = replace(layers, unscaled=gaps[1] < gaps[0])
+        layers = replace(self.layers, unscaled=gaps[1] < gaps[0])
         if folder is not None:
             remember(folder, key, layers)
         return layers
+
+    def _prove(self, ids: Tensor, expected: Tensor) -> None:
+        """``proof.prove``. Recurrent layers that forget their state before several tokens get one at a time."""
+        try:
+            proof.prove(self, ids, expected)
+        except proof.Different:
+            if not self.chains_only:
+                raise
+            self.layers = replace(self.layers, one_by_one=True)
+            self.layers.mark(self.base)
+            proof.prove(self, ids, expected)
 
     @torch.no_grad()
     def use(self, runner: FastRunner) -> None:
@@ -189,6 +205,11 @@ class Target:
             self.compiled = None
             raise
 
+    @property
+    def chains_only(self) -> bool:
+        """Whether layers with a recurrent state forbid trees with branches."""
+        return bool(self.layers.recurrent)
+
     def _example(self, kind: Kind) -> tuple[Tensor, Plan]:
         return example(kind, self.new_cache, self.layers.distinct_windows, self.vocab_size, self.eager)
 
@@ -202,9 +223,12 @@ class Target:
         """
         try:
             own = self.compiled.runner.new_cache(capacity) if self.compiled is not None and batch == 1 else None
-            return own or KVCache(
-                self.layers.shapes, batch=batch, capacity=capacity, dtype=self.dtype, device=self.device
-            )
+            if own is not None:
+                return own
+            size: Any = {"batch": batch, "capacity": capacity, "dtype": self.dtype, "device": self.device}
+            if self.chains_only:
+                return RecurrentCache(self.layers.shapes, recurrent_layers=len(self.layers.recurrent), **size)
+            return KVCache(self.layers.shapes, **size)
         except RuntimeError as error:  # PyTorch's, whichever device is out of memory
             raise BeagleError(
                 f"{self.name}: no memory for a KV cache of {capacity} tokens for {batch} answers at once; ask for fewer "
@@ -227,7 +251,7 @@ class Target:
         """One pass: ids ``[batch, tokens]`` to hidden states ``[batch, tokens, state_size]``."""
         fast = self.compiled
         runner = fast if fast is not None and fast.takes(plan) else self.eager
-        return runner(tokens, plan)
+        return runner(tokens, plan).to(self.dtype)  # some recurrent models give fp32 ones whatever their weights are
 
     def prefill(self, ids: Tensor, cache: KVCache) -> Tensor:
         """Run prompts of one length, and commit them: a long one piece by piece, so that no mask grows with n².
@@ -270,6 +294,7 @@ class Target:
         Returns:
             Hidden states ``[nodes - done, state_size]``.
         """
+        self._refuse_branches([shape])
         return self.run(tokens[None], of_tree(cache, shape, self.layers.distinct_windows, done))[0]
 
     def verify_trees(self, cache: KVCache, tokens: Tensor, shapes: list[TreeShape], first: int = 0) -> Tensor:
@@ -285,7 +310,23 @@ class Target:
         Returns:
             Hidden states ``[nodes of all trees, state_size]``.
         """
+        self._refuse_branches(shapes)
         return self.run(tokens[None], of_trees(cache, shapes, self.layers.distinct_windows, first))[0]
+
+    def _refuse_branches(self, shapes: list[TreeShape]) -> None:
+        if self.chains_only and not all(shape.is_chain for shape in shapes):
+            raise ValueError(f"{self.name} keeps a recurrent state, which runs chains; the tree has branches")
+
+    def refuse_exact(self) -> None:
+        """
+        Raises:
+            BeagleError: there are no exact passes of this target.
+        """
+        if self.chains_only:
+            raise BeagleError(
+                f"{self.name} keeps a recurrent state, whose bits depend on how many tokens share a pass, so there is no "
+                "exact mode for it; leave exact out, and load it with dtype float32 where near-ties matter"
+            )
 
     def verify_exact(self, cache: KVCache, tokens: Tensor, shape: TreeShape, keys: int) -> Tensor:
         """``verify`` in exact mode: states bit-equal to those of one node at a time.
@@ -297,7 +338,10 @@ class Target:
             keys: padded number of keys of every pass of this generation.
         Returns:
             Hidden states ``[nodes, state_size]``.
+        Raises:
+            BeagleError: as of ``refuse_exact``.
         """
+        self.refuse_exact()
         return self._run_exact(cache, tokens, shape, keys, max(len(tokens), self.min_exact_tokens))
 
     def _run_exact(self, cache: KVCache, tokens: Tensor, shape: TreeShape, keys: int, count: int) -> Tensor:
@@ -312,6 +356,7 @@ class Target:
         Packed CPU kernels differ for a single token at most, GPU libraries for every number (then it is
         ``EXACT_TOKENS``: all passes have as many). Tried out on a chain, for every number of tokens from two on.
         """
+        self.refuse_exact()
         ids = sample_ids(self.config, self.vocab_size, EXACT_TOKENS + 8).to(self.device)
         keys = 2 * EXACT_BLOCK
         cache = self.new_cache(1, keys)

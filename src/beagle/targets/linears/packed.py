@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
@@ -70,3 +71,33 @@ def tile_linears(module: nn.Module) -> None:
             if type(child) is nn.Linear and tiled.fits(child.weight):
                 bias = None if child.bias is None else child.bias.detach()
                 setattr(parent, name, PackedLinear(child, tiled.apply(child.weight, bias)))
+
+
+class ReadLinear(nn.Linear):
+    """A layer whose weight the module around it reads by itself (Mamba's step sizes), so that it stays as it is."""
+
+
+@torch.no_grad()
+def keep_read_linears(base: nn.Module) -> None:
+    """Make each plain ``nn.Linear`` that is not called, though the module around it is, a ``ReadLinear``.
+
+    Args:
+        base: a causal LM without its LM head. Only those with convolutions are known to have such layers, so that all
+            others are spared the pass.
+    """
+    if not any(isinstance(module, nn.Conv1d) for module in base.modules()):
+        return
+    called: set[nn.Module] = set()
+
+    def note(module: nn.Module, inputs: object) -> None:
+        called.add(module)
+
+    device = next(base.parameters()).device
+    with ExitStack() as hooks:
+        for module in base.modules():
+            hooks.enter_context(module.register_forward_pre_hook(note))
+        base(input_ids=torch.ones(1, 2, dtype=torch.long, device=device), use_cache=False)
+    for module in called:
+        for child in module.children():
+            if type(child) is nn.Linear and child not in called:
+                child.__class__ = ReadLinear

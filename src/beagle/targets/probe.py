@@ -17,15 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beagle.errors import BeagleError
-from beagle.hf import AttentionInterface, AttentionMaskInterface
+from beagle.hf import AttentionInterface, AttentionMaskInterface, own_attention
 from beagle.targets.attention import NAME
 from beagle.targets.cache import LayerShape
 from beagle.targets.devices import device_of
 from beagle.targets.family import base_of, context_limit
 from beagle.targets.layers import Layers
 from beagle.targets.mask_rules import chunk_of, window_of
+from beagle.targets.own_attention import PROBED, Learning
 from beagle.targets.plan import Plan, Window
 from beagle.targets.plan_cache import PlanCache
+from beagle.targets.traced import NotAttention
 
 PROBE = "beagle_probe"
 TOKENS = 48  # of the pass that is probed
@@ -231,6 +233,8 @@ def learn(model: Any, name: str, expected: int | None = None) -> Layers:
         _notes.pop()
         model.set_attn_implementation(NAME)
     order = sorted(notes.calls)
+    if not order and expected is not None and (own := _own_attention(model, base, name, limit)) is not None:
+        return own
     if expected is not None and (order != list(range(expected)) or set(notes.calls.values()) != {1}):
         raise BeagleError(f"{name}: {_strange(base, notes.calls, expected)}; choose a model with plain attention")
     names: dict[nn.Module | None, str] = {None: "", **{module: name for name, module in base.named_modules()}}
@@ -245,6 +249,39 @@ def learn(model: Any, name: str, expected: int | None = None) -> Layers:
     )
     layers.mark(base)
     return layers
+
+
+def _own_attention(model: Any, base: nn.Module, name: str, limit: int) -> Layers | None:
+    """Layers of a model whose modules compute their attention themselves; None: it isn't seen what they compute.
+
+    Raises:
+        BeagleError: they compute something that can't be served.
+    """
+    model.set_attn_implementation(own_attention(model, NAME))
+    n = min(PROBED, limit)
+    ids = torch.ones(1, n, dtype=torch.long, device=next(base.parameters()).device)
+    for cache in CACHE_NAMES:
+        if cache not in inspect.signature(base.forward).parameters:
+            continue
+        notes = Learning()
+        try:
+            base(input_ids=ids, use_cache=False, **notes.inputs(cache))
+        except NotAttention as error:
+            raise BeagleError(
+                f"{name}: its layers compute their attention themselves, and with more than keys, values, masks and linear "
+                f"biases ({error}), so it can't be served; choose another model"
+            ) from error
+        except (AttributeError, TypeError, ValueError, RuntimeError, LookupError):
+            continue
+        order = sorted(notes.calls)
+        if order != list(range(len(order))) or set(notes.calls.values()) != {1} or set(order) != set(notes.windows):
+            continue
+        shapes, heads = [notes.shapes[i] for i in order], [notes.heads[i] for i in order]
+        windows, none = [notes.windows[i] for i in order], [None] * len(order)
+        layers = Layers([""] * len(order), shapes, heads, windows, none, [False] * len(order), cache, own=True)
+        layers.mark(base)
+        return layers
+    return None
 
 
 def _strange(base: nn.Module, calls: dict[int, int], expected: int) -> str:

@@ -134,7 +134,8 @@ class Target:
         model: Any = self.model
         key = key_of(model, self.digest, self.quantize) if folder is not None else ""
         if folder is not None and (known := remembered(folder, key)) is not None:
-            model.set_attn_implementation(NAME)
+            if not known.own:
+                model.set_attn_implementation(NAME)
             known.mark(self.base)
             return known
         own = own_attention(model, NAME)
@@ -149,7 +150,8 @@ class Target:
         with probe.tokens_alone(self.name):
             expected: Tensor = whole(input_ids=ids[None], use_cache=False)[0][0]
             logits, states = model(input_ids=few, use_cache=False).logits, whole(input_ids=few, use_cache=False)[0]
-        model.set_attn_implementation(NAME)
+        if not layers.own:
+            model.set_attn_implementation(NAME)
         self.layers = layers
         try:
             with probe.tokens_alone(self.name):
@@ -247,8 +249,9 @@ class Target:
                 found = self.run(ids, chain)
                 cache.lengths = [end]
                 return found
-        piece = max(LEAST_TOKENS, MASK_ENTRIES // end)
-        whole = PROMPT_TOKENS if layers.are_plain else math.isqrt(MASK_ENTRIES)  # where nothing is before it
+        entries = MASK_ENTRIES // layers.mask_heads
+        piece = max(LEAST_TOKENS, entries // end)
+        whole = PROMPT_TOKENS if layers.are_plain else math.isqrt(entries)  # where nothing is before it
         states = []
         for first, last in pairwise([start, *range(start + piece if start else whole, end, piece), end]):
             plan = of_prompt(cache, first, last, layers.distinct_windows, layers.need_scores)

@@ -93,7 +93,7 @@ def context_limit(config: Any) -> tuple[int, str]:
     Args:
         config: of the text model.
     """
-    limit = int(getattr(config, "max_position_embeddings", None) or 0)
+    limit = int(getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 0)
     limit = limit if limit > 0 else 2**31
     rope = getattr(config, "rope_parameters", None) or {}
     parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # one for each type of layers

@@ -97,7 +97,7 @@ def refusal(model) -> str:
 @pytest.mark.parametrize(
     ("family", "options", "words"),
     [
-        ("bloom", {}, r"its layers compute attention \(BloomAttention\) outside"),
+        ("cpmant", {"dim_ff": 48, "dim_head": 8}, r"compute their attention themselves.*in a way"),
         ("diffllama", {}, "attention runs more than once in a layer"),
         ("roberta", {"is_decoder": True}, "numbers its tokens in a way of its own"),
         ("qwen3_next", {"layer_types": ["linear_attention", FULL, FULL]}, "recurrent state"),

@@ -6,6 +6,7 @@ values of each layer, and gives ``Traced`` ones back, so that the attention that
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -119,11 +120,8 @@ def seen_by(of: Attention, n: int) -> Window:
     ones = torch.ones(n, n, dtype=torch.bool, device=of.query.device if of.query is not None else None)
     visible = ones.tril() if of.causal else ones
     bias = torch.zeros(1, 1, 1, device=ones.device)
-    longest = n
     for mask in of.hidden:
         visible = visible & ~_headless(mask.expand(*mask.shape[:-2], n, n))
-        base = mask._base if mask._base is not None else mask
-        longest = max(longest, base.shape[-1])
     for tensor, factor in of.added:
         if not factor:
             continue
@@ -136,11 +134,11 @@ def seen_by(of: Attention, n: int) -> Window:
     age = at[:, None] - at
     found = int(visible[-1].sum())
     if not torch.equal(visible, (age >= 0) & (age < found)):
-        raise NotAttention("a mask that is neither causal nor a sliding window")
+        raise NotAttention("its mask is neither causal nor a sliding window")
     window = None if found == n else found
-    slopes = _slopes(bias.expand(-1, n, n), visible)
+    slopes = _slopes(bias.expand(-1, n, n), visible, of.scale)
     if slopes is not None and window is not None:
-        raise NotAttention("a bias in a sliding window")
+        raise NotAttention("it adds a bias in a sliding window")
     return slopes or window
 
 
@@ -148,12 +146,29 @@ def _headless(mask: Tensor) -> Tensor:
     """A mask ``[..., queries, keys]`` that is the same for all heads, without them."""
     flat = mask.reshape(-1, *mask.shape[-2:])
     if not torch.equal(flat, flat[:1].expand_as(flat)):
-        raise NotAttention("a mask of each head's own")
+        raise NotAttention("each head has a mask of its own")
     return flat[0]
 
 
-def _slopes(bias: Tensor, visible: Tensor) -> Biased | None:
+def _rounded_slopes(biases: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Slopes ``[heads]`` of linear biases that were rounded: as slopes that are round themselves, and as others.
+
+    Args:
+        biases: by the key's position, ``[heads, keys]``.
+        eps: of the dtype that they were rounded to.
+    """
+    behind = biases[:, 1:] / torch.arange(1, biases.shape[-1], device=biases.device)
+    least = (behind - behind.abs() * eps / 2).amax(1)
+    return biases[:, 1], (least + (behind + behind.abs() * eps / 2).amin(1)) / 2
+
+
+def _slopes(bias: Tensor, visible: Tensor, scale: float) -> Biased | None:
     """The linear biases of each head ``[heads, queries, keys]``; None: there are none.
+
+    Args:
+        bias: of each query and key.
+        visible: ``[queries, keys]``.
+        scale: of the scores, with which a model may multiply its biases, too.
 
     Raises:
         NotAttention: they are not linear in the key's position.
@@ -162,7 +177,7 @@ def _slopes(bias: Tensor, visible: Tensor) -> Biased | None:
     most = max(float(bias.abs().max()), 1e-6)
     apart = (bias - last[:, None]) - (bias - last[:, None])[..., :1]
     if float((apart * visible).abs().max()) > 1e-5 * most:
-        raise NotAttention("a bias of both the query's and the key's position")
+        raise NotAttention("it adds a bias that is not linear in the position")
     at = torch.arange(last.shape[-1], device=last.device)
     rise = last - last[:, :1]
     if float(rise.abs().max()) < 1e-6:
@@ -170,9 +185,9 @@ def _slopes(bias: Tensor, visible: Tensor) -> Biased | None:
     slopes = rise[:, -1:] / at[-1]
     if float((rise - slopes * at).abs().max()) <= 1e-5 * most:
         return Biased(tuple(slopes[:, 0].tolist()))
-    slopes = last[:, 1:2]
-    for name in ("bfloat16", "float16"):
-        rounded = (slopes * at).to(getattr(torch, name)).float()
-        if float((rounded - last).abs().max()) <= 1e-6 * most:
-            return Biased(tuple(slopes[:, 0].tolist()), name)
-    raise NotAttention("a bias that is not linear in the key's position")
+    for factor, name in itertools.product((1.0, scale), ("bfloat16", "float16")):
+        for slopes in _rounded_slopes(last / factor, torch.finfo(getattr(torch, name)).eps):
+            found = Biased(tuple(slopes.tolist()), name, factor)
+            if float((found.at(at, 3) - last).abs().max()) <= 1e-6 * most:
+                return found
+    raise NotAttention("it adds a bias that is not linear in the position")

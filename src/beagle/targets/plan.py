@@ -33,15 +33,17 @@ class Biased:
     Attributes:
         slopes: of each query head.
         rounded: the dtype that a model rounds its biases to; empty: none.
+        scale: what they are multiplied with after that.
     """
 
     slopes: tuple[float, ...]
     rounded: str = ""
+    scale: float = 1.0
 
     def at(self, positions: Tensor, dims: int) -> Tensor:
-        """Biases of each head at positions, fp32; its dimension is the second of so many, where positions have a 1."""
+        """Biases of each head at positions, fp32; heads are the second of ``dims`` dimensions, where positions have a 1."""
         biases = torch.tensor(self.slopes, device=positions.device).view(-1, *[1] * (dims - 2)) * positions
-        return biases.to(getattr(torch, self.rounded)).float() if self.rounded else biases
+        return biases.to(getattr(torch, self.rounded)).float() * self.scale if self.rounded else biases
 
 
 # a sliding window in tokens, the query's own included; a chunk; biases; None: the whole context

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beagle.errors import BeagleError
-from beagle.hf import AttentionInterface, AttentionMaskInterface, own_attention
+from beagle.hf import AttentionInterface, AttentionMaskInterface, can_set_attention, own_attention
 from beagle.targets.attention import NAME
 from beagle.targets.cache import LayerShape
 from beagle.targets.devices import device_of
@@ -220,6 +220,10 @@ def learn(model: Any, name: str, expected: int | None = None) -> Layers:
     base = base_of(model)
     device = device_of(model)
     limit, _ = context_limit(model.config.get_text_config(decoder=True))
+    if not can_set_attention(model) and expected is not None:
+        if (layers := _own_attention(model, base, name, limit)) is not None:
+            return layers
+        raise BeagleError(f"{name}: {_strange(base, {}, expected)}; choose a model with plain attention")
     notes = _Notes(name, max(TOKENS, min(limit, MOST_KEYS)))
     model.set_attn_implementation(PROBE)
     cache = _cache_name(base, device)
@@ -257,7 +261,8 @@ def _own_attention(model: Any, base: nn.Module, name: str, limit: int) -> Layers
     Raises:
         BeagleError: they compute something that can't be served.
     """
-    model.set_attn_implementation(own_attention(model, NAME))
+    if can_set_attention(model):
+        model.set_attn_implementation(own_attention(model, NAME))
     n = min(PROBED, limit)
     ids = torch.ones(1, n, dtype=torch.long, device=next(base.parameters()).device)
     for cache in CACHE_NAMES:
@@ -268,8 +273,8 @@ def _own_attention(model: Any, base: nn.Module, name: str, limit: int) -> Layers
             base(input_ids=ids, use_cache=False, **notes.inputs(cache))
         except NotAttention as error:
             raise BeagleError(
-                f"{name}: its layers compute their attention themselves, and with more than keys, values, masks and linear "
-                f"biases ({error}), so it can't be served; choose another model"
+                f"{name}: its layers compute their attention themselves, in a way that can't be served ({error}); choose a "
+                "model with plain attention"
             ) from error
         except (AttributeError, TypeError, ValueError, RuntimeError, LookupError):
             continue

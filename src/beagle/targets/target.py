@@ -140,7 +140,8 @@ class Target:
             return known
         own = own_attention(model, NAME)
         layers = probe.learn(model, self.name, int(self.config.num_hidden_layers))
-        model.set_attn_implementation(own)
+        if not layers.own:
+            model.set_attn_implementation(own)
         spans = [span(window) or 0 for window in layers.distinct_windows]
         finite = [tokens for tokens in spans if tokens <= probe.MOST_WINDOW]
         n = min(max(finite, default=0) + probe.TOKENS, self.context_limit)
@@ -157,7 +158,8 @@ class Target:
             with probe.tokens_alone(self.name):
                 proof.prove(self, ids, expected)
         except proof.Different as error:
-            model.set_attn_implementation(own)
+            if not layers.own:
+                model.set_attn_implementation(own)
             if not proof.own_positions(whole, ids, expected):
                 raise
             raise BeagleError(

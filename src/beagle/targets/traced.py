@@ -107,7 +107,7 @@ def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         done = traced["weights"].of
         return done.finish(done).reshape(form.shape)
     if len(traced) > 1:
-        raise NotAttention(f"{func.__name__} of {' and '.join(traced)}")
+        raise NotAttention(f"it calls {func.__name__} on {' and '.join(traced)}")
     ((role, value),) = traced.items()
     of = value.of
     if role == "keys" and name in PRODUCTS and len(others) == 1:
@@ -132,7 +132,7 @@ def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         or (role == "weights" and name == "dropout")
         or (role == "scores" and name in ("max", "maximum") and _is_lowest(others))
     ):
-        raise NotAttention(f"{func.__name__} of {role}")
+        raise NotAttention(f"it calls {func.__name__} on {role}")
     return Traced.like(form, of)
 
 

@@ -22,6 +22,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from beagle.errors import BeagleError
 from beagle.limits import MAX_TREE_TOKENS
 from beagle.targets import aot_cache, probe
 from beagle.targets.cache import KVCache, LayerShape
@@ -125,6 +126,10 @@ def build(
     base = base_of(model)
     embed: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
     layers = probe.learn(model, name)
+    if layers.own:
+        raise BeagleError(
+            f"{name}: its layers compute their attention themselves, and such passes can't be compiled; run it as it is"
+        )
     join(base, layers, embed.weight)  # type: ignore[arg-type]
     if quantize:
         quantize_linears(base, quantize)

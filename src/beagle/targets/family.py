@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -34,10 +35,20 @@ def weights_of_a_pass(base: nn.Module, head: nn.Module, embed: nn.Module) -> tup
     return sum(p.numel() for p in used), sum(p.numel() * p.element_size() for p in used)
 
 
+def _parts(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Weights by name; of those that quantised checkpoints make of several tensors each of these."""
+    for name, weight in named_weights(model):
+        if hasattr(weight, "__tensor_flatten__"):
+            for part in weight.__tensor_flatten__()[0]:
+                yield f"{name}.{part}", getattr(weight, part)
+        else:
+            yield name, weight
+
+
 def weights_digest(model: nn.Module) -> str:
     """Tells models of one shape apart by up to 256 values of every weight; the same in every dtype that holds them."""
     digest = hashlib.sha256()
-    for name, weight in named_weights(model):
+    for name, weight in _parts(model):
         values = weight.flatten()
         few = values[:: max(1, len(values) // 256)][:256].to("cpu", torch.bfloat16)
         digest.update(name.encode() + few.float().numpy().tobytes())

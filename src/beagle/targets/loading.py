@@ -104,6 +104,8 @@ def load_target(
         tensor_parallel=tensor_parallel,
     )  # fmt: skip
     refuse_unsupported(model.config, name)
+    if quantize and getattr(model.config, "quantization_config", None) is not None:
+        raise BeagleError(f"target '{name}' is quantised already; leave out quantize")
     layers = state_layers
     if callable(layers):
         layers = layers(int(model.config.get_text_config(decoder=True).num_hidden_layers))
@@ -190,6 +192,9 @@ def load_model(
         if missing := sorted(report["missing_keys"]):
             raise BeagleError(f"target '{name}': its weights lack {missing[0]}; copy or download it again")
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        if getattr(model.config, "quantization_config", None) is not None:
+            with torch.no_grad():  # some checkpoints get their weights in the first pass
+                model.eval()(input_ids=torch.ones(1, 2, dtype=torch.long, device=model.device))
     except BeagleError:
         raise
     except ImportError as error:
@@ -223,7 +228,7 @@ def capture_target(target: Target) -> None:
 
 def missing_package(error: ImportError, config: Any) -> str:
     """What transformers says is missing, and the command that installs it."""
-    said = first_line(error).rstrip(".")
+    said = first_line(error).rstrip(".:")
     if "pip install" in said or "GPU" in said:
         return said
     command = re.search(r"pip install [\w.,\[\]<>=-]+", str(error))

@@ -220,10 +220,10 @@ def learn(model: Any, name: str, expected: int | None = None) -> Layers:
     base = base_of(model)
     device = device_of(model)
     limit, _ = context_limit(model.config.get_text_config(decoder=True))
-    if not can_set_attention(model) and expected is not None:
+    if not can_set_attention(model):
         if (layers := _own_attention(model, base, name, limit)) is not None:
             return layers
-        raise BeagleError(f"{name}: {_strange(base, {}, expected)}; choose a model with plain attention")
+        raise BeagleError(f"{name}: {_strange(base, {}, expected or 0)}; choose a model with plain attention")
     notes = _Notes(name, max(TOKENS, min(limit, MOST_KEYS)))
     model.set_attn_implementation(PROBE)
     cache = _cache_name(base, device)
@@ -237,7 +237,7 @@ def learn(model: Any, name: str, expected: int | None = None) -> Layers:
         _notes.pop()
         model.set_attn_implementation(NAME)
     order = sorted(notes.calls)
-    if not order and expected is not None and (own := _own_attention(model, base, name, limit)) is not None:
+    if not order and (own := _own_attention(model, base, name, limit)) is not None:
         return own
     if expected is not None and (order != list(range(expected)) or set(notes.calls.values()) != {1}):
         raise BeagleError(f"{name}: {_strange(base, notes.calls, expected)}; choose a model with plain attention")

@@ -54,11 +54,21 @@ class PackedLinear(nn.Module):
         return self._apply_to(x)
 
 
+def is_plain(module: nn.Module | None) -> bool:
+    """Whether a module is PyTorch's linear layer and no more: a checkpoint that is quantised has weights or a forward of
+    its own in some."""
+    return (
+        type(module) is nn.Linear
+        and type(module._parameters.get("weight")) is nn.Parameter
+        and not ("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
+    )
+
+
 def pack_linears(module: nn.Module) -> None:
     """Replace every plain ``nn.Linear`` below ``module``, in place, where packing makes it faster."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and child.weight.device.type == "cpu" and child.weight.dtype in PACKED_DTYPES:
+            if is_plain(child) and child.weight.device.type == "cpu" and child.weight.dtype in PACKED_DTYPES:
                 bias = None if child.bias is None else child.bias.detach()
                 setattr(parent, name, PackedLinear(child, _reordered(child.weight.detach(), bias)))
 

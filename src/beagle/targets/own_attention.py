@@ -67,7 +67,8 @@ class OwnCache(_FreshText):
 
 def traced(key: Tensor, value: Tensor, finish: Callable[[Attention], Tensor]) -> tuple[Traced, Traced]:
     """What a module computes its attention with, in place of its keys and values."""
-    return Traced.like(key, Attention("keys", finish)), Traced.like(value, Attention("values", finish))
+    keys, values = Attention("keys", finish), Attention("values", finish)
+    return Traced.like(key, keys, key.device), Traced.like(value, values, value.device)
 
 
 def query_of(of: Attention, key: Tensor) -> Tensor:

@@ -103,6 +103,9 @@ class Target:
         self.embed: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
         weight: Tensor = self.embed.weight
         self.vocab_size, self.hidden_size = weight.shape
+        rows = getattr(self.head, "weight", None)
+        if isinstance(rows, Tensor):  # some embed more tokens than they answer with
+            self.vocab_size = min(self.vocab_size, len(rows))
         self.device, self.dtype = device_of(model), weight.dtype
         self.context_limit, self.context_ends = context_limit(self.config)
         self.eos_ids = eos_ids(model, tokenizer)

@@ -60,19 +60,22 @@ class Traced(Tensor):
 
     Attributes:
         of: what the module computes up to now.
+        stands_on: the device of what it stands for.
     """
 
     of: Attention
+    stands_on: torch.device
 
     @classmethod
-    def like(cls, shape: Tensor, of: Attention) -> Traced:
+    def like(cls, shape: Tensor, of: Attention, stands_on: torch.device) -> Traced:
         """
         Args:
             shape: whose shape and dtype it has.
             of: as the attribute.
+            stands_on: as the attribute.
         """
         made = torch.empty(shape.shape, dtype=shape.dtype, device="meta").as_subclass(cls)
-        made.of = of
+        made.of, made.stands_on = of, stands_on
         return made
 
     @classmethod
@@ -94,6 +97,8 @@ class Traced(Tensor):
 
 def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A function of PyTorch of which some argument is ``Traced``."""
+    if func == Tensor.device.__get__:  # type: ignore[attr-defined]
+        return args[0].stands_on
     name = func.__name__.strip("_")
     inputs = [*args, *kwargs.values()]
     traced = {value.of.role: value for value in inputs if isinstance(value, Traced)}
@@ -106,6 +111,8 @@ def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     if {"weights", "values"} <= set(traced) and name in PRODUCTS:
         done = traced["weights"].of
         return done.finish(done).reshape(form.shape)
+    if name in FORMS and isinstance(args[0], Traced):
+        traced = {args[0].of.role: args[0]}
     if len(traced) > 1:
         raise NotAttention(f"it calls {func.__name__} on {' and '.join(traced)}")
     ((role, value),) = traced.items()
@@ -133,7 +140,7 @@ def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         or (role == "scores" and name in ("max", "maximum") and _is_lowest(others))
     ):
         raise NotAttention(f"it calls {func.__name__} on {role}")
-    return Traced.like(form, of)
+    return Traced.like(form, of, value.stands_on)
 
 
 def _fused(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -155,6 +162,8 @@ def _formal(value: Any) -> Any:
         return value.as_subclass(Tensor)
     if isinstance(value, Tensor):
         return torch.empty_like(value, device="meta") if value.dim() else value
+    if isinstance(value, torch.device):
+        return torch.device("meta")
     return type(value)(map(_formal, value)) if type(value) in (list, tuple) else value
 
 

@@ -161,7 +161,7 @@ def _formal(value: Any) -> Any:
     if isinstance(value, Traced):
         return value.as_subclass(Tensor)
     if isinstance(value, Tensor):
-        return torch.empty_like(value, device="meta") if value.dim() else value
+        return torch.empty_like(value, device="meta")
     if isinstance(value, torch.device):
         return torch.device("meta")
     return type(value)(map(_formal, value)) if type(value) in (list, tuple) else value

@@ -99,7 +99,8 @@ def refusal(model) -> str:
     [
         ("cpmant", {"dim_ff": 48, "dim_head": 8}, r"compute their attention themselves.*in a way"),
         (
-            "rembert", {"is_decoder": True, "input_embedding_size": 32, "output_embedding_size": 48},
+            "rembert",
+            {"is_decoder": True, "input_embedding_size": 32, "output_embedding_size": 48},
             "more than one linear layer",
         ),
         ("diffllama", {}, "attention runs more than once in a layer"),

@@ -13,7 +13,8 @@ The outcome of a family is one of:
     python tools/family_sweep.py --json results/family_sweep.json     # about 10 minutes on one core
     python tools/family_sweep.py --only llama,bloom                   # some families
     python tools/family_sweep.py --variants                           # settings that defaults don't show
-    python tools/family_sweep.py --table results/family_sweep.json    # writes the table of docs/families.md
+
+``tools/readme_figures.py`` writes the table of docs/families.md from the file.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import argparse
 import json
 import logging
 import os
-import re
 import tempfile
 import time
 import traceback
@@ -55,11 +55,6 @@ from beagle.training.stages import lm_head_rows, stage_loss
 from beagle.training.trainer import new_head
 from beagle.training.windows import Batch
 
-ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "families.md"
-BLOCK = re.compile(
-    r"<!-- The table of families stands here\. -->|<!-- families: \S+ -->\n.*?<!-- end of families -->", re.S
-)
 NEW = 16  # tokens of an answer
 PLAN = TreePlan("dynamic", depth=4, top_k=6, nodes=14)
 SEED = 0
@@ -338,41 +333,6 @@ def sweep(names: list[str], path: Path | None) -> None:
     print(", ".join(f"{count} {result}" for result, count in sorted(counts.items())), f"of {len(names)}")
 
 
-def table(path: Path) -> str:
-    """The families of a result by what came of them, in Markdown."""
-    result = json.loads(path.read_text(encoding="utf-8"))
-    groups: dict[str, list[str]] = defaultdict(list)
-    variants: dict[str, list[str]] = defaultdict(list)
-    for found in result["families"]:
-        (variants if "@" in found["family"] else groups)[outcome_in_words(found)].append(found["family"])
-    total = sum(map(len, groups.values()))
-    order = sorted(groups, key=lambda words: (not words.startswith("identical"), -len(groups[words]), words))
-    lines = ["| number | what came of it | families |", "| --- | --- | --- |"]
-    lines += [f"| {len(groups[words])} | {words} | {', '.join(groups[words])} |" for words in order]
-    same = sum(len(names) for words, names in groups.items() if words.startswith("identical"))
-    other = sum(len(names) for words, names in variants.items() if words.startswith("identical"))
-    versions = result["meta"]["versions"]
-    lines += ["", f"{same} of the {total} families of transformers {versions['transformers']} are served."]
-    if variants:
-        lines[-1] += f" So are {other} of {sum(map(len, variants.values()))} variants of their settings."
-    lines.append(f"Revision {result['meta']['revision']}, torch {versions['torch']}, {result['meta']['date'][:10]}.")
-    return "\n".join(lines)
-
-
-def outcome_in_words(found: dict[str, Any]) -> str:
-    """Without what differs from family to family of one reason: numbers, and names in brackets."""
-    result = found["outcome"]
-    if result == "identical":
-        refused = [way for way, of in found["ways"].items() if of != "identical"]
-        without = f", but for {' and '.join(refused)}" if refused else ""
-        return f"identical{without}" + ("" if found["trains"] == "yes" else "; no head")
-    if result == "unbuilt":
-        return "transformers makes or runs no tiny model of it"
-    why = re.sub(r"; (choose|correct|load) .*", "", found["why"])
-    why = re.sub(r"\d+ of its \d+ layers", "some layers", re.sub(r" ?\([^()]*\)", "", why))
-    return f"{result}: {why}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="names of families or variants, with commas between them")
@@ -383,10 +343,6 @@ def main() -> None:
         "--table", type=Path, metavar="FILE", help="only write the table of docs/families.md from a result"
     )
     args = parser.parse_args()
-    if args.table:
-        block = f"<!-- families: {args.table} -->\n{table(args.table)}\n<!-- end of families -->"
-        PAGE.write_text(BLOCK.sub(lambda _: block, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-        return
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     disable_progress_bar()

@@ -77,6 +77,6 @@ def tile_linears(module: nn.Module) -> None:
     """Replace every plain ``nn.Linear`` below ``module`` that our kernel takes, in place, before a graph is traced."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and tiled.fits(child.weight):
+            if is_plain(child) and tiled.fits(child.weight):
                 bias = None if child.bias is None else child.bias.detach()
                 setattr(parent, name, PackedLinear(child, tiled.apply(child.weight, bias)))

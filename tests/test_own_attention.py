@@ -103,6 +103,12 @@ def test_a_probe_remembers_them(family, tmp_path):
     assert Model(again).generate(PROMPT, max_new_tokens=NEW).token_ids == expected
 
 
+def test_a_window_of_many_tokens_is_seen():
+    options = {**OWN["gpt_neo"], "window_size": 700, "max_position_embeddings": 720}
+    target = Target(lively("gpt_neo", **options), tiny_tokenizer(), "x")
+    assert target.layers.windows == [None, 700, None]
+
+
 def test_captured_passes():
     assert_captured("bloom", **OWN["bloom"])
 

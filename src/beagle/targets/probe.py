@@ -263,7 +263,9 @@ def _own_attention(model: Any, base: nn.Module, name: str, limit: int) -> Layers
     """
     if can_set_attention(model):
         model.set_attn_implementation(own_attention(model, NAME))
-    n = min(PROBED, limit)
+    settings = model.config.get_text_config(decoder=True).to_dict()
+    spans = [size for key, size in settings.items() if "window" in key and isinstance(size, int)]
+    n = min(max(PROBED, *(size + 1 for size in spans)) if spans else PROBED, limit)  # so that a window shows its end
     ids = torch.ones(1, n, dtype=torch.long, device=next(base.parameters()).device)
     for cache in CACHE_NAMES:
         if cache not in inspect.signature(base.forward).parameters:

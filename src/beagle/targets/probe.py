@@ -284,7 +284,8 @@ def _own_attention(model: Any, base: nn.Module, name: str, limit: int) -> Layers
         if order != list(range(len(order))) or set(notes.calls.values()) != {1} or set(order) != set(notes.windows):
             continue
         shapes, heads = [notes.shapes[i] for i in order], [notes.heads[i] for i in order]
-        windows, none = [notes.windows[i] for i in order], [None] * len(order)
+        windows = [notes.windows[i] for i in order]
+        none: list[float | None] = [None] * len(order)
         layers = Layers([""] * len(order), shapes, heads, windows, none, [False] * len(order), cache, own=True)
         layers.mark(base)
         return layers

@@ -170,7 +170,8 @@ class Target:
                 "positions; choose a model that takes position_ids"
             ) from error
         heads = (self._lm_head, self._lm_head.without_scale())
-        fits = states.shape[-1] == self.head.weight.shape[-1]
+        rows: Any = self.head.weight
+        fits = states.shape[-1] == rows.shape[-1]
         gaps = [proof.difference(head(states)[0], logits[0]) if fits else math.inf for head in heads]
         if not min(gaps) < proof.TOLERANCE[self.dtype]:
             raise BeagleError(

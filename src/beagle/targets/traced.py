@@ -97,7 +97,7 @@ class Traced(Tensor):
 
 def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A function of PyTorch of which some argument is ``Traced``."""
-    if func == Tensor.device.__get__:  # type: ignore[attr-defined]
+    if func == Tensor.device.__get__:
         return args[0].stands_on
     name = func.__name__.strip("_")
     inputs = [*args, *kwargs.values()]
@@ -121,8 +121,8 @@ def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         of = replace(of, role="scores", query=others[0])
     elif role == "keys" and name == "baddbmm":
         bias, query = args[0], kwargs["batch1"] if "batch1" in kwargs else args[1]
-        factor, scale = float(kwargs.get("beta", 1)), float(kwargs.get("alpha", 1))
-        of = replace(of, role="scores", query=query, scale=of.scale * scale, added=((bias, factor),))
+        beta, alpha = float(kwargs.get("beta", 1)), float(kwargs.get("alpha", 1))
+        of = replace(of, role="scores", query=query, scale=of.scale * alpha, added=((bias, beta),))
     elif role in ("keys", "scores") and name in SCALES and (factor := _factor(name, args)) is not None:
         added = tuple((bias, share * factor) for bias, share in of.added)
         of = replace(of, scale=of.scale * factor, added=added)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,7 @@ class PackedLinear(nn.Module):
         return self._apply_to(x)
 
 
-def is_plain(module: nn.Module | None) -> bool:
+def is_plain(module: nn.Module | None) -> TypeGuard[nn.Linear]:
     """Whether a module is PyTorch's linear layer and no more: a checkpoint that is quantised has weights or a forward of
     its own in some."""
     return (

@@ -132,7 +132,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_model(family: str = "llama", *, seed: int = 0, scale: float = 6.0, **overrides):
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**SMALL, **FAMILIES.get(family, {}), **overrides})
+    small = {name: size for name, size in SMALL.items() if family != "falcon" or name != "head_dim"}  # it has its own
+    config = AutoConfig.for_model(family, **{**small, **FAMILIES.get(family, {}), **overrides})
     config._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():  # random models are nearly constant; make their choices vary

@@ -53,7 +53,7 @@ def test_windows_that_only_the_mask_carries_are_honoured(family, options):
     [
         ("doge", {"keep_window_size": 8}, "mask"),
         ("gemma3_text", {"use_bidirectional_attention": True, "sliding_window": 6}, "mask"),
-        ("bloom", {}, "attention"),
+        ("cpmant", {"dim_ff": 48, "dim_head": 8}, "attention"),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(family, options, words):

@@ -97,7 +97,12 @@ def refusal(model) -> str:
 @pytest.mark.parametrize(
     ("family", "options", "words"),
     [
-        ("bloom", {}, r"its layers compute attention \(BloomAttention\) outside"),
+        ("cpmant", {"dim_ff": 48, "dim_head": 8}, r"compute their attention themselves.*in a way"),
+        (
+            "rembert",
+            {"is_decoder": True, "input_embedding_size": 32, "output_embedding_size": 48},
+            "more than one linear layer",
+        ),
         ("diffllama", {}, "attention runs more than once in a layer"),
         ("roberta", {"is_decoder": True}, "numbers its tokens in a way of its own"),
         ("recurrent_gemma", {}, "recurrent state outside its cache"),

@@ -23,6 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # also where this file is loaded by its path
 
+from family_table import families
 from figure_facts import FACTS, Result
 
 from beagle.evaluation.figures import speed_up_text
@@ -164,7 +165,7 @@ def variants(results: list[Result]) -> str:
 
 KINDS: dict[str, Callable[[list[Result]], str]] = {
     "modes": modes, "benches": benches, "sets": sets, "suites": suites, "claims": claims, "trainings": trainings,
-    "engines": engines, "clients": clients, "variants": variants,
+    "engines": engines, "clients": clients, "variants": variants, "families": families,
 }  # fmt: skip
 OF_EVALUATION = {"modes", "benches", "sets", "suites"}  # files that `beagle eval` writes
 

@@ -64,6 +64,11 @@ def own_attention(model: Any, ours: str) -> str:
     return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"  # 5.17 and 5.24: PreTrainedModel
 
 
+def can_set_attention(model: Any) -> bool:
+    """Whether a model's modules take the attention function that its config names; where not, setting one warns."""
+    return bool(type(model)._can_set_attn_implementation())  # 5.17 and 5.24: PreTrainedModel, by the module's source
+
+
 def attention_of_others(config: Any) -> str | None:
     """The name of the attention that a model computes with, if transformers doesn't come with it."""
     # 5.17 and 5.24: eager stands in each modelling file; hub kernels are registered by transformers.integrations

@@ -49,9 +49,7 @@ def attention(
     keys, values = write(plan, layer, key, value)
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    window = module.__dict__[WINDOW]
-    compute = attend_exact if plan.tail is not None else attend_trees if plan.sequences is not None else attend
-    out = compute(plan, query, keys, values, scaling, window, softcap, s_aux)
+    out = attend_plan(plan, query, keys, values, scaling, module.__dict__[WINDOW], softcap, s_aux)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -72,6 +70,21 @@ def write(plan: Plan, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, T
     if plan.tail is not None:
         return keys, values
     return keys[:, :, : plan.keys], values[:, :, : plan.keys]
+
+
+def attend_plan(
+    plan: Plan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    window: Window,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """``[batch, heads, tokens, head_dim]`` to ``[batch, heads, tokens, value_dim]``, as the plan has it."""
+    compute = attend_exact if plan.tail is not None else attend_trees if plan.sequences is not None else attend
+    return compute(plan, query, key, value, scaling, window, softcap, sinks)
 
 
 def attend(
@@ -95,7 +108,7 @@ def attend(
     if fused and groups > 1 and n <= MAX_TREE_TOKENS:  # masks of prompts are too large to repeat
         # the query heads of a group become queries, so that keys are read once, not once a head
         folded = query.reshape(batch, kv_heads, groups * n, dim)
-        if n > 1:
+        if n > 1 or mask.shape[1] > 1:
             mask = _folded(plan, window, groups)
         out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
         return out.reshape(batch, heads, n, -1)
@@ -139,9 +152,13 @@ def _weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
 
 
 def _folded(plan: Plan, window: Window, groups: int) -> Tensor:
-    """The window's mask once for each head of a group, ``[batch or 1, 1, groups * queries, keys]``."""
+    """The window's mask once for each head of a group, ``[batch or 1, kv_heads or 1, groups * queries, keys]``."""
     if (window, groups) not in plan.folded:
-        plan.folded[window, groups] = plan.masks[window].repeat(1, 1, groups, 1)
+        mask = plan.masks[window]
+        shared = mask.shape[1] == 1
+        plan.folded[window, groups] = (
+            mask.repeat(1, 1, groups, 1) if shared else mask.unflatten(1, (-1, groups)).flatten(2, 3)
+        )
     return plan.folded[window, groups]
 
 
@@ -194,6 +211,8 @@ def attend_exact(
     shared = torch.matmul(flat, key[0, :, :n].float().transpose(1, 2)).view(kv_heads, tokens, groups, n)
     scores = torch.cat([shared, torch.matmul(grouped, own_keys.transpose(2, 3))], dim=-1)
     mask = plan.masks[window]
+    if mask.shape[1] > 1:  # heads have biases of their own
+        mask = mask.view(tokens, kv_heads, groups, -1).transpose(0, 1)
     if softcap is None:
         scores = torch.add(mask, scores, alpha=scaling)
     else:

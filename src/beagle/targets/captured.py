@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from beagle.limits import MAX_TREE_TOKENS
 from beagle.targets.cache import KVCache
 from beagle.targets.layers import Layers
-from beagle.targets.plan import Kind, Plan
+from beagle.targets.plan import Kind, Plan, heads_of
 from beagle.targets.runner import Graph
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, MAX_TREE_TOKENS)  # tokens of a graph
@@ -86,7 +86,10 @@ class _Recorded:
         self._positions = torch.zeros(1, tokens, dtype=torch.long, device=device)
         self._spare = cache.capacity  # the slot that padding is written to
         self._slots = torch.full((tokens,), self._spare, device=device)
-        self._masks = {window: torch.zeros(1, 1, tokens, keys, dtype=dtype, device=device) for window in graph.windows}
+        self._masks = {
+            window: torch.zeros(1, heads_of(window), tokens, keys, dtype=dtype, device=device)
+            for window in graph.windows
+        }
         inputs = Plan(graph.kind, self._positions, self._slots, cache.tensors, keys, self._masks).tensors()
         self._replay, self._states = record(lambda: graph(self._embeddings, inputs))
 

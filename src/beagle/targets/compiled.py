@@ -128,6 +128,10 @@ def build(
     layers = probe.learn(model, name)
     if layers.recurrent:
         raise BeagleError(f"{name} keeps a recurrent state, so its passes can't be compiled; use it without")
+    if layers.own:
+        raise BeagleError(
+            f"{name}: its layers compute their attention themselves, and such passes can't be compiled; run it as it is"
+        )
     join(base, layers, embed.weight)  # type: ignore[arg-type]
     if quantize:
         quantize_linears(base, quantize)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -34,10 +35,20 @@ def weights_of_a_pass(base: nn.Module, head: nn.Module, embed: nn.Module) -> tup
     return sum(p.numel() for p in used), sum(p.numel() * p.element_size() for p in used)
 
 
+def _parts(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Weights by name; of those that quantised checkpoints make of several tensors each of these."""
+    for name, weight in named_weights(model):
+        if hasattr(weight, "__tensor_flatten__"):
+            for part in weight.__tensor_flatten__()[0]:
+                yield f"{name}.{part}", getattr(weight, part)
+        else:
+            yield name, weight
+
+
 def weights_digest(model: nn.Module) -> str:
     """Tells models of one shape apart by up to 256 values of every weight; the same in every dtype that holds them."""
     digest = hashlib.sha256()
-    for name, weight in named_weights(model):
+    for name, weight in _parts(model):
         values = weight.flatten()
         few = values[:: max(1, len(values) // 256)][:256].to("cpu", torch.bfloat16)
         digest.update(name.encode() + few.float().numpy().tobytes())
@@ -86,7 +97,7 @@ def context_limit(config: Any) -> tuple[int, str]:
     Args:
         config: of the text model.
     """
-    limit = int(getattr(config, "max_position_embeddings", None) or 0)
+    limit = int(getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 0)
     limit = limit if limit > 0 else 2**31
     rope = getattr(config, "rope_parameters", None) or {}
     parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # one for each type of layers

@@ -14,13 +14,15 @@ import transformers
 from torch import nn
 
 from beagle.files import write_json
-from beagle.targets.attention import WINDOW
+from beagle.hf import own_attention
+from beagle.targets.attention import NAME, WINDOW
 from beagle.targets.cache import LayerShape
-from beagle.targets.plan import Chunk, Window
+from beagle.targets.own_attention import OWN
+from beagle.targets.plan import Biased, Chunk, Window, heads_of
 from beagle.targets.plan_cache import ASKED
 from beagle.targets.recurrent import wrap
 
-FORMAT = 5  # of what is remembered
+FORMAT = 7  # of what is remembered
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Layers:
         softcaps: soft cap of each layer's scores, None for none.
         sinks: whether each layer has attention sinks.
         cache: under which name the layers take a cache that they ask for more than keys; empty: they don't.
+        own: whether the modules compute their attention themselves (``targets.own_attention``).
         unscaled: whether the model's logits leave out the scale and the soft cap of its config.
         recurrent: names of the modules that keep a recurrent state, below the model without its LM head.
         one_by_one: whether they take one token at a time behind a state.
@@ -48,6 +51,7 @@ class Layers:
     sinks: list[bool]
     cache: str = ""
     unscaled: bool = False
+    own: bool = False
     recurrent: list[str] = field(default_factory=list)
     one_by_one: bool = False
 
@@ -60,6 +64,11 @@ class Layers:
     def need_scores(self) -> bool:
         """Whether some layer changes its scores, by a soft cap or by sinks, which fused attention can't."""
         return any(cap is not None for cap in self.softcaps) or any(self.sinks)
+
+    @property
+    def mask_heads(self) -> int:
+        """Heads of the widest mask."""
+        return max(map(heads_of, self.windows), default=1)
 
     @cached_property
     def distinct_windows(self) -> list[Window]:
@@ -86,6 +95,7 @@ class Layers:
         for number, name in enumerate(self.recurrent):
             wrap(modules[name], number, self.one_by_one)
         setattr(base, ASKED, self.cache)
+        setattr(base, OWN, self.windows if self.own else None)
 
 
 def remembered(folder: Path, key: str) -> Layers | None:
@@ -93,10 +103,17 @@ def remembered(folder: Path, key: str) -> Layers | None:
     try:
         found = json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))
         shapes = [LayerShape(**shape) for shape in found.pop("shapes")]
-        windows = [Chunk(**seen) if isinstance(seen, dict) else seen for seen in found.pop("windows")]
+        windows = [_window(seen) for seen in found.pop("windows")]
         return Layers(shapes=shapes, windows=windows, **found)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
+
+
+def _window(seen: Any) -> Window:
+    """A window as JSON has it."""
+    if not isinstance(seen, dict):
+        return None if seen is None else int(seen)
+    return Chunk(**seen) if "size" in seen else Biased(tuple(seen.pop("slopes")), **seen)
 
 
 def remember(folder: Path, key: str, layers: Layers) -> None:
@@ -115,6 +132,6 @@ def key_of(model: Any, digest: str, quantize: str | None) -> str:
         FORMAT, transformers.__version__, torch.__version__,
         f"{type(model).__module__}.{type(model).__qualname__}",  # of code from a hub, with its revision
         settings, digest, quantize,
-        str(model.dtype), str(model.device.type),
+        str(model.dtype), str(model.device.type), own_attention(model, NAME),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:24]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from beagle.errors import BeagleError
 from beagle.targets.devices import present
-from beagle.targets.linears.packed import packed
+from beagle.targets.linears.packed import is_plain, packed
 from beagle.targets.linears.quantized import VectorQuantizer, quantized
 
 
@@ -33,7 +33,7 @@ class LMHead:
             )
             raise BeagleError(f"{name}: {what}; choose a causal LM")
         self._head: Any = head
-        self._apply: Any = packed(head.weight.detach(), head.bias) if pack and isinstance(head, nn.Linear) else head
+        self._apply: Any = packed(head.weight.detach(), head.bias) if pack and is_plain(head) else head
         self._scale = float(getattr(config, "logit_scale", 1.0) or 1.0) / float(
             getattr(config, "logits_scaling", 1.0) or 1.0
         )

@@ -106,6 +106,8 @@ def load_target(
         device_map=device_map, tensor_parallel=tensor_parallel,
     )  # fmt: skip
     refuse_unsupported(model.config, name)
+    if quantize and getattr(model.config, "quantization_config", None) is not None:
+        raise BeagleError(f"target '{name}' is quantised already; leave out quantize")
     layers = state_layers
     if callable(layers):
         layers = layers(int(model.config.get_text_config(decoder=True).num_hidden_layers))
@@ -199,6 +201,9 @@ def load_model(
             raise BeagleError(f"target '{name}': its weights lack {missing[0]}; copy or download it again")
         own = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(str(adapter) if own else source, **options)
+        if getattr(model.config, "quantization_config", None) is not None:
+            with torch.no_grad():  # some checkpoints get their weights in the first pass
+                model.eval()(input_ids=torch.ones(1, 2, dtype=torch.long, device=model.device))
     except BeagleError:
         raise
     except ImportError as error:
@@ -233,7 +238,7 @@ def capture_target(target: Target) -> None:
 
 def missing_package(error: ImportError, config: Any) -> str:
     """What transformers says is missing, and the command that installs it."""
-    said = first_line(error).rstrip(".")
+    said = first_line(error).rstrip(".:")
     if "pip install" in said or "GPU" in said:
         return said
     command = re.search(r"pip install [\w.,\[\]<>=-]+", str(error))

@@ -27,13 +27,41 @@ class Chunk:
     size: int
 
 
-Window = int | Chunk | None  # a sliding window in tokens, the query's own included; or a chunk; None: the whole context
+@dataclass(frozen=True)
+class Biased:
+    """The whole context, with biases that grow with the key's position (ALiBi).
+
+    Attributes:
+        slopes: of each query head.
+        rounded: the dtype that a model rounds its biases to; empty: none.
+        scale: what they are multiplied with after that.
+    """
+
+    slopes: tuple[float, ...]
+    rounded: str = ""
+    scale: float = 1.0
+
+    def at(self, positions: Tensor, dims: int) -> Tensor:
+        """Biases of each head at positions, fp32; heads are the second of ``dims`` dimensions, where positions have a 1."""
+        biases = torch.tensor(self.slopes, device=positions.device).view(-1, *[1] * (dims - 2)) * positions
+        return biases.to(getattr(torch, self.rounded)).float() * self.scale if self.rounded else biases
+
+
+# a sliding window in tokens, the query's own included; a chunk; biases; None: the whole context
+Window = int | Chunk | Biased | None
 Windows = list[Window]
 
 
 def span(window: Window) -> int | None:
     """The longest text of which every token is in view; None: any."""
+    if isinstance(window, Biased):
+        return None
     return window.size if isinstance(window, Chunk) else window
+
+
+def heads_of(window: Window) -> int:
+    """Of a mask: 1, or those of the model where each has biases of its own."""
+    return len(window.slopes) if isinstance(window, Biased) else 1
 
 
 @dataclass(eq=False)
@@ -64,8 +92,8 @@ class Plan:
         layers: the cache's keys and values of each layer in turn, ``[batch, kv_heads, capacity, head_dim]``; written
             in place.
         keys: slots in view, from the first on; in exact mode those that all tokens share.
-        masks: by window, additive, ``[sequences or 1, 1, queries, keys]``; in exact mode fp32,
-            ``[tokens, 1, keys + tail]``. A prompt has none where causal attention is all there is.
+        masks: by window, additive, ``[sequences or 1, 1 or heads, queries, keys]``; in exact mode fp32,
+            ``[tokens, 1 or heads, keys + tail]``. A prompt has none where causal attention is all there is.
         sequences: of ``trees``.
         tail: in exact mode the slots that each token sees besides, in the order of their positions, ``[tokens, tail]``.
         folded: masks repeated for the heads of a group, filled by attention.
@@ -130,7 +158,7 @@ def of_prompt(cache: KVCache, first: int, last: int, windows: Windows, scored: b
     """
     queries = torch.arange(first, last, device=cache.device)
     plain = first == 0 and not scored
-    needed = [window for window in windows if not plain or last > (span(window) or last)]
+    needed = [w for w in windows if not plain or isinstance(w, Biased) or last > (span(w) or last)]
     masks: dict[Window, Tensor] = {}
     if needed:
         keys = torch.arange(last, device=cache.device)
@@ -263,8 +291,10 @@ def _masks(
         seen = visible
         if isinstance(window, Chunk):
             seen = visible & (keys // window.size == queries // window.size)
-        elif window is not None:
+        elif isinstance(window, int):
             seen = visible & (keys > queries - window)
         mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        if isinstance(window, Biased):  # less the query's own, so that they are small where it looks
+            mask = mask + (window.at(keys, seen.dim()) - window.at(queries, seen.dim())).to(dtype)
         masks[window] = mask.masked_fill_(~seen, torch.finfo(dtype).min)
     return masks

@@ -17,15 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beagle.errors import BeagleError
-from beagle.hf import AttentionInterface, AttentionMaskInterface
+from beagle.hf import AttentionInterface, AttentionMaskInterface, can_set_attention, own_attention
 from beagle.targets.attention import NAME
 from beagle.targets.cache import LayerShape
 from beagle.targets.devices import device_of
 from beagle.targets.family import base_of, context_limit
 from beagle.targets.layers import Layers
 from beagle.targets.mask_rules import chunk_of, window_of
+from beagle.targets.own_attention import PROBED, Learning
 from beagle.targets.plan import Plan, Window
 from beagle.targets.plan_cache import PlanCache
+from beagle.targets.traced import NotAttention
 
 PROBE = "beagle_probe"
 TOKENS = 48  # of the pass that is probed
@@ -239,6 +241,10 @@ def learn(model: Any, name: str, expected: int | None = None) -> Layers:
     base = base_of(model)
     device = device_of(model)
     limit, _ = context_limit(model.config.get_text_config(decoder=True))
+    if not can_set_attention(model):
+        if (layers := _own_attention(model, base, name, limit)) is not None:
+            return layers
+        raise BeagleError(f"{name}: {_strange(base, {}, expected or 0)}; choose a model with plain attention")
     notes = _Notes(name, max(TOKENS, min(limit, MOST_KEYS)))
     model.set_attn_implementation(PROBE)
     cache = _cache_name(base, device)
@@ -256,6 +262,8 @@ def learn(model: Any, name: str, expected: int | None = None) -> Layers:
         for i in {*range(expected or 0), *notes.recurrent.values()} - set(notes.calls):
             notes.note(i, LayerShape(1, 0, 0), heads=0, window=None)  # no keys
     order = sorted(notes.calls)
+    if not order and (own := _own_attention(model, base, name, limit)) is not None:
+        return own
     if expected is not None and (order != list(range(expected)) or set(notes.calls.values()) != {1}):
         raise BeagleError(f"{name}: {_strange(base, notes.calls, expected)}; choose a model with plain attention")
     names: dict[nn.Module | None, str] = {None: "", **{module: name for name, module in base.named_modules()}}
@@ -288,6 +296,43 @@ def _running(base: nn.Module, running: list[nn.Module]) -> Iterator[None]:
             hooks.enter_context(module.register_forward_pre_hook(enter))
             hooks.enter_context(module.register_forward_hook(leave))
         yield
+
+
+def _own_attention(model: Any, base: nn.Module, name: str, limit: int) -> Layers | None:
+    """Layers of a model whose modules compute their attention themselves; None: it isn't seen what they compute.
+
+    Raises:
+        BeagleError: they compute something that can't be served.
+    """
+    if can_set_attention(model):
+        model.set_attn_implementation(own_attention(model, NAME))
+    settings = model.config.get_text_config(decoder=True).to_dict()
+    spans = [size for key, size in settings.items() if "window" in key and isinstance(size, int)]
+    n = min(max(PROBED, *(size + 1 for size in spans)) if spans else PROBED, limit)  # so that a window shows its end
+    ids = torch.ones(1, n, dtype=torch.long, device=next(base.parameters()).device)
+    for cache in CACHE_NAMES:
+        if cache not in inspect.signature(base.forward).parameters:
+            continue
+        notes = Learning()
+        try:
+            base(input_ids=ids, use_cache=False, **notes.inputs(cache))
+        except NotAttention as error:
+            raise BeagleError(
+                f"{name}: its layers compute their attention themselves, in a way that can't be served ({error}); choose a "
+                "model with plain attention"
+            ) from error
+        except (AttributeError, TypeError, ValueError, RuntimeError, LookupError):
+            continue
+        order = sorted(notes.calls)
+        if order != list(range(len(order))) or set(notes.calls.values()) != {1} or set(order) != set(notes.windows):
+            continue
+        shapes, heads = [notes.shapes[i] for i in order], [notes.heads[i] for i in order]
+        windows = [notes.windows[i] for i in order]
+        none: list[float | None] = [None] * len(order)
+        layers = Layers([""] * len(order), shapes, heads, windows, none, [False] * len(order), cache, own=True)
+        layers.mark(base)
+        return layers
+    return None
 
 
 def _strange(base: nn.Module, calls: dict[int, int], expected: int) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from beagle.errors import BeagleError
 from beagle.targets.attention import current_plan
 from beagle.targets.cache import KVCache
+from beagle.targets.own_attention import OWN, OwnCache
 from beagle.targets.plan import EXACT_BLOCK, Kind, Plan, Windows, of_exact_tree, of_tree, of_trees
 from beagle.targets.plan_cache import ASKED, PlanCache
 from beagle.targets.shape import TreeShape
@@ -82,7 +83,9 @@ def run_layers(base: nn.Module, plan: Plan, **inputs: Any) -> Tensor:
     Returns:
         Hidden states: outputs of the tapped layers, then the top state, ``[batch, tokens, state_size]``.
     """
-    if name := base.__dict__.get(ASKED):
+    if (windows := base.__dict__.get(OWN)) is not None:
+        inputs |= OwnCache(plan, windows).inputs(base.__dict__[ASKED])
+    elif name := base.__dict__.get(ASKED):
         inputs |= PlanCache(plan).inputs(name)
     token, outputs = current_plan.set(plan), _outputs.set([])
     try:

@@ -104,6 +104,9 @@ class Target:
         self.embed: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
         weight: Tensor = self.embed.weight
         self.vocab_size, self.hidden_size = weight.shape
+        rows = getattr(self.head, "weight", None)
+        if isinstance(rows, Tensor):  # some embed more tokens than they answer with
+            self.vocab_size = min(self.vocab_size, len(rows))
         self.device, self.dtype = device_of(model), weight.dtype
         self.context_limit, self.context_ends = context_limit(self.config)
         self.eos_ids = eos_ids(model, tokenizer)
@@ -138,12 +141,14 @@ class Target:
         model: Any = self.model
         key = key_of(model, self.digest, self.quantize) if folder is not None else ""
         if folder is not None and (known := remembered(folder, key)) is not None:
-            model.set_attn_implementation(NAME)
+            if not known.own:
+                model.set_attn_implementation(NAME)
             known.mark(self.base)
             return known
         own = own_attention(model, NAME)
         layers = probe.learn(model, self.name, int(self.config.num_hidden_layers))
-        model.set_attn_implementation(own)
+        if not layers.own:
+            model.set_attn_implementation(own)
         spans = [span(window) or 0 for window in layers.distinct_windows]
         finite = [tokens for tokens in spans if tokens <= probe.MOST_WINDOW]
         n = min(max(finite, default=0) + probe.TOKENS, self.context_limit)
@@ -154,13 +159,15 @@ class Target:
             expected: Tensor = whole(input_ids=ids[None], use_cache=False)[0][0].to(self.dtype)
             logits = model(input_ids=few, use_cache=False).logits
             states: Tensor = whole(input_ids=few, use_cache=False)[0].to(self.dtype)
-        model.set_attn_implementation(NAME)
+        if not layers.own:
+            model.set_attn_implementation(NAME)
         self.layers = layers
         try:
             with probe.tokens_alone(self.name):
                 self._prove(ids, expected)
         except proof.Different as error:
-            model.set_attn_implementation(own)
+            if not layers.own:
+                model.set_attn_implementation(own)
             if self.chains_only or not proof.own_positions(whole, ids, expected):
                 raise
             raise BeagleError(
@@ -168,7 +175,9 @@ class Target:
                 "positions; choose a model that takes position_ids"
             ) from error
         heads = (self._lm_head, self._lm_head.without_scale())
-        gaps = [proof.difference(head(states)[0], logits[0]) for head in heads]
+        rows: Any = self.head.weight
+        fits = states.shape[-1] == rows.shape[-1]
+        gaps = [proof.difference(head(states)[0], logits[0]) if fits else math.inf for head in heads]
         if not min(gaps) < proof.TOLERANCE[self.dtype]:
             raise BeagleError(
                 f"{self.name}: its logits are more than one linear layer over the last hidden state, so this family "
@@ -271,8 +280,9 @@ class Target:
                 found = self.run(ids, chain)
                 cache.lengths = [end]
                 return found
-        piece = max(LEAST_TOKENS, MASK_ENTRIES // end)
-        whole = PROMPT_TOKENS if layers.are_plain else math.isqrt(MASK_ENTRIES)  # where nothing is before it
+        entries = MASK_ENTRIES // layers.mask_heads
+        piece = max(LEAST_TOKENS, entries // end)
+        whole = PROMPT_TOKENS if layers.are_plain else math.isqrt(entries)  # where nothing is before it
         states = []
         for first, last in pairwise([start, *range(start + piece if start else whole, end, piece), end]):
             plan = of_prompt(cache, first, last, layers.distinct_windows, layers.need_scores)

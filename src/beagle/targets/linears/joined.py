@@ -8,6 +8,8 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
+from beagle.targets.linears.packed import is_plain
+
 
 class _Joined(nn.Module):
     """The layers' weights end to end; keeps its output until the last of its parts was taken."""
@@ -59,7 +61,7 @@ def join_linears(module: nn.Module, run: Callable[[], object]) -> None:
         child: (parent, name)
         for parent in module.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear
+        if is_plain(child)
     }
     calls: list[tuple[nn.Linear, Tensor]] = []  # holds the inputs, so that no two have the same id
     hooks = [layer.register_forward_pre_hook(lambda layer, inputs: calls.append((layer, inputs[0]))) for layer in where]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -55,11 +56,21 @@ class PackedLinear(nn.Module):
         return self._apply_to(x)
 
 
+def is_plain(module: nn.Module | None) -> TypeGuard[nn.Linear]:
+    """Whether a module is PyTorch's linear layer and no more: a checkpoint that is quantised has weights or a forward of
+    its own in some."""
+    return (
+        type(module) is nn.Linear
+        and type(module._parameters.get("weight")) is nn.Parameter
+        and not ("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
+    )
+
+
 def pack_linears(module: nn.Module) -> None:
     """Replace every plain ``nn.Linear`` below ``module``, in place, where packing makes it faster."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and child.weight.device.type == "cpu" and child.weight.dtype in PACKED_DTYPES:
+            if is_plain(child) and child.weight.device.type == "cpu" and child.weight.dtype in PACKED_DTYPES:
                 bias = None if child.bias is None else child.bias.detach()
                 setattr(parent, name, PackedLinear(child, _reordered(child.weight.detach(), bias)))
 
@@ -68,7 +79,7 @@ def tile_linears(module: nn.Module) -> None:
     """Replace every plain ``nn.Linear`` below ``module`` that our kernel takes, in place, before a graph is traced."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and tiled.fits(child.weight):
+            if is_plain(child) and tiled.fits(child.weight):
                 bias = None if child.bias is None else child.bias.detach()
                 setattr(parent, name, PackedLinear(child, tiled.apply(child.weight, bias)))
 

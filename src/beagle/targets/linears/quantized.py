@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from beagle.errors import BeagleError
 from beagle.targets.linears import tiled
-from beagle.targets.linears.packed import Apply, PackedLinear
+from beagle.targets.linears.packed import Apply, PackedLinear, is_plain
 
 KINDS = ("int8", "int4")
 GROUP = 32
@@ -87,7 +87,7 @@ def quantize_linears(module: nn.Module, kind: str) -> list[str]:
     left = []
     for where, parent in list(module.named_modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is not nn.Linear:
+            if not is_plain(child):
                 continue
             bias = None if child.bias is None else child.bias.detach()
             apply = quantized(child.weight.detach(), bias, kind, quantizer)

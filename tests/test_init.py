@@ -112,6 +112,7 @@ def test_the_shipped_head_is_a_start():
     recipe = with_shape_of(Recipe(), folder)
     assert recipe.head["architecture"] == "beagle"
     target = SimpleNamespace(
+        ranks=SimpleNamespace(count=1),
         hidden_size=576, vocab_size=49152, name="t", device="cpu", dtype=torch.float32,
         layers=SimpleNamespace(heads=[9], shapes=[SimpleNamespace(key_dim=64)]), config=SimpleNamespace(), layer_count=30,
     )  # fmt: skip

@@ -34,3 +34,11 @@ def test_an_owner_survives_what_fails():
     with pytest.raises(ZeroDivisionError):
         owner.submit(lambda: 1 // 0).result(10)
     assert owner.submit(lambda: 7).result(10) == 7
+
+
+def test_what_the_user_set_is_told_from_ours(monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    wait_briefly()
+    assert not waits_asleep()
+    monkeypatch.setattr(os, "environ", {"OMP_WAIT_POLICY": "passive"})
+    assert waits_asleep()

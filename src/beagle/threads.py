@@ -54,3 +54,8 @@ class ModelThread:
     def _run(self) -> None:
         while True:
             self._work.get()()
+
+
+def waits_asleep() -> bool:
+    """Whether the environment makes threads sleep at once where they wait, as ``wait_briefly`` would not."""
+    return os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE" and "GOMP_SPINCOUNT" not in os.environ

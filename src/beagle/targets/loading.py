@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
+from beagle import threads
 from beagle.errors import BeagleError
 from beagle.hf import auto_class
 from beagle.memory import use_huge_pages
@@ -121,7 +122,7 @@ def load_target(
         capture_target(target)
     if target.device.type == "cpu":
         use_huge_pages()
-        if os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE":
+        if threads.waits_asleep():
             _console.print("[dim]OMP_WAIT_POLICY=PASSIVE makes passes about three times as slow; unset it[/dim]")
     if target.chains_only:
         _console.print(f"[dim]{name}: keeps a recurrent state, so drafts are chains[/dim]", highlight=False)

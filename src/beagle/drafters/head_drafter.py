@@ -22,7 +22,7 @@ from beagle.drafters.grow import (
     level_noise,
     ranked_drafts,
 )
-from beagle.targets.linears.packed import pack_linears, packed
+from beagle.targets.linears.packed import pack_linears, packed, tile_linears
 from beagle.targets.linears.quantized import VectorQuantizer, quantize_linears, quantized
 from beagle.targets.target import Target
 
@@ -61,7 +61,8 @@ class HeadDrafter(Drafter[HeadContext]):
         self._columns = target.columns(head.config.kv_layers)
         if target.quantize:  # in int8 always: a draft is made of small passes, where it is the fastest
             quantize_linears(head, "int8")
-        pack_linears(head)
+        tile_linears(head)
+        pack_linears(head)  # what is left
         self.head = head
         self.device = target.device
         self.vocab_size = target.vocab_size

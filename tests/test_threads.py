@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from beagle.threads import SPINS, ModelThread, wait_briefly
+from beagle.threads import SPINS, ModelThread, wait_briefly, waits_asleep
 
 
 def test_they_spin_a_little(monkeypatch):
@@ -37,8 +37,8 @@ def test_an_owner_survives_what_fails():
 
 
 def test_what_the_user_set_is_told_from_ours(monkeypatch):
-    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr("os.environ", {})
     wait_briefly()
     assert not waits_asleep()
-    monkeypatch.setattr(os, "environ", {"OMP_WAIT_POLICY": "passive"})
+    monkeypatch.setattr("os.environ", {"OMP_WAIT_POLICY": "passive"})
     assert waits_asleep()

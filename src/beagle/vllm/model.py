@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
@@ -48,6 +49,12 @@ SHARDS: dict[str, tuple[str, str | int]] = {  # weights of a checkpoint that vLL
     "gate_proj": ("gate_up_proj", 0),
     "up_proj": ("gate_up_proj", 1),
 }
+
+
+def divisible(size: int) -> int:
+    """The next number up from ``size`` that the workers of tensor parallelism divide."""
+    workers: int = get_tensor_model_parallel_world_size()
+    return -(-size // workers) * workers
 
 
 class Layer(nn.Module):
@@ -93,11 +100,10 @@ class Layer(nn.Module):
             prefix=f"{prefix}.attention",
         )
         self.mlp_norm = RMSNorm(d, eps=eps)
-        self.gate_up_proj = MergedColumnParallelLinear(
-            d, [config.intermediate_size] * 2, bias=False, prefix=f"{prefix}.gate_up_proj"
-        )
+        inner = divisible(config.intermediate_size)
+        self.gate_up_proj = MergedColumnParallelLinear(d, [inner] * 2, bias=False, prefix=f"{prefix}.gate_up_proj")
         self.activation = get_act_fn(config.hidden_act)
-        self.down_proj = RowParallelLinear(config.intermediate_size, d, bias=False, prefix=f"{prefix}.down_proj")
+        self.down_proj = RowParallelLinear(inner, d, bias=False, prefix=f"{prefix}.down_proj")
 
     def attend(self, x: Tensor, states: Tensor, positions: Tensor) -> Tensor:
         """Attention of normed ``x`` over hidden states, those of the slots before too; all ``[tokens, hidden]``."""
@@ -260,6 +266,10 @@ class EagleBeagleForCausalLM(nn.Module):
             full = ".".join([*path, ours, kind]).lstrip(".")
             if full not in parameters:
                 raise ValueError(f"the draft checkpoint has an unknown weight '{name}'; it needs a newer beagle")
+            if module in ("gate_proj", "up_proj", "down_proj"):  # zeros where workers don't divide it add nothing
+                inner = int(module == "down_proj")
+                missing_rows = divisible(weight.shape[inner]) - weight.shape[inner]
+                weight = F.pad(weight, (0, missing_rows) if inner else (0, 0, 0, missing_rows))
             parameter = parameters[full]
             load = getattr(parameter, "weight_loader", default_weight_loader)
             load(parameter, weight) if shard is None else load(parameter, weight, shard)

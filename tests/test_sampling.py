@@ -97,7 +97,8 @@ class Known:
     def __init__(self, target) -> None:
         self.target, self.drafter = target, tiny_drafter(target)
         self.device, self.eos_ids, self.context_limit = target.device, target.eos_ids, target.context_limit
-        self.context_ends, self.name, self.passes, self.drafts, self.heads = False, "known", {}, {}, {}
+        self.context_ends, self.chains_only, self.name = False, False, "known"
+        self.passes, self.drafts, self.heads = {}, {}, {}
 
     def new_cache(self, batch, capacity):
         return KnownCache()

@@ -23,42 +23,56 @@ from beagle.decoding.sampling import Sampler, SamplingParams
 from beagle.decoding.sequence import Step
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import Draft, TreePlan
+from beagle.drafters.block import Block
 from beagle.drafters.checkpoint import find_head, kv_layers, load_head
 from beagle.drafters.context import HeadContext
-from beagle.drafters.grow import Beams, LevelOutput
+from beagle.drafters.grow import Beams, EagerLevels, LevelOutput
 from beagle.drafters.head_drafter import HeadDrafter
 from beagle.files import write_json
 from beagle.meta import command_line, describe
 from beagle.model import Model
 from beagle.targets.loading import load_target
+from beagle.targets.target import Target
 from beagle.training.prompts import read_prompts
 
 
+class RootLogits(EagerLevels):
+    """Keeps the logits of the root's level.
+
+    Attributes:
+        kept: ``[draft vocabulary]`` of the last draft; None: nothing was drafted.
+    """
+
+    kept: Tensor | None = None
+
+    def __call__(self, beams: Beams, tokens: Tensor, newest: Tensor) -> LevelOutput:
+        states, logits, sums = super().__call__(beams, tokens, newest)
+        if beams.level == 1:
+            self.kept = logits[0].clone()
+        return states, logits, sums
+
+
 class Observed(HeadDrafter):
-    """A head's drafts, with the noise or without it; keeps the logits of the root's level.
+    """A head's drafts, with the noise or without it.
 
     Attributes:
         knows_noise: whether drafts use it.
-        root_logits: ``[draft vocabulary]`` of the last draft.
+        root: logits of the root's level.
     """
 
-    knows_noise = True
-    root_logits: Tensor | None = None
+    def __init__(self, target: Target, head: Block) -> None:
+        super().__init__(target, head)
+        self.knows_noise = True
+        self.eager = self.root = RootLogits(head, target.embed, self.eager.logits)
 
     def draft(
         self, contexts: Sequence[HeadContext], roots: list[int], plan: TreePlan, min_expected_tokens: float = 0.0
     ) -> list[Draft]:
-        self.root_logits = None
+        self.root.kept = None
         if not self.knows_noise:
             for context in contexts:
                 context.noise = None
         return super().draft(contexts, roots, plan, min_expected_tokens)
-
-    def _run_level(self, beams: Beams, tokens: Tensor, newest: Tensor) -> LevelOutput:
-        states, logits, sums = super()._run_level(beams, tokens, newest)
-        if self.root_logits is None:
-            self.root_logits = logits[0].clone()
-        return states, logits, sums
 
 
 def answer(model: Model, prompt: str, sampling: SamplingParams) -> tuple[Stats, list[float]]:
@@ -68,9 +82,9 @@ def answer(model: Model, prompt: str, sampling: SamplingParams) -> tuple[Stats, 
     sampler = Sampler(sampling)
 
     def watch(step: Step) -> None:
-        if drafter.root_logits is not None and len(step.tokens) > 1:
+        if drafter.root.kept is not None and len(step.tokens) > 1:
             p = sampler.probabilities(step.logits[0].float())[drafter.head.draft_vocab]
-            overlaps.append(float(torch.minimum(p, sampler.probabilities(drafter.root_logits)).sum()))
+            overlaps.append(float(torch.minimum(p, sampler.probabilities(drafter.root.kept)).sum()))
 
     for _ in model.stream(prompt, sampling, stats=stats, watch=watch):
         pass

@@ -38,7 +38,7 @@ def pair(request) -> tuple[One, One, Recorder]:
         One(tiny_drafter(target, architecture=request.param, scale=LIVELY[request.param], draft_vocab_size=48))
         for _ in range(2)
     )
-    fast.drafter.captured = CapturedDraft(fast.eager, fast.rotations, recorder)
+    fast.drafter.whole = CapturedDraft(fast.eager, fast.rotations, recorder)
     return eager, fast, recorder
 
 
@@ -117,7 +117,7 @@ def test_a_draft_that_cannot_be_recorded_is_eager_and_says_so_once(pair, capsys)
     def full(run):
         raise torch.OutOfMemoryError("CUDA out of memory\nmore")
 
-    fast.captured._record = full
+    fast.whole._record = full
     assert drafts(fast, PLANS["dynamic"], 9) == drafts(eager, PLANS["dynamic"], 9)
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("a draft of 4 levels can't be captured as a graph (CUDA out of memory), so it runs") == 1
@@ -128,7 +128,7 @@ def test_a_deeper_plan_is_recorded_anew_and_a_refused_one_leaves_the_shallower_g
     plans = [TreePlan("dynamic", depth, 4, 20) for depth in (2, 4, 3)]
     assert [drafts(fast, plan, 9)[0].tokens for plan in plans] == [drafts(eager, plan, 9)[0].tokens for plan in plans]
     assert recorder.made == 2
-    fast.captured._record = None  # whatever goes wrong
+    fast.whole._record = None  # whatever goes wrong
     deeper = TreePlan("dynamic", 5, 4, 20)
     assert drafts(fast, deeper, 9) == drafts(eager, deeper, 9)
     fast.head.level = None  # the eager level
@@ -142,7 +142,7 @@ def test_a_graph_that_drafts_something_else_is_refused(pair, capsys):
         replay, out = recorder(run)
         return lambda: (replay(), out[1].mul_(3)), out
 
-    fast.captured._record = wrong
+    fast.whole._record = wrong
     assert drafts(fast, PLANS["dynamic"], 9) == drafts(eager, PLANS["dynamic"], 9)
     assert "its candidates are not the eager ones" in " ".join(capsys.readouterr().err.split())
 
@@ -150,7 +150,7 @@ def test_a_graph_that_drafts_something_else_is_refused(pair, capsys):
 def test_on_a_cpu_nothing_is_captured():
     drafter = tiny_drafter(tiny_target())
     capture_drafts(drafter)
-    assert drafter.captured is None
+    assert drafter.whole is None
 
 
 @pytest.mark.parametrize("plan", [PLANS["dynamic"], PLANS["chain"]], ids=["dynamic", "chain"])

@@ -52,7 +52,7 @@ def both(folder) -> tuple[HeadDrafter, HeadDrafter]:
     found = compiled.find(folder, target, own)
     assert found is not None
     fast = HeadDrafter(target, own)
-    fast.use_compiled(found)
+    fast.use(found, "compiled")
     return HeadDrafter(target, head()), fast
 
 

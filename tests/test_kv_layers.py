@@ -174,7 +174,7 @@ def test_captured_passes_and_drafts_are_the_eager_ones(shape):
     model, other = drafting(shape, plan=DYNAMIC), drafting(shape, plan=DYNAMIC)
     target = other.target
     target.use(Captured(target.base, target.hidden_size, target.layers, Recorder()))
-    other.drafter.use_captured(CapturedDraft(other.drafter.eager, other.drafter.rotations, Recorder()))
+    other.drafter.use(CapturedDraft(other.drafter.eager, other.drafter.rotations, Recorder()), "captured")
     first, second = (one.generate(PROMPTS[1], max_new_tokens=24) for one in (model, other))
     assert first.token_ids == second.token_ids
     assert first.stats.drafted == second.stats.drafted > 0
@@ -194,7 +194,7 @@ def test_compiled_passes_and_levels_are_the_eager_ones(tmp_path):
     head = tiny_head(target, scale=LIVELY["beagle"], **shape)
     levels = find_levels(tmp_path, target, head)
     drafter = HeadDrafter(target, head)
-    drafter.use_compiled(levels)
+    drafter.use(levels, "compiled")
     fast = Model(target, drafter, DYNAMIC)
     for prompt in PROMPTS[:2]:
         first, second = (one.generate(prompt, max_new_tokens=24) for one in (model, fast))
@@ -213,7 +213,7 @@ def test_compiled_levels_of_eagle3_are_the_eager_ones(tmp_path):
     levels = find_levels(tmp_path, target, head)
     assert levels is not None
     drafter = HeadDrafter(target, head)
-    drafter.use_compiled(levels)
+    drafter.use(levels, "compiled")
     for prompt in PROMPTS[:2]:
         first, second = (one.generate(prompt, max_new_tokens=24) for one in (model, Model(target, drafter, DYNAMIC)))
         assert first.token_ids == second.token_ids

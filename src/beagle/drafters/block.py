@@ -333,13 +333,21 @@ class Rotations:
 
     def __call__(self, slots: Tensor, end: int) -> Rotation:
         """Of ``slots [..., n]``, all below ``end``: cosines and sines, ``[..., 1, n, head_dim]``."""
+        cos, sin = (of[slots].unsqueeze(-3) for of in self._up_to(end))
+        return cos, sin
+
+    def span(self, begin: int, end: int) -> Rotation:
+        """Of the slots from ``begin`` to before ``end``: views, ``[1, n, head_dim]``."""
+        cos, sin = self._up_to(end)
+        return cos[None, begin:end], sin[None, begin:end]
+
+    def _up_to(self, end: int) -> Rotation:
         known = self._known
         if known is None or len(known[0]) < end:
             size = max(512, 2 * end)
             cos, sin = self._head.rotation(torch.arange(size, device=self.device), self.dtype)
             known = self._known = cos[0], sin[0]
-        cos, sin = (of[slots].unsqueeze(-3) for of in known)
-        return cos, sin
+        return known
 
 
 def drop(x: Tensor, p: float) -> Tensor:

@@ -14,10 +14,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from beagle.drafters.base import TreePlan
+from beagle.drafters.base import Draft, TreePlan
 from beagle.drafters.block import Block, Rotations
-from beagle.drafters.context import HeadContext
-from beagle.drafters.grow import Beams, EagerLevels, Level, grow
+from beagle.drafters.context import HeadContext, write_unread
+from beagle.drafters.grow import Beams, EagerLevels, grow
 from beagle.drafters.head_drafter import HeadDrafter
 from beagle.targets import aot_cache
 from beagle.targets.captured import GraphRecorder, Recorder, key_size
@@ -30,7 +30,7 @@ _console = Console(stderr=True)
 def capture_drafts(drafter: HeadDrafter) -> None:
     """Let drafts on a GPU be replayed from graphs, which are recorded when their size first comes."""
     if drafter.device.type == "cuda" and not aot_cache.compiled_disabled():
-        drafter.use_captured(CapturedDraft(drafter.eager, drafter.rotations))
+        drafter.use(CapturedDraft(drafter.eager, drafter.rotations), "captured")
 
 
 class _FixedKeys:
@@ -86,8 +86,9 @@ class _Recorded:
 
         self._replay, self._out = record(run)
 
-    def run(self, context: HeadContext, root: int, noise: Tensor | None = None) -> list[Level]:
-        """The levels after the token ``root``, on the host; the context must fit. ``noise`` is that of ``grow``."""
+    def run(self, context: HeadContext, root: int, depth: int, noise: Tensor | None = None) -> Draft:
+        """Candidates of the first ``depth`` levels after the token ``root``; the context must fit. ``noise`` is that of
+        ``grow``."""
         if noise is None:
             self._noise.zero_()
         else:
@@ -99,8 +100,8 @@ class _Recorded:
         for slot, number in zip(self._numbers, (root, context.length - 1, keys), strict=True):
             slot.fill_(number)  # a copy from the host would wait
         self._replay()
-        levels = self._out.cpu().split(self._levels, dim=1)
-        return [Level([0], part[:1].long(), part[1:2].float(), part[2:].long()) for part in levels]
+        tokens, scores, parents = self._out[:, : sum(self._levels[:depth])].cpu()
+        return Draft(tokens.long().tolist(), parents.long().tolist(), scores.tolist())
 
 
 class CapturedDraft:
@@ -120,11 +121,17 @@ class CapturedDraft:
         self._lock = Lock()
 
     def __call__(
-        self, context: HeadContext, root: int, plan: TreePlan, noise: Tensor | None = None
-    ) -> list[Level] | None:
-        """All levels, on the host; None: a static tree, or one that could not be recorded."""
+        self,
+        context: HeadContext,
+        root: int,
+        plan: TreePlan,
+        min_expected_tokens: float = 0.0,
+        noise: Tensor | None = None,
+    ) -> Draft | None:
+        """All candidates; None: a static tree, or one that could not be recorded."""
         if plan.kind == "static":
             return None
+        write_unread([context])
         size = plan.width, key_size(context.keys)
         with self._lock:
             graph = self._graphs.get(size)
@@ -141,7 +148,7 @@ class CapturedDraft:
                         highlight=False,
                     )
                     return None
-            return graph.run(context, root, noise)[: plan.depth]
+            return graph.run(context, root, plan.depth, noise)
 
     def _recorded(self, context: HeadContext, root: int, plan: TreePlan, keys: int) -> _Recorded:
         """
@@ -154,7 +161,10 @@ class CapturedDraft:
         beams = Beams.of_contexts(levels.head, [context], rotations, plan.depth, plan.width)
         tokens = torch.tensor([[root]], device=rotations.device)
         eager = grow(levels, beams, tokens, context.newest[None], plan)
-        for ours, theirs in zip(graph.run(context, root), eager, strict=True):
-            if not (ours.scores.max() - theirs.scores.max().cpu()).abs() < AGREES:  # NaN is no agreement either
+        scores, end = graph.run(context, root, plan.depth).scores, 0
+        for level in eager:
+            begin, end = end, end + level.scores.shape[1]
+            ours = torch.tensor(scores[begin:end]).max()
+            if not (ours - level.scores.max().cpu()).abs() < AGREES:  # NaN is no agreement either
                 raise RuntimeError("its candidates are not the eager ones")
         return graph

@@ -1,24 +1,26 @@
-"""One level of a draft tree as a compiled graph, made by ``beagle compile`` and kept in the user's cache.
+"""Levels of a draft tree as compiled graphs, made by ``beagle compile`` and kept in the user's cache.
 
 A level is a block and the LM head over a few nodes: a millisecond of products behind as much again of small
-operations and of the interpreter. Two graphs of them: the root's level, and any number of nodes below.
+operations and of the interpreter. Two graphs of them: the root's level, before which the keys of what the target has
+run since the last draft are written, and any number of nodes below.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beagle.drafters.block import Block, Rotation
-from beagle.drafters.grow import Beams, ContextKeys, LevelOutput
+from beagle.drafters.compiled_draft import CompiledDraft
+from beagle.drafters.grow import LevelOutput
 from beagle.targets import aot_cache
 from beagle.targets.linears import tiled
+from beagle.targets.linears.joined import join_linears
 from beagle.targets.linears.quantized import quantize_linears
 from beagle.targets.target import Target
 
@@ -61,14 +63,19 @@ class _GraphView:
         return self._head.attend(q, keys, values, self._mask[None, None])
 
 
-class _Graph(nn.Module):
-    """What is compiled: a level, and the log of the sum of its logits' exponentials."""
+class _Below(nn.Module):
+    """What is compiled: a level, and the log of the sum of its logits' exponentials.
 
-    def __init__(self, head: Block, lm_head: nn.Module, level: int) -> None:
+    Attributes:
+        appended: whether the nodes of the level that was run last wrote keys.
+    """
+
+    level = 2
+
+    def __init__(self, head: Block, lm_head: nn.Module) -> None:
         super().__init__()
         self.head = head
         self.lm_head = lm_head
-        self.level = level
         self.appended = False
 
     def forward(
@@ -89,48 +96,48 @@ class _Graph(nn.Module):
         return states, logits, logits.logsumexp(-1, keepdim=True)
 
 
-class CompiledLevels:
-    """Implements ``SomeLevels`` with a package of one head."""
+class _Root(_Below):
+    """The root's level, behind the keys and values of the slots that the context has not read."""
 
-    def __init__(self, place: Path, embed: Callable[[Tensor], Tensor]) -> None:
-        """
-        Args:
-            place: the package's folder.
-            embed: the target's embeddings, token ids ``[...]`` -> ``[..., hidden]``.
+    level = 1
 
-        Raises:
-            BeagleError: the package can't be read.
-        """
-        self._appends: dict[str, bool] = aot_cache.metadata(place, "appends")  # whether a level's nodes write keys
-        self._run = {name: aot_cache.load(place / name) for name in (ROOT, BELOW)}
-        self._embed = embed
-
-    def takes(self, beams: Beams, nodes: int) -> bool:
-        """Whether there is a graph for so many nodes at the beams' level."""
-        keys = beams.keys
-        return isinstance(keys, ContextKeys) and len(keys.contexts) == 1 and (nodes == 1) == (beams.level == 1)
-
-    def __call__(self, beams: Beams, tokens: Tensor, newest: Tensor) -> LevelOutput:
-        assert isinstance(beams.keys, ContextKeys)
-        (context,) = beams.keys.contexts
-        graph = ROOT if beams.level == 1 else BELOW
-        appended = tokens.shape[1] if self._appends[graph] else 0
-        at = context.keys + beams.mask.shape[2]
-        slots = torch.arange(at, at + appended, device=newest.device)
-        if appended:
-            beams.see_own(appended)
-        (mask,) = F.pad(beams.mask, (context.keys, 0))
-        inputs = [self._embed(tokens), newest, *beams.rotation(), *context.cache, slots, mask]
-        states, logits, sums = self._run[graph](inputs)
-        return states, logits, sums
+    def forward(  # type: ignore[override]
+        self,
+        unread_embeddings: Tensor,
+        unread_states: Tensor,
+        unread_cos: Tensor,
+        unread_sin: Tensor,
+        unread_slots: Tensor,
+        embeddings: Tensor,
+        newest: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+        mask: Tensor,
+    ) -> LevelOutput:
+        rotation = unread_cos, unread_sin
+        k, v = self.head.remember(unread_slots, unread_states, rotation, lambda _: unread_embeddings)
+        keys[:, unread_slots] = k
+        values[:, unread_slots] = v
+        return super().forward(embeddings, newest, cos, sin, keys, values, slots, mask)
 
 
-def find(folder: Path, target: Target, head: Block) -> CompiledLevels | None:
-    """What ``build`` made of this very head, before its weights are packed; None if there is nothing."""
+def find(folder: Path, target: Target, head: Block) -> CompiledDraft | None:
+    """What ``build`` made of this very head, before its weights are packed; None if there is nothing.
+
+    Raises:
+        BeagleError: the package can't be read.
+    """
     if target.device.type != "cpu":
         return None
     place = aot_cache.find(folder, _kind(target, head), lambda: _weights(target, head))
-    return CompiledLevels(place, target.embed) if place is not None else None
+    if place is None:
+        return None
+    appends: dict[str, bool] = aot_cache.metadata(place, "appends")  # whether a level's nodes write keys
+    root, below = (aot_cache.load(place / name) for name in (ROOT, BELOW))
+    return CompiledDraft(head.draft_vocab.tolist(), root, appends[ROOT], below, appends[BELOW])
 
 
 @torch.no_grad()
@@ -155,29 +162,23 @@ def build(folder: Path, target: Target, head: Block, name: str) -> tuple[Path, f
     lm_head.weight = nn.Parameter(weights["lm_head"], requires_grad=False)
     if "lm_bias" in weights:
         lm_head.bias = nn.Parameter(weights["lm_bias"], requires_grad=False)
-    graphs = {}
-    for file, level in ((ROOT, 1), (BELOW, 2)):
-        graphs[file] = _Graph(head, lm_head, level)
-        if target.quantize or tiled.used(target.dtype):  # drafts need not be exact
-            quantize_linears(graphs[file], "int8")
     appends: dict[str, bool] = {}
     with aot_cache.writing(place, {"draft": name, "appends": appends}) as partial:
-        for file, graph in graphs.items():
-            appends[file] = _export(graph, partial / file, name)
+        for file, graph in ((ROOT, _Root), (BELOW, _Below)):
+            appends[file] = _export(graph(deepcopy(head), deepcopy(lm_head)), target, partial / file, name)
     return place, time.perf_counter() - began
 
 
-def _export(graph: _Graph, library: Path, name: str) -> bool:
+def _export(graph: _Below, target: Target, library: Path, name: str) -> bool:
     """Whether the level's nodes write keys."""
     c = graph.head.config
     root = graph.level == 1
-    beam, known = (1, 11) if root else (6, 16)
+    beam, unread, known = (1, 3, 11) if root else (6, 0, 16)
     dtype = next(graph.head.parameters()).dtype
-    embeddings = torch.ones(1, beam, c.hidden_size, dtype=dtype)
     rotation = torch.ones(1, 1, 1, c.head_dim, dtype=dtype)
     cache = torch.zeros(2, c.cached_heads, 40, c.head_dim, dtype=dtype)
-    inputs = (
-        embeddings,
+    inputs: tuple[Tensor, ...] = (
+        torch.ones(1, beam, c.hidden_size, dtype=dtype),
         torch.ones(1, beam, c.state_size if root else c.hidden_size, dtype=dtype),
         rotation,
         rotation.clone(),
@@ -186,12 +187,27 @@ def _export(graph: _Graph, library: Path, name: str) -> bool:
         torch.arange(known, known + beam),
         torch.zeros(beam, known + beam, dtype=dtype),
     )
-    graph(*inputs)
-    appends = graph.appended  # what tracing sets, it puts back
     auto = torch.export.Dim.AUTO
     nodes = {} if root else {1: auto}
     slots, mask = ({}, {1: auto}) if root else ({0: auto}, {0: auto, 1: auto})
-    aot_cache.export(graph, inputs, (nodes, nodes, {}, {}, {1: auto}, {1: auto}, slots, mask), library, name)
+    shapes: tuple[dict[int, object], ...] = (nodes, nodes, {}, {}, {1: auto}, {1: auto}, slots, mask)
+    if root:
+        turned = torch.ones(1, unread, c.head_dim, dtype=dtype)
+        inputs = (
+            torch.ones(unread, c.hidden_size, dtype=dtype),
+            torch.ones(unread, c.state_size, dtype=dtype),
+            turned,
+            turned.clone(),
+            torch.arange(known - unread, known),
+            *inputs,
+        )
+        shapes = ({0: auto}, {0: auto}, {1: auto}, {1: auto}, {0: auto}, *shapes)
+    join_linears(graph, lambda: graph(*inputs))
+    if target.quantize or tiled.used(target.dtype):  # drafts need not be exact
+        quantize_linears(graph, "int8")
+    graph(*inputs)
+    appends = graph.appended  # what tracing sets, it puts back
+    aot_cache.export(graph, inputs, shapes, library, name)
     return appends
 
 

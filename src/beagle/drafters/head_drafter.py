@@ -8,39 +8,28 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from beagle.drafters.base import STATIC_PATHS, Draft, Drafter, TreePlan
+from beagle.drafters.base import STATIC_PATHS, Draft, Drafter, TreePlan, best_first
 from beagle.drafters.block import Block, Rotations
 from beagle.drafters.context import HeadContext, write_unread
-from beagle.drafters.grow import (
-    Beams,
-    EagerLevels,
-    Level,
-    LevelOutput,
-    LevelRunner,
-    grow,
-    least_score,
-    level_noise,
-    ranked_drafts,
-)
+from beagle.drafters.grow import Beams, EagerLevels, grow, least_score, level_noise, ranked_drafts
+from beagle.limits import MAX_NODES
 from beagle.targets.linears.packed import pack_linears, packed, tile_linears
 from beagle.targets.linears.quantized import VectorQuantizer, quantize_linears, quantized
 from beagle.targets.target import Target
 
 
-class SomeLevels(LevelRunner, Protocol):
-    """A ``LevelRunner`` for some levels."""
-
-    def takes(self, beams: Beams, nodes: int) -> bool:
-        """Whether it can compute so many nodes of each context at the beams' level."""
-
-
 class WholeDrafts(Protocol):
-    """Grows the tree of one context at once."""
+    """Grows the tree of one context at once, what the context has not read included."""
 
     def __call__(
-        self, context: HeadContext, root: int, plan: TreePlan, noise: Tensor | None = None
-    ) -> list[Level] | None:
-        """All levels, on the host; None where it can't."""
+        self,
+        context: HeadContext,
+        root: int,
+        plan: TreePlan,
+        min_expected_tokens: float = 0.0,
+        noise: Tensor | None = None,
+    ) -> Draft | None:
+        """All candidates that were scored, parents before children; None where it can't. Arguments are those of ``grow``."""
 
 
 class HeadDrafter(Drafter[HeadContext]):
@@ -48,9 +37,8 @@ class HeadDrafter(Drafter[HeadContext]):
 
     Attributes:
         head: its weights are packed or quantised as the target's are.
-        eager: computes levels that ``compiled`` doesn't.
-        compiled: computes levels of one context's tree as graphs.
-        captured: grows whole trees of one context as graphs.
+        eager: computes levels.
+        whole: grows the trees of one context as graphs, where there are some.
     """
 
     def __init__(self, target: Target, head: Block) -> None:
@@ -70,18 +58,12 @@ class HeadDrafter(Drafter[HeadContext]):
         whole = quantized(self.lm_head, bias, "int8", VectorQuantizer()) if target.quantize else None
         self.rotations = Rotations(head, self.lm_head.dtype, self.device)
         self.eager = EagerLevels(head, target.embed, whole or packed(self.lm_head, bias))
-        self.compiled: SomeLevels | None = None
-        self.captured: WholeDrafts | None = None
+        self.whole: WholeDrafts | None = None
 
-    def use_compiled(self, levels: SomeLevels) -> None:
-        """Let the levels of one context's tree be computed by compiled graphs from now on."""
-        self.compiled = levels
-        self.name += ", compiled"
-
-    def use_captured(self, drafts: WholeDrafts) -> None:
-        """Let the trees of one context be grown by captured graphs from now on."""
-        self.captured = drafts
-        self.name += ", captured"
+    def use(self, drafts: WholeDrafts, name: str) -> None:
+        """Let the trees of one context be grown by ``drafts`` from now on, whose name becomes part of the drafter's."""
+        self.whole = drafts
+        self.name += f", {name}"
 
     def context(self) -> HeadContext:
         return HeadContext(self.head, self.eager.embed, self.rotations, self._columns)
@@ -92,20 +74,16 @@ class HeadDrafter(Drafter[HeadContext]):
     ) -> list[Draft]:
         if min_expected_tokens > 1 and len(contexts) > 1:  # of one context it may be a busy hour's measurement
             return [Draft([], [], []) for _ in contexts]
-        write_unread(contexts)
         noise = level_noise(contexts, plan.depth, self.head.draft_vocab, self.vocab_size)
-        levels = None
-        if self.captured is not None and len(contexts) == 1:
-            levels = self.captured(contexts[0], roots[0], plan, noise)
-        if levels is None:
-            width = max(plan.width, len(STATIC_PATHS))
-            beams = Beams.of_contexts(self.head, contexts, self.rotations, plan.depth, width)
-            tokens = torch.tensor(roots, device=self.device)[:, None]
-            newest = torch.stack([context.newest for context in contexts])
-            levels = grow(self._run_level, beams, tokens, newest, plan, min_expected_tokens, noise)
-        return ranked_drafts(levels, len(contexts), plan, least_score(min_expected_tokens))
-
-    def _run_level(self, beams: Beams, tokens: Tensor, newest: Tensor) -> LevelOutput:
-        if self.compiled is not None and self.compiled.takes(beams, tokens.shape[1]):
-            return self.compiled(beams, tokens, newest)
-        return self.eager(beams, tokens, newest)
+        least = least_score(min_expected_tokens)
+        if self.whole is not None and len(contexts) == 1:
+            found = self.whole(contexts[0], roots[0], plan, min_expected_tokens, noise)
+            if found is not None:
+                return [best_first(found.tokens, found.parents, found.scores, plan.nodes or MAX_NODES, least)]
+        write_unread(contexts)
+        width = max(plan.width, len(STATIC_PATHS))
+        beams = Beams.of_contexts(self.head, contexts, self.rotations, plan.depth, width)
+        tokens = torch.tensor(roots, device=self.device)[:, None]
+        newest = torch.stack([context.newest for context in contexts])
+        levels = grow(self.eager, beams, tokens, newest, plan, min_expected_tokens, noise)
+        return ranked_drafts(levels, len(contexts), plan, least)

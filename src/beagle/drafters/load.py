@@ -94,7 +94,7 @@ def load_drafter(spec: DraftSpec, target: Target, **options: Any) -> Drafter | N
         fast = compiled.find(compiled_dir(), target, head)  # before its weights are packed
         drafter = headed = HeadDrafter(target, head)
         if fast is not None:
-            headed.use_compiled(fast)
+            headed.use(fast, "compiled")
         captured.capture_drafts(headed)
     elif spec.model is not None:
         drafter = load_small(spec.model, target, **options)

@@ -47,7 +47,7 @@ def made(tmp_path_factory):
     tiny_tokenizer().save_pretrained(root / "target")
     target = tiny_target()
     target.eos_ids, target.name = frozenset(), str(root / "target")
-    store = StateStore(root / "data", Fingerprint.of(target, 20, 24))
+    store = StateStore(root / "data", Fingerprint.of(target, 20, 24, "files"))
     prompts = [Prompt(str(i), (" ".join(f"w{3 + (5 * i + j * j) % 60}" for j in range(1 + i % 5)),)) for i in range(12)]
     store.write(AnswerGenerator(target, rows=4, max_prompt_tokens=20, max_new_tokens=24, sampled_share=0).run(prompts))
     (root / "recipe.yaml").write_text(yaml.safe_dump({"train": TRAIN, "head": {"newest_state": "scale"}}))
@@ -302,6 +302,7 @@ def test_variants_are_what_their_names_say():
         "newest_through_matrix": True,
         "num_kv_heads": 3,
     }
+    assert parse("eagle3-m20").settings(recipe, 0)[1]["intermediate_size"] == 2560
     assert [v.name for v in parse_list("beagle, eagle-u1..u3")] == ["beagle", "eagle-u1", "eagle-u2", "eagle-u3"]
 
 

@@ -151,7 +151,8 @@ def train_variant(spec: Spec) -> dict[str, Any]:
     fingerprint = StateStore.existing(spec.data).fingerprint
     target = load_target(**spec.target, state_layers=fingerprint.state_layers)
     store = StateStore(
-        spec.data, type(fingerprint).of(target, fingerprint.max_prompt_tokens, fingerprint.max_new_tokens)
+        spec.data,
+        type(fingerprint).of(target, fingerprint.max_prompt_tokens, fingerprint.max_new_tokens, fingerprint.source),
     )
     if store.tokens() != spec.data_tokens:  # or variants would train on other batches
         raise BeagleError(f"'{spec.data}' has changed since the command began; let what fills it end, then run again")

@@ -9,6 +9,7 @@ eagle-u8, eagle-late-u8   unrolled over 8 steps
 eagle3, eagle3-u7         unrolled for the whole budget, over the recipe's steps or 7 (as published)
 beagle-kv3, beagle-linear with 3 KV heads; with the newest state through a matrix
 beagle-moe                with four MLPs in place of one
+eagle3-m20                with an MLP of 20 times 128 channels, so that heads of two architectures have as many weights
 beagle-b4                 batches of 4 where the recipe's count as 16 (the paper's)
 beagle-lk, eagle-tvce     with another loss; beagle-dpace: with D-PACE's weights
 """
@@ -26,6 +27,7 @@ from beagle.training.config import TrainConfig
 from beagle.training.recipe import Recipe
 
 PAPERS_BATCH = 16
+MLP_UNIT = 128  # channels, of the word mN
 ONE_WINDOW = {"early_window": None}  # both stages have the recipe's ``window``
 # what a word of a name changes of the recipe: the training section, and the head's
 TRAIN: dict[str, dict[str, Any]] = {
@@ -52,7 +54,7 @@ ABLATED: dict[str, dict[str, Any]] = {  # of ``research.ablations``
     "linear": {"newest_through_matrix": True},
     "moe": {"experts": 4},
 }
-OF_ALL = "kvN, bN, noreg, tv, tvce, lk, logacc, dpace"
+OF_ALL = "kvN, mN, bN, noreg, tv, tvce, lk, logacc, dpace"
 WORDS = {
     "beagle": f"early, late, kN, sN, {OF_ALL}, random, window, onewindow, noconcat, nonewest, notoken, linear, moe",
     "eagle": f"unrolled, late, uN, {OF_ALL}",
@@ -133,8 +135,8 @@ def parse(name: str) -> Variant:
     train: dict[str, Any] = {**PUBLISHED.get(architecture, {})}
     head: dict[str, Any] = {}
     for word in words:
-        number = re.fullmatch(r"(k|s|u|kv|b)([1-9]\d?)", word)
-        letters = ("k", "s", "kv", "b") if architecture == "beagle" else ("u", "kv", "b")
+        number = re.fullmatch(r"(k|s|u|kv|m|b)([1-9]\d?)", word)
+        letters = ("k", "s", "kv", "m", "b") if architecture == "beagle" else ("u", "kv", "m", "b")
         if number and number[1] in letters and number[1] not in numbers:
             numbers[number[1]] = int(number[2])
         elif word not in WORDS[architecture].split(", ") or words.count(word) > 1 or word.endswith("N"):
@@ -146,6 +148,8 @@ def parse(name: str) -> Variant:
         head |= HEAD.get(word, {}) | ABLATED.get(word, {})
     if "kv" in numbers:
         head["num_kv_heads"] = numbers["kv"]
+    if "m" in numbers:
+        head["intermediate_size"] = MLP_UNIT * numbers["m"]
     window, steps = numbers.get("k"), numbers.get("s", numbers.get("u"))
     batch = numbers.get("b", PAPERS_BATCH)
     if window and steps and steps > window:

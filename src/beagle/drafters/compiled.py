@@ -25,6 +25,7 @@ from beagle.targets.linears.quantized import quantize_linears
 from beagle.targets.target import Target
 
 ROOT, BELOW = "root.so", "below.so"
+FORMAT = 2  # of what the graphs take; another one is another key
 
 
 class _GraphView:
@@ -219,5 +220,11 @@ def _weights(target: Target, head: Block) -> dict[str, Tensor]:
 
 def _kind(target: Target, head: Block) -> str:
     return aot_cache.key(
-        "draft", head.architecture, asdict(head.config), str(target.dtype), tiled.used(target.dtype), target.quantize
+        "draft",
+        FORMAT,
+        head.architecture,
+        asdict(head.config),
+        str(target.dtype),
+        tiled.used(target.dtype),
+        target.quantize,
     )

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from beagle.decoding.sampling import Sampler, SamplingParams
 from beagle.drafters import compiled
 from beagle.drafters.base import TreePlan
 from beagle.drafters.head_drafter import HeadDrafter
@@ -60,26 +61,49 @@ def states(n: int) -> torch.Tensor:
     return torch.randn(n, SMALL["hidden_size"], generator=torch.Generator().manual_seed(1))
 
 
+def paths(draft) -> dict[tuple[int, ...], float]:
+    """Scores by the tokens from the root on: candidates of nearly equal scores may change places."""
+    found: list[tuple[int, ...]] = []
+    for token, parent in zip(draft.tokens, draft.parents, strict=True):
+        found.append((*(found[parent] if parent >= 0 else ()), token))
+    return dict(zip(found, draft.scores, strict=True))
+
+
 @pytest.mark.parametrize("plan", PLANS.values(), ids=list(PLANS))
-def test_its_drafts_are_the_eager_ones(both, plan):
+@pytest.mark.parametrize("least", [0.0, 0.4])
+def test_its_drafts_are_the_eager_ones(both, plan, least):
     found = []
     for drafter in map(One, both):
         drafter.begin(TOKENS, states(len(TOKENS)))
-        drafter.draft(12, plan)  # what it leaves behind the context is written over
-        drafter.extend([12, 13], states(2))
-        found.append(drafter.draft(14, plan))
-    eager, fast = found
-    assert fast.tokens == eager.tokens
-    assert fast.parents == eager.parents
-    assert fast.scores == pytest.approx(eager.scores, abs=1e-4)
+        drafts = [drafter.draft(12, plan, least)]  # with nothing unread; what it leaves behind is written over
+        for unread in (1, 2, 5, 70):
+            drafter.extend([12 + i % 20 for i in range(unread)], states(unread))
+            drafts.append(drafter.draft(14, plan, least))
+        found.append(drafts)
+    for eager, fast in zip(*found, strict=True):
+        assert paths(fast) == pytest.approx(paths(eager), abs=1e-4)
+    if least and plan.kind == "dynamic":
+        assert min(len(draft.tokens) for draft in found[0]) < plan.nodes, "no draft ends early"
 
 
-def test_trees_of_one_context_are_computed_in_it(both, monkeypatch):
+def test_its_drafts_know_the_sampler_s_noise(both):
+    found = []
+    for drafter in map(One, both):
+        drafter.begin(TOKENS, states(len(TOKENS)))
+        drafter.context.noise = Sampler(SamplingParams(temperature=1.0, seed=3)).noise(len(TOKENS))
+        found.append(drafter.draft(12, PLANS["dynamic"]))
+        drafter.context.noise = None
+        assert drafter.draft(12, PLANS["dynamic"]).tokens != found[-1].tokens
+    assert found[1].tokens == found[0].tokens
+
+
+@pytest.mark.parametrize("plan", ["dynamic", "chain"])
+def test_trees_of_one_context_are_computed_in_it(both, plan, monkeypatch):
     fast = One(both[1])
     fast.begin(TOKENS, states(len(TOKENS)))
-    expected = fast.draft(12, PLANS["dynamic"])
+    expected = fast.draft(12, PLANS[plan])
     monkeypatch.setattr(fast.head, "level", None)  # the eager level
-    assert fast.draft(12, PLANS["dynamic"]) == expected
+    assert fast.draft(12, PLANS[plan]) == expected
 
 
 def test_several_contexts_are_drafted_eagerly(both):

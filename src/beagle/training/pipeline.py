@@ -327,6 +327,7 @@ def train_head(
             "stored_tokens": store.tokens(),
             "trained_tokens": trainer.tokens,
             "train_seconds": round(trainer.seconds, 1),
+            "train_joules": round(trainer.joules) if trainer.energy.readable else None,
             "steps": trainer.step,
             "validation_step_alpha": [round(a, 4) for a in alphas],
             "recipe": trainer.identity(),

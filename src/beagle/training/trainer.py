@@ -27,6 +27,7 @@ from beagle.targets.loading import first_line, pick_dtype
 from beagle.targets.target import Target
 from beagle.training.config import TrainConfig
 from beagle.training.data import Stored, batches, frequent_tokens, nothing_to_train_on, padded_tokens, samples
+from beagle.training.energy import EnergyMeter
 from beagle.training.folder import CHECKPOINT, COLUMNS, append_log, cut_log, identity, read_progress
 from beagle.training.gradients import Draw, Gradients
 from beagle.training.stages import LMHeadWeights, lm_head_rows, stage_loss, step_alpha
@@ -120,6 +121,7 @@ class Trainer:
             fused=True,
         )
         self.step, self.seconds, self.tokens = 0, 0.0, 0
+        self.energy, self.joules = EnergyMeter(), 0.0
         self.epoch, self.at = 0, 0  # the next batch: its epoch, and its place there
         held = sorted(samples(store.shards()[:24], validation=True), key=lambda s: len(s.tokens))
         held = held[:: max(1, math.ceil(len(held) / config.validation_samples))]  # of every length
@@ -237,6 +239,7 @@ class Trainer:
 
     def _one(self, group: list[Stored]) -> float:
         began = time.perf_counter()
+        self.energy.lap()
         c = self.config
         shape = (len(group), padded_tokens(group, self.target), self.head.config.state_size)
         random = torch.Generator(device=self.target.device).manual_seed(c.seed * 1_000_003 + self.step)
@@ -255,6 +258,7 @@ class Trainer:
         self.step, self.at = self.step + 1, self.at + 1
         self.tokens += sum(len(s.tokens) for s in group)
         self.seconds += time.perf_counter() - began
+        self.joules += self.energy.lap()
         return float(shown)
 
     def _log(self, loss: float, alphas: list[float]) -> dict[str, float]:
@@ -277,6 +281,7 @@ class Trainer:
         progress = {
             "step": self.step,
             "seconds": self.seconds,
+            "joules": self.joules,
             "tokens": self.tokens,
             "epoch": self.epoch,
             "at": self.at,
@@ -311,6 +316,7 @@ class Trainer:
                 states.setdefault(int(index), {})[name] = tensor
         self.optimizer.load_state_dict({"state": states, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.step, self.seconds, self.tokens = progress["step"], progress["seconds"], progress["tokens"]
+        self.joules = progress.get("joules", 0.0)
         self.epoch, self.at = progress["epoch"], progress["at"]
         begun = progress.get("early_steps", self.early_steps)
         if self.step > begun:  # answers that came since then make no late stage early again

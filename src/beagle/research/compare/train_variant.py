@@ -172,6 +172,7 @@ def train_variant(spec: Spec) -> dict[str, Any]:
         "trained_steps": trainer.step,
         "tokens": trainer.tokens,
         "seconds": round(trainer.seconds, 3),
+        "joules": round(trainer.joules) if trainer.energy.readable else None,
         "stages": {stage: _figures(cost) for stage, cost in trainer.costs.stages.items()},
         "step_alpha": [round(a, 4) for a in alphas],
         "tried": trainer.tried,

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from beagle.drafters.base import Draft, TreePlan
-from beagle.drafters.context import HeadContext
+from beagle.drafters.context import HeadContext, write_unread
 from beagle.drafters.grow import least_score
 
 Graph = Callable[[list[Tensor]], list[Tensor]]  # a ``LevelOutput``, as a list
-MOST_UNREAD = 64  # slots whose keys the root's graph writes; a prompt's are made at once, by large products
+MOST_UNREAD = 64  # slots whose keys the root's graph writes; large products make more at once
 
 
 class CompiledDraft:
@@ -44,9 +44,11 @@ class CompiledDraft:
         min_expected_tokens: float = 0.0,
         noise: Tensor | None = None,
     ) -> Draft | None:
-        unread = sum(len(tokens) for tokens, _ in context.unread)
-        if plan.kind == "static" or unread > MOST_UNREAD:
+        if plan.kind == "static":
             return None
+        if sum(len(tokens) for tokens, _ in context.unread) > MOST_UNREAD:
+            write_unread([context])
+        unread = sum(len(tokens) for tokens, _ in context.unread)
         context.reserve(context.length + 2 + plan.depth * max(plan.width, 2))
         self._number(context.cache.shape[2])
         width, least, known = plan.width, least_score(min_expected_tokens), context.keys + unread

@@ -11,7 +11,7 @@ from beagle.drafters.base import TreePlan
 from beagle.drafters.head_drafter import HeadDrafter
 from beagle.errors import BeagleError
 from beagle.targets.target import Target
-from conftest import LIVELY, SMALL, tiny_head, tiny_model, tiny_tokenizer
+from conftest import SCALES, tiny_head, tiny_model, tiny_tokenizer
 from drafting import One
 
 pytestmark = [
@@ -26,14 +26,19 @@ PLANS = {
 }
 
 
-CASES = {"beagle": {}, "eagle": {"quantize": "int8", "draft_vocab_size": 48}}
+CASES = {
+    "beagle": {"kv_layers": (1, 2), "blocks": 2, "num_kv_heads": 2},
+    "eagle": {"quantize": "int8", "draft_vocab_size": 48},
+    "eagle3": {"kv_layers": (1, 2)},
+}
 
 
 def case(name: str):
     """A target, and how to make the head anew: a drafter packs its own."""
     overrides = dict(CASES[name])
-    target = Target(tiny_model("llama"), tiny_tokenizer(), "tiny-llama", overrides.pop("quantize", None))
-    return target, lambda: tiny_head(target, architecture=name, scale=LIVELY[name], **overrides)
+    quantize, layers = overrides.pop("quantize", None), overrides.get("kv_layers", ())
+    target = Target(tiny_model("llama"), tiny_tokenizer(), "tiny-llama", quantize, state_layers=layers)
+    return target, lambda: tiny_head(target, architecture=name, scale=SCALES[name], **overrides)
 
 
 @pytest.fixture(scope="module", params=list(CASES))
@@ -56,17 +61,18 @@ def both(folder) -> tuple[HeadDrafter, HeadDrafter]:
     return HeadDrafter(target, head()), fast
 
 
-def states(n: int) -> torch.Tensor:
-    return torch.randn(n, SMALL["hidden_size"], generator=torch.Generator().manual_seed(1))
+def states(drafter: HeadDrafter, n: int) -> torch.Tensor:
+    return torch.randn(n, drafter.target.state_size, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=list(PLANS))
 def test_its_drafts_are_the_eager_ones(both, plan):
     found = []
-    for drafter in map(One, both):
-        drafter.begin(TOKENS, states(len(TOKENS)))
+    for each in both:
+        drafter = One(each)
+        drafter.begin(TOKENS, states(each, len(TOKENS)))
         drafter.draft(12, plan)  # what it leaves behind the context is written over
-        drafter.extend([12, 13], states(2))
+        drafter.extend([12, 13], states(each, 2))
         found.append(drafter.draft(14, plan))
     eager, fast = found
     assert fast.tokens == eager.tokens
@@ -76,7 +82,7 @@ def test_its_drafts_are_the_eager_ones(both, plan):
 
 def test_trees_of_one_context_are_computed_in_it(both, monkeypatch):
     fast = One(both[1])
-    fast.begin(TOKENS, states(len(TOKENS)))
+    fast.begin(TOKENS, states(both[1], len(TOKENS)))
     expected = fast.draft(12, PLANS["dynamic"])
     monkeypatch.setattr(fast.head, "level", None)  # the eager level
     assert fast.draft(12, PLANS["dynamic"]) == expected
@@ -88,7 +94,7 @@ def test_several_contexts_are_drafted_eagerly(both):
     for drafter in (eager, fast):
         contexts = [drafter.context() for _ in range(2)]
         for i, context in enumerate(contexts):
-            context.extend(TOKENS[i:], states(len(TOKENS) - i))
+            context.extend(TOKENS[i:], states(drafter, len(TOKENS) - i))
         found.append(drafter.draft(contexts, [12, 13], PLANS["dynamic"]))
     assert [draft.tokens for draft in found[1]] == [draft.tokens for draft in found[0]]
 
@@ -97,7 +103,7 @@ def test_other_weights_have_none(folder):
     target, head = case(folder.name)
     other = head()
     assert compiled.find(folder, target, other) is not None
-    other.o_proj.weight.data[0, 0] += 1
+    next(other.parameters()).data.view(-1)[0] += 1
     assert compiled.find(folder, target, other) is None
 
 

@@ -10,7 +10,9 @@ import torch
 from beagle.decoding.costs import Costs, cached_costs
 from beagle.drafters.base import TreePlan
 from beagle.drafters.lookup import LookupDrafter
+from beagle.evaluation import breakdown as breakdown_module
 from beagle.evaluation import profile as profile_module
+from beagle.evaluation.breakdown import product_shapes
 from beagle.evaluation.roofline import Machine, probe, roofline
 from conftest import SMALL, tiny_target
 
@@ -103,3 +105,67 @@ def test_profile_of_plain_decoding(run, folders):
 def test_plots_of_unknown_kinds_are_refused_before_the_work(run, tmp_path):
     ended, _ = run("--plot", tmp_path / "out.bmp")
     ended.refusal("out.bmp", ".png")
+
+
+class _Library:
+    """Stands in for a compiled library."""
+
+    name, remedy, kinds = "compiled", "", frozenset({"tree"})
+
+    def __init__(self, target):
+        self.eager = target.eager
+
+    def takes(self, plan):
+        return plan.kind == "tree"
+
+    def new_cache(self, capacity):
+        return None
+
+    def __call__(self, tokens, plan):
+        return self.eager(tokens, plan)
+
+
+def test_products_of_a_pass_are_those_of_layers_joined_by_their_input(target):
+    layer = [(32, 32 + 16 + 16), (32, 32), (32, 2 * 48), (48, 32)]  # q, k, v; o; gate, up; down
+    assert product_shapes(target) == 3 * layer
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_parts_of_a_pass_add_up(quantize, monkeypatch):
+    monkeypatch.setattr(breakdown_module, "_medians", _calls)
+    target = tiny_target(dtype=torch.bfloat16)
+    target.quantize = quantize
+    assert breakdown_module.breakdown(target, 10) == []  # it isn't compiled
+    target.use(_Library(target))
+    parts = breakdown_module.breakdown(target, 10)
+    assert [p["rows"] for p in parts] == [1, 8, 12, 16]
+    for p in parts:
+        assert p["products"] == 12
+        assert (p["products_ms"], p["attention_ms"], p["lm_head_ms"], p["meetings_ms"]) == (3.0, 2.0, 1.0, 0.15)
+        assert (p["python_ms"], p["rest_ms"]) == (1.5, 2.5)
+        assert p["ms"] == sum(p[f"{name}_ms"] for name in ("products", "attention", "lm_head", "python", "rest"))
+
+
+def _calls(works):
+    """Each work once; times by hand."""
+    for work in works.values():
+        work()
+    times = {"ms": 10.0, "pass_ms": 7.5, "products_ms": 3.0, "attention_ms": 2.0, "lm_head_ms": 1.0}
+    assert set(works) == {*times, "alone", "together"}
+    return {**times, "alone": 1.0, "together": 2.0}
+
+
+def test_some_weights_stand_for_all_of_a_large_target(target, monkeypatch):
+    monkeypatch.setattr(breakdown_module, "ENOUGH", 1)
+    products, share = breakdown_module._products(target, [(32, 64), (32, 32)])
+    assert [inputs for inputs, _ in products] == [32]
+    assert share == 1.5
+
+
+def test_parts_are_shown(run, folders, monkeypatch):
+    names = ("ms", "products_ms", "attention_ms", "lm_head_ms", "python_ms", "rest_ms", "meetings_ms")
+    parts = [{"rows": 12, **{name: 1.0 + i for i, name in enumerate(names)}}]
+    monkeypatch.setattr(profile_module, "breakdown", lambda target, context: parts)
+    ended, result = run(options=folders.plain)
+    assert result["parts"] == parts
+    assert "parts of a compiled pass" in ended.out

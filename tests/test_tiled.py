@@ -9,7 +9,7 @@ from torch import nn
 from beagle.targets import compiled
 from beagle.targets.linears import tiled
 from beagle.targets.linears.packed import packed
-from beagle.targets.linears.quantized import VectorQuantizer, quantized
+from beagle.targets.linears.quantized import VectorQuantizer, dequantized, quantized
 from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
 from conftest import tiny_model, tiny_tokenizer
@@ -105,3 +105,58 @@ def test_without_a_compiler_there_is_a_reason(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "no-such-compiler" in tiled.build(tmp_path)
     assert not tiled.loaded()
+
+
+@pytest.mark.parametrize("outputs", [16, 48, 576])
+@pytest.mark.parametrize("vectors", [1, 2, 8, 9, 16, 17, 33, 65])
+def test_its_int4_products_are_those_of_the_dequantised_weights(kernel, outputs, vectors):
+    weight, bias, x = drawn(outputs, 192), drawn(outputs), drawn(vectors, 192)
+    ours = quantized(weight, bias, "int4", VectorQuantizer())(x)
+    right = x.double() @ dequantized(weight, "int4").double().T + bias.double()
+    assert torch.allclose(ours.double(), right, rtol=2**-8, atol=1e-4 * 192**0.5)
+
+
+def test_its_int4_products_are_pytorchs_within_rounding(kernel, monkeypatch):
+    weight, x = drawn(96, 320), drawn(7, 320)
+    ours = quantized(weight, None, "int4", VectorQuantizer())(x)
+    monkeypatch.setattr(tiled, "_kernel", None)
+    pytorchs = quantized(weight, None, "int4", VectorQuantizer())(x)
+    assert torch.allclose(ours, pytorchs, rtol=2**-7, atol=1e-3 * 320**0.5)
+    assert (ours == pytorchs).float().mean() > 0.95
+
+
+def test_a_vectors_int4_product_does_not_depend_on_the_others(kernel):
+    weight, x = drawn(96, 576), drawn(70, 576)
+    apply = quantized(weight, None, "int4", VectorQuantizer())
+    assert torch.equal(apply(x), torch.cat([apply(x[i : i + 1]) for i in range(70)]))
+
+
+def test_int4_weights_that_are_no_whole_tiles_are_left_to_pytorch(kernel):
+    weight, x = drawn(48, 96), drawn(3, 96)
+    ours = quantized(weight, None, "int4", VectorQuantizer())(x)
+    assert torch.allclose(ours.float(), x.float() @ dequantized(weight, "int4").T, rtol=0.02, atol=0.1)
+
+
+def test_a_compiled_int4_pass_uses_it_and_gives_the_eager_states(kernel, monkeypatch):
+    def model():
+        return tiny_model("llama", hidden_size=64, intermediate_size=128).bfloat16()
+
+    compiled.build(kernel, model(), "tiny", "int4")
+    found = compiled.find(kernel, model(), "int4")
+    target, eager = (Target(model(), tiny_tokenizer(), "tiny", "int4") for _ in range(2))
+    target.use(found)  # compares
+    monkeypatch.setattr(target, "eager", None)
+    states = []
+    for each in (target, eager):
+        cache = each.new_cache(1, 20)
+        cache.lengths = [5]
+        states.append(each.verify(cache, torch.arange(5, 9), TreeShape([-1, 0, 0, 1])))
+    assert torch.allclose(*states, atol=0.05)
+
+
+def test_it_is_kept_only_where_all_its_products_are_faster(kernel, monkeypatch):
+    answers = iter([True, False])
+    monkeypatch.setattr(tiled, "_beats", lambda ours, theirs: next(answers))
+    assert not tiled._is_faster()
+    answers = iter([True, True])
+    assert tiled._is_faster()

@@ -29,7 +29,17 @@ from figure_facts import FACTS, Result
 from beagle.evaluation.figures import speed_up_text
 from beagle.evaluation.records import read_result
 from beagle.evaluation.report.table import Table
-from beagle.evaluation.report.tables import DTYPES, costs, details, heading, machine, over_plain, overview, questions
+from beagle.evaluation.report.tables import (
+    DTYPES,
+    costs,
+    details,
+    heading,
+    machine,
+    over_plain,
+    overview,
+    parts_table,
+    questions,
+)
 from beagle.research.compare.report import claims as claims_table
 from beagle.research.compare.report import results_table
 from beagle.research.compare.results import entries
@@ -163,9 +173,17 @@ def variants(results: list[Result]) -> str:
     return table(["variant", "parameters", "step-α 1…3", "seconds"], rows) + f"\n\n{machine(result)}.\n"
 
 
+def parts(results: list[Result]) -> str:
+    """A compiled pass by sort of operation, milliseconds."""
+    (result,) = results
+    if not result.get("parts"):
+        return f"{machine(result)}: this run did not take passes apart.\n"
+    return f"{table(*parts_table(result['parts']))}\n\nMilliseconds; {machine(result)}.\n"
+
+
 KINDS: dict[str, Callable[[list[Result]], str]] = {
     "modes": modes, "benches": benches, "sets": sets, "suites": suites, "claims": claims, "trainings": trainings,
-    "engines": engines, "clients": clients, "variants": variants, "families": families,
+    "engines": engines, "clients": clients, "variants": variants, "families": families, "parts": parts,
 }  # fmt: skip
 OF_EVALUATION = {"modes", "benches", "sets", "suites"}  # files that `beagle eval` writes
 

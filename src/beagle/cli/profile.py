@@ -74,7 +74,7 @@ def show_profile(result: dict[str, Any]) -> None:
     """Both tables, and the sentences that sum them up."""
     from beagle.evaluation.profile import CONTEXT
     from beagle.evaluation.report.table import Table
-    from beagle.evaluation.report.tables import PARTS, per_pass
+    from beagle.evaluation.report.tables import PARTS, parts_table, per_pass
 
     console = Console()
     rates = result["rates"]
@@ -90,6 +90,9 @@ def show_profile(result: dict[str, Any]) -> None:
     ]
     header = ["tokens", "ms", "roofline ms", "read ms", "compute ms", "over roofline"]
     console.print(Table(f"a pass after {CONTEXT} tokens", header, rows).rich())
+    if result["parts"]:
+        header, rows = parts_table(result["parts"])
+        console.print(Table("parts of a compiled pass, ms", header, rows).rich())
     rows = []
     for mode, m in result["modes"].items():
         if parts := per_pass(m):

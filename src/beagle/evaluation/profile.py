@@ -11,6 +11,7 @@ from beagle.decoding.costs import SIZES, Costs
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.drafters.lookup import LookupDrafter
+from beagle.evaluation.breakdown import breakdown
 from beagle.evaluation.figures import figures
 from beagle.evaluation.modes import Options, System
 from beagle.evaluation.records import Record
@@ -58,7 +59,8 @@ class Profile:
         yield from run(self.modes, sets, self.options)
 
     def result(self, records: Sequence[Record]) -> dict[str, Any]:
-        """A side-by-side run's figures, and ``rates``, ``passes`` (by tokens) and, drafting, ``model`` and ``draft_ms``."""
+        """A side-by-side run's figures, and ``rates``, ``passes`` (by tokens), ``parts`` of compiled ones and, drafting,
+        ``model`` and ``draft_ms``."""
         costs = {"beagle": self.costs} if self.model.drafter is not None else {}
         result = figures(records, costs)
         for mode in self.modes:
@@ -70,12 +72,18 @@ class Profile:
             result["model"] = against_model(result)
         result["rates"] = asdict(self.machine)
         result["passes"] = passes(self.model.target, self.machine, self.costs)
+        result["parts"] = breakdown(self.model.target, context_of(self.model.target))
         return result
+
+
+def context_of(target: Target) -> int:
+    """Tokens before the passes that are timed."""
+    return max(1, min(CONTEXT, target.context_limit - SIZES[-1] - 1))
 
 
 def passes(target: Target, machine: Machine, costs: Costs) -> list[dict[str, float]]:
     """An entry for each measured number of tokens: milliseconds of a pass, its roofline, and what bounds that."""
-    context = max(1, min(CONTEXT, target.context_limit - SIZES[-1] - 1))
+    context = context_of(target)
     out = []
     for tokens in SIZES:
         if tokens >= len(costs.verify):  # exact mode has no such passes, nor a short context

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from beagle.evaluation.figures import resolved, speed_up_text
@@ -67,6 +67,22 @@ def per_pass(m: Mapping[str, Any]) -> dict[str, float]:
     seconds = {part: m.get(f"{part}_seconds", 0.0) for part in PARTS[:3]}
     seconds["other"] = max(0.0, m["seconds"] - sum(seconds.values()))
     return {part: 1000 * value / passes for part, value in seconds.items()}
+
+
+def parts_table(parts: Sequence[Mapping[str, float]]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: a compiled pass by its tokens, in milliseconds."""
+    names = ("ms", "products_ms", "attention_ms", "lm_head_ms", "python_ms", "rest_ms", "meetings_ms")
+    header = [
+        "tokens",
+        "pass",
+        "products",
+        "attention",
+        "LM head",
+        "Python",
+        "norms and others",
+        "of which threads meet",
+    ]
+    return header, [[str(p["rows"]), *(f"{p[name]:.2f}" for name in names)] for p in parts]
 
 
 def overview(result: Mapping[str, Any]) -> Table:

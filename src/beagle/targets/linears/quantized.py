@@ -138,6 +138,8 @@ def _int8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 def _int4(weight: Tensor, bias: Tensor | None) -> Apply:
     outputs, inputs = weight.shape
     whole, scales, middles = _int4_weight(weight)
+    if weight.dtype == torch.bfloat16 and tiled.fits(whole):
+        return tiled.apply_int4(whole, scales, middles, bias)
     table = torch.stack([scales, middles], dim=-1).transpose(0, 1).contiguous()  # [groups, out, 2]
     if weight.device.type == "cpu":
         ordered = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole.int(), 1)

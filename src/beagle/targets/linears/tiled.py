@@ -20,13 +20,16 @@ from torch import Tensor
 
 from beagle.files import replacing
 
-OUT, IN, IN_INT8 = 16, 32, 64  # outputs of a tile, and inputs in bf16 and in int8
+OUT = 16  # outputs of a tile
+IN = {torch.bfloat16: 32, torch.int8: 64, torch.uint8: 64}  # what a weight's inputs are a multiple of; uint8: int4
 SOURCE = Path(__file__).with_name("kernel.cpp")
 SHIMS = (  # how compiled graphs call it
     "AOTITorchError aoti_torch_cpu_tiled_linear("
     "AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, AtenTensorHandle* y)",
     "AOTITorchError aoti_torch_cpu_tiled_linear_int8(AtenTensorHandle x, AtenTensorHandle weight, "
     "AtenTensorHandle scales, AtenTensorHandle sums, AtenTensorHandle* bias, AtenTensorHandle* y)",
+    "AOTITorchError aoti_torch_cpu_tiled_linear_int4("
+    "AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, AtenTensorHandle* y)",
 )
 SECONDS = 300  # that building it may take
 
@@ -34,10 +37,12 @@ _kernel: Any = None  # the library, once it is loaded
 _operators = torch.library.Library("beagle", "DEF")  # for tracing: what a graph calls
 _operators.define("tiled_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _operators.define("tiled_linear_int8(Tensor x, Tensor weight, Tensor scales, Tensor sums, Tensor? bias) -> Tensor")
+_operators.define("tiled_linear_int4(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
 @torch.library.register_fake("beagle::tiled_linear", lib=_operators)
 @torch.library.register_fake("beagle::tiled_linear_int8", lib=_operators)
+@torch.library.register_fake("beagle::tiled_linear_int4", lib=_operators)
 def _shape(x: Tensor, weight: Tensor, *others: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
@@ -57,6 +62,13 @@ def _product_int8(x: Tensor, weight: Tensor, scales: Tensor, sums: Tensor, bias:
     return out
 
 
+@torch.library.impl(_operators, "tiled_linear_int4", "CPU")
+def _product_int4(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = _shape(x, weight)
+    _kernel.tiled_linear_int4(*_pointers(x, weight, bias, out), x.shape[0], x.shape[1], weight.shape[0])
+    return out
+
+
 def _pointers(*tensors: Tensor | None) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
@@ -73,7 +85,8 @@ def used(dtype: torch.dtype) -> str | None:
 
 def c_shims() -> dict[Any, list[str]]:
     """Operators that graphs call without going through Python, for inductor."""
-    operators = torch.ops.beagle.tiled_linear.default, torch.ops.beagle.tiled_linear_int8.default
+    ours = torch.ops.beagle
+    operators = ours.tiled_linear.default, ours.tiled_linear_int8.default, ours.tiled_linear_int4.default
     return {operator: [shim] for operator, shim in zip(operators, SHIMS, strict=True)} if loaded() else {}
 
 
@@ -96,7 +109,8 @@ def load(folder: Path) -> bool:
         try:
             # global: compiled graphs find its symbols
             kernel = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-            for function, pointers in ((kernel.tiled_linear, 4), (kernel.tiled_linear_int8, 6)):
+            functions = (kernel.tiled_linear, 4), (kernel.tiled_linear_int8, 6), (kernel.tiled_linear_int4, 4)
+            for function, pointers in functions:
                 function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * 3
                 function.restype = None
         except (OSError, AttributeError):
@@ -144,36 +158,48 @@ def _remove(folder: Path) -> str:
 
 
 def _is_faster() -> bool:
-    """Whether the kernel beats PyTorch's own packed product here, for the numbers of vectors that decoding has."""
+    """Whether the kernel beats PyTorch's own products here, in bf16 and in int4."""
     weights = [torch.randn(1536, 576).bfloat16() for _ in range(40)]  # more than caches hold
-    ordered = [(tiled(weight), torch.ops.mkldnn._reorder_linear_weight(weight, 16)) for weight in weights]
-    ours, theirs = [], []
+    packed = [torch.ops.mkldnn._reorder_linear_weight(weight, 16) for weight in weights]
+    whole = torch.randint(16, (1536, 576), dtype=torch.uint8)
+    table = torch.ones(576 // 32, 1536, 2, dtype=torch.bfloat16)
+    ours = [tiled_int4(whole, table[..., 0].T, table[..., 1].T) for _ in weights]
+    theirs = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole.int(), 1) for _ in weights]
+    ordered = [tiled(weight) for weight in weights]
+    multiply, multiply_int4 = torch.ops.mkldnn._linear_pointwise, torch.ops.aten._weight_int4pack_mm_for_cpu
+    return _beats(
+        lambda x: [_product(x, weight, None) for weight in ordered],
+        lambda x: [multiply(x, weight, None, "none", [], "") for weight in packed],
+    ) and _beats(
+        lambda x: [_product_int4(x, weight, None) for weight in ours],
+        lambda x: [multiply_int4(x, weight, 32, table) for weight in theirs],
+    )
+
+
+def _beats(ours: Callable[[Tensor], object], theirs: Callable[[Tensor], object]) -> bool:
+    """Whether one is faster than the other for the numbers of vectors that decoding has."""
+    seconds = [0.0, 0.0]
     for vectors in (1, 12):
         x = torch.randn(vectors, 576).bfloat16()
         runs: list[list[float]] = [[], []]
         for _ in range(7):
-            began = time.perf_counter()
-            for own, _ in ordered:
-                _product(x, own, None)
-            between = time.perf_counter()
-            for _, other in ordered:
-                torch.ops.mkldnn._linear_pointwise(x, other, None, "none", [], "")
-            runs[0].append(between - began)
-            runs[1].append(time.perf_counter() - between)
-        ours.append(min(runs[0]))
-        theirs.append(min(runs[1]))
-    return sum(ours) < sum(theirs)
+            for run, product in zip(runs, (ours, theirs), strict=True):
+                began = time.perf_counter()
+                product(x)
+                run.append(time.perf_counter() - began)
+        for i, run in enumerate(runs):
+            seconds[i] += min(run)
+    return seconds[0] < seconds[1]
 
 
 def fits(weight: Tensor) -> bool:
-    """Whether the kernel takes a weight ``[out, in]`` of bf16 or int8."""
-    inputs = {torch.bfloat16: IN, torch.int8: IN_INT8}.get(weight.dtype)
+    """Whether the kernel takes a weight ``[out, in]``: bf16, int8, or int4's values 0 … 15 in uint8."""
     return (
         loaded()
         and weight.device.type == "cpu"
-        and inputs is not None
+        and weight.dtype in IN
         and weight.shape[0] % OUT == 0
-        and weight.shape[1] % inputs == 0
+        and weight.shape[1] % IN[weight.dtype] == 0
     )
 
 
@@ -183,6 +209,24 @@ def tiled(weight: Tensor) -> Tensor:
     together = 4 if weight.dtype == torch.int8 else 2  # inputs of an output, one after the other
     tiles = weight.detach().view(out // OUT, OUT, inputs // (16 * together), 16, together)
     return tiles.permute(0, 2, 3, 1, 4).contiguous().view(out, inputs)
+
+
+def tiled_int4(whole: Tensor, scales: Tensor, middles: Tensor) -> Tensor:
+    """An int4 weight in the kernel's order, as of ``kernel.cpp``: bytes ``[out, in * 5 / 8]``.
+
+    Args:
+        whole: values 0 … 15, uint8 ``[out, in]``.
+        scales: of groups of 32 inputs, bf16 ``[out, groups]``.
+        middles: what 8 stands for, likewise.
+    """
+    out, groups = scales.shape
+    blocks = out // OUT
+    # [blocks, groups, lines, outputs, inputs of a pair, pairs of a line]
+    split = whole.view(blocks, OUT, groups, 4, 4, 2).permute(0, 2, 3, 1, 5, 4).to(torch.int16)
+    words = (split << torch.tensor([0, 4, 8, 12], dtype=torch.int16)).sum(-1, dtype=torch.int16)
+    steps = torch.stack([scales, middles], -1).view(torch.int16).view(blocks, OUT, groups, 2).transpose(1, 2)
+    both = torch.cat([words.reshape(blocks, groups, -1), steps.reshape(blocks, groups, -1)], -1)
+    return both.view(torch.uint8).view(out, -1)
 
 
 def apply(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -203,6 +247,17 @@ def apply_int8(weight: Tensor, scales: Tensor, bias: Tensor | None) -> Callable[
     def product(x: Tensor) -> Tensor:
         vectors = x.reshape(-1, x.shape[-1]).contiguous()
         out: Tensor = torch.ops.beagle.tiled_linear_int8(vectors, ordered, scales, sums, bias)
+        return out.view(*x.shape[:-1], -1)
+
+    return product
+
+
+def apply_int4(whole: Tensor, scales: Tensor, middles: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """The same of an int4 weight as of ``tiled_int4`` that ``fits``; ``x`` and ``bias`` are bf16."""
+    ordered = tiled_int4(whole, scales, middles)
+
+    def product(x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.beagle.tiled_linear_int4(x.reshape(-1, x.shape[-1]).contiguous(), ordered, bias)
         return out.view(*x.shape[:-1], -1)
 
     return product

@@ -32,6 +32,7 @@ from beagle.targets.family import (
     weights_of_a_pass,
     whole_of,
 )
+from beagle.targets.head_transform import move_transform
 from beagle.targets.layers import Layers, key_of, remember, remembered
 from beagle.targets.linears.packed import keep_read_linears, pack_linears
 from beagle.targets.linears.quantized import BITS, check_kind, quantize_linears
@@ -100,7 +101,7 @@ class Target:
         self.ranks = ranks
         self.config: Any = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
         self.base = base_of(model)
-        self.head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+        self.head: nn.Module = move_transform(model)  # type: ignore[assignment]
         self.embed: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
         weight: Tensor = self.embed.weight
         self.vocab_size, self.hidden_size = weight.shape

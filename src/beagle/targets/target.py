@@ -177,6 +177,11 @@ class Target:
             ) from error
         heads = (self._lm_head, self._lm_head.without_scale())
         rows: Any = self.head.weight
+        if states.shape[-1] == rows.shape[-1] != self.hidden_size:
+            raise BeagleError(
+                f"{self.name}: its LM head reads {rows.shape[-1]} numbers a token and its embedding gives "
+                f"{self.hidden_size}, so draft heads, which read both, have no width; choose a model where they are equal"
+            )
         fits = states.shape[-1] == rows.shape[-1]
         gaps = [proof.difference(head(states)[0], logits[0]) if fits else math.inf for head in heads]
         if not min(gaps) < proof.TOLERANCE[self.dtype]:
@@ -328,12 +333,17 @@ class Target:
         if self.chains_only and not all(shape.is_chain for shape in shapes):
             raise ValueError(f"{self.name} keeps a recurrent state, which runs chains; the tree has branches")
 
+    @property
+    def has_exact(self) -> bool:
+        """Whether there are exact passes."""
+        return not self.chains_only
+
     def refuse_exact(self) -> None:
         """
         Raises:
             BeagleError: there are no exact passes of this target.
         """
-        if self.chains_only:
+        if not self.has_exact:
             raise BeagleError(
                 f"{self.name} keeps a recurrent state, whose bits depend on how many tokens share a pass, so there is no "
                 "exact mode for it; leave exact out, and load it with dtype float32 where near-ties matter"

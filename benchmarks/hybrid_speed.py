@@ -47,7 +47,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def counting_target(family: str, dtype: torch.dtype, device: torch.device) -> Target:
     """A hybrid with random weights whose answer counts upwards."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SMOLLM2, **FAMILIES[family]}), dtype=dtype)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **{**SMOLLM2, **FAMILIES[family]}), dtype=dtype
+    )
     with torch.no_grad():
         rows = torch.nn.functional.normalize(torch.randn(VOCABULARY, HIDDEN), dim=-1)
         model.get_input_embeddings().weight.copy_(100 * HIDDEN**0.5 * rows)  # far above what the layers add

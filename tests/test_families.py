@@ -89,7 +89,9 @@ def test_one_family_of_each_mechanism(sweep, monkeypatch, mechanism):
     name, has = MECHANISMS[mechanism]
     targets = []
     load = sweep.load_target
-    monkeypatch.setattr(sweep, "load_target", lambda *given, **named: targets.append(load(*given, **named)) or targets[0])
+    monkeypatch.setattr(
+        sweep, "load_target", lambda *given, **named: targets.append(load(*given, **named)) or targets[0]
+    )
     monkeypatch.setattr(sweep, "NEW", 8)
     found = sweep.family(name)
     assert found["outcome"] == "identical", found.get("why")

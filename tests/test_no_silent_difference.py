@@ -274,7 +274,9 @@ def test_lm_heads_that_transform_states_first_are_served(family):
 
 def test_an_lm_head_that_reads_other_widths_than_embeddings_have_is_refused():
     options = {**BERT, "input_embedding_size": 16, "output_embedding_size": 40}
-    with pytest.raises(BeagleError, match="some-model: its LM head reads 40 numbers a token and its embedding gives 16"):
+    with pytest.raises(
+        BeagleError, match="some-model: its LM head reads 40 numbers a token and its embedding gives 16"
+    ):
         Target(tiny_model("rembert", **options), tiny_tokenizer(), "some-model")
 
 

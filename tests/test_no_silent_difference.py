@@ -287,7 +287,7 @@ def test_an_lm_head_that_does_not_end_with_a_linear_layer_is_refused_and_left_as
     assert move_transform(model) is model.get_output_embeddings()
     assert isinstance(model.cls, Bent)
     torch.testing.assert_close(model(input_ids=torch.tensor([LONG])).logits, before)
-    with pytest.raises(BeagleError, match=r"some-model: its logits are more than one linear layer"):
+    with pytest.raises(BeagleError, match=r"some-model: its logits are more than one linear layer over a hidden state"):
         Target(model, tiny_tokenizer(), "some-model")
 
 

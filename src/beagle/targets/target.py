@@ -186,8 +186,8 @@ class Target:
         gaps = [proof.difference(head(states)[0], logits[0]) if fits else math.inf for head in heads]
         if not min(gaps) < proof.TOLERANCE[self.dtype]:
             raise BeagleError(
-                f"{self.name}: its logits are more than one linear layer over the last hidden state, so this family "
-                "can't be served; choose another model"
+                f"{self.name}: its logits are more than one linear layer over a hidden state, which draft heads can't "
+                "learn to predict; choose a model whose LM head ends with a linear layer"
             )
         layers = replace(self.layers, unscaled=gaps[1] < gaps[0])
         if folder is not None:

@@ -66,7 +66,7 @@ def measure(family: str, given: argparse.Namespace) -> dict[str, Any]:
     """
     device = pick_device(given.device)
     target = counting_target(family, pick_dtype(given.dtype, device), device)
-    config = HeadConfig.for_target(target, draft_vocab_size=DRAFT_ROWS)
+    config = HeadConfig.for_target(target, draft_vocab_size=min(DRAFT_ROWS, VOCABULARY))
     head = BeagleHead(config).to(device, target.dtype).eval().requires_grad_(False)
     plan = TreePlan("chain", depth=given.depth, nodes=given.depth)
     right = Right(HeadDrafter(target, head), VOCABULARY, given.chance)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from beagle.targets import attention
+from beagle.targets.head_transform import NAME
+from beagle.targets.plan import Chunk
 
 TOOLS = Path(__file__).parent.parent / "tools"
 
@@ -65,3 +67,35 @@ def test_the_table(monkeypatch):
     assert "| 1 | identical, but for exact | a |" in text
     assert "| 2 | refused: its layers keep a recurrent state | b, c |" in text
     assert "1 of the 3 families of transformers 5.0 are served. So are 1 of 1 variants" in text
+
+
+MECHANISMS = {  # a family, and what its tiny model must have lest the test tries nothing
+    "sliding windows": ("cohere2", lambda target: 8 in target.layers.windows),
+    "RoPE by the length": ("phi3@longrope", lambda target: target.context_ends),
+    "sinks": ("gpt_oss", lambda target: any(target.layers.sinks)),
+    "chunks": ("llama4_text", lambda target: Chunk(8) in target.layers.windows),
+    "attention of their own": ("bloom", lambda target: target.layers.own),
+    "recurrent states": ("qwen3_5_text", lambda target: target.chains_only),
+    "short convolutions": ("lfm2", lambda target: 0 in target.layers.heads),
+    "latent attention": ("deepseek_v3", lambda target: target.config.kv_lora_rank),
+    "LM heads with a transform": ("bert", lambda target: hasattr(target.base, NAME)),
+    "text parts": ("gemma3", lambda target: target.config is not target.model.config),
+}
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_one_family_of_each_mechanism(sweep, monkeypatch, mechanism):
+    """All that the sweep asks of a family, of a few in the time of a test."""
+    name, has = MECHANISMS[mechanism]
+    targets = []
+    load = sweep.load_target
+    monkeypatch.setattr(
+        sweep, "load_target", lambda *given, **named: targets.append(load(*given, **named)) or targets[0]
+    )
+    monkeypatch.setattr(sweep, "NEW", 8)
+    found = sweep.family(name)
+    assert found["outcome"] == "identical", found.get("why")
+    assert found["trains"] == "yes"
+    assert has(targets[0])
+    refused = [way for way, of in found["ways"].items() if of != "identical"]
+    assert refused == (["exact"] if targets[0].chains_only else [])

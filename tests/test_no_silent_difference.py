@@ -10,15 +10,17 @@ import pytest
 import torch
 from torch import nn
 
+from beagle.drafters.base import TreePlan
 from beagle.errors import BeagleError
 from beagle.model import Model
 from beagle.targets import attention, probe
 from beagle.targets.attention import attend
 from beagle.targets.family import context_limit, sample_ids
+from beagle.targets.head_transform import move_transform
 from beagle.targets.mask_rules import window_of
 from beagle.targets.proof import difference
 from beagle.targets.target import Target
-from conftest import own_greedy, tiny_model, tiny_target, tiny_tokenizer
+from conftest import Oracle, own_greedy, tiny_drafter, tiny_model, tiny_target, tiny_tokenizer
 
 LONG = [11 + (7 * i * i + i) % 50 for i in range(40)]  # longer than every window below
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -241,3 +243,63 @@ def test_a_window_too_large_to_be_read_off_is_taken_from_the_config():
         tiny_model("mistral", sliding_window=200_000, max_position_embeddings=2**18), tiny_tokenizer(), "long"
     )
     assert set(target.layers.windows) == {200_000}
+
+
+BERT = {"is_decoder": True}
+TRANSFORMED = {
+    "bert": BERT,
+    "electra": {**BERT, "embedding_size": 24},  # as wide as what its LM head reads, not as its layers
+    "modernbert-decoder": {"sliding_window": 6, "local_attention": 6, "global_attn_every_n_layers": 2},
+}
+
+
+@pytest.mark.parametrize("family", TRANSFORMED)
+def test_lm_heads_that_transform_states_first_are_served(family):
+    """A dense layer, an activation and a norm before the linear layer: what that layer reads is the hidden state."""
+    model = tiny_model(family, **TRANSFORMED[family])
+    target = Target(tiny_model(family, **TRANSFORMED[family]), tiny_tokenizer(), family)
+    expected = own_greedy(model, LONG, 14)
+    drafted = Model(target, Oracle([*expected, *LONG]), TreePlan("dynamic", depth=4, top_k=4, nodes=10))
+    for options in ({}, {"exact": True}, {"draft": False}):
+        answer = drafted.generate(LONG, max_new_tokens=14, **options)
+        assert answer.token_ids == expected, options
+        assert "draft" in options or answer.stats.tau > 1
+    together = drafted.generate_batch([LONG, LONG[:5]], max_new_tokens=14)
+    assert [answer.token_ids for answer in together] == [expected, own_greedy(model, LONG[:5], 14)]
+    headed = Model(target, tiny_drafter(target, scale=15.0))
+    assert headed.generate(LONG, max_new_tokens=14).token_ids == expected
+
+
+def test_an_lm_head_that_reads_other_widths_than_embeddings_have_is_refused():
+    options = {**BERT, "input_embedding_size": 16, "output_embedding_size": 40}
+    with pytest.raises(
+        BeagleError, match="some-model: its LM head reads 40 numbers a token and its embedding gives 16"
+    ):
+        Target(tiny_model("rembert", **options), tiny_tokenizer(), "some-model")
+
+
+def test_an_lm_head_that_does_not_end_with_a_linear_layer_is_refused_and_left_as_it_was():
+    model = tiny_model("bert", **BERT)
+    model.cls = Bent(model.cls)
+    before = model(input_ids=torch.tensor([LONG])).logits
+    assert move_transform(model) is model.get_output_embeddings()
+    assert isinstance(model.cls, Bent)
+    torch.testing.assert_close(model(input_ids=torch.tensor([LONG])).logits, before)
+    with pytest.raises(BeagleError, match=r"some-model: its logits are more than one linear layer over a hidden state"):
+        Target(model, tiny_tokenizer(), "some-model")
+
+
+class Bent(nn.Module):
+    """Logits that are no linear layer of anything."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    @property
+    def predictions(self) -> nn.Module:
+        return self.inner.predictions
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        logits = self.inner(states)
+        return logits + 2 * logits.abs()

@@ -349,3 +349,32 @@ def test_half_precision_and_quantised_weights(family):
         states = target.prefill(torch.tensor([PROMPT]), target.new_cache(1, 16))
         assert states.dtype == target.logits(states).dtype == target.dtype  # Mamba 2 gives fp32 by itself
         assert len(Model(target, LookupDrafter(), PLAN).generate(PROMPT, max_new_tokens=8).token_ids) > 0
+
+
+def test_short_passes_scan_short_chunks(monkeypatch):
+    """Mamba 2 fills chunks up; a pass of few tokens has no longer ones than itself, and a prompt has the model's own."""
+    target, answer = target_of("bamba"), own_answer("bamba")
+    chunks = []
+    own = recurrent.Scan.__call__
+
+    def noted(self, inputs, *arguments, **options):
+        forward = self.own
+
+        def counted(*given, **named):
+            chunks.append((inputs.shape[1], self._module.chunk_size))
+            return forward(*given, **named)
+
+        self.own = counted
+        try:
+            return own(self, inputs, *arguments, **options)
+        finally:
+            self.own = forward
+
+    monkeypatch.setattr(recurrent.Scan, "__call__", noted)
+    prompt = PROMPT * 3
+    drafted = Model(target, sometimes_wrong(answer), PLAN).generate(prompt, max_new_tokens=8)
+    assert drafted.token_ids == Model(target).generate(prompt, max_new_tokens=8).token_ids
+    own_size = MAMBA2["mamba_chunk_size"]
+    assert (len(prompt), own_size) in chunks
+    assert {tokens for tokens, _ in chunks} > {1, len(prompt)}
+    assert all(chunk == (tokens if 1 < tokens < own_size else own_size) for tokens, chunk in chunks)

@@ -133,3 +133,21 @@ def test_table_and_plot_show_losses_and_what_is_missing(tmp_path):
     assert "| llama.cpp: BF16 | not measured | no --gguf FILE |" in text
     tables.plot(result, tmp_path / "out.png")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_hybrids_drafted_and_plain_take_turns(tmp_path, monkeypatch):
+    speed = importlib.import_module("hybrid_speed")
+    monkeypatch.setattr(speed, "HIDDEN", 32)
+    monkeypatch.setattr(speed, "VOCABULARY", 300)
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    small |= {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": 300}
+    monkeypatch.setattr(speed, "SMOLLM2", speed.SMOLLM2 | small)
+    layers = {"layer_types": [speed.LINEAR, speed.FULL], "linear_num_key_heads": 2, "linear_num_value_heads": 2}
+    monkeypatch.setitem(speed.FAMILIES, "qwen3_5_text", layers | {"linear_key_head_dim": 8, "linear_value_head_dim": 8})
+    path = tmp_path / "out.json"
+    words = "--family qwen3_5_text --chance 1 --depth 3 --tokens 12 --repeats 2 --dtype float32 --json"
+    speed.main([*words.split(), str(path)])
+    found = json.loads(path.read_text())["families"]["qwen3_5_text"]
+    assert {mode: len(speeds) for mode, speeds in found["tokens_per_second"].items()} == {"plain": 2, "drafted": 2}
+    assert found["tau"] == pytest.approx([4.0, 4.0], abs=0.4)  # the root's token and three drafted ones
+    assert found["speed_up"] > 0

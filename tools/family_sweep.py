@@ -46,6 +46,7 @@ from transformers.utils.logging import disable_progress_bar
 from beagle.drafters.base import Draft, DraftContext, Drafter, TreePlan
 from beagle.drafters.head_drafter import HeadDrafter
 from beagle.errors import BeagleError
+from beagle.files import write_json
 from beagle.meta import command_line, describe
 from beagle.model import Model
 from beagle.targets.loading import load_target
@@ -140,12 +141,7 @@ def own_answers(folder: Path) -> tuple[list[list[list[int]]], list[float]]:
         except Exception as error:  # a family whose own cache fails
             failure = error
         try:
-            made: list[int] = []
-            while len(made) < NEW and 2 not in made:
-                logits = model(input_ids=torch.tensor([ids + made]), use_cache=False).logits[0, -1].float()
-                best = logits.topk(2).values
-                gap = min(gap, float(best[0] - best[1]))
-                made.append(int(logits.argmax()))
+            made, gap = without_cache(model, ids, answers[0] if answers else [])
             answers.append(made)
         except Exception:
             if failure is not None:
@@ -153,6 +149,34 @@ def own_answers(folder: Path) -> tuple[list[list[list[int]]], list[float]]:
         found.append(answers)
         gaps.append(gap)
     return found, gaps
+
+
+def without_cache(model: Any, ids: list[int], likely: list[int]) -> tuple[list[int], float]:
+    """transformers' greedy answer by whole passes, and the least gap between the two best logits.
+
+    Args:
+        model: of transformers.
+        ids: the prompt.
+        likely: an answer that one pass is enough for, if it is right; or nothing.
+    """
+
+    def logits_of(tokens: list[int]) -> Tensor:
+        found: Tensor = model(input_ids=torch.tensor([ids + tokens]), use_cache=False).logits[0].float()
+        return found
+
+    if likely:
+        logits = logits_of(likely)[len(ids) - 1 : -1]
+        if logits.argmax(-1).tolist() == likely:
+            best = logits.topk(2).values
+            return likely, float((best[:, 0] - best[:, 1]).min())
+    made: list[int] = []
+    gap = float("inf")
+    while len(made) < NEW and 2 not in made:
+        logits = logits_of(made)[-1]
+        best = logits.topk(2).values
+        gap = min(gap, float(best[0] - best[1]))
+        made.append(int(logits.argmax()))
+    return made, gap
 
 
 def answers(target: Target, own: list[list[int]]) -> dict[str, str]:
@@ -311,10 +335,10 @@ def sweep(names: list[str], path: Path | None) -> None:
     """Run the families, a line for each; the file is written after each of them, beside those that it holds of others."""
     about = describe() | {"command": command_line("python tools/family_sweep.py"), "seed": SEED, "new_tokens": NEW}
     done: dict[str, Any] = {}
-    if path is not None and path.exists():
-        done = {found["family"]: found for found in json.loads(path.read_text(encoding="utf-8"))["families"]}
     for name in names:
         found = family(name)
+        if path is not None and path.exists():  # read anew, since parts may run side by side
+            done |= {other["family"]: other for other in json.loads(path.read_text(encoding="utf-8"))["families"]}
         done[name] = found
         line = f"{name:28} {found['outcome']:10} {found.get('why', '')}"
         if found["outcome"] == "identical":
@@ -323,10 +347,7 @@ def sweep(names: list[str], path: Path | None) -> None:
             line += f"a head trains: {found['trains']}" + (f"; refused: {', '.join(refused)}" if refused else "")
         print(line, flush=True)
         if path is not None:
-            path.write_text(
-                json.dumps({"families": [done[key] for key in sorted(done)], "meta": about}, indent=1) + "\n",
-                encoding="utf-8",
-            )
+            write_json(path, {"families": [done[key] for key in sorted(done)], "meta": about})
     counts: dict[str, int] = defaultdict(int)
     for name in names:
         counts[done[name]["outcome"]] += 1

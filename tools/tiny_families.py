@@ -168,9 +168,9 @@ VARIANTS: dict[str, Settings] = {
     "phi3@longrope": {
         "rope_parameters": {
             "rope_type": "longrope", **ROPE, "long_factor": LONG_FACTORS, "short_factor": [1.0] * 8, "factor": 8.0,
-            "original_max_position_embeddings": 40, "partial_rotary_factor": 1.0,
+            "original_max_position_embeddings": 56, "partial_rotary_factor": 1.0,
         },
-        "original_max_position_embeddings": 40, "max_position_embeddings": 320,
+        "original_max_position_embeddings": 56, "max_position_embeddings": 320,  # the longest text here has 53 tokens
     },
     "llama@yarn": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, **ROPE}},
     "llama@llama3": {
@@ -179,7 +179,7 @@ VARIANTS: dict[str, Settings] = {
             "original_max_position_embeddings": 32, **ROPE,
         },
     },
-    "llama@dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, **ROPE}, "max_position_embeddings": 40},
+    "llama@dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, **ROPE}, "max_position_embeddings": 56},
     "llama@linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, **ROPE}},
     "llama@bias": {"attention_bias": True, "mlp_bias": True},
     "llama@headdim": {"head_dim": 24},

@@ -33,6 +33,7 @@ def chat(
     Example: [bold]beagle chat --target smollm2-135m[/bold]
     """
     model = setup.load_model(prefix_cache=KEPT_TOKENS)
+    exact = setup.exact_of(model.target)
     console = Console()
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
@@ -54,7 +55,7 @@ def chat(
         asked = [*messages, {"role": "user", "content": question}]
         try:
             for piece in model.stream(
-                asked, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, exact=setup.exact, stats=stats
+                asked, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, exact=exact, stats=stats
             ):
                 text += piece.text
                 console.print(coloured_piece(model, piece), end="", soft_wrap=True, highlight=False)

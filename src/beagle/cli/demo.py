@@ -40,7 +40,7 @@ def demo(
         raise BeagleError(f"no draft head for {target}; pass --draft FOLDER (see `beagle train`)")
     console = Console()
     half = str(model.target.dtype) != "torch.float32"
-    exact = half and not fast
+    exact = o.exact_of(model.target, half and not fast)
     name = str(model.target.dtype).removeprefix("torch.")
     console.print(
         f"[bold]{target}[/bold], {name}{', exact mode' if exact else ''}, greedy, {max_new_tokens} new tokens"
@@ -80,7 +80,7 @@ def demo(
             "here (see beagle demo --fast).",
             highlight=False,
         )
-    if same < len(QUESTIONS) and not fast:
+    if same < len(QUESTIONS) and (exact or not half):
         raise BeagleInternalError("the two texts differ, which must not happen; please report this")
 
 

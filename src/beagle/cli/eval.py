@@ -15,6 +15,7 @@ from beagle.files import first_change
 
 if TYPE_CHECKING:
     from beagle.ranks import Ranks
+    from beagle.targets.target import Target
 
 
 @o.with_setup
@@ -94,19 +95,21 @@ def eval(
         "small_model": redact_paths(small_model) if small_model else None, **setup.arguments(),
         "first_turns": first_turns or None,  # older files don't have it
     }  # fmt: skip
-    records = _earlier(json, resume, arguments)
     layers = drafts.state_layers(chosen, setup.target)
     loaded = o.load_target(
         setup.target, adapter=setup.adapter, quantize=setup.quantize, state_layers=layers, device_map=setup.device_map,
         tensor_parallel=ranks, **setup.engine(),
     )  # fmt: skip
+    exact = arguments["exact"] = setup.exact_of(loaded)
+    chosen = arguments["modes"] = _of_target(loaded, chosen)
+    records = _earlier(json, resume, arguments)
     sets = {name: answerable(loaded, prompts, skip_bad_lines) for name, prompts in sets.items()}
     systems = load_systems(loaded, chosen, drafts, plan, adapter=setup.adapter, **setup.engine())
     with o.console.status("measuring what a pass costs here"):
-        costs = {s.mode: cost for s in systems if (cost := s.costs(setup.exact)) is not None}
+        costs = {s.mode: cost for s in systems if (cost := s.costs(exact)) is not None}
     about = describe(loaded, (system.model.drafter for system in systems))
     about |= {"command": command_line(), "arguments": arguments, "costs": {m: vars(cost) for m, cost in costs.items()}}
-    options = Options(length, temperature, setup.exact, seed)
+    options = Options(length, temperature, exact, seed)
     session = Session(systems, sets, options, about, json, records, costs, repeats)
     stopped: BaseException | None = None
     try:
@@ -124,6 +127,20 @@ def eval(
         where = f"kept in {json}; the same command with --resume goes on" if json else "not kept; use --json to keep it"
         o.console.print(f"[yellow]stopped; what is finished is {where}[/yellow]", highlight=False)
         raise typer.Exit(130)
+
+
+def _of_target(target: Target, modes: list[str]) -> list[str]:
+    """The modes that there are for a target; a line names the others."""
+    from beagle.evaluation.modes import not_of
+
+    out = not_of(target, modes)
+    if out:
+        o.console.print(
+            f"{target.name}: transformers can't draft for a target with a recurrent state, so {' and '.join(out)} "
+            f"{'are' if len(out) > 1 else 'is'} left out",
+            style="dim", markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    return [mode for mode in modes if mode not in out]
 
 
 def _earlier(path: Path | None, resume: bool, arguments: dict[str, Any]) -> list[Record]:

@@ -78,7 +78,7 @@ def generate(
         seed=seed,
         stop=stop or (),
         raw=raw,
-        exact=setup.exact,
+        exact=setup.exact_of(model.target),
         stats=stats,
     )
     try:

@@ -131,6 +131,10 @@ class Setup:
         }  # fmt: skip
         return load_model(self.target, self.draft, **own, **options)
 
+    def exact_of(self, target: Target) -> bool:
+        """Whether answers are computed in exact mode: as asked for, where the target has it."""
+        return exact_of(target, self.exact)
+
     def arguments(self) -> dict[str, Any]:
         """What a result file holds of this, without the folders of this machine."""
         from beagle.meta import redact_paths
@@ -141,6 +145,22 @@ class Setup:
             "depth": self.depth, "top_k": self.tree_top_k, "nodes": self.nodes or "by cost",
             "device_map": self.device_map, "adapter": redact_paths(self.adapter) if self.adapter else None,  # older files lack both
         }  # fmt: skip
+
+
+def exact_of(target: Target, asked: bool) -> bool:
+    """Whether answers are computed in exact mode; a line says so where it was asked for and the target has none.
+
+    Args:
+        target: whose answers they are.
+        asked: whether exact mode was asked for.
+    """
+    if asked and not target.has_exact:
+        console.print(
+            f"{target.name}: there is no exact mode for a target with a recurrent state, so answers do without it; in "
+            "float32 (--dtype float32) near-ties hardly matter",
+            style="dim", markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    return asked and target.has_exact
 
 
 def with_setup(command: Callable[..., None]) -> Callable[..., None]:

@@ -50,7 +50,7 @@ def profile(
     sets = load_questions(questions, limit) if questions else load_suite("quick", limit)
     model = setup.load_model()
     with o.console.status("measuring memory, products, passes and drafts"):
-        work = Profile(model, Options(max_new_tokens, exact=setup.exact))
+        work = Profile(model, Options(max_new_tokens, exact=setup.exact_of(model.target)))
     records: list[Record] = []
     for part in follow(work.run(sets), sum(map(len, sets.values()))):
         records += part

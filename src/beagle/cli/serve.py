@@ -70,17 +70,18 @@ def serve(
     listener = bind(host, port)
     with listener:
 
-        def load() -> Model:
+        def load() -> tuple[Model, bool]:
             model = setup.load_model()
+            exact = setup.exact_of(model.target)
             with o.console.status("warming up"):
-                model.decoder(live, exact=setup.exact)  # measures this machine's costs, once
-                model.generate("Hello", max_new_tokens=8, exact=setup.exact)
-            return model
+                model.decoder(live, exact=exact)  # measures this machine's costs, once
+                model.generate("Hello", max_new_tokens=8, exact=exact)
+            return model, exact
 
         owner = ModelThread("beagle-engine")
-        model = owner.submit(load).result()
+        model, exact = owner.submit(load).result()
         limits = Limits(live, queue, seconds, context or None, max_new_tokens, grace=grace, prefix_cache=prefix_cache)
-        running = Engine(model, limits, exact=setup.exact, owner=owner)
+        running = Engine(model, limits, exact=exact, owner=owner)
         own = setup.adapter or setup.target
         served = name or (Path(own).resolve().name if Path(own).exists() else own)
         app = create_app(running, name=served, api_key=api_key or None)

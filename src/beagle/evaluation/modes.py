@@ -124,6 +124,12 @@ def available(drafts: Drafts, draft: DraftSpec, *, quick: bool = False) -> list[
     return [mode for mode in MODES if not missing.get("small" if mode == "assisted" else mode)]
 
 
+def not_of(target: Target, modes: Sequence[str]) -> list[str]:
+    """Those of the modes that there are not for a target: transformers rolls no recurrent state back."""
+    stateful = getattr(target.model, "_is_stateful", False)  # 5.17 and 5.24: PreTrainedModel
+    return [mode for mode in modes if stateful and mode in ("prompt-lookup", "assisted")]
+
+
 def check_modes(modes: Sequence[str], drafts: Drafts) -> None:
     """
     Raises:

@@ -27,6 +27,7 @@ from beagle.limits import MAX_TREE_TOKENS
 from beagle.targets import aot_cache, probe
 from beagle.targets.cache import KVCache, LayerShape
 from beagle.targets.family import base_of
+from beagle.targets.head_transform import move_transform
 from beagle.targets.layers import Layers
 from beagle.targets.linears import tiled
 from beagle.targets.linears.joined import join_linears
@@ -123,6 +124,7 @@ def build(
     began = time.perf_counter()
     package = aot_cache.path(folder, _key(model, quantize, state_layers), model.state_dict())
     model.eval().requires_grad_(False)
+    move_transform(model)
     base = base_of(model)
     embed: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
     layers = probe.learn(model, name)

@@ -66,7 +66,7 @@ def refuse_unsupported(config: Any, name: str) -> None:
     types = set(getattr(text, "layer_types", None) or ())
     what = ""
     if types & INDEXED:
-        what = f"its layers ({_named(types & INDEXED)}) choose the keys that a token sees by an index of their own"
+        what = f"its layers ({_named(types & INDEXED)}) choose the keys that a token sees by an index of their own, which is not kept"
     elif not isinstance(getattr(text, "num_hidden_layers", None), int):
         what = f"a {text.model_type} is not one stack of layers"
     if what:

@@ -165,7 +165,7 @@ def _attention(
     notes.named_layer = None
     if not isinstance(layer, int):
         raise BeagleError(
-            f"{notes.name}: its attention layers have no number (layer_idx), so it can't be served; choose another model"
+            f"{notes.name}: its attention layers have no number (layer_idx), so their keys can't be told apart; choose a model with plain attention"
         )
     notes.note(
         layer,

@@ -72,6 +72,33 @@ class LayerStates:
         return recurrent_states
 
 
+class Scan:
+    """A module's ``forward``, with chunks as short as a pass of few tokens is, on a CPU.
+
+    transformers' scan of Mamba 2 fills the last chunk up to its whole size, of some hundred tokens, which takes longer
+    than all else in a pass of few tokens. What it computes is the same with chunks of any size.
+    """
+
+    def __init__(self, module: nn.Module, own: Callable[..., Any]) -> None:
+        """
+        Args:
+            module: whose ``chunk_size`` says how many tokens a chunk has, where it has one.
+            own: its ``forward``.
+        """
+        self.own, self._module = own, module
+
+    def __call__(self, inputs: Tensor, *arguments: Any, **options: Any) -> Any:
+        """The module's outputs for ``inputs [batch, tokens, hidden]``, which are among the arguments."""
+        tokens, whole = inputs.shape[1], getattr(self._module, "chunk_size", None)
+        if not isinstance(whole, int) or not 1 < tokens < whole or inputs.device.type != "cpu":
+            return self.own(*arguments, **options)
+        self._module.chunk_size = tokens  # type: ignore[assignment]
+        try:
+            return self.own(*arguments, **options)
+        finally:
+            self._module.chunk_size = whole  # type: ignore[assignment]
+
+
 class _Call:
     """A module's call, to be made with other tokens and states.
 
@@ -80,14 +107,14 @@ class _Call:
         gives_tuple: whether the module returns several things.
     """
 
-    def __init__(self, own: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def __init__(self, scan: Scan, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         """
         Args:
-            own: the module's ``forward``.
+            scan: of the module.
             arguments: of the call; the first tensor among them is what the module computes from.
             options: of the call, by name.
         """
-        self._own, self._positional = own, len(arguments)
+        self._scan, self._positional = scan, len(arguments)
         named: dict[Any, Any] = dict(enumerate(arguments)) | options
         self._first, self.hidden = next((name, value) for name, value in named.items() if isinstance(value, Tensor))
         # no mask: no sequence is padded
@@ -99,7 +126,7 @@ class _Call:
         given = {name: states if isinstance(value, PlanCache) else value for name, value in self._given.items()}
         given[self._first] = inputs
         arguments = [given.pop(i) for i in range(self._positional)]
-        found = self._own(*arguments, **given)
+        found = self._scan(inputs, *arguments, **given)
         self.gives_tuple = isinstance(found, tuple)
         return found if self.gives_tuple else (found,)
 
@@ -107,21 +134,21 @@ class _Call:
 class RecurrentForward:
     """In the place of a module's ``forward``."""
 
-    def __init__(self, own: Callable[..., Any], number: int, one_by_one: bool) -> None:
+    def __init__(self, scan: Scan, number: int, one_by_one: bool) -> None:
         """
         Args:
-            own: the module's ``forward``.
+            scan: of the module.
             number: of the layer among recurrent ones.
             one_by_one: behind a state, the module takes one token at a time.
         """
-        self.own = own
+        self.scan = scan
         self._number, self._one_by_one = number, one_by_one
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         plan = current_plan.get(None)
         if plan is None or plan.chains is None:
-            return self.own(*arguments, **options)
-        call, flat = _Call(self.own, arguments, options), plan.sequences is not None
+            return self.scan.own(*arguments, **options)
+        call, flat = _Call(self.scan, arguments, options), plan.sequences is not None
         pieces = call.hidden[0].split(plan.chains.counts) if flat else call.hidden.unbind(0)
         found = [
             None if parts[0] is None else torch.cat(parts)[None] if flat else torch.stack(parts)
@@ -180,4 +207,5 @@ def wrap(module: nn.Module, number: int, one_by_one: bool) -> None:
         one_by_one: as of ``RecurrentForward``.
     """
     own = module.forward
-    module.forward = RecurrentForward(own.own if isinstance(own, RecurrentForward) else own, number, one_by_one)
+    scan = own.scan if isinstance(own, RecurrentForward) else Scan(module, own)
+    module.forward = RecurrentForward(scan, number, one_by_one)

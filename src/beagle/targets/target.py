@@ -32,6 +32,7 @@ from beagle.targets.family import (
     weights_of_a_pass,
     whole_of,
 )
+from beagle.targets.head_transform import move_transform
 from beagle.targets.layers import Layers, key_of, remember, remembered
 from beagle.targets.linears.packed import keep_read_linears, pack_linears
 from beagle.targets.linears.quantized import BITS, check_kind, quantize_linears
@@ -100,7 +101,7 @@ class Target:
         self.ranks = ranks
         self.config: Any = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
         self.base = base_of(model)
-        self.head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+        self.head: nn.Module = move_transform(model)  # type: ignore[assignment]
         self.embed: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
         weight: Tensor = self.embed.weight
         self.vocab_size, self.hidden_size = weight.shape
@@ -176,12 +177,17 @@ class Target:
             ) from error
         heads = (self._lm_head, self._lm_head.without_scale())
         rows: Any = self.head.weight
+        if states.shape[-1] == rows.shape[-1] != self.hidden_size:
+            raise BeagleError(
+                f"{self.name}: its LM head reads {rows.shape[-1]} numbers a token and its embedding gives "
+                f"{self.hidden_size}, so draft heads, which read both, have no width; choose a model where they are equal"
+            )
         fits = states.shape[-1] == rows.shape[-1]
         gaps = [proof.difference(head(states)[0], logits[0]) if fits else math.inf for head in heads]
         if not min(gaps) < proof.TOLERANCE[self.dtype]:
             raise BeagleError(
-                f"{self.name}: its logits are more than one linear layer over the last hidden state, so this family "
-                "can't be served; choose another model"
+                f"{self.name}: its logits are more than one linear layer over a hidden state, which draft heads can't "
+                "learn to predict; choose a model whose LM head ends with a linear layer"
             )
         layers = replace(self.layers, unscaled=gaps[1] < gaps[0])
         if folder is not None:
@@ -327,12 +333,17 @@ class Target:
         if self.chains_only and not all(shape.is_chain for shape in shapes):
             raise ValueError(f"{self.name} keeps a recurrent state, which runs chains; the tree has branches")
 
+    @property
+    def has_exact(self) -> bool:
+        """Whether there are exact passes."""
+        return not self.chains_only
+
     def refuse_exact(self) -> None:
         """
         Raises:
             BeagleError: there are no exact passes of this target.
         """
-        if self.chains_only:
+        if not self.has_exact:
             raise BeagleError(
                 f"{self.name} keeps a recurrent state, whose bits depend on how many tokens share a pass, so there is no "
                 "exact mode for it; leave exact out, and load it with dtype float32 where near-ties matter"

@@ -16,11 +16,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from beagle.errors import BeagleError
+from beagle.model import Model
 from beagle.training.data import Stored
 from beagle.training.states import read_shard
 from beagle.training.vllm_states import HEADER, StatesLost, StatesServer, VllmStates
 from conftest import tiny_model, tiny_target
-from training_runs import RECIPE, stored
+from training_runs import COUNT, RECIPE, stored
 
 LAYERS = 3  # of the tiny model
 HEAD = {"kv_layers": [1]}
@@ -73,7 +74,7 @@ class Stub:
     def write(self, number: int, content) -> str:
         """Begin to write a file; its lock is there, and held, before anyone hears of it."""
         path = self.folder / f"cmpl-{number}.safetensors"
-        handle = Path(f"{path}.lock").open("w")
+        handle = Path(f"{path}.lock").open("w")  # noqa: SIM115
         fcntl.flock(handle, fcntl.LOCK_EX)
 
         def write():
@@ -382,3 +383,33 @@ def test_a_file_that_is_never_written(target, stub):
 def test_files_of_other_tokens(data, trained, stub, tmp_path):
     stub.change = lambda _, t: {**t, "token_ids": t["token_ids"] + 1}
     trained(tmp_path / "x", data).refusal("other tokens", stub.folder)
+
+
+def test_answers_of_the_same_server_leave_no_files(train, stub, tmp_path):
+    """It writes states of each answer's prompt, which nobody wants: those of whole samples come later."""
+    model, lock, asked = Model(tiny_target()), threading.Lock(), []
+
+    def answer(body):
+        with lock:
+            made = model.generate(body["messages"], max_new_tokens=body["max_tokens"], temperature=0.0)
+            asked.append(body)
+        ended = made.token_ids[-1] in model.target.eos_ids
+        choice = {"index": 0, "finish_reason": "stop" if ended else "length", "token_ids": list(made.token_ids)}
+        choice |= {"message": {"role": "assistant", "content": made.text}}
+        path = stub.write(10_000 + len(asked), {"hidden_states": torch.zeros(2, 2, 32), "token_ids": torch.zeros(2)})
+        return {
+            **REPLY,
+            "object": "chat.completion",
+            "choices": [choice],
+            "kv_transfer_params": {"hidden_states_path": path},
+        }
+
+    stub.answers = answer
+    options = ["--answers-from", stub.url, "--answers-model", "tiny", "--states-from", stub.url]
+    options += ["--states-folder", stub.folder]
+    ended = train(tmp_path / "x", *options, answers={"states": "live"}, head=HEAD)
+    assert ended.code == 0, ended.err
+    assert len(asked) > COUNT  # and a trial
+    assert train(tmp_path / "own", answers={"states": "live"}, head=HEAD).code == 0
+    assert stored(tmp_path / "x") == stored(tmp_path / "own")
+    same_weights(tmp_path / "x", tmp_path / "own")

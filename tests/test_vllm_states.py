@@ -412,4 +412,3 @@ def test_answers_of_the_same_server_leave_no_files(train, stub, tmp_path):
     assert len(asked) > COUNT  # and a trial
     assert train(tmp_path / "own", answers={"states": "live"}, head=HEAD).code == 0
     assert stored(tmp_path / "x") == stored(tmp_path / "own")
-    same_weights(tmp_path / "x", tmp_path / "own")

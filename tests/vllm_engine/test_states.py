@@ -25,15 +25,23 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3600)]
 LAYERS = (10, 20)  # of the shipped head
 ANSWERS = int(os.environ.get("BEAGLE_ANSWERS", "200"))
 LIMIT = 2_000_000  # bytes
-LOOSE = 2**-5  # of the norm of a state: many roundings of 2^-9, on the way through 30 layers
+
+
+def loaded(dtype: str):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BEAGLE_CACHE", str(REAL_CACHE))
+        return load_target(DEFAULT_TARGET, dtype=dtype, device="cpu", state_layers=LAYERS)
 
 
 @pytest.fixture(scope="module")
 def target():
-    """As vLLM has it, in bf16."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BEAGLE_CACHE", str(REAL_CACHE))
-        return load_target(DEFAULT_TARGET, dtype="bfloat16", device="cpu", state_layers=LAYERS)
+    """As vLLM has it."""
+    return loaded("bfloat16")
+
+
+@pytest.fixture(scope="module")
+def true():
+    return loaded("float32")
 
 
 @pytest.fixture(scope="module")
@@ -92,27 +100,38 @@ def samples(target, count: int) -> list[Stored]:
     return found
 
 
-def test_states_are_those_of_transformers(target, server):
+def parts(target, sample: Stored) -> torch.Tensor:
+    """The target's own states of a sample, ``[tokens, layers, hidden]``."""
+    ids = sample.tokens[None]
+    states = target.prefill(ids, target.new_cache(1, ids.shape[1]))[0].float()
+    return states.view(len(states), len(LAYERS) + 1, target.hidden_size)
+
+
+def test_states_are_those_of_transformers(target, true, server):
+    """In bf16 both round, each in its own order: vLLM's are as near to those of float32 as transformers' are.
+
+    The files that carry them say which tokens they are of, which the reader compares.
+    """
     url, folder = server
     asked = samples(target, ANSWERS)
     groups = [asked[at : at + 8] for at in range(0, len(asked), 8)]
-    worst, total = torch.zeros(len(LAYERS) + 1), 0
+    ours, theirs, total = [], [], 0
     with VllmStates(StatesServer(url, folder, limit=LIMIT), target) as states:
         states.trial(asked)
         for group in states.ahead(groups):
             for sample in states(group):
-                ids = sample.tokens[None]
-                own = target.prefill(ids, target.new_cache(1, ids.shape[1]))[0].float()
-                shape = (len(own), len(LAYERS) + 1, target.hidden_size)
-                gap = (
-                    (sample.states.float() - own).view(shape)[1:].norm(dim=-1)
-                )  # the first token's are a thousand times
-                worst = torch.maximum(worst, (gap / own.view(shape)[1:].norm(dim=-1)).quantile(0.99, dim=0))
+                exact, own = parts(true, sample), parts(target, sample)
+                size = exact.norm(dim=-1)
+                ours.append((own - exact).norm(dim=-1) / size)
+                theirs.append((sample.states.float().view_as(exact) - exact).norm(dim=-1) / size)
                 total += sample.states.numel() * 2
         assert states.most <= LIMIT < total
-    print("relative difference, 99th percentile, highest of all answers:", worst.tolist(), "bytes:", total)
-    assert worst.max() < LOOSE
     assert list(folder.iterdir()) == []
+    own, found = torch.cat(ours), torch.cat(theirs)
+    print(f"{len(asked)} answers, {len(own)} tokens, {total} bytes")
+    print("from float32, mean and most:", own.mean(0), own.amax(0), "vLLM:", found.mean(0), found.amax(0))
+    assert (found.mean(0) < 1.25 * own.mean(0)).all()
+    assert (found.amax(0) < 2 * own.amax(0)).all()
 
 
 def test_a_head_is_trained_on_them(target, server, tmp_path, beagle):

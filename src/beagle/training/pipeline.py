@@ -28,7 +28,7 @@ from beagle.training.endpoint import fetch_answers
 from beagle.training.folder import alone, identity, read_progress
 from beagle.training.prompts import Prompt, answerable, has_template, numbered
 from beagle.training.recipe import AnswerConfig, Recipe
-from beagle.training.served import EachMinute, measure_served, tau_of
+from beagle.training.served import CAUSES, EachMinute, measure_served, tau_of
 from beagle.training.server import Endpoint
 from beagle.training.start import refuse_other_start, start_from, started_from
 from beagle.training.states import Fingerprint, StateStore, refuse_without_answers
@@ -287,7 +287,8 @@ def train_head(
     Returns:
         The draft checkpoint's folder.
     Raises:
-        BeagleError: see the message; what takes no answer to find out is found out before the first.
+        BeagleError: see the message; what takes no answer to find out is found out before the first. A head that drafts
+            worse than in training is written before that is said.
     """
     folder = data or out / "data"
     if not ranks.leads:
@@ -354,9 +355,15 @@ def train_head(
         write_json(out / "result.json", about)
         ranks.tell("head")
         served = measure_served(trainer.head, out / "head", target, held_out)
-        for line in served.lines(alphas) if served else ["no answer is held out, so that none is decoded to compare"]:
-            console.print(line, highlight=False, style="yellow" if line.startswith("warning") else None)
+        shown = served.lines(alphas)[:2] if served else ["no answer is held out, so that none is decoded to compare"]
+        for line in shown:
+            console.print(line, highlight=False)
         write_json(out / "result.json", about | {"served": served.as_dict() if served else None})
+        if served and served.falls_short:
+            raise BeagleError(
+                f"the head in '{out / 'head'}' drafts worse than in training (τ {served.tau:.2f}, simulated "
+                f"{served.simulated:.2f}); {CAUSES}"
+            )
         return out / "head"
 
 

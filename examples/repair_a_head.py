@@ -5,6 +5,9 @@
 The domain is made up here: orders in plain words, answered with a receipt in a fixed form. The tuned model writes that
 form, which the base model's head has never seen, so its drafts fit less. `beagle train --init head --adapter FOLDER`
 starts from that head, and shows τ on held-out prompts before, after each minute, and at the end.
+
+`--anew-times 5` then trains a head of the same shape from random weights, in five times as many steps, on the same
+answers. `OUT/repair.json` holds the figures of all of them.
 """
 
 import argparse
@@ -39,11 +42,25 @@ ASKS = [
     "Please bring {order} to {name}.",
     "{name} takes {order}.",
 ]
-RECIPE = """
-answers: {max_prompt_tokens: 160, max_new_tokens: 160, max_turns: 1, sampled_share: 0.25, rows: 32}
-train: {early_epochs: 0, late_epochs: 8, window: 3, steps: 3, batch_tokens: 1024, learning_rate: 0.0005,
-        warmup_steps: 20, schedule: cosine, dropout: 0.1, autocast: true, validate_every: 200, checkpoint_every: 200}
-"""
+RECIPE = {
+    "answers": {"max_prompt_tokens": 160, "max_new_tokens": 160, "max_turns": 1, "sampled_share": 0.25, "rows": 32},
+    "train": {
+        "early_epochs": 0,
+        "late_epochs": 8,
+        "window": 3,
+        "steps": 3,
+        "batch_tokens": 1024,
+        "learning_rate": 0.0005,
+        "warmup_steps": 20,
+        "schedule": "cosine",
+        "dropout": 0.1,
+        "autocast": True,
+        "validate_every": 200,
+        "checkpoint_every": 200,
+    },
+}
+FROM_RANDOM = {"learning_rate": 0.002, "early_window": 1}  # as of configs/smollm2-135m.yaml
+EARLY_SHARE = 0.6  # of the epochs of a head that is trained anew
 
 
 def dialogue(chance: random.Random) -> tuple[str, str]:
@@ -74,7 +91,8 @@ def tune(model, tokenizer, pairs: list[tuple[str, str]], seconds: float, folder:
         longest = max(len(ids) for ids, _ in rows)
         ids = torch.tensor([row + [0] * (longest - len(row)) for row, _ in rows], device=model.device)
         labels = torch.tensor([row + [-100] * (longest - len(row)) for _, row in rows], device=model.device)
-        loss = tuned(input_ids=ids, labels=labels).loss
+        with torch.autocast(model.device.type, torch.bfloat16):
+            loss = tuned(input_ids=ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -82,6 +100,33 @@ def tune(model, tokenizer, pairs: list[tuple[str, str]], seconds: float, folder:
         if step % 20 == 0:
             print(f"step {step}: loss {float(loss):.3f}", flush=True)
     tuned.save_pretrained(folder)
+
+
+def train(given: argparse.Namespace, out: Path, recipe: dict, *options: object) -> dict:
+    """Run `beagle train` with a recipe, and read what it says of the head."""
+    path = given.out / f"{out.name}.json"
+    path.write_text(json.dumps(recipe, indent=1) + "\n")  # JSON is YAML, too
+    command = [sys.executable, "-m", "beagle", "train", "--target", given.target, "--adapter", given.out / "adapter"]
+    command = [*map(str, [*command, "--config", path, "--out", out, *options])]
+    print(" ".join(command[1:]), flush=True)
+    subprocess.run(command, check=True)
+    return json.loads((out / "result.json").read_text())
+
+
+def figures(result: dict) -> dict:
+    """What is compared of a head's training."""
+    return {name: result[name] for name in ("init", "steps", "trained_tokens", "train_seconds", "served")}
+
+
+def anew(given: argparse.Namespace, repaired: dict) -> dict:
+    """Train a head of the same shape from random weights, on the same answers."""
+    epochs = (
+        given.anew_times * repaired["trained_tokens"] / (repaired["stored_tokens"] * 39 / 40)
+    )  # 1 in 40 is held out
+    early = round(EARLY_SHARE * epochs, 2)
+    settings = {**RECIPE["train"], **FROM_RANDOM, "early_epochs": early, "late_epochs": round(epochs - early, 2)}
+    recipe = {**RECIPE, "train": settings, "head": repaired["recipe"]["head"]}
+    return train(given, given.out / "anew", recipe, "--data", given.out / "run" / "data")
 
 
 def main() -> None:
@@ -92,27 +137,32 @@ def main() -> None:
     parser.add_argument("--dialogues", type=int, default=2000)
     parser.add_argument("--tune-seconds", type=float, default=600.0)
     parser.add_argument("--head-seconds", type=float, default=300.0)
+    parser.add_argument("--anew-times", type=float, default=0.0, help="steps of a head trained anew; 0: none is")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     chance = random.Random(1)
     pairs = [dialogue(chance) for _ in range(given.dialogues)]
-    adapter, prompts, recipe = given.out / "adapter", given.out / "prompts.jsonl", given.out / "recipe.yaml"
+    adapter, prompts = given.out / "adapter", given.out / "prompts.jsonl"
     if not adapter.exists():
         model, tokenizer = beagle.load_model(given.target, dtype="float32")
         tune(model, tokenizer, pairs, given.tune_seconds, adapter)
         del model
     prompts.write_text("".join(json.dumps({"prompt": asked}) + "\n" for asked, _ in pairs))
-    recipe.write_text(RECIPE)
-    command = [sys.executable, "-m", "beagle", "train", "--target", given.target, "--adapter", str(adapter)]
-    command += ["--prompts", str(prompts), "--config", str(recipe), "--out", str(given.out / "run")]
-    command += ["--init", given.head, "--seconds", str(given.head_seconds)]
-    print(" ".join(command[1:]), flush=True)
-    subprocess.run(command, check=True)
-    result = json.loads((given.out / "run" / "result.json").read_text())
+    options = ["--prompts", prompts, "--init", given.head, "--seconds", given.head_seconds]
+    result = train(given, given.out / "run", RECIPE, *options)
     before, after = result["init"]["tau"], result["served"] and result["served"]["tau"]
     print(
         f"τ on held-out prompts of the tuned model: {before} with its base model's head, {after} with the repaired one"
     )
+    about = {name: result[name] for name in ("date", "machine", "versions", "revision", "target", "stored_tokens")}
+    about |= {"dialogues": given.dialogues, "before": before, "repaired": figures(result)}
+    if given.anew_times:
+        other = anew(given, result)
+        about["anew"] = figures(other)
+        print(
+            f"{other['served'] and other['served']['tau']} with one trained anew, in {given.anew_times:g} times the steps"
+        )
+    (given.out / "repair.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 if __name__ == "__main__":

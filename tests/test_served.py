@@ -140,3 +140,22 @@ def test_a_training_without_held_out_answers_says_so(train, tmp_path, prompts):
         ended = train(tmp_path / row["prompt"].replace(" ", ""))
         assert ended.code == 0, ended.err
         assert "no answer is held out" in " ".join(ended.err.split())
+
+
+def test_a_training_whose_head_drafts_worse_is_an_error_and_keeps_it(train, tmp_path, prompts, monkeypatch):
+    many = [{"prompt": f"w{3 + i % 60} w{3 + (7 * i) % 60}"} for i in range(300)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in many))
+    draft = HeadDrafter.draft
+
+    def shifted(self, *args, **options):
+        drafts = draft(self, *args, **options)
+        return [replace(one, tokens=[(token + 1) % 64 for token in one.tokens]) for one in drafts]
+
+    monkeypatch.setattr(HeadDrafter, "draft", shifted)
+    monkeypatch.setattr(module, "SHARE", 0.0)
+    monkeypatch.setattr(module, "ERRORS", 0.5)
+    ended = train(tmp_path / "run", train={"early_epochs": 1, "late_epochs": 1})
+    ended.refusal(tmp_path / "run" / "head", "drafts worse than in training", "likely causes")
+    served = json.loads((tmp_path / "run" / "result.json").read_text())["served"]
+    assert served["falls_short"]
+    assert (tmp_path / "run" / "head" / "config.json").is_file()

@@ -87,3 +87,11 @@ def test_without_the_library_one_line_says_what_installs_it(tmp_path, form, monk
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(BeagleError, match=r"needs the library `datasets`: pip install 'beagle-decoding\[data\]'"):
         read_prompts(path)
+
+
+@pytest.mark.parametrize("name", ["none.parquet", "none.arrow"])
+def test_a_missing_table_is_named_before_the_library(tmp_path, name, monkeypatch):
+    """Nobody installs a package for a file that isn't there."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(BeagleError, match=rf"{name}' can't be read: No such file; check the path$"):
+        read_prompts(tmp_path / name)

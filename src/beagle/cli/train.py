@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ from beagle.errors import BeagleError
 if TYPE_CHECKING:
     from beagle.ranks import Ranks
     from beagle.training.server import Endpoint
+    from beagle.training.vllm_states import StatesServer
 
 
 @o.with_ranks
@@ -40,6 +42,16 @@ def train(
         ),
     ] = None,
     answers_model: Annotated[str | None, typer.Option(help="The target's name on that server.")] = None,
+    states_from: Annotated[
+        str | None,
+        typer.Option(help="Address of a vLLM server that writes hidden states, which the target then doesn't compute."),
+    ] = None,
+    states_folder: Annotated[
+        Path | None, typer.Option(help="Folder that it writes them to (shared_storage_path), as seen from here.")
+    ] = None,
+    states_limit: Annotated[
+        int, typer.Option(min=1, help="Most megabytes of such files at once; they are deleted once they are read.")
+    ] = 1000,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="Recipe, YAML (see configs/).")] = None,
     init: Annotated[
         str | None, typer.Option(help="A head to start from, named like --draft, instead of random weights.")
@@ -100,6 +112,7 @@ def train(
     from beagle.training.start import find_start, with_shape_of
     from beagle.training.states import refuse_without_answers
     from beagle.training.tracking import refuse_tracker
+    from beagle.training.vllm_states import VllmStates
 
     recipe = read_recipe(config) if config else Recipe()
     if max_tokens:
@@ -114,6 +127,9 @@ def train(
     if answers and not prompts:
         raise BeagleError(f"--answers '{answers}' holds no prompts; give the file that they answer with --prompts")
     endpoint = _endpoint(answers_from, answers_model, answers, prompts)
+    server = _states_server(states_from, states_folder, states_limit)
+    if endpoint and server:
+        endpoint = replace(endpoint, states=server.folder)
     if questions is None:
         refuse_without_answers(data or out / "data")
     try:
@@ -124,6 +140,11 @@ def train(
         raise BeagleError(
             f"--prompts '{prompts}': answers are made by one process, and --tensor-parallel has {ranks.count}; make them "
             "first (--answers-from, --device-map auto), then give their folder with --data"
+        )
+    if server and tensor_parallel:
+        raise BeagleError(
+            f"--states-from '{server.url}' spares the target's passes, and --tensor-parallel divides them; leave one of them "
+            "out"
         )
     if device_map and ranks.count > 1:
         raise BeagleError(
@@ -137,23 +158,25 @@ def train(
     loaded = o.load_target(target, quantize=quantize, state_layers=recipe.state_layers, **engine)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job's manager ends it as Ctrl-C does
     try:
-        folder = train_head(
-            loaded,
-            questions,
-            out,
-            recipe,
-            data=data,
-            seconds=seconds,
-            console=o.console,
-            skip_bad_lines=skip_bad_lines,
-            answers=endpoint or answers,
-            init=start,
-            show_tau=show_tau or start is not None,
-            adapter=adapter,
-            command=command_line(),
-            log_with=log_with,
-            ranks=ranks,
-        )
+        with VllmStates(server, loaded, ranks.count) if server else nullcontext() as states:
+            folder = train_head(
+                loaded,
+                questions,
+                out,
+                recipe,
+                data=data,
+                seconds=seconds,
+                console=o.console,
+                skip_bad_lines=skip_bad_lines,
+                answers=endpoint or answers,
+                init=start,
+                show_tau=show_tau or start is not None,
+                adapter=adapter,
+                command=command_line(),
+                log_with=log_with,
+                ranks=ranks,
+                states=states,
+            )
     except KeyboardInterrupt:
         if ranks.stopped():
             o.console.print(f"[yellow]stopped; nothing is lost: run the same command again to go on in {out}[/yellow]")
@@ -184,3 +207,24 @@ def _endpoint(url: str | None, model: str | None, answers: Path | None, prompts:
     if prompts is None:
         raise BeagleError(f"--answers-from '{url}' needs prompts to ask; give them with --prompts")
     return Endpoint(url, model)
+
+
+def _states_server(url: str | None, folder: Path | None, megabytes: int) -> StatesServer | None:
+    """
+    Raises:
+        BeagleError: one of address and folder is missing.
+    """
+    from beagle.training.vllm_states import StatesServer
+
+    if url is None:
+        if folder is not None:
+            raise BeagleError(
+                f"--states-folder '{folder}' is a folder of a server; give the server's address with --states-from"
+            )
+        return None
+    if folder is None:
+        raise BeagleError(
+            f"--states-from '{url}' needs the folder that the server writes to (shared_storage_path); give it with "
+            "--states-folder"
+        )
+    return StatesServer(url, folder, megabytes * 1_000_000)

@@ -14,7 +14,7 @@ from beagle.ranks import Ranks
 from beagle.targets.target import Target
 from beagle.training.config import TrainConfig
 from beagle.training.data import Stored, collate
-from beagle.training.stages import STAGES, LMHeadWeights, count_slots, part_loss
+from beagle.training.stages import STAGES, Fill, LMHeadWeights, count_slots, part_loss
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class Gradients:
     neither the number of ranks nor the size of a part changes anything but the rounding.
     """
 
-    def __init__(self, head: Block, target: Target, config: TrainConfig, ranks: Ranks, autocast: bool) -> None:
+    def __init__(
+        self, head: Block, target: Target, config: TrainConfig, ranks: Ranks, autocast: bool, fill: Fill = list
+    ) -> None:
         """
         Args:
             head: that is trained.
@@ -49,6 +51,7 @@ class Gradients:
             config: of the training.
             ranks: that compute each batch together.
             autocast: multiply in bfloat16.
+            fill: gives samples their states; by default those without any get the target's own, see ``collate``.
         Raises:
             BeagleError: this kind of head can't be computed in parts, and is to be.
         """
@@ -58,6 +61,7 @@ class Gradients:
                 "micro_batch_tokens"
             )
         self.head, self.target, self.config, self.ranks, self.autocast = head, target, config, ranks, autocast
+        self.fill = fill
         self.columns = target.columns(head.config.kv_layers)
         self.layers = [module for module in head.modules() if isinstance(module, Layer)]
         self.parameters = list(head.parameters())
@@ -112,7 +116,7 @@ class Gradients:
         counts: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Add the gradients of some samples; gives their loss and weight, see ``part_loss``."""
-        batch = replace(collate(group, self.target, self.columns, draw.noise.shape[1]), longest=longest)
+        batch = replace(collate(self.fill(group), self.target, self.columns, draw.noise.shape[1]), longest=longest)
         torch.manual_seed(draw.seed)  # dropout of a resumed run is that of a whole one
         with torch.autocast(self.target.device.type, torch.bfloat16, enabled=self.autocast):
             loss, shown, weight = part_loss(

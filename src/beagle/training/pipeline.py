@@ -22,18 +22,20 @@ from beagle.ranks import ALONE, Ranks
 from beagle.targets.target import Target
 from beagle.training.answer_files import AnswerFolder
 from beagle.training.answers import AnswerGenerator, Sample
+from beagle.training.data import samples
 from beagle.training.dialogues import answered
 from beagle.training.endpoint import fetch_answers
 from beagle.training.folder import alone, identity, read_progress
 from beagle.training.prompts import Prompt, answerable, has_template, numbered
 from beagle.training.recipe import AnswerConfig, Recipe
-from beagle.training.served import EachMinute, measure_served, tau_of
+from beagle.training.served import CAUSES, EachMinute, measure_served, tau_of
 from beagle.training.server import Endpoint
 from beagle.training.start import refuse_other_start, start_from, started_from
 from beagle.training.states import Fingerprint, StateStore, refuse_without_answers
 from beagle.training.texts import TextReader, store_texts
 from beagle.training.tracking import tracking
 from beagle.training.trainer import Trainer, refuse_before_answers
+from beagle.training.vllm_states import VllmStates
 
 
 def describe_states(width: int, states: str) -> str:
@@ -55,6 +57,7 @@ def make_answers(
     console: Console,
     skip_bad_lines: bool | None = False,
     answers: AnswerFolder | None = None,
+    served: VllmStates | None = None,
 ) -> StateStore:
     """Fill a state store; run again after an interruption, it answers what is missing.
 
@@ -64,6 +67,7 @@ def make_answers(
             answers to the prompts that don't keep their own.
         skip_bad_lines: leave out prompts that the target's chat template refuses, each with a line on stderr; None as
             of ``read_prompts``.
+        served: a server that gives the states of answers that exist; None: the target makes them.
     Raises:
         BeagleError: a prompt is refused, another run fills the store, or there is not one answer; or ``answers`` are
             another target's, or are not wanted.
@@ -87,12 +91,12 @@ def make_answers(
             if most and asked:
                 most = ceil(most * len(given) / len(prompts))
             some = replace(config, max_tokens=most)
-            _read_answers(target, given, store, some, console, skip_bad_lines)
+            _read_answers(target, given, store, some, console, skip_bad_lines, served=served)
         if asked and answers:
             rest = (
                 replace(config, max_tokens=config.max_tokens - most) if config.max_tokens and most and given else config
             )
-            _read_answers(target, asked, store, rest, console, skip_bad_lines, answers)
+            _read_answers(target, asked, store, rest, console, skip_bad_lines, answers, served)
         elif todo := _unanswered(target, asked, store, config, console, skip_bad_lines):
             _answer(target, todo, store, config, console)
         return store
@@ -126,6 +130,7 @@ def _read_answers(
     console: Console,
     skip_bad_lines: bool | None,
     answers: AnswerFolder | None = None,
+    served: VllmStates | None = None,
 ) -> None:
     """Fill the store with answers that exist: those of a folder, else those in the prompts' file."""
     reader = TextReader(
@@ -136,7 +141,7 @@ def _read_answers(
     )
     console.print(f"states: {describe_states(target.state_size, config.states)}", highlight=False)
     texts = reader.stored(answers, prompts) if answers else reader.given(prompts, skip_bad_lines)
-    store_texts(target, texts, store, console, max_tokens=config.max_tokens, seed=config.seed)
+    store_texts(target, texts, store, console, max_tokens=config.max_tokens, seed=config.seed, served=served)
     for line in reader.left_out:
         console.print(line, highlight=False, markup=False)
     if reader.too_long:
@@ -262,6 +267,7 @@ def train_head(
     command: str | None = None,
     log_with: str | None = None,
     ranks: Ranks = ALONE,
+    states: VllmStates | None = None,
 ) -> Path:
     """The whole run; every part resumes.
 
@@ -277,14 +283,21 @@ def train_head(
         command: that is run, for ``result.json``.
         log_with: a tracker that gets what ``log.csv`` gets (see ``tracking``).
         ranks: the processes that train together; rank 0 makes answers and writes files, the others wait for the answers.
+        states: a server that gives the hidden states of answers that exist; None: the target computes them.
     Returns:
         The draft checkpoint's folder.
     Raises:
-        BeagleError: see the message; what takes no answer to find out is found out before the first.
+        BeagleError: see the message; what takes no answer to find out is found out before the first. A head that drafts
+            worse than in training is written before that is said.
     """
     folder = data or out / "data"
     if not ranks.leads:
-        return _follow(target, folder, out, recipe, ranks, seconds, init)
+        return _follow(target, folder, out, recipe, ranks, seconds, init, states)
+    if states and prompts is not None and answers is None and recipe.answers.source != "given":
+        raise BeagleError(
+            f"'{states.server.url}' gives hidden states of answers that exist; let it answer too (--answers-from), or give "
+            "answers (--answers, or answers.source: given)"
+        )
     if prompts is None:
         refuse_without_answers(folder)
         if answers:
@@ -306,11 +319,13 @@ def train_head(
                     asked = out / "answers"
                     _, todo = divided(prompts, recipe.answers)
                     stored = fetch_answers(answers, target, todo, asked, recipe.answers, console, skip_bad_lines)
-                store = make_answers(target, prompts, folder, recipe.answers, console, skip_bad_lines, stored)
+                store = make_answers(target, prompts, folder, recipe.answers, console, skip_bad_lines, stored, states)
             else:
                 store = _existing(target, folder, recipe.answers)
+            if states and not store.with_states:
+                states.trial(samples(store.shards()[:1], validation=False, with_states=False))
             ranks.tell("answers")
-            trainer = Trainer(target, store, out, recipe.train, recipe.head, ranks)
+            trainer = Trainer(target, store, out, recipe.train, recipe.head, ranks, states)
             held_out = [sample for group in trainer.validation for sample in group]
             if init and first and trainer.step == 0:
                 tau = tau_of(init, target, held_out)
@@ -341,18 +356,31 @@ def train_head(
         write_json(out / "result.json", about)
         ranks.tell("head")
         served = measure_served(trainer.head, out / "head", target, held_out)
-        for line in served.lines(alphas) if served else ["no answer is held out, so that none is decoded to compare"]:
-            console.print(line, highlight=False, style="yellow" if line.startswith("warning") else None)
+        shown = served.lines(alphas)[:2] if served else ["no answer is held out, so that none is decoded to compare"]
+        for line in shown:
+            console.print(line, highlight=False)
         write_json(out / "result.json", about | {"served": served.as_dict() if served else None})
+        if served and served.falls_short:
+            raise BeagleError(
+                f"the head in '{out / 'head'}' drafts worse than in training (τ {served.tau:.2f}, simulated "
+                f"{served.simulated:.2f}); {CAUSES}"
+            )
         return out / "head"
 
 
 def _follow(
-    target: Target, folder: Path, out: Path, recipe: Recipe, ranks: Ranks, seconds: float | None, init: Path | None
+    target: Target,
+    folder: Path,
+    out: Path,
+    recipe: Recipe,
+    ranks: Ranks,
+    seconds: float | None,
+    init: Path | None,
+    states: VllmStates | None,
 ) -> Path:
     """What ranks but the first do of a run: compute, and write nothing."""
     ranks.wait_for("answers")
-    trainer = Trainer(target, _existing(target, folder, recipe.answers), out, recipe.train, recipe.head, ranks)
+    trainer = Trainer(target, _existing(target, folder, recipe.answers), out, recipe.train, recipe.head, ranks, states)
     held_out = [sample for group in trainer.validation for sample in group]
     divided = target.ranks.count > 1  # then every pass of rank 0's needs all ranks
     if divided and init and trainer.step == 0:

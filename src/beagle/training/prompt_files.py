@@ -65,6 +65,8 @@ def _table(path: Path) -> Iterator[Row]:
     Raises:
         BeagleError: ``datasets`` isn't installed, or can't read it.
     """
+    if not path.exists():
+        raise BeagleError(f"question file '{path}' can't be read: No such file; check the path")
     try:
         import datasets  # the extra `data`: most people have JSON
     except ImportError as error:
@@ -78,8 +80,6 @@ def _table(path: Path) -> Iterator[Row]:
                 raise BeagleError(
                     f"'{path}' holds the splits {', '.join(found)}; give one of them: {path / next(iter(found))}"
                 )
-        elif not path.is_file():
-            raise BeagleError(f"question file '{path}' can't be read: No such file; check the path")
         else:
             found = datasets.load_dataset(_TABLES[path.suffix], data_files=str(path), split="train", streaming=True)
         for number, row in enumerate(found, 1):

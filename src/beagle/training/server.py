@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,6 +17,7 @@ from beagle.errors import BeagleError
 from beagle.targets.target import Target
 from beagle.training.prompts import Prompt, has_template
 from beagle.training.replies import Reply, UnusableError, agreeing, answer_tokens
+from beagle.training.state_files import drop_file
 
 TRIES = 4  # prompts that are asked first, greedily, before all others
 TRIED_TOKENS = 32  # of their answers
@@ -31,11 +34,13 @@ class Endpoint:
         url: such as ``http://host:8000/v1``; ``/v1`` may be left out.
         model: its name there.
         patience: seconds without an answer after which it is given up.
+        states: folder that the server writes hidden states of each request to, which are deleted; None: it writes none.
     """
 
     url: str
     model: str
     patience: float = 300.0
+    states: Path | None = None
 
     def __post_init__(self) -> None:
         """
@@ -105,9 +110,12 @@ class Server:
                 answer = await client.chat.completions.create(messages=prompt.messages(history), **options)
             else:
                 answer = await client.completions.create(prompt=ids, **options)
-            return Reply.model_validate(answer.model_dump(warnings=False))
+            content = answer.model_dump(warnings=False)
+            if self.endpoint.states:
+                await asyncio.to_thread(drop_file, content, self.endpoint.states, self.endpoint.patience)
+            return Reply.model_validate(content)
         except (self.openai.BadRequestError, self.openai.UnprocessableEntityError) as error:
-            raise UnusableError(f"the server refuses it ({_one_line(error)})") from error
+            raise UnusableError(f"the server refuses it ({one_line(error)})") from error
         except (self.openai.APIResponseValidationError, ValidationError, AttributeError, ValueError) as error:
             raise UnusableError("the server does not answer as OpenAI's API does") from error
 
@@ -167,17 +175,17 @@ class Server:
         try:
             names = [model.id for model in (await client.models.list()).data]
         except Exception:
-            return BeagleError(f"'{self.endpoint.url}' is no endpoint of OpenAI's API ({_one_line(error)}); {ADDRESS}")
+            return BeagleError(f"'{self.endpoint.url}' is no endpoint of OpenAI's API ({one_line(error)}); {ADDRESS}")
         shown = ", ".join(names[:8])
         return BeagleError(
-            f"'{self.endpoint.url}' has no model '{self.endpoint.model}' ({_one_line(error)}); name one of: {shown}"
+            f"'{self.endpoint.url}' has no model '{self.endpoint.model}' ({one_line(error)}); name one of: {shown}"
         )
 
     def refusal(self, error: Any) -> BeagleError:
         """What a status says."""
         helps = "put its key into OPENAI_API_KEY" if error.status_code in (401, 403) else "see the server's log"
         return BeagleError(
-            f"'{self.endpoint.url}' answers with status {error.status_code} ({_one_line(error)}); {helps}, then run the "
+            f"'{self.endpoint.url}' answers with status {error.status_code} ({one_line(error)}); {helps}, then run the "
             "same command again; nothing is lost"
         )
 
@@ -186,7 +194,7 @@ class Server:
         if isinstance(error, self.openai.APITimeoutError):
             what = f"gave no answer in {self.endpoint.patience:g} seconds"
         else:
-            what = f"can't be reached ({_one_line(error.__cause__ or error)})"
+            what = f"can't be reached ({one_line(error.__cause__ or error)})"
         return BeagleError(f"'{self.endpoint.url}' {what}; {ADDRESS}, then run the same command again; nothing is lost")
 
     async def given_up(self, client: Any, prompt: Prompt) -> BeagleError:
@@ -236,7 +244,7 @@ def remedy(reason: str) -> str:
     return REMEDY
 
 
-def _one_line(error: Any) -> str:
+def one_line(error: Any) -> str:
     """A server's own message, or what an exception says."""
     body = getattr(error, "body", None)
     found = body.get("message") if isinstance(body, dict) else None

@@ -22,6 +22,9 @@ from beagle.training.data import Stored, collate
 from beagle.training.losses import dpace_weights, regression, slot_losses, total
 from beagle.training.windows import Batch, Part, slot_counts
 
+Fill = Callable[
+    [Sequence[Stored]], list[Stored]
+]  # gives samples states that are neither stored nor the target's to make
 LMHeadWeights = tuple[Tensor, Tensor | None]  # weight [draft_vocab, hidden], bias [draft_vocab]
 
 
@@ -119,17 +122,17 @@ def count_slots(head: Block, first: Tensor, last: Tensor, config: TrainConfig, *
 
 @torch.no_grad()
 def step_alpha(
-    head: Block, target: Target, groups: list[list[Stored]], steps: int, ranks: Ranks = ALONE
+    head: Block, target: Target, groups: list[list[Stored]], steps: int, ranks: Ranks = ALONE, fill: Fill = list
 ) -> tuple[list[float], list[int]]:
     """α_1 … α_steps of chain drafts from every slot of the validation samples, teacher-forced.
 
     α_j: share of j-th drafts that equal the target's greedy choice, given that the earlier ones did. Beside
-    them, how many drafts each is a share of. Each of some ranks takes its share of the groups.
+    them, how many drafts each is a share of. Each of some ranks takes its share of the groups. ``fill`` as of ``Gradients``.
     """
     tried = torch.zeros(steps, dtype=torch.long)
     right = torch.zeros(steps, dtype=torch.long)
     for group in groups[ranks.every()]:
-        for j, _, drafted, accepted in draft_chains(head, target, group, steps):
+        for j, _, drafted, accepted in draft_chains(head, target, fill(group), steps):
             tried[j] += int(drafted.sum())
             right[j] += int(accepted.sum())
     ranks.sum([right, tried])

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -25,6 +26,9 @@ from beagle.training.dialogues import InseparableError, answered, last_answer
 from beagle.training.prompts import Prompt, has_template, reject
 from beagle.training.states import StateStore
 from beagle.training.windows import ROUND, round_up
+
+if TYPE_CHECKING:
+    from beagle.training.vllm_states import VllmStates
 
 PASS_TOKENS = 4096  # padded tokens of a pass, where one text isn't longer
 TOGETHER = 1024  # texts among which those of similar length share passes
@@ -162,7 +166,14 @@ class TextReader:
 
 
 def store_texts(
-    target: Target, texts: Iterable[Sample], store: StateStore, console: Console, *, max_tokens: int | None, seed: int
+    target: Target,
+    texts: Iterable[Sample],
+    store: StateStore,
+    console: Console,
+    *,
+    max_tokens: int | None,
+    seed: int,
+    served: VllmStates | None = None,
 ) -> None:
     """Fill a store with texts and their states; run again after an interruption, it goes on.
 
@@ -170,8 +181,9 @@ def store_texts(
         texts: samples without states. The first are taken, so that fewer tokens are always a part of more.
         max_tokens: take no more texts after this many tokens, prompts included.
         seed: of the order in which passes are made.
+        served: a server that gives the states; None: the target does.
     Raises:
-        BeagleError: the disk is too small, or the states are not finite.
+        BeagleError: the disk is too small, the server gives no states of the target, or the states are not finite.
     """
     done = store.done_ids()
     todo: list[Sample] = []
@@ -188,13 +200,15 @@ def store_texts(
     if not todo:
         return
     store.refuse_if_full(total - have)
+    if served and store.with_states:
+        served.trial(todo)
     started, made = time.perf_counter(), 0
     with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[note]}"), console=console) as progress:
         task = progress.add_task("states" if store.with_states else "texts", total=total, completed=have, note="")
 
         def counted() -> Iterator[Sample]:
             nonlocal made
-            for sample in with_states(target, todo, seed) if store.with_states else todo:
+            for sample in with_states(target, todo, seed, served) if store.with_states else todo:
                 made += len(sample.tokens)
                 speed = made / (time.perf_counter() - started)
                 progress.update(task, completed=have + made, note=f"{have + made:,} tokens, {speed:,.0f} tokens/s")
@@ -203,12 +217,31 @@ def store_texts(
         store.write(counted())
 
 
-def with_states(target: Target, texts: Sequence[Sample], seed: int) -> Iterator[Sample]:
+def with_states(
+    target: Target, texts: Sequence[Sample], seed: int, served: VllmStates | None = None
+) -> Iterator[Sample]:
     """Samples with the states that one pass of the target over each gives; texts of similar length share passes.
 
+    Args:
+        target: that the states are of.
+        texts: samples without states.
+        seed: of the order of the passes.
+        served: a server that makes the passes; None: the target does.
     Raises:
-        BeagleError: the states are not finite.
+        BeagleError: the states are not finite, or the server gives none.
     """
+    groups = _groups(texts, seed)
+    if served is None:
+        for group in groups:
+            yield from _one_pass(target, group)
+        return
+    for group in served.ahead(groups):
+        for sample in served(group):
+            yield replace(sample, states=sample.states.bfloat16()) if sample.states is not None else sample
+
+
+def _groups(texts: Sequence[Sample], seed: int) -> Iterator[list[Sample]]:
+    """What shares a pass, in a random order: shards of all lengths."""
     shuffle = random.Random(seed)
     for at in range(0, len(texts), TOGETHER):
         groups: list[list[Sample]] = [[]]
@@ -216,9 +249,8 @@ def with_states(target: Target, texts: Sequence[Sample], seed: int) -> Iterator[
             if groups[-1] and (len(groups[-1]) + 1) * len(text.tokens) > PASS_TOKENS:
                 groups.append([])
             groups[-1].append(text)
-        shuffle.shuffle(groups)  # shards of all lengths
-        for group in groups:
-            yield from _one_pass(target, group)
+        shuffle.shuffle(groups)
+        yield from groups
 
 
 def _one_pass(target: Target, group: list[Sample]) -> Iterator[Sample]:

@@ -32,6 +32,7 @@ from beagle.training.folder import CHECKPOINT, COLUMNS, append_log, cut_log, ide
 from beagle.training.gradients import Draw, Gradients
 from beagle.training.stages import LMHeadWeights, lm_head_rows, stage_loss, step_alpha
 from beagle.training.states import StateStore
+from beagle.training.vllm_states import StatesLost, VllmStates
 from beagle.training.windows import Batch
 
 
@@ -91,6 +92,7 @@ class Trainer:
         config: TrainConfig,
         head: dict[str, Any] | None = None,
         ranks: Ranks = ALONE,
+        served: VllmStates | None = None,
     ) -> None:
         """
         Args:
@@ -100,6 +102,7 @@ class Trainer:
             config: settings of the training.
             head: ``architecture`` (default: beagle) and settings of that head's config.
             ranks: the processes that train together.
+            served: a server that gives states that are not stored; None: the target computes them.
         Raises:
             BeagleError: there is nothing to train on, the run in ``out`` is another one, or ranks differ in recipe,
                 target or answers.
@@ -112,7 +115,8 @@ class Trainer:
             self.head.draft_vocab.copy_(frequent_tokens(store, size, target.vocab_size, target.eos_ids))
         self.autocast = config.autocast and pick_dtype("auto", target.device) == torch.bfloat16
         self.lm_head = self._lm_head()
-        self.gradients = Gradients(self.head, target, config, ranks, self.autocast)
+        self.served = served
+        self.gradients = Gradients(self.head, target, config, ranks, self.autocast, served or list)
         self.optimizer = torch.optim.AdamW(
             self.head.parameters(),
             lr=config.learning_rate,
@@ -200,7 +204,8 @@ class Trainer:
                     stream = batches(
                         self.store, tokens=self.config.batch_tokens, seed=self.config.seed, epoch=self.epoch
                     )
-                    for group in itertools.islice(stream, self.at, None):
+                    left = itertools.islice(stream, self.at, None)
+                    for group in self.served.ahead(left, self.ranks.share) if self.served else left:
                         if self.step >= self.total:
                             break
                         loss = self._one(group)
@@ -224,7 +229,7 @@ class Trainer:
                             return alphas
                     else:
                         self.epoch, self.at = self.epoch + 1, 0
-            except (KeyboardInterrupt, RankLost):
+            except (KeyboardInterrupt, RankLost, StatesLost):
                 self.save()
                 raise
         alphas = alphas or self._validate()  # none: resumed at its end
@@ -233,7 +238,7 @@ class Trainer:
 
     def _validate(self) -> list[float]:
         self.head.eval()
-        alphas, self.tried = step_alpha(self.head, self.target, self.validation, 5, self.ranks)
+        alphas, self.tried = step_alpha(self.head, self.target, self.validation, 5, self.ranks, self.served or list)
         self.head.train()
         return alphas
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from beagle.drafters.block import Block, setting
 from beagle.drafters.head import BeagleHead
@@ -160,11 +161,13 @@ def norm_eps(target: Target) -> float:
 
 
 @torch.no_grad()
-def final_norm(target: Target) -> Tensor:
-    """Weight ``[hidden]`` of the target's final norm; beside other layers' outputs vLLM gives the last one's before it.
+def top_norm(target: Target) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """The module between the last layer and the top state, which vLLM's outputs of layers come before.
 
+    Returns:
+        The module; and what it was given and gave in a trial pass, ``[tokens, hidden]`` each.
     Raises:
-        BeagleError: it is no RMS norm.
+        BeagleError: there is no such module.
     """
     ids = sample_ids(target.model.config, target.vocab_size, 12).to(target.device)
     norms = [m for m in target.base.children() if getattr(m, "weight", ids).shape == (target.hidden_size,)]
@@ -176,8 +179,21 @@ def final_norm(target: Target) -> Tensor:
         for hook in hooks:
             hook.remove()
     if len(norms) == len(seen) == 1 and torch.equal(seen[0][1][0], top):
-        weight: Tensor = norms[0](torch.full_like(top[:1], 1000.0))[0]  # normed to ones
-        ours = F.rms_norm(seen[0][0][0].float(), top.shape[-1:], weight.float(), norm_eps(target))
+        return norms[0], (seen[0][0][0], seen[0][1][0])
+    raise BeagleError(f"{target.name}: its top state is no norm of the last layer's output, which is what vLLM gives")
+
+
+@torch.no_grad()
+def final_norm(target: Target) -> Tensor:
+    """Weight ``[hidden]`` of the target's final norm; beside other layers' outputs vLLM gives the last one's before it.
+
+    Raises:
+        BeagleError: it is no RMS norm.
+    """
+    with suppress(BeagleError):
+        norm, (given, top) = top_norm(target)
+        weight: Tensor = norm(torch.full_like(top[:1], 1000.0))[0]  # normed to ones
+        ours = F.rms_norm(given.float(), top.shape[-1:], weight.float(), norm_eps(target))
         if torch.allclose(ours, top.float(), rtol=0.02, atol=1e-3 * float(top.float().abs().max())):
             return weight
     raise BeagleError(

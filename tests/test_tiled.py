@@ -160,3 +160,20 @@ def test_it_is_kept_only_where_all_its_products_are_faster(kernel, monkeypatch):
     assert not tiled._is_faster()
     answers = iter([True, True])
     assert tiled._is_faster()
+
+
+@torch.no_grad()
+def test_a_chains_states_are_those_of_single_tokens(kernel, monkeypatch):
+    """By this kernel's products, and by attention over whole blocks of keys."""
+    monkeypatch.setattr("beagle.targets.linears.packed._reordered", tiled.apply)
+    model = tiny_model("llama", hidden_size=64, intermediate_size=96).bfloat16()
+    target = Target(model, tiny_tokenizer(), "tiny")
+    ids = torch.randint(1, target.vocab_size, (60,), generator=torch.Generator().manual_seed(0))
+    whole, single = target.new_cache(1, 60), target.new_cache(1, 60)
+    for cache in (whole, single):
+        target.prefill(ids[None, :44], cache)
+    together = target.verify(whole, ids[44:], TreeShape.chain(16))
+    for i in range(16):
+        alone = target.verify(single, ids[44 + i : 45 + i], TreeShape([-1]))
+        assert torch.equal(together[i : i + 1], alone)
+        single.compact([0])

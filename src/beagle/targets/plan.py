@@ -16,6 +16,7 @@ from beagle.targets.chains import Chains
 from beagle.targets.shape import TreeShape
 
 EXACT_TOKENS = 16  # most tokens of an exact pass; all of them, where kernels differ by number of tokens
+KEY_BLOCK = 32  # a tree sees a multiple of as many slots: fused attention sums those behind the last block otherwise
 EXACT_BLOCK = 32  # the keys of a query's own block and of the one before are gathered for it
 Kind = Literal["prompt", "tree", "trees", "exact"]
 
@@ -178,14 +179,25 @@ def of_tree(cache: KVCache, tree: TreeShape, windows: Windows, done: int = 0) ->
     """
     start, n, device = cache.length, len(tree.parents), cache.device
     positions = start + torch.tensor(tree.depths(), device=device)
-    visible = torch.ones(1, 1, n - done, start + n, dtype=torch.bool, device=device)
-    visible[..., start:] = tree.ancestors()[done:].to(device)
-    keys = torch.cat([torch.arange(start, device=device), positions])
+    end = _whole_blocks(start + n, cache)
+    visible = torch.zeros(1, 1, n - done, end, dtype=torch.bool, device=device)
+    visible[..., :start] = True
+    visible[..., start : start + n] = tree.ancestors()[done:].to(device)
+    keys = torch.arange(end, device=device)
+    keys[start : start + n] = positions
     queries = positions[done:]
     masks = _masks(visible, queries[:, None], keys, windows, cache.dtype)
     slots = slice(start + done, start + n)
     chains = cache.chains([start], [n - done], done=done)
-    return Plan("tree", queries[None], slots, cache.tensors, start + n, masks, chains=chains)
+    return Plan("tree", queries[None], slots, cache.tensors, end, masks, chains=chains)
+
+
+def _whole_blocks(slots: int, cache: KVCache) -> int:
+    """As many slots, and those that are missing to a multiple of ``KEY_BLOCK``, which no token sees.
+
+    So a token's attention has the same bits in a pass of its own and in a chain, and nearly always in a tree.
+    """
+    return min(-(-slots // KEY_BLOCK) * KEY_BLOCK, cache.capacity)
 
 
 def of_trees(cache: KVCache, trees: list[TreeShape], windows: Windows, first: int = 0) -> Plan:
@@ -199,7 +211,8 @@ def of_trees(cache: KVCache, trees: list[TreeShape], windows: Windows, first: in
     """
     starts = cache.lengths[first : first + len(trees)]
     counts = [len(tree.parents) for tree in trees]
-    most, end = max(counts), max(start + n for start, n in zip(starts, counts, strict=True))
+    most = max(counts)
+    end = _whole_blocks(max(start + n for start, n in zip(starts, counts, strict=True)), cache)
     keys = torch.arange(end).repeat(len(trees), 1)
     queries = torch.zeros(len(trees), most, dtype=torch.long)
     visible = (keys < torch.tensor(starts)[:, None])[:, None].repeat(1, most, 1)

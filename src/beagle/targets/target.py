@@ -37,7 +37,18 @@ from beagle.targets.layers import Layers, key_of, remember, remembered
 from beagle.targets.linears.packed import keep_read_linears, pack_linears
 from beagle.targets.linears.quantized import BITS, check_kind, quantize_linears
 from beagle.targets.lm_head import LMHead
-from beagle.targets.plan import EXACT_BLOCK, EXACT_TOKENS, Kind, Plan, of_exact_tree, of_prompt, of_tree, of_trees, span
+from beagle.targets.plan import (
+    EXACT_BLOCK,
+    EXACT_TOKENS,
+    KEY_BLOCK,
+    Kind,
+    Plan,
+    of_exact_tree,
+    of_prompt,
+    of_tree,
+    of_trees,
+    span,
+)
 from beagle.targets.recurrent_cache import RecurrentCache
 from beagle.targets.runner import Checked, Eager, FastRunner, Runner, example, tap
 from beagle.targets.shape import TreeShape
@@ -240,7 +251,8 @@ class Target:
             own = self.compiled.runner.new_cache(capacity) if self.compiled is not None and batch == 1 else None
             if own is not None:
                 return own
-            size: Any = {"batch": batch, "capacity": capacity, "dtype": self.dtype, "device": self.device}
+            slots = -(-capacity // KEY_BLOCK) * KEY_BLOCK
+            size: Any = {"batch": batch, "capacity": slots, "dtype": self.dtype, "device": self.device}
             if self.chains_only:
                 return RecurrentCache(self.layers.shapes, recurrent_layers=len(self.layers.recurrent), **size)
             return KVCache(self.layers.shapes, **size)

@@ -42,19 +42,22 @@ def ending(family: str = "llama"):
     return target
 
 
-# families differ in the target's pass; kinds and plans in what it verifies
-CASES = [
-    *[(family, "plain", None) for family in FAMILIES],
-    *[(family, "beagle", DYNAMIC) for family in FAMILIES],
+# families differ in the target's pass; kinds and plans in what it verifies; sampling in what is chosen
+SAMPLING = {"temperature": 0.9, "top_k": 30, "top_p": 0.95, "seed": 5}
+KINDS = [
+    *[(family, "plain", None) for family in ("llama", "gemma3_text")],
     *[("llama", kind, plan) for kind in ("beagle", "eagle") for plan in (CHAIN, STATIC)],
     *[("gemma3_text", kind, DYNAMIC) for kind in ("eagle", "lookup", "head+lookup", "small")],
     ("llama", "head+lookup", CHAIN),
 ]
+CASES = [
+    *[(family, "beagle", DYNAMIC, {}) for family in FAMILIES],
+    *[(*case, sampling) for case in KINDS for sampling in ({}, SAMPLING)],
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "top_k": 30, "top_p": 0.95, "seed": 5}], ids=str)
-@pytest.mark.parametrize(("family", "kind", "plan"), CASES)
+@pytest.mark.parametrize(("family", "kind", "plan", "sampling"), CASES)
 def test_answers_are_those_of_one_prompt_at_a_time(family, kind, plan, sampling):
     target = tiny_target(family)
     model = Model(target, drafter(kind, target), plan)

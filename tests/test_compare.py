@@ -397,7 +397,7 @@ from beagle.research.compare.run_variants import in_fresh_process
 def work(folder):
     try:
         (folder / "begun").write_text(str(os.getpid()))
-        time.sleep(60)
+        time.sleep(600)
     except KeyboardInterrupt:
         (folder / "saved").touch()
         raise
@@ -408,18 +408,17 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sigint", [signal.SIG_DFL, signal.SIG_IGN])  # what a shell starts in the background ignores it
-def test_what_ends_the_command_ends_its_training(tmp_path, sigint):
+def test_what_ends_the_command_ends_its_training(tmp_path):
     """A signal to the command alone: the process that trains must not go on writing into the run."""
     (tmp_path / "work.py").write_text(WORK)
     arguments = [sys.executable, tmp_path / "work.py", tmp_path]
-    start = partial(signal.signal, signal.SIGINT, sigint)
+    start = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # as what a shell starts in the background has it
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, preexec_fn=start) as command:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 240
         while not (tmp_path / "begun").is_file() and time.monotonic() < until:
             time.sleep(0.05)
         command.terminate()
-        assert b"KeyboardInterrupt" in command.communicate(timeout=30)[1]
+        assert b"KeyboardInterrupt" in command.communicate(timeout=240)[1]
     assert (tmp_path / "saved").is_file()
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "begun").read_text()), 0)

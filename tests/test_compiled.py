@@ -129,15 +129,19 @@ def test_another_models_pass_over_rows_is_refused(fast, monkeypatch):
         Model(fast).generate_batch([PROMPT, PROMPT[:4]], max_new_tokens=2)
 
 
-def test_grouped_heads_without_a_cap(tmp_path):
+def test_grouped_heads_without_a_cap_and_states_of_several_layers(tmp_path):
     """They take the fused attention, for whose sake heads of a group become rows."""
-    compiled.build(tmp_path, tiny_model("llama", num_hidden_layers=2), "tiny-llama", batch=True)
-    made = tiny_model("llama", num_hidden_layers=2)
-    target = Target(made, tiny_tokenizer(), "tiny-llama")
-    eager = Target(tiny_model("llama", num_hidden_layers=2), tiny_tokenizer(), "tiny-llama")
-    found = compiled.find(tmp_path, tiny_model("llama", num_hidden_layers=2), None)
+    layers = (1,)
+    compiled.build(tmp_path, tiny_model("llama", num_hidden_layers=2), "tiny-llama", batch=True, state_layers=layers)
+    target, eager = (
+        Target(tiny_model("llama", num_hidden_layers=2), tiny_tokenizer(), "tiny-llama", state_layers=layers)
+        for _ in range(2)
+    )
+    assert compiled.find(tmp_path, tiny_model("llama", num_hidden_layers=2), None) is None  # its states are narrower
+    found = compiled.find(tmp_path, tiny_model("llama", num_hidden_layers=2), None, layers)
     assert found is not None
     target.use(found)
+    assert torch.allclose(states_of(target, TREE), states_of(eager, TREE), atol=1e-4)
     for shapes in ([TREE, TreeShape([-1]), TreeShape.chain(9)], [TreeShape([-1])]):
         assert torch.allclose(rows_of(target, shapes), rows_of(eager, shapes), atol=1e-4)
     (alone,) = Model(target).generate_batch([PROMPT], max_new_tokens=12)

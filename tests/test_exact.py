@@ -30,7 +30,7 @@ def bf16(request):
     return target
 
 
-def run(target, drafter, plan, *, n=40, **sampling):
+def run(target, drafter, plan, *, n=24, **sampling):
     """Answer tokens, and the state of every accepted node in order."""
     states, stats = [], Stats()
     sampler = Sampler(SamplingParams(**sampling))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -56,14 +57,26 @@ def test_a_mistyped_folder_is_not_asked_of_the_hub(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_example_repairs_a_head(folders, tmp_path):
-    """A tiny model: nothing is learned, but everything is run."""
+def test_the_example_repairs_a_head(folders, tmp_path, beagle, monkeypatch, capsys):
+    """A tiny model: nothing is learned, but everything is run, in this process."""
     script = Path(__file__).parent.parent / "examples" / "repair_a_head.py"
     options = ["--target", folders.target, "--head", folders.head, "--dialogues", "90", "--tune-seconds", "0"]
-    command = [sys.executable, script, "--out", tmp_path, "--head-seconds", "1", *options]
-    run = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    trained, run = [], subprocess.run
+
+    def train(command, **how):
+        if command[:3] != [sys.executable, "-m", "beagle"]:
+            return run(command, **how)
+        assert how == {"check": True}
+        trained.append(beagle(*command[3:]))
+        assert trained[-1].code == 0, trained[-1].err
+
+    monkeypatch.setattr(subprocess, "run", train)
+    command = [script, "--out", tmp_path, "--head-seconds", "1", *options]
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    runpy.run_path(str(script), run_name="__main__")
+    assert len(trained) == 1
     assert re.search(
-        r"τ on held-out prompts of the tuned model: \d\.\d+ with .*, \d\.\d+ with the repaired one", run.stdout
+        r"τ on held-out prompts of the tuned model: \d\.\d+ with .*, \d\.\d+ with the repaired one",
+        capsys.readouterr().out,
     )
     assert (tmp_path / "run" / "head" / "config.json").is_file()

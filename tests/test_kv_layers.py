@@ -15,10 +15,8 @@ from beagle.drafters.compiled import find as find_levels
 from beagle.drafters.head_drafter import HeadDrafter
 from beagle.errors import BeagleError
 from beagle.model import Model, load
-from beagle.targets import compiled
 from beagle.targets.captured import Captured
 from beagle.targets.shape import TreeShape
-from beagle.targets.target import Target
 from beagle.training.recipe import Recipe, read_recipe
 from beagle.training.trainer import new_head
 from conftest import (
@@ -30,7 +28,6 @@ from conftest import (
     tiny_head,
     tiny_model,
     tiny_target,
-    tiny_tokenizer,
 )
 from drafting import One
 
@@ -69,8 +66,14 @@ def test_states_are_those_of_the_layers_in_every_kind_of_pass(family):
     torch.testing.assert_close(target.logits(expected), target.logits(expected[:, -target.hidden_size :]))
 
 
-@pytest.mark.parametrize("plan", [DYNAMIC, TreePlan("chain", 4), TreePlan("static", 4)], ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, EAGLE, EAGLE3], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "plan"),
+    [
+        *[(shape, DYNAMIC) for shape in (*SHAPES, EAGLE, EAGLE3)],
+        (SHAPES[2], TreePlan("chain", 4)), (EAGLE3, TreePlan("static", 4)),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_answers_are_the_targets(shape, plan):
     model = drafting(shape, plan=plan)
     options = {"max_new_tokens": 24}
@@ -169,7 +172,7 @@ def test_a_checkpoint_brings_its_layers(folders, tmp_path):
     )
 
 
-@pytest.mark.parametrize("shape", [SHAPES[2], EAGLE, EAGLE3], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[2], EAGLE3], ids=str)
 def test_captured_passes_and_drafts_are_the_eager_ones(shape):
     model, other = drafting(shape, plan=DYNAMIC), drafting(shape, plan=DYNAMIC)
     target = other.target
@@ -181,35 +184,12 @@ def test_captured_passes_and_drafts_are_the_eager_ones(shape):
 
 
 @pytest.mark.slow
-def test_compiled_passes_and_levels_are_the_eager_ones(tmp_path):
-    layers, shape = (1, 2), SHAPES[2]
-    model = drafting(shape, plan=DYNAMIC)
-    compiled.build(tmp_path, tiny_model(), "tiny-llama", batch=True, state_layers=layers)
-    assert compiled.find(tmp_path, tiny_model(), None) is None  # of a target whose states are narrower
-    fresh = tiny_model()
-    passes = compiled.find(tmp_path, fresh, None, layers)
-    target = Target(fresh, tiny_tokenizer(), "tiny-llama", state_layers=layers)
-    target.use(passes)
-    build_levels(tmp_path, target, tiny_head(target, scale=LIVELY["beagle"], **shape), "tiny")
-    head = tiny_head(target, scale=LIVELY["beagle"], **shape)
-    levels = find_levels(tmp_path, target, head)
-    drafter = HeadDrafter(target, head)
-    drafter.use(levels, "compiled")
-    fast = Model(target, drafter, DYNAMIC)
-    for prompt in PROMPTS[:2]:
-        first, second = (one.generate(prompt, max_new_tokens=24) for one in (model, fast))
-        assert first.token_ids == second.token_ids
-        assert first.stats.drafted == second.stats.drafted > 0
-    together = fast.generate_batch(PROMPTS, rows=3, max_new_tokens=12)
-    assert [one.token_ids for one in together] == [model.generate(p, max_new_tokens=12).token_ids for p in PROMPTS]
-
-
-@pytest.mark.slow
-def test_compiled_levels_of_eagle3_are_the_eager_ones(tmp_path):
-    model, fast = drafting(EAGLE3, plan=DYNAMIC), drafting(EAGLE3, plan=DYNAMIC)
-    target = fast.target
-    build_levels(tmp_path, target, tiny_head(target, scale=SCALES["eagle3"], **EAGLE3), "tiny")
-    head = tiny_head(target, scale=SCALES["eagle3"], **EAGLE3)
+@pytest.mark.parametrize("shape", [SHAPES[2], EAGLE3], ids=str)
+def test_compiled_levels_are_the_eager_ones(shape, tmp_path):
+    model, target = drafting(shape, plan=DYNAMIC), drafting(shape).target
+    options = {"scale": SCALES[shape.get("architecture", "beagle")], **shape}
+    build_levels(tmp_path, target, tiny_head(target, **options), "tiny")
+    head = tiny_head(target, **options)
     levels = find_levels(tmp_path, target, head)
     assert levels is not None
     drafter = HeadDrafter(target, head)

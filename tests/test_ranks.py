@@ -87,8 +87,11 @@ class Together(Ranks):
 
 @pytest.mark.parametrize("architecture", LIVELY)
 @pytest.mark.parametrize("stage", ["early", "late"])
-@pytest.mark.parametrize("change", [{}, {"dpace": True}, {"loss": "lk", "regression": 0.0}], ids=str)
-@pytest.mark.parametrize(("count", "micro"), [(1, 32), (3, None), (7, 16)])
+@pytest.mark.parametrize(
+    ("count", "micro", "change"),
+    [(1, 32, {}), (3, None, {}), (7, 16, {}), (7, 16, {"dpace": True}), (3, 32, {"loss": "lk", "regression": 0.0})],
+    ids=str,
+)
 def test_a_batch_in_parts_has_the_gradients_of_the_whole(target, store, architecture, stage, change, count, micro):
     """With dropout and noise, and more ranks than some batches have samples."""
     config = replace(CONFIG, **change)

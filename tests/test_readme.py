@@ -20,6 +20,7 @@ import yaml
 
 from beagle.drafters import checkpoint
 from beagle.drafters.checkpoint import save_head
+from beagle.evaluation import suites
 from beagle.serving import server
 from beagle.targets import loading
 from conftest import tiny_head, tiny_model, tiny_target, tiny_tokenizer
@@ -136,7 +137,7 @@ def test_make_targets_exist():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    """A folder with the files that the README's commands name. The models are tiny, the recipe's sizes are cut."""
+    """A folder with the files that the README's commands name. The models are tiny, the recipe's sizes and questions are cut."""
     root = tmp_path_factory.mktemp("readme")
     tiny_model().save_pretrained(root / "your" / "model")
     tiny_tokenizer().save_pretrained(root / "your" / "model")
@@ -144,6 +145,7 @@ def tiny(tmp_path_factory) -> Path:
     save_head(head, root / "heads" / "smollm2-135m-instruct", target="tiny", dtype=torch.float32, meta={})
     prompts = [{"prompt": f"w{3 + i} w{60 - i} w{9 + 2 * i}"} for i in range(12)]
     (root / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in prompts))
+    (root / "few.jsonl").write_text("".join(suites.QUICK.read_text().splitlines(keepends=True)[:4]))
     (root / "configs").mkdir()
     recipe = yaml.safe_load((ROOT / "configs" / "default.yaml").read_text())
     recipe["answers"] |= {"rows": 4, "max_new_tokens": 12}
@@ -159,6 +161,7 @@ def here(tiny, monkeypatch):
     monkeypatch.setenv("BEAGLE_CACHE", str(tiny / "cache"))
     monkeypatch.setattr(loading, "_embedded", lambda: str(tiny / "your" / "model"))
     monkeypatch.setattr(checkpoint, "SHIPPED", tiny / "heads")
+    monkeypatch.setattr(suites, "QUICK", tiny / "few.jsonl")
     return tiny
 
 

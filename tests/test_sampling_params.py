@@ -61,12 +61,13 @@ def test_the_same_with_and_without_drafts(target, drafter, setting, way):
     plain = [Model(target).generate(prompt, **options).token_ids for prompt in PROMPTS]
     assert plain != [Model(target).generate(prompt, max_new_tokens=LENGTH, **WAYS[way]).token_ids for prompt in PROMPTS]
     assert [a.token_ids for a in Model(target).generate_batch(PROMPTS, rows=2, **options)] == plain
-    assert [Model(target).generate(prompt, exact=True, **options).token_ids for prompt in PROMPTS] == plain
-    for plan in PLANS.values():
+    every = setting == "all"  # the settings change logits and ends, whatever the pass and the tree
+    for plan in PLANS.values() if every else [PLANS["dynamic"]]:
         model = Model(target, drafter, plan)
         assert [model.generate(prompt, **options).token_ids for prompt in PROMPTS] == plain
-        assert [model.generate(prompt, exact=True, **options).token_ids for prompt in PROMPTS] == plain
         assert [a.token_ids for a in model.generate_batch(PROMPTS, rows=2, **options)] == plain
+        for exact in (Model(target), model) if every else []:
+            assert [exact.generate(prompt, exact=True, **options).token_ids for prompt in PROMPTS] == plain
     for prompt, answer in zip(PROMPTS, plain, strict=True):  # drafts that are all accepted
         oracle = Model(target, Oracle(answer), PLANS["chain"])
         drafted = oracle.generate(prompt, **options)

@@ -9,6 +9,7 @@ import torch
 
 from beagle.model import Model
 from beagle.serving.engine import Limits
+from conftest import tiny_target
 from serving import MESSAGES, events, serving
 
 LONG = {"temperature": 0, "max_tokens": 24}
@@ -172,14 +173,16 @@ def test_special_tokens_stop(served):
 def test_a_cut_answer_keeps_what_was_held_back():
     """The text that might have become a stop string, of an answer that time ends."""
     with serving(Limits(seconds=1.0), endless=True, plain=True, slow=0.05) as running:
-        whole = Model(running.model.target).generate(MESSAGES, max_new_tokens=400, draft=False).text
+        own = tiny_target()  # the same, and not slowed down
+        own.eos_ids = frozenset()
+        whole = Model(own).generate(MESSAGES, max_new_tokens=400).text
         stop = whole[: len(whole) - 5] + " no"  # a prefix of it matches all along
         answer = running.post(max_tokens=400, stop=stop).json()
         content = answer["choices"][0]["message"]["content"]
         assert answer["choices"][0]["finish_reason"] == "length"
         made = answer["usage"]["completion_tokens"]
         assert 0 < made < 400
-        assert content == Model(running.model.target).generate(MESSAGES, max_new_tokens=made, draft=False).text
+        assert content == Model(own).generate(MESSAGES, max_new_tokens=made).text
 
 
 def test_logits_that_are_no_numbers_fail_by_name():

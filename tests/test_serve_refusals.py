@@ -316,7 +316,7 @@ def test_no_request_brings_the_server_down(served):
         operation = result.ok()
         for mode in schemathesis.GenerationMode:
 
-            @settings(max_examples=40, phases=[Phase.generate], suppress_health_check=list(HealthCheck), database=None)
+            @settings(max_examples=20, phases=[Phase.generate], suppress_health_check=list(HealthCheck), database=None)
             @given(case=operation.as_strategy(generation_mode=mode))
             def check(case):
                 answer = case.call(timeout=60)

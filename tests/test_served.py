@@ -121,7 +121,8 @@ def test_the_error_is_that_of_paired_prompts():
 def test_a_training_says_so_at_its_end(train, tmp_path, prompts):
     many = [{"prompt": f"w{3 + i % 60} w{3 + (7 * i) % 60}"} for i in range(300)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in many))
-    ended = train(tmp_path / "run", train={"early_epochs": 0.2, "late_epochs": 0.2})
+    short = {"early_epochs": 0.2, "late_epochs": 0.2}
+    ended = train(tmp_path / "run", answers={"rows": 32}, train=short)
     assert ended.code == 0, ended.err
     served = json.loads((tmp_path / "run" / "result.json").read_text())["served"]
     assert served["prompts"] >= 3

@@ -48,11 +48,11 @@ def test_greedy_answers_are_those_without_drafts(family, tmp_path):
     save_head(tiny_head(tiny_target(family)), tmp_path, target="tiny", dtype=torch.float32, meta={})
     fast = beagle.speculate(model, f"{tmp_path}+lookup", plan=PLAN)
     accepted = 0
-    for start in (3, 17, 40):
+    for start in (3, 40):
         prompt = torch.arange(start, start + 9)[None].repeat(1, 2)
-        expected, answer = both(model, prompt, max_new_tokens=60, do_sample=False, eos_token_id=None)
+        expected, answer = both(model, prompt, max_new_tokens=40, do_sample=False, eos_token_id=None)
         assert torch.equal(answer, expected)
-        assert fast.stats.tokens == 60
+        assert fast.stats.tokens == 40
         accepted += fast.stats.tokens - 1 - fast.stats.passes
     assert accepted > 0
 
@@ -66,7 +66,7 @@ def test_greedy_answers_are_those_without_drafts(family, tmp_path):
 def test_samples_are_those_without_drafts(model, fast, options):
     """The same seed gives the same tokens, so each follows the same distribution; and torch's generator goes on alike."""
     accepted = 0
-    for seed in range(12):
+    for seed in range(5):
         expected, answer = both(model, PROMPT, max_new_tokens=30, seed=seed, **options)
         assert torch.equal(answer, expected)
         after = torch.rand(1)

@@ -74,7 +74,7 @@ def test_weights_that_are_no_whole_tiles_are_left_to_pytorch(kernel):
 
 def test_a_compiled_pass_uses_it_and_gives_the_eager_states(kernel, monkeypatch):
     def model():
-        return tiny_model("llama", hidden_size=64, intermediate_size=96).bfloat16()
+        return tiny_model("llama", hidden_size=64, intermediate_size=96, num_hidden_layers=1).bfloat16()
 
     compiled.build(kernel, model(), "tiny")
     found = compiled.find(kernel, model(), None)

@@ -177,7 +177,7 @@ class Fetch:
     def __init__(self, target, folder):
         self.target, self.folder, self.printed = target, folder, ""
 
-    def __call__(self, server, prompts=PROMPTS, config=CONFIG, *, model="tiny", patience=20.0, **options):
+    def __call__(self, server, prompts=PROMPTS, config=CONFIG, *, model="tiny", patience=120.0, **options):
         out = io.StringIO()
         endpoint = Endpoint(server if isinstance(server, str) else server.url, model, patience)
         try:

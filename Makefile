@@ -11,8 +11,9 @@ LOCKED := -c constraints.txt
 VENV_NEWEST := .venv-newest
 VENV_OLDEST := .venv-oldest
 PIP_INSTALL := pip install --quiet --no-warn-script-location
-# a process for each core, of one thread each
-FAST := -m pytest -n auto --dist loadfile -m "not slow and not network and not browser and not vllm"
+# a process of one thread for each core, few enough for the memory that the real model takes in some of them
+PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadfile
+FAST := $(PYTEST) -m "not slow and not network and not browser and not vllm"
 # from the ranges in pyproject.toml to versions; torch and what it brings are left to TORCH
 RESOLVE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-header --no-annotate
 WITHOUT_TORCH := grep -vE '^(torch|triton|nvidia-|cuda-)'
@@ -23,7 +24,7 @@ demo: $(VENV)/.ready
 	$(BIN)/beagle demo
 
 test: $(VENV)/.ready-dev lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
 # no compiler, no long training, no real model, no network
 test-fast: $(VENV)/.ready-dev

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,9 +20,12 @@ PROCESSES = multiprocessing.get_context("fork")
 
 
 def free_port() -> int:
-    with socket.socket() as own:
-        own.bind(("127.0.0.1", 0))
-        return int(own.getsockname()[1])
+    """Below those that the system hands out, which another test could be given before it is taken."""
+    for port in range(10_000 + os.getpid() % 20_000, 32_000):
+        with socket.socket() as own, suppress(OSError):
+            own.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def command(rank: int, count: int, port: int, words: list[str], stderr: Path) -> None:

@@ -36,11 +36,11 @@ class Running:
 
     @property
     def client(self):
-        return openai.OpenAI(base_url=self.url + "/v1", api_key="none", max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=self.url + "/v1", api_key="none", max_retries=0, timeout=300)
 
     @property
     def http(self):
-        return httpx.Client(base_url=self.url, timeout=60)
+        return httpx.Client(base_url=self.url, timeout=300)
 
     def ask(self, messages=MESSAGES, **options):
         options = {"model": "tiny", "temperature": 0, "max_tokens": 12, **options}
@@ -55,7 +55,7 @@ class Running:
         wait_for(lambda: self.engine.live == self.engine.waiting == 0)
 
 
-def wait_for(condition, seconds=20.0):
+def wait_for(condition, seconds=240.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -109,9 +109,9 @@ def serving(limits=None, *, target=None, endless=False, api_key=None, plain=Fals
         yield running
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(120)
         assert not thread.is_alive(), "the server hangs"
-        assert engine.join(10), "the engine hangs"
+        assert engine.join(120), "the engine hangs"
 
 
 def text(stream) -> str:

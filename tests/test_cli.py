@@ -234,14 +234,14 @@ def test_a_full_disk_behind_standard_output(folders, tmp_path, arguments):
     with Path("/dev/full").open("w") as full:
         options = folders.plain if "-n" in arguments else []
         ended = subprocess.run(
-            [*command, *options], stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, timeout=120
+            [*command, *options], stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, timeout=300
         )
     Outcome(ended.returncode, "", ended.stderr).refusal("the output", "No space left on device")
 
 
 def test_as_a_process(folders, tmp_path):
     command = [sys.executable, "-m", "beagle", "generate", "-", *folders.options, "-n", "4"]
-    ended = subprocess.run(command, input=PROMPT, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    ended = subprocess.run(command, input=PROMPT, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.strip()
     assert "Warning" not in ended.stderr
@@ -258,5 +258,5 @@ sys.meta_path.insert(0, Interrupting())
 from beagle.__main__ import run
 run()
 """
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert (ended.returncode, ended.stderr) == (130, "stopped\n")

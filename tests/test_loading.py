@@ -144,7 +144,7 @@ def test_hub_id_without_network(monkeypatch):
 def test_hub_id_without_network_as_a_process(tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     command = [sys.executable, "-m", "beagle", "generate", "w3", "-t", "nobody/no-such-model"]
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     Outcome(ended.returncode, ended.stdout, ended.stderr).refusal("nobody/no-such-model")
 
 

@@ -228,7 +228,7 @@ def test_serve_answers(here, beagle, monkeypatch):
         message = {"messages": [{"role": "user", "content": "w3 w4"}], "model": "smollm2-135m", "max_tokens": 4}
         try:
             url = f"http://127.0.0.1:{port}/v1/chat/completions"
-            answers.append(httpx.post(url, json=message, timeout=60).json())  # waits until the server accepts
+            answers.append(httpx.post(url, json=message, timeout=300).json())  # waits until the server accepts
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -214,7 +214,7 @@ def test_allowed_tokens(model, fast):
 
 def test_text_streams_to_another_thread(model, fast):
     tokenizer = tiny_tokenizer()
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=30)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=300)
     options = {"max_new_tokens": 20, "streamer": streamer}
     thread = threading.Thread(target=model.generate, args=(PROMPT,), kwargs=options)
     thread.start()

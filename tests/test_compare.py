@@ -167,7 +167,7 @@ def test_interrupted_comparison_goes_on_where_it_stopped(compare, here, tmp_path
 
 
 def test_equal_seconds(compare, here, tmp_path, monkeypatch):
-    clock, step = count(0.0, 0.01), 0.01  # two readings a step
+    clock, step = count(0.0, 0.02), 0.02  # two readings a step
     monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     ended = compare("--variants", "beagle,eagle", budget=("--seconds", 0.4))
     assert ended.code == 0, ended.err

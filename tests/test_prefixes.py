@@ -13,7 +13,7 @@ import torch
 
 from beagle.decoding.decoder import Decoder
 from beagle.decoding.prefixes import PrefixCache
-from beagle.decoding.sampling import SamplingParams
+from beagle.decoding.sampling_params import SamplingParams
 from beagle.drafters.lookup import LookupDrafter
 from beagle.errors import BeagleError
 from beagle.model import Model

@@ -9,7 +9,8 @@ import torch
 from transformers import GenerationConfig, MinPLogitsWarper
 
 from beagle import SamplingParams, load
-from beagle.decoding.sampling import BatchOptions, Sampler, SamplingOptions
+from beagle.decoding.sampling import Sampler
+from beagle.decoding.sampling_params import BatchOptions, SamplingOptions
 from beagle.drafters.base import TreePlan
 from beagle.errors import BeagleError
 from beagle.model import Model

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from beagle.decoding.sampling import SamplingParams
+    from beagle.decoding.sampling_params import SamplingParams
     from beagle.drafters.base import TreePlan
     from beagle.errors import BeagleError
     from beagle.integrations.transformers import Speculation, speculate
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "SamplingParams": "decoding.sampling",
+    "SamplingParams": "decoding.sampling_params",
     "TreePlan": "drafters.base",
     "BeagleError": "errors",
     "Speculation": "integrations.transformers",

@@ -12,7 +12,8 @@ from beagle.decoding.costs import Costs, cached_costs
 from beagle.decoding.decoder import Decoder, decode
 from beagle.decoding.pieces import Answer, Piece, Pieces, Stream
 from beagle.decoding.prefixes import PrefixCache
-from beagle.decoding.sampling import BatchOptions, Sampler, SamplingOptions, SamplingParams, whole
+from beagle.decoding.sampling import Sampler
+from beagle.decoding.sampling_params import BatchOptions, SamplingOptions, SamplingParams, whole
 from beagle.decoding.sequence import Sequence as Job
 from beagle.decoding.sequence import Step, room
 from beagle.decoding.stats import Stats

@@ -68,11 +68,11 @@ def compile(
         target, quantize=quantize, state_layers=layers, **engine
     )  # compares what is compiled with the eager pass
     if spec.head is not None:
-        place = find_head(spec.head, target)
-        head = load_head(place, loaded)
+        source = find_head(spec.head, target)
+        head = load_head(source, loaded)
         if levels.find(folder, loaded, head) is None:
-            with o.console.status(f"compiling the levels of {place.name}"):
-                report(*levels.build(folder, loaded, head, place.name))
+            with o.console.status(f"compiling the levels of {source.name}"):
+                report(*levels.build(folder, loaded, head, source.name))
     o.console.print(
         "`beagle profile` times passes and drafts as they are now, and with BEAGLE_COMPILED=0 as they were before",
         highlight=False,

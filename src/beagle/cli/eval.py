@@ -84,7 +84,8 @@ def eval(
     if first_turns:
         sets = suites.first_turns(sets)
     drafts = Drafts(setup.draft, eagle, small_model)
-    chosen = o.split_modes(modes) or available(drafts, resolve_draft(setup.draft, setup.target), quick=suite == "quick")
+    named = [mode.strip() for mode in modes.split(",") if mode.strip()]
+    chosen = named or available(drafts, resolve_draft(setup.draft, setup.target), quick=suite == "quick")
     check_modes(chosen, drafts)
     length = max_new_tokens or (64 if suite == "quick" else 128)
     plan = setup.plan()

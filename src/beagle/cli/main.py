@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -59,36 +59,31 @@ def run() -> None:
     if debug:
         sys.argv.remove("--debug")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    error_console = Console(stderr=True)
     try:
         try:
             app()
         finally:
             sys.stdout.flush()  # a full disk shows here, not when the interpreter ends
-    except BeagleError as error:
-        if debug:
-            raise
-        error_console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        error_console.print("[yellow]stopped[/yellow]")
+        Console(stderr=True).print("[yellow]stopped[/yellow]")
         sys.exit(130)
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, BeagleError):
+            stop("error", str(error), error.exit_code)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             drop_stdout()
             where = f"'{error.filename}'" if error.filename else "the output"
-            message = f"cannot write {where}: {error.strerror}; free space or choose another place"
-            error_console.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True, highlight=False)
-            sys.exit(2)
+            stop("error", f"cannot write {where}: {error.strerror}; free space or choose another file", 2)
         message = f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
-        error_console.print(
-            f"[red]failure of ours:[/red] {escape(message)}; run with --debug for the traceback",
-            soft_wrap=True,
-            highlight=False,
-        )
-        sys.exit(1)
+        stop("failure of ours", f"{message}; run with --debug for the traceback", 1)
+
+
+def stop(what: str, message: str, code: int) -> NoReturn:
+    """End with one line of an error."""
+    Console(stderr=True).print(f"[red]{what}:[/red] {escape(message)}", soft_wrap=True, highlight=False)
+    sys.exit(code)
 
 
 def drop_stdout() -> None:

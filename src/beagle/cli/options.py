@@ -94,10 +94,6 @@ SmallModel = Annotated[
 Eagle = Annotated[str | None, typer.Option(help="Folder of an EAGLE head that `beagle train` wrote, for 'eagle'.")]
 
 
-def split_modes(modes: str) -> list[str]:
-    return [mode.strip() for mode in modes.split(",") if mode.strip()]
-
-
 @dataclass(frozen=True)
 class Setup:
     """What most commands take alike: the target, what drafts, and how."""

@@ -28,7 +28,7 @@ def serve(
         str, typer.Option("--name", help="The model's name for clients; by default the adapter's or the target's.")
     ] = "",
     live: Annotated[int, typer.Option(min=1, help="Requests that are answered at once.")] = 8,
-    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are told 429.")] = 32,
+    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more get status 429.")] = 32,
     seconds: Annotated[float, typer.Option(min=0.1, help="A request's time; then its answer is cut.")] = 300.0,
     context: Annotated[int, typer.Option(min=0, help="Tokens of prompt and answer; 0 is the target's limit.")] = 0,
     max_new_tokens: Annotated[

@@ -68,8 +68,8 @@ def prepare(given: dict[str, Any]) -> Launch:
     target, dtype = given["target"], given["dtype"]
     name = given["name"] or (Path(target).resolve().name if Path(target).exists() else target)
     extra = ["--host", given["host"], "--port", str(given["port"]), "--served-model-name", name]
-    kind = dtype if dtype == "auto" else str(pick_dtype(dtype, torch.device("cpu"))).removeprefix("torch.")
-    extra += ["--max-num-seqs", str(given["live"]), "--dtype", kind]
+    precision = dtype if dtype == "auto" else str(pick_dtype(dtype, torch.device("cpu"))).removeprefix("torch.")
+    extra += ["--max-num-seqs", str(given["live"]), "--dtype", precision]
     if given["context"]:
         extra += ["--max-model-len", str(given["context"])]
     if given["trust_remote_code"]:

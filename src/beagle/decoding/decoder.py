@@ -10,35 +10,26 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from beagle.decoding.costs import Costs
+from beagle.decoding.drafts import NOTHING, Drafts
 from beagle.decoding.live_cache import LiveCache, exact_keys
 from beagle.decoding.prefill import Prefill
 from beagle.decoding.prefixes import PrefixCache
 from beagle.decoding.sampling import Sampler
-from beagle.decoding.sequence import Emitted, Sequence, Step, room
+from beagle.decoding.sequence import Emitted, Sequence, SequenceError, Step, room
 from beagle.decoding.stats import Stats
 from beagle.decoding.walk import Walk, accept
-from beagle.drafters.base import Draft, Drafter, TreePlan, best_chain, prune
+from beagle.drafters.base import Drafter, TreePlan
 from beagle.errors import BeagleError
-from beagle.limits import MAX_NODES
-from beagle.targets.plan import EXACT_TOKENS
 from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
 
 Emissions = list[tuple[Sequence, Emitted]]
-
-
-class _OfOne(Exception):
-    """What went wrong in one of several sequences."""
-
-    def __init__(self, sequence: Sequence, error: Exception) -> None:
-        self.sequence, self.error = sequence, error
 
 
 class Decoder:
@@ -90,8 +81,15 @@ class Decoder:
         self._ran_prompts = False  # in the last step
         self._cache = LiveCache(target, size)
         self._prefill = Prefill(target, self._cache, None if exact else prefixes, piece, exact)
-        self._drafter, self._plan = drafter, plan or TreePlan()
-        self._costs, self._shared_costs, self._exact = costs, shared_costs, exact
+        self._drafter, self._exact = drafter, exact
+        self._drafts = Drafts(
+            drafter,
+            plan or TreePlan(),
+            costs=costs,
+            shared_costs=shared_costs,
+            exact=exact,
+            chains_only=target.chains_only,
+        )
         self._keep_states = keep_states or self._prefill.prefixes is not None
 
     @property
@@ -174,8 +172,8 @@ class Decoder:
             logits: of each prompt's last token, ``[sequences, vocabulary]``.
         """
         began = time.perf_counter()
-        no_draft, root = Draft([], [], []), TreeShape([-1])
-        walks = [Walk(no_draft, one.sampler, first=i, position=0, left=1) for i, one in enumerate(sequences)]
+        root = TreeShape([-1])
+        walks = [Walk(NOTHING, one.sampler, first=i, position=0, left=1) for i, one in enumerate(sequences)]
         accept(walks, logits)
         emitted = []
         for i, (one, own, walk) in enumerate(zip(sequences, states, walks, strict=True)):
@@ -224,7 +222,7 @@ class Decoder:
         clock, sequences, count = time.perf_counter, list(self.live), len(self.live)
         began = clock()
         try:
-            drafts = self._draft(sequences)
+            drafts = self._drafts.of(sequences)
             drafted_at = clock()
             sizes = [1 + len(draft.tokens) for draft in drafts]
             self._grow(sizes)
@@ -236,7 +234,7 @@ class Decoder:
             for one, draft, first in zip(sequences, drafts, accumulate(sizes[:-1], initial=0), strict=True):
                 walks.append(Walk(draft, one.sampler, first=first, position=len(one.tokens), left=one.left))
             accept(walks, logits)
-        except _OfOne as failed:
+        except SequenceError as failed:
             return [self._fail(failed.sequence, failed.error)]
         except Exception as error:  # of the pass that they share
             return [self._fail(one, error) for one in sequences]
@@ -257,51 +255,6 @@ class Decoder:
             one.stats.decode_seconds += (accepted_at - began) / count
         return emitted
 
-    def _draft(self, sequences: list[Sequence]) -> list[Draft]:
-        """Each sequence's candidates; none where the limit leaves no room for one."""
-        drafts = [Draft([], [], [])] * len(sequences)
-        drafting = [i for i, one in enumerate(sequences) if one.left > 1 and one.context is not None]
-        if self._drafter is None or not drafting:
-            return drafts
-        alone = self._exact or len(sequences) == 1
-        costs = self._costs if alone else self._shared_costs
-        reach = [min(self._plan.depth, sequences[i].left - 1) for i in drafting]  # never past the limit or the context
-        nodes = self._plan.nodes if len(sequences) == 1 else None
-        plan = replace(self._plan, depth=max(reach), nodes=nodes)
-        min_gain = costs.min_expected_tokens(1 if alone else len(sequences)) if costs else 0.0
-        made = self._draft_together([sequences[i] for i in drafting], plan, min_gain)
-        most = EXACT_TOKENS - 1 if self._exact else MAX_NODES
-        if self._plan.kind != "static" and self._plan.nodes is not None:
-            most = min(most, self._plan.nodes)
-        if self.target.chains_only:
-            made = [best_chain(draft) for draft in made]
-        made = [prune(draft, depth, most) for draft, depth in zip(made, reach, strict=True)]
-        if costs is not None and self._plan.sized_by_costs:
-            if alone:
-                made = [draft.first(costs.best_tree_size(draft.scores)) for draft in made]
-            else:
-                made = costs.share(made, len(sequences))
-        for i, draft in zip(drafting, made, strict=True):
-            drafts[i] = draft
-        return drafts
-
-    def _draft_together(self, sequences: list[Sequence], plan: TreePlan, min_gain: float) -> list[Draft]:
-        """Their drafter's candidates; where it fails, whose draft fails alone, too, is to blame."""
-        assert self._drafter is not None
-        contexts = [context for one in sequences if (context := one.context) is not None]
-        for one, context in zip(sequences, contexts, strict=True):
-            context.noise = one.sampler.noise(len(one.tokens))
-        roots = [one.tokens[-1] for one in sequences]
-        try:
-            return self._drafter.draft(contexts, roots, plan, min_gain)
-        except Exception:
-            for one, context, root in zip(sequences, contexts, roots, strict=True):
-                try:
-                    self._drafter.draft([context], [root], plan, min_gain)
-                except Exception as error:
-                    raise _OfOne(one, error) from error
-            raise
-
     def _verify(
         self, sequences: list[Sequence], trees: list[list[int]], shapes: list[TreeShape]
     ) -> tuple[Tensor, Tensor]:
@@ -315,7 +268,7 @@ class Decoder:
                     states = target.verify_exact(self._cache.of(i), tokens, shape, exact_keys(one))
                     found.append((states, target.exact_logits(states)))
                 except Exception as error:
-                    raise _OfOne(one, error) from error
+                    raise SequenceError(one, error) from error
             states, logits = found[0] if len(found) == 1 else [torch.cat(part) for part in zip(*found, strict=True)]
         else:
             tokens = torch.tensor([token for tree in trees for token in tree], device=target.device)
@@ -334,7 +287,7 @@ class Decoder:
         try:
             self._cache.reserve(max(slots))
         except BeagleError as error:
-            raise _OfOne(self.live[slots.index(max(slots))], error) from error
+            raise SequenceError(self.live[slots.index(max(slots))], error) from error
 
 
 def decode(

@@ -103,6 +103,13 @@ class Sequence:
         return "stop" if ended else None if self.left else "length"
 
 
+class SequenceError(Exception):
+    """What went wrong in one of several sequences."""
+
+    def __init__(self, sequence: Sequence, error: Exception) -> None:
+        self.sequence, self.error = sequence, error
+
+
 def room(target: Target, ids: list[int], max_new_tokens: int, name: str = "the prompt") -> int:
     """``max_new_tokens``, or what the target's context has left behind the prompt.
 

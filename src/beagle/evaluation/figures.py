@@ -75,8 +75,8 @@ def summary(
             ratios[f"{over}/{under}"] = ratio(modes[over], modes[under])
     for mode, cost in (costs or {}).items():
         if mode in found:
-            rows = found[mode]["candidates_per_pass"]
-            found[mode]["expected_speed_up"] = round(expected(found[mode]["tau"], rows, cost), 4)
+            candidates = found[mode]["candidates_per_pass"]
+            found[mode]["expected_speed_up"] = round(expected(found[mode]["tau"], candidates, cost), 4)
     for mode, weight in (weights or {}).items():
         if mode in found:
             growth = max(r.growth_mb for r in modes[mode])
@@ -161,5 +161,5 @@ def speed_up_text(values: Mapping[str, Any]) -> str:
 
 def expected(tau: float, candidates: float, costs: Costs) -> float:
     """Speed-up by the cost model: E[τ] / (T_draft + T_verify(n)) against plain decoding's 1 / T_verify(1)."""
-    rows = min(1 + round(candidates), len(costs.verify) - 1)
-    return tau * costs.verify[1] / (costs.draft + costs.verify[rows])
+    tokens = min(1 + round(candidates), len(costs.verify) - 1)
+    return tau * costs.verify[1] / (costs.draft + costs.verify[tokens])

@@ -42,7 +42,7 @@ class Record:
         peak_memory_mb: of the process, or of the GPU.
         growth_mb: how much of it came while answering.
         difference: where it leaves plain decoding's answer, if it does and both are greedy:
-            ``turn``, ``position``, and ``gap`` (see ``ties.first_divergence``).
+            ``turn``, ``position`` and ``gap`` (see ``first_divergence``).
     """
 
     set: str

@@ -37,9 +37,8 @@ class GenerateSampler(Sampler):
         self.scores: tuple[Tensor, ...] | None = () if kept and config.output_scores else None
         self.logits: tuple[Tensor, ...] | None = () if kept and config.output_logits else None
         self._sample = bool(config.do_sample)
-        plain = not processors and not self._sample and self.scores is None and self.logits is None
         super().__init__(name=name)
-        self.greedy = plain
+        self.greedy = not processors and not self._sample and self.scores is None and self.logits is None
         self._ids = cast(LongTensor, prompt[None])
         self._logits_processors, self._criteria, self._streamer = processors, criteria, streamer
 

@@ -16,10 +16,10 @@ DONE = b"data: [DONE]\n\n"
 
 def error_body(failure: Failed, param: str | None = None) -> dict[str, Any]:
     """An error in OpenAI's form."""
-    kind = {401: "authentication_error", 429: "rate_limit_error", 404: "not_found_error"}.get(
+    error_type = {401: "authentication_error", 429: "rate_limit_error", 404: "not_found_error"}.get(
         failure.status, "server_error" if failure.status >= 500 else "invalid_request_error"
     )
-    return {"error": {"message": failure.message, "type": kind, "param": param, "code": failure.code}}
+    return {"error": {"message": failure.message, "type": error_type, "param": param, "code": failure.code}}
 
 
 def sse(content: dict[str, Any]) -> bytes:

@@ -216,19 +216,19 @@ def install_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][1:])
+        field = ".".join(str(part) for part in first["loc"][1:])
         what = first["msg"].removeprefix("Value error, ")
         sent = request.headers.get("content-type")
         media = (sent or "").partition(";")[0].strip().lower()
         if media != "application/json" and not media.endswith("+json"):
-            place, what = "", f"the body's Content-Type is {sent!r}; send 'Content-Type: application/json'"
+            field, what = "", f"the body's Content-Type is {sent!r}; send 'Content-Type: application/json'"
         elif first["type"] == "json_invalid":
-            place, what = "", f"the body is no valid JSON ({first.get('ctx', {}).get('error', what)})"
-        elif not place and first["type"] in ("missing", "model_attributes_type", "dict_type", "model_type"):
+            field, what = "", f"the body is no valid JSON ({first.get('ctx', {}).get('error', what)})"
+        elif not field and first["type"] in ("missing", "model_attributes_type", "dict_type", "model_type"):
             what = 'the body is no JSON object; send one as in {"model": ...}'
         named = re.match(r"'(\w+)'", what)
-        param = place or (named[1] if named else None)
-        return respond(Failed(400, f"{place}: {what}" if place else what), param)
+        param = field or (named[1] if named else None)
+        return respond(Failed(400, f"{field}: {what}" if field else what), param)
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:

@@ -73,7 +73,7 @@ class Engine:
         self._live: dict[Job, Choice] = {}
         self._closing = False
         self._close_at = math.inf
-        self._mean_seconds = 1.0  # of a request; what Retry-After is told from
+        self._mean_seconds = 1.0  # of a request; Retry-After follows from it
         self._owner = owner or ModelThread("beagle-engine")
         self._ended: Future[None] | None = None
 

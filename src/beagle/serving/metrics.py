@@ -1,4 +1,4 @@
-"""What Prometheus is told. τ over any span of time is ``passed_tokens`` over ``passes``."""
+"""Metrics for Prometheus. τ over any span of time is ``passed_tokens`` over ``passes``."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from beagle.decoding.sampling import SamplingParams
+from beagle.decoding.sampling_params import SamplingParams
 
 MAX_CHOICES = 16  # answers of one request: prompts times n
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from beagle.decoding.sampling import SamplingParams
+from beagle.decoding.sampling_params import SamplingParams
 from beagle.decoding.stats import Stats
 from beagle.targets.chat import Message
 
@@ -122,7 +122,7 @@ Event = Delta | ChoiceEnd | Done | Failed
 
 
 class ServeError(Exception):
-    """A refusal, as it is told to the client."""
+    """A refusal, as the client gets it."""
 
     def __init__(self, failure: Failed, param: str | None = None) -> None:
         super().__init__(failure.message)

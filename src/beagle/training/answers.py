@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from beagle.decoding.decoder import Decoder
-from beagle.decoding.sampling import Sampler, SamplingParams
+from beagle.decoding.sampling import Sampler
+from beagle.decoding.sampling_params import SamplingParams
 from beagle.decoding.sequence import Sequence
 from beagle.errors import BeagleError
 from beagle.targets.target import Target

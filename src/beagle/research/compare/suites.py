@@ -192,33 +192,33 @@ def fig11(e: Entries) -> list[Finding]:
 
 
 def fig12(e: Entries) -> list[Finding]:
-    base = e["beagle"].acceptance
-    what = {
-        "beagle-window": "the next token alone (l = i) beats all of the window (l = k)",
-        "beagle-noreg": "the regression loss helps",
-    }
-    paper = {
-        "beagle-window": "Figure 12: l = i is better",
-        "beagle-noreg": "kept: without it training degrades at the end",
-    }
-    return [
-        Finding(what[name], paper[name], f"{measure(e)} {base:.3f} to {e[name].acceptance:.3f}", base > e[name].acceptance)
-        for name in what
-    ]  # fmt: skip
+    return better_than(
+        e,
+        {
+            "beagle-window": (
+                "the next token alone (l = i) beats all of the window (l = k)",
+                "Figure 12: l = i is better",
+            ),
+            "beagle-noreg": ("the regression loss helps", "kept: without it training degrades at the end"),
+        },
+    )
 
 
 def block(e: Entries) -> list[Finding]:
-    base = e["beagle"].acceptance
     what = {
         "beagle-nonewest": "the newest state in the residual helps (ours; the paper's block has none)",
         "beagle-notoken": "the token in the MLP's input helps (ours; the paper's block has none)",
         "beagle-onewindow": "a window of the early stage's own helps (ours; the paper has one for both stages)",
     }
+    return better_than(e, {name: (claim, "not tried") for name, claim in what.items()})
+
+
+def better_than(e: Entries, others: dict[str, tuple[str, str]]) -> list[Finding]:
+    """Beagle accepts more than each of some variants, of which the claim and what the paper says are given."""
+    base = e["beagle"].acceptance
     return [
-        Finding(
-            what[name], "not tried", f"{measure(e)} {base:.3f} to {e[name].acceptance:.3f}", base > e[name].acceptance
-        )
-        for name in what
+        Finding(claim, paper, f"{measure(e)} {base:.3f} to {e[name].acceptance:.3f}", base > e[name].acceptance)
+        for name, (claim, paper) in others.items()
     ]
 
 

@@ -107,31 +107,37 @@ def parts(target, sample: Stored) -> torch.Tensor:
     return states.view(len(states), len(LAYERS) + 1, target.hidden_size)
 
 
-def test_states_are_those_of_transformers(target, true, server):
-    """In bf16 both round, each in its own order: vLLM's are as near to those of float32 as transformers' are.
+def gaps(states: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Differences relative to the others' norms, ``[tokens, layers]``."""
+    return (states - others).norm(dim=-1) / others.norm(dim=-1)
 
-    The files that carry them say which tokens they are of, which the reader compares.
+
+def test_states_are_those_of_transformers(target, true, server):
+    """Both round to bf16, in orders of their own: they differ by no more than that rounding does from float32.
+
+    The files that carry the states say which tokens they are of, which the reader compares.
     """
     url, folder = server
     asked = samples(target, ANSWERS)
     groups = [asked[at : at + 8] for at in range(0, len(asked), 8)]
-    ours, theirs, total = [], [], 0
+    found, rounding, total = [], [], 0
     with VllmStates(StatesServer(url, folder, limit=LIMIT), target) as states:
         states.trial(asked)
         for group in states.ahead(groups):
             for sample in states(group):
-                exact, own = parts(true, sample), parts(target, sample)
-                size = exact.norm(dim=-1)
-                ours.append((own - exact).norm(dim=-1) / size)
-                theirs.append((sample.states.float().view_as(exact) - exact).norm(dim=-1) / size)
+                own = parts(target, sample)
+                found.append(gaps(sample.states.float().view_as(own), own))
+                if sample.id.endswith("0"):
+                    rounding.append(gaps(own, parts(true, sample)))
                 total += sample.states.numel() * 2
         assert states.most <= LIMIT < total
     assert list(folder.iterdir()) == []
-    own, found = torch.cat(ours), torch.cat(theirs)
-    print(f"{len(asked)} answers, {len(own)} tokens, {total} bytes")
-    print("from float32, mean and most:", own.mean(0), own.amax(0), "vLLM:", found.mean(0), found.amax(0))
-    assert (found.mean(0) < 1.25 * own.mean(0)).all()
-    assert (found.amax(0) < 2 * own.amax(0)).all()
+    theirs, ours = torch.cat(found), torch.cat(rounding)
+    print(f"{len(asked)} answers, {len(theirs)} tokens, {total} bytes")
+    for name, of in (("vLLM from transformers", theirs), ("bf16 from float32", ours)):
+        print(name, "mean", of.mean(0).tolist(), "median", of.median(0).values.tolist(), "most", of.amax(0).tolist())
+    assert (theirs.mean(0) < 1.5 * ours.mean(0)).all()
+    assert (theirs.amax(0) < 3 * ours.amax(0)).all()
 
 
 def test_a_head_is_trained_on_them(target, server, tmp_path, beagle):

@@ -14,6 +14,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from beagle.memory import collapse, huge_pages_wanted
 from beagle.targets.attention import attend_plan
 from beagle.targets.linears import tiled
 from beagle.targets.linears.packed import packed
@@ -34,9 +35,9 @@ def breakdown(target: Target, context: int) -> list[dict[str, float]]:
     """Milliseconds of passes and of their parts, an entry for each of ``TOKENS``; empty if passes aren't compiled on a CPU.
 
     An entry has ``rows`` (tokens of the pass), ``ms`` of the whole pass with its LM head, and its parts ``products_ms``,
-    ``attention_ms``, ``lm_head_ms``, ``python_ms`` (making masks and calling the library) and ``rest_ms`` (norms,
-    element-wise operations, copies). ``meetings_ms`` is a share of the first two: what starting and joining the threads
-    of their ``products`` and attentions takes.
+    ``attention_ms``, ``lm_head_ms``, ``python_ms`` (making masks) and ``rest_ms`` (norms, element-wise operations,
+    copies, calling the library). ``meetings_ms`` is a share of the first two: what starting and joining the threads of
+    their ``products`` and attentions takes.
 
     Args:
         target: a model with ``layers`` that run as one library.
@@ -58,19 +59,18 @@ def breakdown(target: Target, context: int) -> list[dict[str, float]]:
         times = _medians(
             {
                 "ms": lambda t=tokens, s=shape: target.logits(target.verify(cache, t, s)).argmax(-1).tolist(),
-                "pass_ms": lambda t=tokens, p=plan: target.run(t[None], p),
                 "products_ms": lambda x=inputs: [product(x[size]) for size, product in products],
                 "attention_ms": attention,
                 "lm_head_ms": lambda s=states: target.logits(s),
+                "python_ms": lambda s=shape: of_tree(cache, s, target.layers.distinct_windows).tensors(),
                 "alone": _small_products(1),
                 "together": _small_products(torch.get_num_threads()),
             }
         )
         times["products_ms"] *= share
-        whole, once = times["ms"], times.pop("pass_ms")
         meeting = max(0.0, times.pop("together") - times.pop("alone")) / CALLS
-        times["python_ms"] = max(0.0, whole - once - times["lm_head_ms"])
-        times["rest_ms"] = max(0.0, once - times["products_ms"] - times["attention_ms"])
+        parts = sum(times[f"{part}_ms"] for part in ("products", "attention", "lm_head", "python"))
+        times["rest_ms"] = max(0.0, times["ms"] - parts)
         times["meetings_ms"] = meeting * (len(shapes) + len(target.layers.shapes))
         out.append({"rows": n, **{name: round(ms, 4) for name, ms in times.items()}, "products": len(shapes)})
     return out
@@ -112,6 +112,8 @@ def _products(target: Target, shapes: list[Shape]) -> tuple[list[tuple[int, Call
         apply = quantized(weight, None, target.quantize, quantizer) if target.quantize else None
         made.append((inputs, apply or packed(weight)))
         entries += inputs * outputs
+    if huge_pages_wanted():
+        collapse()  # as the weights of the pass lie
     return made, sum(inputs * outputs for inputs, outputs in shapes) / entries
 
 

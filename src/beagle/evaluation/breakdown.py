@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable, Mapping
 from itertools import groupby
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from beagle.memory import collapse, huge_pages_wanted
 from beagle.targets.attention import attend_plan
+from beagle.targets.cache import KVCache
 from beagle.targets.linears import tiled
 from beagle.targets.linears.packed import packed
 from beagle.targets.linears.quantized import VectorQuantizer, quantized
@@ -28,6 +30,7 @@ ENOUGH = 2**30  # bytes of weights that are multiplied again: more than caches h
 REPEATS = 15
 CALLS = 100
 Shape = tuple[int, int]  # inputs and outputs of a product
+Product = tuple[int, Callable[[Tensor], Tensor]]  # with a weight, after its number of inputs
 
 
 @torch.no_grad()
@@ -49,24 +52,9 @@ def breakdown(target: Target, context: int) -> list[dict[str, float]]:
     target.prefill(torch.ones(1, context, dtype=torch.long), cache)
     shapes = product_shapes(target)
     products, share = _products(target, shapes)
-    out = []
+    out: list[dict[str, float]] = []
     for n in TOKENS:
-        tokens, shape = torch.ones(n, dtype=torch.long), TreeShape([-1, *([0] * (n - 1))])
-        plan = of_tree(cache, shape, target.layers.distinct_windows)
-        states = target.run(tokens[None], plan)[0]
-        inputs = {size: torch.randn(n, size).to(target.dtype) for size in {inputs for inputs, _ in shapes}}
-        attention = _attention(target, plan, n)
-        times = _medians(
-            {
-                "ms": lambda t=tokens, s=shape: target.logits(target.verify(cache, t, s)).argmax(-1).tolist(),
-                "products_ms": lambda x=inputs: [product(x[size]) for size, product in products],
-                "attention_ms": attention,
-                "lm_head_ms": lambda s=states: target.logits(s),
-                "python_ms": lambda s=shape: of_tree(cache, s, target.layers.distinct_windows).tensors(),
-                "alone": _small_products(1),
-                "together": _small_products(torch.get_num_threads()),
-            }
-        )
+        times = _medians(_works(target, cache, products, n))
         times["products_ms"] *= share
         meeting = max(0.0, times.pop("together") - times.pop("alone")) / CALLS
         parts = sum(times[f"{part}_ms"] for part in ("products", "attention", "lm_head", "python"))
@@ -74,6 +62,27 @@ def breakdown(target: Target, context: int) -> list[dict[str, float]]:
         times["meetings_ms"] = meeting * (len(shapes) + len(target.layers.shapes))
         out.append({"rows": n, **{name: round(ms, 4) for name, ms in times.items()}, "products": len(shapes)})
     return out
+
+
+def _works(target: Target, cache: KVCache, products: list[Product], n: int) -> dict[str, Callable[[], object]]:
+    """What is timed of a pass of ``n`` tokens, by the name of its time."""
+    tokens, shape, windows = (
+        torch.ones(n, dtype=torch.long),
+        TreeShape([-1] + [0] * (n - 1)),
+        target.layers.distinct_windows,
+    )
+    plan = of_tree(cache, shape, windows)
+    states = target.run(tokens[None], plan)[0]
+    inputs = {size: torch.randn(n, size).to(target.dtype) for size, _ in products}
+    return {
+        "ms": lambda: target.logits(target.verify(cache, tokens, shape)).argmax(-1).tolist(),
+        "products_ms": lambda: [product(inputs[size]) for size, product in products],
+        "attention_ms": _attention(target, plan, n),
+        "lm_head_ms": lambda: target.logits(states),
+        "python_ms": lambda: of_tree(cache, shape, windows).tensors(),
+        "alone": _small_products(1),
+        "together": _small_products(torch.get_num_threads()),
+    }
 
 
 def product_shapes(target: Target) -> list[Shape]:
@@ -99,12 +108,13 @@ def product_shapes(target: Target) -> list[Shape]:
     return out
 
 
-def _products(target: Target, shapes: list[Shape]) -> tuple[list[tuple[int, Callable[[Tensor], Tensor]]], float]:
-    """Products with weights of these shapes, each after its number of inputs, and by what their time is multiplied.
+def _products(target: Target, shapes: list[Shape]) -> tuple[list[Product], float]:
+    """Products with weights of these shapes, and by what their time is multiplied.
 
     The weights are random ones, in the dtype and quantisation of the target.
     """
-    made, quantizer, entries = [], VectorQuantizer(), 0
+    made: list[Product] = []
+    quantizer, entries = VectorQuantizer(), 0
     for inputs, outputs in shapes:
         if entries * target.dtype.itemsize > ENOUGH:
             break
@@ -120,7 +130,7 @@ def _products(target: Target, shapes: list[Shape]) -> tuple[list[tuple[int, Call
 def _attention(target: Target, plan: Plan, tokens: int) -> Callable[[], None]:
     """Attention of all layers of a pass."""
     about = target.layers
-    calls = []
+    calls: list[tuple[Any, ...]] = []
     for i, shape in enumerate(about.shapes):
         if not about.heads[i]:
             continue  # a convolution

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from beagle.memory import collapse, huge_pages_wanted
 from beagle.targets.attention import attend_plan
@@ -89,8 +89,8 @@ def product_shapes(target: Target) -> list[Shape]:
     """Inputs and outputs of each product of a pass; layers that read the same tensor one after the other are one."""
     calls: list[tuple[Tensor, int, int]] = []  # holds the inputs, so that no two have the same id
 
-    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        calls.append((inputs[0], layer.in_features, layer.out_features))  # type: ignore[arg-type]
+    def note(layer: Any, inputs: tuple[Tensor, ...]) -> None:
+        calls.append((inputs[0], layer.in_features, layer.out_features))
 
     layers = [m for m in target.base.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")]
     hooks = [layer.register_forward_pre_hook(note) for layer in layers]

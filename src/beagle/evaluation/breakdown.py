@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import groupby
 from statistics import median
 
@@ -57,11 +58,13 @@ def breakdown(target: Target, context: int) -> list[dict[str, float]]:
         attention = _attention(target, plan, n)
         times = _medians(
             {
-                "ms": lambda t=tokens, s=shape: target.logits(target.verify(cache, t, s)).argmax(-1).tolist(),
-                "pass_ms": lambda t=tokens, p=plan: target.run(t[None], p),
-                "products_ms": lambda x=inputs: [product(x[size]) for size, product in products],
+                "ms": partial(
+                    lambda t, s: target.logits(target.verify(cache, t, s)).argmax(-1).tolist(), tokens, shape
+                ),
+                "pass_ms": partial(target.run, tokens[None], plan),
+                "products_ms": partial(lambda x: [product(x[size]) for size, product in products], inputs),
                 "attention_ms": attention,
-                "lm_head_ms": lambda s=states: target.logits(s),
+                "lm_head_ms": partial(target.logits, states),
                 "alone": _small_products(1),
                 "together": _small_products(torch.get_num_threads()),
             }

@@ -18,7 +18,7 @@ from beagle.drafters.lookup import LookupDrafter
 from beagle.drafters.small import SmallModelDrafter
 from beagle.errors import BeagleError
 from beagle.model import Model
-from beagle.targets import compiled, loading, recurrent
+from beagle.targets import compiled, loading, proof, recurrent
 from beagle.targets.chains import Track
 from beagle.targets.recurrent_cache import RecurrentCache
 from beagle.targets.shape import TreeShape
@@ -357,7 +357,7 @@ def test_short_passes_scan_short_chunks(monkeypatch):
     chunks = []
     own = recurrent.Scan.__call__
 
-    def noted(self, inputs, *arguments, **options):
+    def noted(self, inputs, steps, *arguments, **options):
         forward = self.own
 
         def counted(*given, **named):
@@ -366,7 +366,7 @@ def test_short_passes_scan_short_chunks(monkeypatch):
 
         self.own = counted
         try:
-            return own(self, inputs, *arguments, **options)
+            return own(self, inputs, steps, *arguments, **options)
         finally:
             self.own = forward
 
@@ -378,3 +378,22 @@ def test_short_passes_scan_short_chunks(monkeypatch):
     assert (len(prompt), own_size) in chunks
     assert {tokens for tokens, _ in chunks} > {1, len(prompt)}
     assert all(chunk == (tokens if 1 < tokens < own_size else own_size) for tokens, chunk in chunks)
+
+
+def test_where_single_steps_are_others_than_a_scan_transformers_decoding_counts():
+    """Mamba 2's scan has a least time step, which transformers' single steps leave out."""
+    options = {**RECURRENT["bamba"], "time_step_limit": (2.0, float("inf"))}
+    model = tiny_model("bamba", **options)
+    made = model.generate(torch.tensor([PROMPT]), max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
+    answer = made[0, len(PROMPT) :].tolist()
+    ids = torch.tensor(PROMPT * 2)
+    with torch.no_grad():
+        whole = model.model(input_ids=ids[None], use_cache=False)[0][0]
+        assert proof.difference(proof.by_steps(model.model, ids), whole) > 0.01
+    target = tiny_target("bamba", **options)
+    target.eos_ids = frozenset()
+    assert not target.layers.one_by_one
+    assert Model(target).generate(PROMPT, max_new_tokens=16).token_ids == answer
+    drafted = Model(target, sometimes_wrong(answer), PLAN).generate(PROMPT, max_new_tokens=16)
+    assert drafted.token_ids == answer
+    assert drafted.stats.passes < 12

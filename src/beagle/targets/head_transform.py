@@ -28,7 +28,8 @@ def move_transform(model: Any) -> nn.Module | None:
     Returns:
         The linear layer, or what takes its place; None: the model has none.
     """
-    base, linear = whole_of(model), model.get_output_embeddings()
+    base = whole_of(model)
+    linear: nn.Module | None = model.get_output_embeddings()
     beside = {child: name for name, child in model.named_children() if child is not base}
     if linear is None or base is model or not any(has_weights(child) for child in beside if child is not linear):
         return linear

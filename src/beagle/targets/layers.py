@@ -22,7 +22,7 @@ from beagle.targets.plan import Biased, Chunk, Window, heads_of
 from beagle.targets.plan_cache import ASKED
 from beagle.targets.recurrent import wrap
 
-FORMAT = 8  # of what is remembered
+FORMAT = 9  # of what is remembered
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,12 @@ from beagle.targets.mask_rules import chunk_of, window_of
 from beagle.targets.own_attention import PROBED, Learning
 from beagle.targets.plan import Plan, Window
 from beagle.targets.plan_cache import PlanCache
+from beagle.targets.proof import CACHE_NAMES
 from beagle.targets.traced import NotAttention
 
 PROBE = "beagle_probe"
 TOKENS = 48  # of the pass that is probed
 MOST_WINDOW = 1024  # sliding windows up to here are compared in numbers, larger ones by the rule of their mask alone
-CACHE_NAMES = ("cache", "past_key_values")  # under which a model without its LM head takes a cache; 5.17: the second
 MOST_KEYS = 2**17  # how far the rule of a mask is read
 
 

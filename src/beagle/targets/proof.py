@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from beagle.errors import BeagleError
 from beagle.targets.cache import KVCache
 from beagle.targets.shape import TreeShape
 
+CACHE_NAMES = ("cache", "past_key_values")  # under which a model without its LM head takes a cache; 5.17: the second
 # by which states may differ from the model's own, as a share of their size (see ``difference``): rounding only
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.05}
 
@@ -53,10 +55,10 @@ def prove(target: Passes, ids: Tensor, expected: Tensor) -> None:
     tree, shape, path = ids.new_zeros(6), TreeShape([-1, 0, 0, 2, 2, 3]), [0, 2, 3, 5]
     if target.chains_only:
         shape, path = TreeShape.chain(6), [0, 1, 2, 3]
-    steps = min(4, n - 7)
-    if steps < 0:
+    begin = prompt_of(n)
+    if begin < 2:
         return  # a context of a few tokens: nothing to draft in
-    begin = n - steps - 5
+    steps = n - begin - 5
     cache = target.new_cache(1, n + len(tree))
     prompt = target.prefill(ids[None, :begin], cache)[0]
     singles = []
@@ -74,6 +76,28 @@ def prove(target: Passes, ids: Tensor, expected: Tensor) -> None:
         torch.cat(singles), torch.cat([expected[begin:at], expected[n - 1 :]]), "single tokens", target.name
     )
     refuse_difference(drafted, expected[at : at + 4], "a tree", target.name)
+
+
+def prompt_of(n: int) -> int:
+    """How many of ``n`` ids ``prove`` runs as a prompt; single tokens and a tree follow."""
+    return n - min(4, n - 7) - 5
+
+
+def by_steps(model: nn.Module, ids: Tensor) -> Tensor:
+    """Hidden states ``[n, hidden]`` as transformers' own decoding has them: a prompt, then a token at a time.
+
+    Args:
+        model: the causal LM without its LM head, with its own attention.
+        ids: ``[n]``, of which ``prompt_of`` are the prompt.
+    """
+    begin = prompt_of(len(ids))
+    name = next(name for name in CACHE_NAMES if name in inspect.signature(model.forward).parameters)
+    out = model(input_ids=ids[None, :begin], use_cache=True)
+    states = [out[0][0]]
+    for at in range(begin, len(ids)):
+        out = model(input_ids=ids[None, at : at + 1], use_cache=True, **{name: getattr(out, name)})
+        states.append(out[0][0])
+    return torch.cat(states)
 
 
 def first_equal(run: Callable[[int], tuple[Tensor, ...]], least: int, most: int) -> int:

@@ -6,6 +6,7 @@ were accepted since the state that is kept run again in front of the new ones, a
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -73,30 +74,42 @@ class LayerStates:
 
 
 class Scan:
-    """A module's ``forward``, with chunks as short as a pass of few tokens is, on a CPU.
+    """A module's ``forward``, with the settings that Mamba 2 scans an answer's tokens with as single steps compute them.
 
-    transformers' scan of Mamba 2 fills the last chunk up to its whole size, of some hundred tokens, which takes longer
-    than all else in a pass of few tokens. What it computes is the same with chunks of any size.
+    On a CPU chunks are as short as a pass of few tokens is: transformers fills the last one up to its whole size, of some
+    hundred tokens, which takes longer than all else in such a pass. What it computes is the same with chunks of any size.
+    Single steps of transformers' leave out the limits of time steps that its scans have (Zamba 2, Nemotron-H).
     """
 
     def __init__(self, module: nn.Module, own: Callable[..., Any]) -> None:
         """
         Args:
-            module: whose ``chunk_size`` says how many tokens a chunk has, where it has one.
+            module: has the settings as attributes, ``chunk_size`` and ``time_step_limit``, or none of them.
             own: its ``forward``.
         """
         self.own, self._module = own, module
 
-    def __call__(self, inputs: Tensor, *arguments: Any, **options: Any) -> Any:
-        """The module's outputs for ``inputs [batch, tokens, hidden]``, which are among the arguments."""
-        tokens, whole = inputs.shape[1], getattr(self._module, "chunk_size", None)
-        if not isinstance(whole, int) or not 1 < tokens < whole or inputs.device.type != "cpu":
-            return self.own(*arguments, **options)
-        self._module.chunk_size = tokens  # type: ignore[assignment]
+    def __call__(self, inputs: Tensor, steps: bool, *arguments: Any, **options: Any) -> Any:
+        """The module's outputs.
+
+        Args:
+            inputs: ``[batch, tokens, hidden]``, which are among the arguments.
+            steps: whether the tokens are an answer's, which plain decoding runs one at a time.
+            *arguments: of the call.
+            **options: of the call, by name.
+        """
+        tokens, own = inputs.shape[1], vars(self._module)
+        settings: dict[str, Any] = {}
+        if inputs.device.type == "cpu" and 1 < tokens < int(own.get("chunk_size") or 0):
+            settings["chunk_size"] = tokens
+        if steps and "time_step_limit" in own:
+            settings["time_step_limit"] = (0.0, math.inf)
+        before = {name: own[name] for name in settings}
+        own.update(settings)
         try:
             return self.own(*arguments, **options)
         finally:
-            self._module.chunk_size = whole  # type: ignore[assignment]
+            own.update(before)
 
 
 class _Call:
@@ -107,14 +120,15 @@ class _Call:
         gives_tuple: whether the module returns several things.
     """
 
-    def __init__(self, scan: Scan, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def __init__(self, scan: Scan, prompt: bool, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         """
         Args:
             scan: of the module.
+            prompt: whether the tokens are a prompt's.
             arguments: of the call; the first tensor among them is what the module computes from.
             options: of the call, by name.
         """
-        self._scan, self._positional = scan, len(arguments)
+        self._scan, self._prompt, self._positional = scan, prompt, len(arguments)
         named: dict[Any, Any] = dict(enumerate(arguments)) | options
         self._first, self.hidden = next((name, value) for name, value in named.items() if isinstance(value, Tensor))
         # no mask: no sequence is padded
@@ -126,7 +140,8 @@ class _Call:
         given = {name: states if isinstance(value, PlanCache) else value for name, value in self._given.items()}
         given[self._first] = inputs
         arguments = [given.pop(i) for i in range(self._positional)]
-        found = self._scan(inputs, *arguments, **given)
+        steps = bool(states.states) and not self._prompt
+        found = self._scan(inputs, steps, *arguments, **given)
         self.gives_tuple = isinstance(found, tuple)
         return found if self.gives_tuple else (found,)
 
@@ -148,7 +163,8 @@ class RecurrentForward:
         plan = current_plan.get(None)
         if plan is None or plan.chains is None:
             return self.scan.own(*arguments, **options)
-        call, flat = _Call(self.scan, arguments, options), plan.sequences is not None
+        call = _Call(self.scan, plan.kind == "prompt", arguments, options)
+        flat = plan.sequences is not None
         pieces = call.hidden[0].split(plan.chains.counts) if flat else call.hidden.unbind(0)
         found = [
             None if parts[0] is None else torch.cat(parts)[None] if flat else torch.stack(parts)

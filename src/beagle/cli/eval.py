@@ -96,6 +96,8 @@ def eval(
         "small_model": redact_paths(small_model) if small_model else None, **setup.arguments(),
         "first_turns": first_turns or None,  # older files don't have it
     }  # fmt: skip
+    known = {name: value for name, value in arguments.items() if name not in ("exact", "modes")}
+    _earlier(json, resume, known)  # before the target is loaded, on which the two others depend
     layers = drafts.state_layers(chosen, setup.target)
     loaded = o.load_target(
         setup.target, adapter=setup.adapter, quantize=setup.quantize, state_layers=layers, device_map=setup.device_map,

@@ -266,7 +266,7 @@ def test_a_sample_that_has_states_keeps_them(target, stub):
 def test_a_sample_larger_than_the_limit(target, stub):
     with (
         VllmStates(StatesServer(stub.url, stub.folder, limit=5000), target) as states,
-        pytest.raises(BeagleError, match=r"of 40 tokens take 0 MB.*raise the limit \(--states-limit\)"),
+        pytest.raises(BeagleError, match=r"of 40 tokens take 0 MB.*raise the limit, or train"),
     ):
         states(many(1))
     assert stub.requests == 0
@@ -303,7 +303,7 @@ def test_states_that_are_no_numbers(data, trained, stub, tmp_path):
 
 def test_a_prompt_that_the_server_refuses(data, trained, stub, tmp_path):
     stub.change = lambda *_: ({"error": {"message": "maximum context length is 8"}}, 400)
-    trained(tmp_path / "x", data).refusal("maximum context length is 8", "--max-model-len")
+    trained(tmp_path / "x", data).refusal("maximum context length is 8", "max_model_len")
 
 
 def test_a_folder_that_is_not_there(data, trained, stub, tmp_path):
@@ -327,7 +327,7 @@ def test_options_that_lack_each_other(data, trained, train, beagle, stub, tmp_pa
     beagle(*out, "--states-from", stub.url).refusal("--states-folder")
     beagle(*out, "--states-folder", stub.folder).refusal("--states-from")
     served = ["--states-from", stub.url, "--states-folder", stub.folder]
-    train(tmp_path / "x", *served, head=HEAD).refusal("of answers that exist", "--answers-from")
+    train(tmp_path / "x", *served, head=HEAD).refusal("of answers that exist", "answers.source: given")
 
 
 def later(change, after: int):

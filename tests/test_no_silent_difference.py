@@ -303,3 +303,13 @@ class Bent(nn.Module):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         logits = self.inner(states)
         return logits + 2 * logits.abs()
+
+
+def test_an_lm_head_whose_layers_give_tuples_is_left_as_it_was():
+    """XLM's: the family is refused in one line, for its attention."""
+    model = tiny_model("xlm", is_encoder=False, causal=True)
+    before = model(input_ids=torch.tensor([LONG])).logits
+    move_transform(model)
+    torch.testing.assert_close(model(input_ids=torch.tensor([LONG])).logits, before)
+    with pytest.raises(BeagleError, match="compute their attention themselves"):
+        Target(model, tiny_tokenizer(), "some-model")

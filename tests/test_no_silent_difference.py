@@ -307,7 +307,7 @@ class Bent(nn.Module):
 
 def test_an_lm_head_whose_layers_give_tuples_is_left_as_it_was():
     """XLM's: the family is refused in one line, for its attention."""
-    model = tiny_model("xlm", is_encoder=False, causal=True)
+    model = tiny_model("xlm")
     before = model(input_ids=torch.tensor([LONG])).logits
     move_transform(model)
     torch.testing.assert_close(model(input_ids=torch.tensor([LONG])).logits, before)

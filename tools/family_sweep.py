@@ -319,6 +319,7 @@ def judged(folder: Path, own: list[list[list[int]]], gaps: list[float]) -> dict[
             if "differs" not in " ".join(without.values()):
                 ways, found["equal to"] = without, "those without"
     found |= {"ways": ways, "trains": trains(target), "layers": target.layer_count}
+    ways = found["ways"] = {name: way.replace(str(folder), "it") for name, way in ways.items()}
     kinds = {way.split(":")[0] for way in ways.values()}
     result = next((kind for kind in ("crashes", "differs") if kind in kinds), "identical")
     if result == "identical" and ways["plain"] != "identical":

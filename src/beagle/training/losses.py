@@ -11,6 +11,7 @@ from torch import Tensor
 
 ROUND = 64  # of slots: products of few shapes, as oneDNN keeps what it made for each
 CHUNK = 512  # slots whose logits exist at a time: fewer are slower products, more are slower memory
+GPU_CHUNK = 4096  # the same where a product takes less time than its start
 LK_DECAY = 3.0  # η of the LK losses: how fast cross-entropy gives way to total variation as acceptance grows
 DPACE_SMOOTHING = 0.5  # α of D-PACE: a step that is never accepted still passes on this share of its weight
 
@@ -34,8 +35,9 @@ class _SlotLosses(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         values, acceptance = torch.empty_like(weights), torch.empty_like(weights)
         gradient = torch.empty_like(predicted)
-        for at in range(0, len(predicted), CHUNK):
-            chunk = slice(at, at + CHUNK)
+        size = CHUNK if predicted.device.type == "cpu" else GPU_CHUNK
+        for at in range(0, len(predicted), size):
+            chunk = slice(at, at + size)
             log_q = F.log_softmax(F.linear(predicted[chunk], head, bias).float(), dim=-1)
             p = F.softmax(F.linear(true[chunk], head, bias).float(), dim=-1)
             value = -torch.linalg.vecdot(p, log_q)
@@ -143,6 +145,8 @@ def slot_losses(
 
 def total(values: Tensor) -> Tensor:
     """Sum of slot losses, chunk by chunk, a scalar."""
+    if values.device.type != "cpu":
+        return values.sum()
     padded = F.pad(values, (0, -len(values) % ROUND))
     return sum((part.sum() for part in padded.split(CHUNK)), start=values.new_zeros(()))
 

@@ -66,6 +66,29 @@ def test_roundtrip(target, tmp_path, overrides):
 
 
 @pytest.mark.parametrize("architecture", LIVELY)
+def test_int8_on_disk_is_half_a_step_off(target, tmp_path, architecture):
+    head = tiny_head(target, architecture=architecture)
+    save_head(head, tmp_path, target=target.name, dtype=torch.int8, meta={})
+    stored = load_file(tmp_path / "model.safetensors")
+    loaded = load_head(tmp_path, target).state_dict()
+    assert loaded.keys() == head.state_dict().keys()
+    for name, tensor in head.state_dict().items():
+        if tensor.ndim == 2:
+            assert stored[name].dtype == torch.int8
+            step = tensor.abs().amax(1, keepdim=True) / 127
+            assert ((loaded[name] - tensor).abs() <= 0.51 * step).all(), name
+        else:
+            assert torch.allclose(loaded[name].float(), tensor.float(), rtol=2**-8), name
+
+
+def test_int8_matrix_without_its_scale(target, tmp_path):
+    save_head(tiny_head(target), tmp_path, target=target.name, dtype=torch.int8, meta={})
+    scale = next(name for name in load_file(tmp_path / "model.safetensors") if name.endswith(".scale"))
+    edit_weights(tmp_path, lambda tensors: tensors.pop(scale))
+    assert scale in refused(tmp_path, target)
+
+
+@pytest.mark.parametrize("architecture", LIVELY)
 def test_roundtrip_with_a_trimmed_vocabulary(target, tmp_path, architecture):
     head = tiny_head(target, architecture=architecture, draft_vocab_size=10)
     head.draft_vocab.copy_(torch.arange(10) * 6)

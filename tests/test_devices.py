@@ -146,3 +146,15 @@ def test_processes_for_nothing_are_refused(folders, tmp_path, monkeypatch, words
 def test_tensor_parallelism_needs_processes(folders, beagle):
     ended = beagle("generate", "w5", "--target", folders.target, "--tensor-parallel")
     ended.refusal("--tensor-parallel needs several processes", "torchrun")
+
+
+def test_attention_that_plans_every_shape_is_not_taken_on_cuda():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        devices.refuse_planned_attention(torch.device("cpu"))
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        devices.refuse_planned_attention(torch.device("cuda"))
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from beagle.drafters.checkpoint import load_head
 from beagle.evaluation.modes import Options, System
 from beagle.evaluation.roofline import Machine
 from beagle.model import Model
+from beagle.targets.loading import load_target
+from beagle.training.answer_files import AnswerFolder, AnswersManifest, StoredAnswer
 from conftest import tiny_target
 
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
@@ -151,3 +154,22 @@ def test_hybrids_drafted_and_plain_take_turns(tmp_path, monkeypatch):
     assert {mode: len(speeds) for mode, speeds in found["tokens_per_second"].items()} == {"plain": 2, "drafted": 2}
     assert found["tau"] == pytest.approx([4.0, 4.0], abs=0.4)  # the root's token and three drafted ones
     assert found["speed_up"] > 0
+
+
+def test_a_head_is_made_smaller(folders, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS.parent / "tools"))
+    shrink = importlib.import_module("shrink_head")
+    target = load_target(str(folders.target), dtype="float32", device="cpu")
+    answers = AnswerFolder.create(tmp_path / "answers", AnswersManifest.of(target, {}))
+    often = [9, 9, 9, 5, 5, 30]
+    answers.append([StoredAnswer("0" * 16, "a", 0, 0.0, False, 3, torch.tensor(often))])
+    whole = load_head(folders.head, target)
+    words = ["--target", str(folders.target), "--vocabulary", "3", "--answers", str(answers.folder), "--int8"]
+    shrink.main([str(folders.head), *words, "--out", str(tmp_path / "small")])
+    small = load_head(tmp_path / "small", target)
+    kept = small.draft_vocab.tolist()
+    ends = sorted(target.eos_ids)
+    assert kept == sorted([*ends, *[token for token in (9, 5, 30) if token not in ends][: 3 - len(ends)]])
+    assert small.config.blocks == whole.config.blocks
+    content = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert "shrink_head.py" in content["meta"]["shrunk"]

@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,12 @@ def describe(target: Target | None = None, drafters: Iterable[Drafter | None] = 
         },
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "beagle-decoding")},
+            **{name: _version(name) for name in ("torch", "transformers", "beagle-decoding")},
         },
         "revision": revision(),
     }
     if target is not None:
-        about["target"] = {"name": target.name, "dtype": str(target.dtype).removeprefix("torch.")}
+        about["target"] = {"name": redact_paths(target.name), "dtype": str(target.dtype).removeprefix("torch.")}
         if target.quantize:
             about["target"]["quantize"] = target.quantize
         if target.compiled is not None:
@@ -65,6 +65,14 @@ def redact_paths(word: str) -> str:
     if data and word.startswith(data):
         return "$BEAGLE_DATA" + word.removeprefix(data.rstrip("/"))
     return Path(word).name if word.startswith("/") else word
+
+
+def _version(package: str) -> str | None:
+    """None: it runs from its source, without having been installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _cpu() -> str:

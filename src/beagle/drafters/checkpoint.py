@@ -17,6 +17,7 @@ import beagle.drafters.eagle_head
 import beagle.drafters.head  # noqa: F401
 from beagle.drafters.block import HEADS, Block
 from beagle.drafters.hub import download_head, is_hub_name
+from beagle.drafters.int8_weights import from_int8, to_int8
 from beagle.errors import BeagleError
 from beagle.files import replacing, write_json
 
@@ -26,12 +27,24 @@ GGUF_ENDING = re.compile(r"([-._](i?q\d\w*|bf16|f16|f32))?\.gguf$")
 
 
 def save_head(head: Block, folder: str | Path, *, target: str, dtype: torch.dtype, meta: dict[str, Any]) -> None:
-    """Write a head atomically: the weights first, then the config that makes the folder a checkpoint."""
+    """Write a head atomically: the weights first, then the config that makes the folder a checkpoint.
+
+    Args:
+        head: to write.
+        folder: is made, or written over.
+        target: name of its target.
+        dtype: of its weights; int8: of its matrices, the rest is bfloat16 (see ``int8_weights``).
+        meta: how it was made.
+    """
     folder = Path(folder)
     tensors = {
-        name: tensor.detach().to(dtype if tensor.is_floating_point() else torch.int32).contiguous()
+        name: tensor.detach().contiguous() if tensor.is_floating_point() else tensor.to(torch.int32)
         for name, tensor in head.state_dict().items()
     }
+    if dtype == torch.int8:
+        tensors = to_int8(tensors)
+    else:
+        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     kind = head.architecture
     content: dict[str, Any] = {"model_type": kind, "architectures": [f"{kind.title()}ForCausalLM"], "target": target}
     content |= {"head": asdict(head.config), "meta": meta}
@@ -177,7 +190,7 @@ def load_head(folder: str | Path, target: Any) -> Block:
                 f"{what} {theirs}; choose the head of this target or train one with `beagle train`"
             )
     try:
-        tensors = load_file(folder / "model.safetensors")
+        tensors = from_int8(load_file(folder / "model.safetensors"))
         tensors["draft_vocab"] = tensors["draft_vocab"].long()
         head.load_state_dict(tensors, assign=True)
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:

@@ -21,7 +21,7 @@ from beagle.ranks import ALONE, Ranks
 from beagle.targets import probe, proof
 from beagle.targets.attention import NAME
 from beagle.targets.cache import KVCache
-from beagle.targets.devices import device_of
+from beagle.targets.devices import device_of, refuse_planned_attention
 from beagle.targets.family import (
     base_of,
     context_limit,
@@ -120,6 +120,7 @@ class Target:
         if isinstance(rows, Tensor):  # some embed more tokens than they answer with
             self.vocab_size = min(self.vocab_size, len(rows))
         self.device, self.dtype = device_of(model), weight.dtype
+        refuse_planned_attention(self.device)
         self.context_limit, self.context_ends = context_limit(self.config)
         self.eos_ids = eos_ids(model, tokenizer)
         model.eval().requires_grad_(False)

@@ -22,6 +22,7 @@ from beagle.drafters.block import Block, Layer
 from beagle.drafters.checkpoint import HEADS, save_head
 from beagle.errors import BeagleError
 from beagle.files import replacing, write_json
+from beagle.meta import redact_paths
 from beagle.ranks import ALONE, RankLost, Ranks
 from beagle.targets.loading import first_line, pick_dtype
 from beagle.targets.target import Target
@@ -336,4 +337,4 @@ class Trainer:
 
     def export(self, folder: Path, meta: dict[str, Any]) -> None:
         """Write the head as a draft checkpoint that ``beagle generate --draft`` takes."""
-        save_head(self.head, folder, target=self.target.name, dtype=torch.bfloat16, meta=meta)
+        save_head(self.head, folder, target=redact_paths(self.target.name), dtype=torch.bfloat16, meta=meta)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from beagle.drafters.checkpoint import load_head
+from beagle.drafters.checkpoint import load_head, weight_files
 from beagle.evaluation.modes import Options, System
 from beagle.evaluation.roofline import Machine
 from beagle.model import Model
@@ -164,12 +164,27 @@ def test_a_head_is_made_smaller(folders, tmp_path, monkeypatch):
     often = [9, 9, 9, 5, 5, 30]
     answers.append([StoredAnswer("0" * 16, "a", 0, 0.0, False, 3, torch.tensor(often))])
     whole = load_head(folders.head, target)
-    words = ["--target", str(folders.target), "--vocabulary", "3", "--answers", str(answers.folder), "--int8"]
+    words = [
+        "--target",
+        str(folders.target),
+        "--vocabulary",
+        "3",
+        "--answers",
+        str(answers.folder),
+        "--int8",
+        "--most-mb",
+        "0.004",
+    ]
     shrink.main([str(folders.head), *words, "--out", str(tmp_path / "small")])
     small = load_head(tmp_path / "small", target)
     kept = small.draft_vocab.tolist()
     ends = sorted(target.eos_ids)
     assert kept == sorted([*ends, *[token for token in (9, 5, 30) if token not in ends][: 3 - len(ends)]])
-    assert small.config.blocks == whole.config.blocks
+    parts = weight_files(tmp_path / "small")
+    assert len(parts) > 1
+    assert {path.suffix for path in (tmp_path / "small").iterdir()} == {".json", ".safetensors"}
+    for name, weight in whole.state_dict().items():
+        if name != "draft_vocab":
+            assert torch.allclose(small.state_dict()[name], weight, atol=0.01), name
     content = json.loads((tmp_path / "small" / "config.json").read_text())
     assert "shrink_head.py" in content["meta"]["shrunk"]

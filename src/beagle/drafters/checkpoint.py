@@ -59,6 +59,11 @@ def save_head(head: Block, folder: str | Path, *, target: str, dtype: torch.dtyp
         ) from error
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """``model.safetensors``, or the parts ``model-00001-of-00002.safetensors`` … of a head that one file is too small for."""
+    return sorted(folder.glob("model-*-of-*.safetensors")) or [folder / "model.safetensors"]
+
+
 def shipped_head(target_name: str) -> Path | None:
     """The folder of the head that ships with this package for a target, if there is one.
 
@@ -190,7 +195,7 @@ def load_head(folder: str | Path, target: Any) -> Block:
                 f"{what} {theirs}; choose the head of this target or train one with `beagle train`"
             )
     try:
-        tensors = from_int8(load_file(folder / "model.safetensors"))
+        tensors = from_int8({name: t for path in weight_files(folder) for name, t in load_file(path).items()})
         tensors["draft_vocab"] = tensors["draft_vocab"].long()
         head.load_state_dict(tensors, assign=True)
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:

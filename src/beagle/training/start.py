@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from beagle.drafters.block import Block
-from beagle.drafters.checkpoint import find_head, head_settings
+from beagle.drafters.checkpoint import find_head, head_settings, weight_files
 from beagle.drafters.load import DraftSpec
 from beagle.errors import BeagleError
 from beagle.files import read_json, write_json
@@ -57,8 +57,10 @@ def digest(folder: Path | None) -> str | None:
     """16 hexadecimal digits of a head's weights; None of no head."""
     if folder is None:
         return None
-    with (folder / "model.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    found = hashlib.sha256()
+    for path in weight_files(folder):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def refuse_other_start(out: Path, folder: Path | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from beagle.drafters import captured
 from beagle.drafters.base import TreePlan
-from beagle.drafters.checkpoint import kv_layers, load_head
+from beagle.drafters.checkpoint import kv_layers, load_head, weight_files
 from beagle.drafters.head_drafter import HeadDrafter
 from beagle.errors import BeagleError
 from beagle.evaluation.figures import by, summary
@@ -46,7 +46,7 @@ class Work:
     def identity(self) -> dict[str, Any]:
         """What a stored result must have in common with this work to stand for it."""
         return {
-            "heads": {name: (folder / "model.safetensors").stat().st_mtime for name, folder in self.heads.items()},
+            "heads": {name: weight_files(folder)[0].stat().st_mtime for name, folder in self.heads.items()},
             "sets": {name: [p.turns[0] for p in prompts] for name, prompts in self.sets.items()},
             "plans": {name: asdict(plan) for name, plan in self.plans.items()},
             "target": self.target,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from beagle.drafters.base import TreePlan
+from beagle.drafters.checkpoint import weight_files
 from beagle.errors import BeagleError
 from beagle.evaluation.figures import ratio, resolved, speed_up_text
 from beagle.evaluation.modes import Drafts, Options, load_systems
@@ -66,7 +67,7 @@ class Job:
             "suite": f"reproduce, {self.scale}", "max_new_tokens": self.max_new_tokens, "modes": MODES,
             "temperature": 0.0, "exact": False, "seed": 0, "draft": "head", "tree": self.tree.kind,
             "depth": self.tree.depth, "top_k": self.tree.top_k, "nodes": self.tree.nodes,
-            "heads": [(folder / "model.safetensors").stat().st_mtime for folder in (self.beagle, self.eagle)],
+            "heads": [weight_files(folder)[0].stat().st_mtime for folder in (self.beagle, self.eagle)],
         }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 Result = dict[str, Any]
@@ -57,6 +58,37 @@ def stage_ratio(result: Result, over: tuple[str, str], under: tuple[str, str]) -
     return ", ".join(f"{seconds[*over, seed] / seconds[*under, seed]:.2f}×" for seed in seeds)
 
 
+def eagle3_ratio(result: Result, figure: Callable[[Result, int], float]) -> str:
+    """A figure of Beagle's run over EAGLE-3's, by seed."""
+    by = {(run["variant"], run["seed"]): run for run in result["runs"]}
+    seeds = sorted({seed for _, seed in by})
+    found = [figure(by["beagle", seed], seed) / figure(by["eagle3-u7-m20", seed], seed) for seed in seeds]
+    return " and ".join(f"{ratio:.2f}×" for ratio in found)
+
+
+def eagle3_decoded(result: Result, figure: str) -> str:
+    """The same of decoding with the heads, all questions together."""
+    heads = result["decoding"]["dynamic"]
+    return eagle3_ratio(result, lambda run, seed: float(heads[f"{run['variant']}/seed{seed}"][figure]))
+
+
+def time_to_eagle3(result: Result) -> str:
+    """Seconds until Beagle's expected length is EAGLE-3's last, between two points of its curve, over all of EAGLE-3's."""
+    found = []
+    by = {(run["variant"], run["seed"]): run for run in result["runs"]}
+    for seed in sorted({seed for _, seed in by}):
+        other = by["eagle3-u7-m20", seed]
+        points = [(0.0, 1.0)] + [(p["seconds"], p["expected_length"]) for p in by["beagle", seed]["curve"]]
+        (a, low), (b, high) = next(pair for pair in pairwise(points) if pair[1][1] >= other["expected_length"])
+        found.append((a + (b - a) * (other["expected_length"] - low) / (high - low)) / other["seconds"])
+    return " and ".join(f"{share:.2f}×" for share in found)
+
+
+def peak(run: Result, seed: int) -> float:
+    """The most memory of a stage."""
+    return float(max(stage["memory_mb"] for stage in run["stages"].values()))
+
+
 def overhead(part: Result) -> str:
     return f"{part['of_all_seconds']:+.1%} ({part['lowest']:+.0%} to {part['highest']:+.0%} by question)"
 
@@ -67,6 +99,7 @@ def clients_ratio(result: Result, figure: str, one: tuple[str, int], other: tupl
     return f"{found[0] / found[1]:.2f}×"
 
 
+EAGLE3 = "eagle3/compare.json"
 PROFILE, START, LOAD, CLIENTS = "profile_bf16.json", "start.json", "load_test.json", "serve_clients.json"
 FACTS: dict[str, list[Fact]] = {
     "profile": [
@@ -156,6 +189,14 @@ FACTS: dict[str, list[Fact]] = {
         fact("Beagle's early stage over EAGLE's single step", "stages/compare.json")(
             lambda r: stage_ratio(r, ("beagle-early", "early"), ("eagle", "early"))
         ),
+    ],
+    "eagle3": [
+        fact("τ, Beagle over EAGLE-3", EAGLE3)(lambda r: eagle3_decoded(r, "tau")),
+        fact("speed", EAGLE3)(lambda r: eagle3_decoded(r, "tokens_per_second")),
+        fact("expected length of a chain", EAGLE3)(lambda r: eagle3_ratio(r, lambda run, _: run["expected_length"])),
+        fact("seconds of training", EAGLE3)(lambda r: eagle3_ratio(r, lambda run, _: run["seconds"])),
+        fact("seconds to EAGLE-3's last expected length", EAGLE3)(time_to_eagle3),
+        fact("peak memory of training", EAGLE3)(lambda r: eagle3_ratio(r, peak)),
     ],
     "repeat": [
         fact(f"τ of the quick suite, {mode}", "eval_quick_smollm2-135m.json", "quick_second_run.json")(

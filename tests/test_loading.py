@@ -231,3 +231,29 @@ def test_drafts_that_do_not_fit(folders, beagle, tmp_path):
     cut = shutil.copytree(folders.head, tmp_path / "cut") / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-100])
     refusal(tmp_path / "cut", "corrupt")
+
+
+@pytest.mark.parametrize("name", ["nobody/no-such-model", "no body/n!"])
+def test_a_hub_id_that_is_not_found_says_what_to_check(name, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    refusal(name, "; check the spelling of this hub id and the network, or give a folder or a GGUF file")
+
+
+def test_a_hub_id_that_the_hub_does_not_know(monkeypatch):
+    def unknown(source, **options):
+        raise OSError(
+            f"{source} is not a valid model identifier listed on the hub\nIf this is a private repository, log in"
+        )
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", unknown)
+    refusal("nobody/none", "not a valid model identifier", "check the spelling", "network", "folder", "GGUF file")
+
+
+def test_a_hub_id_of_an_unknown_family_is_not_said_to_be_misspelt(monkeypatch):
+    def unknown(source, **options):
+        raise ValueError("Transformers does not recognize this architecture.")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", unknown)
+    assert "spelling" not in refusal(
+        "somebody/new-family", "does not recognize this architecture; check or download it again"
+    )

@@ -175,6 +175,7 @@ def load_model(
     Raises:
         BeagleError: nothing of this name, or a family that can't be served.
     """
+    from huggingface_hub.errors import HFValidationError
     from transformers import AutoConfig, AutoTokenizer
 
     where = pick_device(device)
@@ -210,9 +211,10 @@ def load_model(
     except ImportError as error:
         raise BeagleError(f"target '{name}' can't be loaded: {missing_package(error, config)}") from error
     except (OSError, ValueError, TypeError, AttributeError, LookupError, RuntimeError, SafetensorError) as error:
-        raise BeagleError(
-            f"target '{name}' can't be loaded: {first_line(error)}; check or download it again"
-        ) from error
+        remedy = "check or download it again"
+        if config is None and not Path(source).is_dir() and isinstance(error, OSError | HFValidationError):
+            remedy = "check the spelling of this hub id and the network, or give a folder or a GGUF file"
+        raise BeagleError(f"target '{name}' can't be loaded: {first_line(error).rstrip('.')}; {remedy}") from error
     if spread:
         devices.refuse_unserved(model, name, tensor_parallel)
         model.offloaded = scratch

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -253,7 +253,7 @@ def learn(model: Any, name: str, expected: int | None = None) -> Layers:
         n = min(TOKENS, limit)
         with tokens_alone(name):
             asked = _Asked(n, device, notes).inputs(cache) if cache else {}
-            with _running(base, notes.running):
+            with _running(base, notes.running) if cache else nullcontext():
                 base(input_ids=torch.ones(1, n, dtype=torch.long, device=device), use_cache=False, **asked)
     finally:
         _notes.pop()

@@ -171,7 +171,7 @@ class Target:
         with probe.tokens_alone(self.name):
             expected: Tensor = whole(input_ids=ids[None], use_cache=False)[0][0].to(self.dtype)
             logits = model(input_ids=few, use_cache=False).logits
-            states: Tensor = whole(input_ids=few, use_cache=False)[0].to(self.dtype)
+        states = expected[: few.shape[1]]  # causal, so that no pass of the few alone is needed
         if not layers.own:
             model.set_attn_implementation(NAME)
         self.layers = layers
@@ -195,7 +195,7 @@ class Target:
                 f"{self.hidden_size}, so draft heads, which read both, have no width; choose a model where they are equal"
             )
         fits = states.shape[-1] == rows.shape[-1]
-        gaps = [proof.difference(head(states)[0], logits[0]) if fits else math.inf for head in heads]
+        gaps = [proof.difference(head(states), logits[0]) if fits else math.inf for head in heads]
         if not min(gaps) < proof.TOLERANCE[self.dtype]:
             raise BeagleError(
                 f"{self.name}: its logits are more than one linear layer over a hidden state, which draft heads can't "

@@ -89,6 +89,12 @@ def peak(run: Result, seed: int) -> float:
     return float(max(stage["memory_mb"] for stage in run["stages"].values()))
 
 
+def gain(result: Result, mode: str) -> float:
+    """Speed of a mode over plain decoding's, all questions together."""
+    modes = result["modes"]
+    return float(modes[mode]["tokens_per_second"] / modes["plain"]["tokens_per_second"])
+
+
 def overhead(part: Result) -> str:
     return f"{part['of_all_seconds']:+.1%} ({part['lowest']:+.0%} to {part['highest']:+.0%} by question)"
 
@@ -100,6 +106,11 @@ def clients_ratio(result: Result, figure: str, one: tuple[str, int], other: tupl
 
 
 EAGLE3 = "eagle3/compare.json"
+TARGETS = {
+    "SmolLM2-135M, the five sets": "bench_five_sets.json",
+    "Qwen2.5-Coder-0.5B": "bench_qwen2.5-coder-0.5b.json",
+    "Qwen2.5-Coder-1.5B": "bench_qwen2.5-coder-1.5b.json",
+}
 PROFILE, START, LOAD, CLIENTS = "profile_bf16.json", "start.json", "load_test.json", "serve_clients.json"
 FACTS: dict[str, list[Fact]] = {
     "profile": [
@@ -197,6 +208,13 @@ FACTS: dict[str, list[Fact]] = {
         fact("seconds of training", EAGLE3)(lambda r: eagle3_ratio(r, lambda run, _: run["seconds"])),
         fact("seconds to EAGLE-3's last expected length", EAGLE3)(time_to_eagle3),
         fact("peak memory of training", EAGLE3)(lambda r: eagle3_ratio(r, peak)),
+    ],
+    "targets": [
+        fact(f"{name}, {what} over plain decoding", file)(
+            lambda r, mode=mode: f"{gain(r, mode):.2f}×, τ {r['modes'][mode]['tau']:.2f}"
+        )
+        for name, file in TARGETS.items()
+        for mode, what in {"head": "head", "lookup": "lookup", "beagle": "both"}.items()
     ],
     "repeat": [
         fact(f"τ of the quick suite, {mode}", "eval_quick_smollm2-135m.json", "quick_second_run.json")(

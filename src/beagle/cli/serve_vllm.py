@@ -80,7 +80,7 @@ def prepare(given: dict[str, Any]) -> Launch:
 
 def exported(target: str, draft: str, dtype: str, trust: bool) -> str | None:
     """Folder of the head that ``--draft`` names, exported once; None without drafts."""
-    from beagle.drafters.checkpoint import find_head, kv_layers, load_head, shipped_head
+    from beagle.drafters.checkpoint import find_head, kv_layers, load_head, shipped_head, weight_files
     from beagle.drafters.load import DraftSpec
     from beagle.targets.loading import cache_dir, resolve, sha256
     from beagle.vllm.export import export
@@ -93,8 +93,8 @@ def exported(target: str, draft: str, dtype: str, trust: bool) -> str | None:
     if spec.head is None or spec.lookup:
         raise BeagleError(f"--draft {draft} is not for --engine vllm; use head, a folder, auto or none")
     source = find_head(spec.head, target)
-    weights = source / "model.safetensors"
-    content = f"{sha256(weights) if weights.is_file() else ''} {resolve(target)} {dtype}"
+    weights = [sha256(path) for path in weight_files(source) if path.is_file()]
+    content = f"{' '.join(weights)} {resolve(target)} {dtype}"
     folder = cache_dir() / "vllm" / hashlib.sha256(content.encode()).hexdigest()[:16]
     if not (folder / "config.json").is_file():
         layers = kv_layers(source)

@@ -20,9 +20,8 @@ DeviceMap = str | dict[str, str | int]
 def refuse_planned_attention(device: torch.device) -> None:
     """Keep PyTorch from cuDNN's attention, for the whole process, where targets run on CUDA.
 
-    It plans every new shape for some milliseconds, and PyTorch prefers it on Hopper. Prompts and training batches are of
-    any length: on an H200 a training step of 16,384 tokens took 283 ms with it and 51 to 114 ms without, most of them
-    spent planning.
+    It plans every new shape for milliseconds, and PyTorch prefers it on Hopper. Prompts and training batches are of any
+    length, so that most of a training step went into plans.
     """
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)

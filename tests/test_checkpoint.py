@@ -81,6 +81,15 @@ def test_int8_on_disk_is_half_a_step_off(target, tmp_path, architecture):
             assert torch.allclose(loaded[name].float(), tensor.float(), rtol=2**-8), name
 
 
+def test_a_head_written_over_one_in_parts_is_the_one_that_is_read(target, tmp_path):
+    old, new = tiny_head(target, seed=1), tiny_head(target, seed=2)
+    save_head(old, tmp_path, target=target.name, dtype=torch.float32, meta={})
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
+    save_head(new, tmp_path, target=target.name, dtype=torch.float32, meta={})
+    loaded = load_head(tmp_path, target).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in new.state_dict().items())
+
+
 def test_int8_matrix_without_its_scale(target, tmp_path):
     save_head(tiny_head(target), tmp_path, target=target.name, dtype=torch.int8, meta={})
     scale = next(name for name in load_file(tmp_path / "model.safetensors") if name.endswith(".scale"))

@@ -21,6 +21,7 @@ from beagle.drafters.int8_weights import from_int8, to_int8
 from beagle.errors import BeagleError
 from beagle.files import replacing, write_json
 
+PARTS = "model-*-of-*.safetensors"
 SHIPPED = Path(__file__).parent.parent / "heads"
 MODELS = {"smollm2-135m": "smollm2-135m-instruct"}  # what names of ours stand for
 GGUF_ENDING = re.compile(r"([-._](i?q\d\w*|bf16|f16|f32))?\.gguf$")
@@ -52,6 +53,8 @@ def save_head(head: Block, folder: str | Path, *, target: str, dtype: torch.dtyp
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / "model.safetensors") as partial:
             save_file(tensors, partial)
+        for part in folder.glob(PARTS):  # of a head that was here before, which would be read in its place
+            part.unlink()
         write_json(folder / "config.json", content)
     except (OSError, SafetensorError) as error:
         raise BeagleError(
@@ -61,7 +64,7 @@ def save_head(head: Block, folder: str | Path, *, target: str, dtype: torch.dtyp
 
 def weight_files(folder: Path) -> list[Path]:
     """``model.safetensors``, or the parts ``model-00001-of-00002.safetensors`` … of a head that one file is too small for."""
-    return sorted(folder.glob("model-*-of-*.safetensors")) or [folder / "model.safetensors"]
+    return sorted(folder.glob(PARTS)) or [folder / "model.safetensors"]
 
 
 def shipped_head(target_name: str) -> Path | None:

@@ -25,3 +25,11 @@ class One:
 
     def __getattr__(self, name: str):
         return getattr(self.context, name) if hasattr(self.context, name) else getattr(self.drafter, name)
+
+
+def paths(draft: Draft) -> dict[tuple[int, ...], float]:
+    """Scores by the tokens from the root on: candidates of nearly equal scores may change places."""
+    found: list[tuple[int, ...]] = []
+    for token, parent in zip(draft.tokens, draft.parents, strict=True):
+        found.append((*(found[parent] if parent >= 0 else ()), token))
+    return dict(zip(found, draft.scores, strict=True))

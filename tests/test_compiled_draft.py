@@ -13,7 +13,7 @@ from beagle.drafters.head_drafter import HeadDrafter
 from beagle.errors import BeagleError
 from beagle.targets.target import Target
 from conftest import SCALES, tiny_head, tiny_model, tiny_tokenizer
-from drafting import One
+from drafting import One, paths
 
 pytestmark = [
     pytest.mark.slow,
@@ -64,14 +64,6 @@ def both(folder) -> tuple[HeadDrafter, HeadDrafter]:
 
 def states(drafter: HeadDrafter, n: int) -> torch.Tensor:
     return torch.randn(n, drafter.head.config.state_size, generator=torch.Generator().manual_seed(1))
-
-
-def paths(draft) -> dict[tuple[int, ...], float]:
-    """Scores by the tokens from the root on: candidates of nearly equal scores may change places."""
-    found: list[tuple[int, ...]] = []
-    for token, parent in zip(draft.tokens, draft.parents, strict=True):
-        found.append((*(found[parent] if parent >= 0 else ()), token))
-    return dict(zip(found, draft.scores, strict=True))
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=list(PLANS))

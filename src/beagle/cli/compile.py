@@ -1,4 +1,4 @@
-"""``beagle compile``: the target's pass and its draft head's level as compiled graphs."""
+"""``beagle compile``: the target's pass and its head's drafts as libraries for this machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def compile(
     batch: Annotated[bool, typer.Option("--batch", help="The pass of batches, too: as much time again.")] = False,
     trust_remote_code: o.Trust = False,
 ) -> None:
-    """Compile a target's pass and its head's levels for this machine's CPU, once; every later command uses them.
+    """Compile a target's pass and its head's drafts for this machine's CPU, once; every later command uses them.
 
     Examples: [bold]beagle compile -t smollm2-135m --dtype bfloat16[/bold]
 
@@ -33,6 +33,7 @@ def compile(
     import torch
 
     from beagle.drafters import compiled as levels
+    from beagle.drafters import native
     from beagle.drafters.checkpoint import find_head, load_head
     from beagle.drafters.load import resolve_draft, state_layers
     from beagle.targets import aot_cache, loading
@@ -70,7 +71,9 @@ def compile(
     if spec.head is not None:
         source = find_head(spec.head, target)
         head = load_head(source, loaded)
-        if levels.find(folder, loaded, head) is None:
+        if native.fits(loaded, head) and native.build(folder) is None:
+            o.console.print(f"drafts of {source.name} are computed by C++, which needs no compiling of its own")
+        elif levels.find(folder, loaded, head) is None:
             with o.console.status(f"compiling the levels of {source.name}"):
                 report(*levels.build(folder, loaded, head, source.name))
     o.console.print(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from beagle.drafters import captured, compiled
+from beagle.drafters import captured, compiled, native
 from beagle.drafters.base import Drafter
 from beagle.drafters.checkpoint import find_head, kv_layers, load_head, shipped_head
 from beagle.drafters.combined import CombinedDrafter
@@ -91,10 +91,14 @@ def load_drafter(spec: DraftSpec, target: Target, **options: Any) -> Drafter | N
     drafter: Drafter | None = None
     if spec.head is not None:
         head = load_head(find_head(spec.head, target.name), target)
-        fast = compiled.find(compiled_dir(), target, head)  # before its weights are packed
+        # before its weights are packed
+        whole = native.find(compiled_dir(), target, head)
+        graphs = compiled.find(compiled_dir(), target, head) if whole is None else None
         drafter = headed = HeadDrafter(target, head)
-        if fast is not None:
-            headed.use(fast, "compiled")
+        if whole is not None:
+            headed.use(whole, "native")
+        elif graphs is not None:
+            headed.use(graphs, "compiled")
         captured.capture_drafts(headed)
     elif spec.model is not None:
         drafter = load_small(spec.model, target, **options)

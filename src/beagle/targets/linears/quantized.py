@@ -107,7 +107,7 @@ def _fits(weight: Tensor, kind: str) -> bool:
 
 
 def _int8(weight: Tensor, bias: Tensor | None, quantizer: VectorQuantizer) -> Apply:
-    scales, whole = _int8_weight(weight)
+    scales, whole = int8_weight(weight)
     if weight.dtype == torch.bfloat16 and tiled.fits(whole):
         return tiled.apply_int8(whole, scales, bias)
     turned = whole.t()
@@ -129,7 +129,7 @@ def _int8(weight: Tensor, bias: Tensor | None, quantizer: VectorQuantizer) -> Ap
     return apply
 
 
-def _int8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+def int8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Scales ``[out]`` and int8 ``[out, in]``."""
     scales = weight.abs().amax(1).float().clamp_(min=1e-12).div_(127)
     return scales, (weight / scales[:, None]).round_().to(torch.int8)
@@ -169,7 +169,7 @@ def _int4_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def dequantized(weight: Tensor, kind: str) -> Tensor:
     """The fp32 weights ``[out, in]`` that the quantised layer multiplies with."""
     if kind == "int8":
-        scales, whole = _int8_weight(weight)
+        scales, whole = int8_weight(weight)
         return whole.float() * scales[:, None]
     whole, scales, middles = _int4_weight(weight)
     groups = (whole.float() - 8).view(*scales.shape, GROUP) * scales.float()[..., None] + middles.float()[..., None]

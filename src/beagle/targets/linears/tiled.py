@@ -6,19 +6,15 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import subprocess
 import time
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from beagle.files import replacing
+from beagle.targets.linears import library
 
 OUT = 16  # outputs of a tile
 IN = {torch.bfloat16: 32, torch.int8: 64, torch.uint8: 64}  # what a weight's inputs are a multiple of; uint8: int4
@@ -31,7 +27,6 @@ SHIMS = (  # how compiled graphs call it
     "AOTITorchError aoti_torch_cpu_tiled_linear_int4("
     "AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, AtenTensorHandle* y)",
 )
-SECONDS = 300  # that building it may take
 
 _kernel: Any = None  # the library, once it is loaded
 _operators = torch.library.Library("beagle", "DEF")  # for tracing: what a graph calls
@@ -90,11 +85,9 @@ def c_shims() -> dict[Any, list[str]]:
     return {operator: [shim] for operator, shim in zip(operators, SHIMS, strict=True)} if loaded() else {}
 
 
-@cache
 def version() -> str:
     """Another source, PyTorch or instruction set is another library."""
-    has = torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported()
-    return hashlib.sha256(SOURCE.read_bytes() + repr((torch.__version__, has)).encode()).hexdigest()[:16]
+    return library.version(SOURCE)
 
 
 def load(folder: Path) -> bool:
@@ -104,11 +97,11 @@ def load(folder: Path) -> bool:
         folder: of all packages.
     """
     global _kernel
-    library = folder / f"kernel-{version()}.so"
-    if _kernel is None and library.is_file():
+    path = library.path(folder, "kernel", SOURCE)
+    if _kernel is None and path.is_file():
         try:
             # global: compiled graphs find its symbols
-            kernel = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+            kernel = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
             functions = (kernel.tiled_linear, 4), (kernel.tiled_linear_int8, 6), (kernel.tiled_linear_int4, 4)
             for function, pointers in functions:
                 function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * 3
@@ -130,21 +123,11 @@ def build(folder: Path) -> str | None:
     """
     if load(folder):
         return None
-    if not torch.cpu._is_avx512_bf16_supported():
-        return "this CPU has no AVX-512 BF16"
     torch_folder = Path(torch.__file__).parent
-    compiler = os.environ.get("CXX", "g++")
-    options = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", f"-I{torch_folder / 'include'}"]
-    links = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / f"kernel-{version()}.so") as partial:
-            command = [compiler, *options, str(SOURCE), "-o", str(partial), *links]
-            subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
-    except subprocess.CalledProcessError as error:
-        return f"{compiler} fails ({(error.stderr.strip().splitlines() or ['no message'])[0]})"
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{compiler} can't be run ({error})"
+    links = [f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+    reason = library.build(library.path(folder, "kernel", SOURCE), SOURCE, links)
+    if reason is not None:
+        return reason
     if not load(folder):
         return "what was built can't be loaded"
     return None if _is_faster() else _remove(folder)
@@ -153,7 +136,7 @@ def build(folder: Path) -> str | None:
 def _remove(folder: Path) -> str:
     global _kernel
     _kernel = None
-    (folder / f"kernel-{version()}.so").unlink()
+    library.path(folder, "kernel", SOURCE).unlink()
     return "they are as fast here"
 
 

@@ -1,0 +1,219 @@
+"""A whole draft of one context by C++ of ours (``draft.cpp``), for Beagle heads on CPUs that multiply bf16.
+
+What ``compiled`` does with a graph a level takes one call here: the threads start once a draft, and no small tensors are
+made. ``beagle compile`` builds the library, once for all heads, and keeps it in the user's cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beagle.drafters.base import Draft, TreePlan
+from beagle.drafters.block import Block
+from beagle.drafters.context import HeadContext, write_unread
+from beagle.drafters.grow import least_score
+from beagle.drafters.head import BeagleHead, FurtherBlock
+from beagle.targets import aot_cache
+from beagle.targets.linears import library, tiled
+from beagle.targets.linears.quantized import int8_weight
+from beagle.targets.target import Target
+
+SOURCE = Path(__file__).with_name("draft.cpp")
+MOST_UNREAD = 64  # slots whose keys are written on the way; large products make more at once
+
+
+class _Matrix(Structure):
+    _fields_ = [("weight", c_void_p), ("scales", c_void_p), ("sums", c_void_p), ("bias", c_void_p), ("inputs", c_int64),
+                ("out", c_int64)]  # fmt: skip
+
+
+class _Layer(Structure):
+    _fields_ = [(name, c_void_p) for name in ("query_norm", "state_norm", "mlp_norm")] + [
+        (name, _Matrix) for name in ("query", "key_value", "output", "gate", "up", "down")
+    ]
+
+
+class _Head(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("hidden", "heads", "kv_heads", "head_dim", "blocks", "layers", "tokens")),
+        ("eps", c_double), ("newest", c_void_p), ("token", c_void_p), ("layer_norms", c_void_p), ("layer_proj", _Matrix),
+        ("block", POINTER(_Layer)), ("lm_head", _Matrix), ("embeddings", c_void_p), ("ids", c_void_p),
+    ]  # fmt: skip
+
+
+class _Answer(Structure):
+    _fields_ = [
+        ("states", c_void_p), ("rows", c_int64), ("unread", c_int64), ("root", c_void_p), ("cache", c_void_p),
+        ("capacity", c_int64), ("keys", c_int64), ("slot", c_int64), ("cos", c_void_p), ("sin", c_void_p),
+    ]  # fmt: skip
+
+
+class _Plan(Structure):
+    _fields_ = [("depth", c_int64), ("width", c_int64), ("least", c_double), ("enough", c_double), ("noise", c_void_p)]
+
+
+class _Found(Structure):
+    _fields_ = [("tokens", POINTER(c_int64)), ("parents", POINTER(c_int64)), ("scores", POINTER(c_double))]
+
+
+class NativeDraft:
+    """Implements ``WholeDrafts``: one head's weights as the library reads them."""
+
+    def __init__(self, target: Target, head: BeagleHead, draft: Any) -> None:
+        """
+        Args:
+            target: that the head drafts for.
+            head: one that ``fits``; its weights are copied.
+            draft: the library's function.
+        """
+        c = head.config
+        self._draft = draft
+        self._kept: list[Any] = []  # what the library's structures point to
+        blocks: list[BeagleHead | FurtherBlock] = [head, *(b for b in head.further if isinstance(b, FurtherBlock))]
+        layers = [
+            _Layer(
+                self._floats(
+                    block.query_norm.weight if isinstance(block, FurtherBlock) else head.embedding_norm.weight
+                ),
+                self._floats(block.state_norm.weight),
+                self._floats(block.mlp_norm.weight),
+                self._matrix(block.q_proj.weight),
+                self._matrix(torch.cat([block.k_proj.weight, block.v_proj.weight])),
+                *(
+                    self._matrix(linear.weight)
+                    for linear in (block.o_proj, block.gate_proj, block.up_proj, block.down_proj)
+                ),
+            )
+            for block in blocks
+        ]
+        array = (_Layer * len(layers))(*layers)
+        self._kept.append(array)
+        weight, bias = target.head_rows(head.draft_vocab)
+        self._head = _Head(
+            c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, c.blocks, len(c.kv_layers), len(head.draft_vocab), c.norm_eps,
+            self._floats(head.newest if c.newest_state == "scale" else None),
+            self._floats(head.token if c.token_in_mlp else None),
+            self._floats(torch.cat([*head.layer_norms.parameters()]) if c.kv_layers else None),
+            self._matrix(head.layer_proj.weight if c.kv_layers else None),
+            array,
+            self._matrix(weight, bias),
+            self._pointer(target.embed(head.draft_vocab)),
+            self._pointer(head.draft_vocab),
+        )  # fmt: skip
+
+    def __call__(
+        self,
+        context: HeadContext,
+        root: int,
+        plan: TreePlan,
+        min_expected_tokens: float = 0.0,
+        noise: Tensor | None = None,
+    ) -> Draft | None:
+        if plan.kind == "static":
+            return None
+        if sum(len(tokens) for tokens, _ in context.unread) > MOST_UNREAD:
+            write_unread([context])
+        unread = sum(len(tokens) for tokens, _ in context.unread)
+        states = torch.cat([state for _, state in context.unread]) if unread else context.newest.contiguous()
+        embedding = context.embed(torch.tensor([root]))
+        width = plan.width
+        context.reserve(context.length + 2 + plan.depth * width)
+        cos, sin = context.rotations.span(0, context.length + plan.depth)
+        noise = None if noise is None else noise[0].float().contiguous()
+        answer = _Answer(
+            states.data_ptr(), len(states), unread, embedding.data_ptr(), context.cache.data_ptr(),
+            context.cache.shape[2], context.keys, context.length - 1, cos.data_ptr(), sin.data_ptr(),
+        )  # fmt: skip
+        most = width + (plan.depth - 1) * width * width
+        tokens, parents, scores = (c_int64 * most)(), (c_int64 * most)(), (c_double * most)()
+        shape = _Plan(
+            plan.depth, width, least_score(min_expected_tokens), min_expected_tokens,
+            None if noise is None else noise.data_ptr(),
+        )  # fmt: skip
+        count = self._draft(self._head, answer, shape, _Found(tokens, parents, scores))
+        context.keys += unread
+        context.unread = []
+        return Draft(tokens[:count], parents[:count], scores[:count])
+
+    def _pointer(self, tensor: Tensor) -> int:
+        tensor = tensor.detach().contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _floats(self, tensor: Tensor | None) -> int | None:
+        return None if tensor is None else self._pointer(tensor.float())
+
+    def _matrix(self, weight: Tensor | None, bias: Tensor | None = None) -> _Matrix:
+        if weight is None:
+            return _Matrix()
+        scales, whole = int8_weight(weight.detach())
+        sums = whole.sum(1, dtype=torch.int32)
+        pointers = [self._pointer(tensor) for tensor in (tiled.tiled(whole), scales, sums)]
+        return _Matrix(*pointers, None if bias is None else self._pointer(bias), weight.shape[1], weight.shape[0])
+
+
+@cache
+def function(path: Path) -> Any:
+    """The library's function that drafts."""
+    function = ctypes.CDLL(str(path)).beagle_draft
+    function.argtypes = [POINTER(kind) for kind in (_Head, _Answer, _Plan, _Found)]
+    function.restype = c_int64
+    return function
+
+
+def fits(target: Target, head: Block) -> bool:
+    """Whether the library computes such a head, and products in bf16 are wanted and at hand here."""
+    c = head.config
+    return (
+        isinstance(head, BeagleHead)
+        and target.device.type == "cpu"
+        and tiled.used(target.dtype) is not None
+        and c.hidden_act == "silu"
+        and c.head_dim % 64 == 0
+        and c.num_heads % c.num_kv_heads == 0
+        and all(of % 64 == 0 for of in (c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim))
+        and c.draft_vocab_size is not None  # the embeddings of its tokens are copied
+        and c.draft_vocab_size % 16 == 0
+        and _all_plain(head.modules())
+    )
+
+
+def _all_plain(modules: Iterable[nn.Module]) -> bool:
+    """Whether no linear layer has a bias; those of ablations may."""
+    return all(module.bias is None for module in modules if isinstance(module, nn.Linear))
+
+
+def find(folder: Path, target: Target, head: Block) -> NativeDraft | None:
+    """Drafts of a head whose weights are not packed yet; None where there is no library, or it doesn't fit.
+
+    Args:
+        folder: of all packages.
+    """
+    if aot_cache.compiled_disabled() or not fits(target, head):
+        return None
+    path = library.path(folder, "draft", SOURCE)
+    assert isinstance(head, BeagleHead)
+    try:
+        return NativeDraft(target, head, function(path)) if path.is_file() else None
+    except (OSError, AttributeError):
+        return None
+
+
+def build(folder: Path) -> str | None:
+    """Compile the library for this machine.
+
+    Args:
+        folder: of all packages.
+
+    Returns:
+        Why there is none; None: it is there.
+    """
+    return library.build(library.path(folder, "draft", SOURCE), SOURCE)

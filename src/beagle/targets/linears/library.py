@@ -1,0 +1,62 @@
+"""C++ of ours as a shared library, built for this very machine and kept in the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from beagle.files import replacing
+
+PRODUCTS = Path(__file__).with_name("products.h")
+SECONDS = 300  # that building may take
+
+
+@cache
+def version(source: Path) -> str:
+    """Another source, PyTorch or instruction set is another library."""
+    has = torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported()
+    content = source.read_bytes() + PRODUCTS.read_bytes()
+    return hashlib.sha256(content + repr((torch.__version__, has)).encode()).hexdigest()[:16]
+
+
+def path(folder: Path, name: str, source: Path) -> Path:
+    """Where the library is, or would be.
+
+    Args:
+        folder: of all packages.
+    """
+    return folder / f"{name}-{version(source)}.so"
+
+
+def build(library: Path, source: Path, links: Sequence[str] = ()) -> str | None:
+    """Compile a source for this machine, if that has not been done.
+
+    Args:
+        library: what becomes of it, as of ``path``.
+        links: more options.
+
+    Returns:
+        Why there is none; None: it is there.
+    """
+    if library.is_file():
+        return None
+    if not torch.cpu._is_avx512_bf16_supported():
+        return "this CPU has no AVX-512 BF16"
+    compiler = os.environ.get("CXX", "g++")
+    options = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", f"-I{PRODUCTS.parent}"]
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(library) as partial:
+            command = [compiler, *options, str(source), "-o", str(partial), *links]
+            subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
+    except subprocess.CalledProcessError as error:
+        return f"{compiler} fails ({(error.stderr.strip().splitlines() or ['no message'])[0]})"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{compiler} can't be run ({error})"
+    return None

@@ -1,0 +1,184 @@
+"""A whole draft by C++ of ours: the drafts that the same head makes eagerly with the same weights."""
+
+import shutil
+
+import pytest
+import torch
+
+from beagle.decoding.sampling import Sampler, SamplingParams
+from beagle.drafters import native
+from beagle.drafters.base import TreePlan
+from beagle.drafters.head_drafter import HeadDrafter
+from beagle.targets.linears import tiled
+from beagle.targets.linears.quantized import dequantized
+from beagle.targets.target import Target
+from conftest import tiny_head, tiny_model, tiny_tokenizer
+from drafting import One, paths
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not any(shutil.which(name) for name in ("g++", "clang++")), reason="there is no C++ compiler"),
+    pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this CPU has no AVX-512 BF16"),
+]
+TOKENS = list(range(3, 40))
+SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
+PLANS = {
+    "dynamic": TreePlan("dynamic", 4, 4, 20),
+    "wide": TreePlan("dynamic", 3, 11, 60),
+    "chain": TreePlan("chain", 4),
+}
+CASES = {
+    "two blocks": {"kv_layers": (1, 2), "blocks": 2},
+    "one block": {"intermediate_size": 320},
+    "the paper's": {"newest_state": "none", "token_in_mlp": False},
+    "shared keys": {"num_heads": 4, "num_kv_heads": 2, "blocks": 2},
+    "wide heads": {"num_heads": 1, "num_kv_heads": 1, "head_dim": 128},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("native")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiled, "_kernel", None)
+        patch.setattr(tiled, "_is_faster", lambda: True)
+        assert tiled.build(folder) is None
+    assert native.build(folder) is None
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def kernel(folder):
+    assert tiled.load(folder)
+
+
+def case(name: str, dtype: torch.dtype = torch.bfloat16, **more):
+    """A target, and how to make the head anew: a drafter packs its own."""
+    overrides = {"draft_vocab_size": 48, **CASES[name], **more}
+    layers = overrides.get("kv_layers", ())
+    target = Target(tiny_model("llama", **SHAPE).to(dtype), tiny_tokenizer(), "tiny-llama", state_layers=layers)
+    return target, lambda: tiny_head(target, scale=4.0, **overrides)
+
+
+@pytest.fixture(params=list(CASES))
+def both(request, kernel, folder) -> tuple[One, One]:
+    """An eager drafter in fp32 with the weights as int8 has them, and the native one."""
+    target, head = case(request.param)
+    own = head()
+    found = native.find(folder, target, own)
+    assert found is not None
+    fast = HeadDrafter(target, own)
+    fast.use(found, "native")
+    exact, like = case(request.param, torch.float32)
+    rounded = like()
+    for module in (*rounded.modules(), exact.model.lm_head):
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data = dequantized(module.weight.data.bfloat16(), "int8")
+    return One(HeadDrafter(exact, rounded)), One(fast)
+
+
+def states(drafter: One, n: int) -> torch.Tensor:
+    drawn = torch.randn(n, drafter.head.config.state_size, generator=torch.Generator().manual_seed(n))
+    return drawn.bfloat16().to(drafter.rotations.dtype)
+
+
+def begin(drafter: One) -> None:
+    drafter.begin(TOKENS, states(drafter, len(TOKENS)))
+
+
+def same(fast, eager, share: float = 0.9) -> None:
+    """The same candidates but for those that are about as likely as others, which decides narrow trees' further way."""
+    ours, theirs = paths(fast), paths(eager)
+    both = ours.keys() & theirs.keys()
+    assert len(both) >= share * len(theirs)
+    assert [ours[path] for path in both] == pytest.approx([theirs[path] for path in both], abs=0.1)
+    assert fast.scores[:1] == pytest.approx(eager.scores[:1], abs=0.1)
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=list(PLANS))
+@pytest.mark.parametrize("least", [0.0, 0.2])
+def test_its_drafts_are_the_eager_ones(both, plan, least):
+    for drafter in both:
+        begin(drafter)
+    eager, fast = both
+    share = 0.9 if plan.top_k == 11 else 0.0
+    same(fast.draft(12, plan, least), eager.draft(12, plan, least), share)  # with nothing unread
+    for unread in (1, 2, 5, 70):  # 70 are read before; what a draft leaves behind is written over
+        for drafter in both:
+            drafter.extend([12 + i % 20 for i in range(unread)], states(drafter, unread))
+        same(fast.draft(14, plan, least), eager.draft(14, plan, least), share)
+
+
+def test_its_drafts_know_the_sampler_s_noise(both):
+    found = []
+    for drafter in both:
+        begin(drafter)
+        drafter.context.noise = Sampler(SamplingParams(temperature=1.0, seed=3)).noise(len(TOKENS))
+        found.append(drafter.draft(12, PLANS["wide"]))
+        drafter.context.noise = None
+        assert drafter.draft(12, PLANS["wide"]).tokens != found[-1].tokens
+    same(found[1], found[0])
+
+
+def test_without_tile_registers_it_drafts_the_same(folder, tmp_path):
+    source = tmp_path / "draft.cpp"  # as on a CPU that has none
+    source.write_text("#include <immintrin.h>\n#undef __AMX_BF16__\n" + native.SOURCE.read_text())
+    path = tmp_path / "draft.so"
+    assert native.library.build(path, source) is None
+    found = []
+    for draft in (native.function(native.library.path(folder, "draft", native.SOURCE)), native.function(path)):
+        drafter = native_one(draft)
+        found.append(drafter.draft(12, PLANS["wide"]))
+    same(*found)
+
+
+def native_one(draft) -> One:
+    """With a prompt."""
+    target, head = case("two blocks")
+    drafter = HeadDrafter(target, head())
+    drafter.use(native.NativeDraft(target, head(), draft), "native")
+    one = One(drafter)
+    begin(one)
+    return one
+
+
+def test_several_threads_draft_as_one_does(folder):
+    found = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3, 7):
+            torch.set_num_threads(count)
+            drafter = native_one(native.function(native.library.path(folder, "draft", native.SOURCE)))
+            found.append(drafter.draft(12, PLANS["wide"]))
+    finally:
+        torch.set_num_threads(threads)
+    for draft in found[1:]:
+        assert draft.tokens == found[0].tokens
+        assert draft.scores == pytest.approx(found[0].scores, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "more", [{"draft_vocab_size": 40}, {"draft_vocab_size": None}, {"hidden_act": "gelu"}, {"head_dim": 32}]
+)
+def test_what_it_can_t_compute_stays_eager(folder, more):
+    target, head = case("one block", **more)
+    assert native.find(folder, target, head()) is None
+
+
+def test_other_dtypes_stay_eager(folder):
+    target, head = case("one block", torch.float32)
+    assert native.find(folder, target, head()) is None
+
+
+def test_it_can_be_left_aside(folder, monkeypatch, tmp_path):
+    target, head = case("one block")
+    assert native.find(tmp_path, target, head()) is None  # not built
+    assert native.find(folder, target, head()) is not None
+    monkeypatch.setenv("BEAGLE_COMPILED", "0")
+    assert native.find(folder, target, head()) is None

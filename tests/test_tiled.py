@@ -1,4 +1,4 @@
-"""Our CPU kernel for products of few vectors."""
+"""Our CPU kernel for products and attention of few vectors."""
 
 import shutil
 
@@ -65,6 +65,77 @@ def test_a_vectors_product_does_not_depend_on_the_others(kernel):
     weight, x = drawn(96, 576), drawn(40, 576)
     apply = tiled.apply(weight, None)
     assert torch.equal(apply(x), torch.cat([apply(x[i : i + 1]) for i in range(40)]))
+
+
+HIDDEN = torch.finfo(torch.bfloat16).min
+
+
+def attention(batch: int, heads: int, rows: int, keys: int, inputs: int, outputs: int, seed: int = 0):
+    """Queries, keys and values in a larger cache as decoding has them, and a mask that hides some."""
+    random = torch.Generator().manual_seed(seed)
+    q, k, v = (
+        torch.randn(batch, heads, n, of, generator=random).bfloat16()
+        for n, of in ((rows, inputs), (keys + 9, inputs), (keys + 9, outputs))
+    )
+    mask = torch.where(torch.rand(batch, 1, rows, keys, generator=random) < 0.3, HIDDEN, 0.0).bfloat16()
+    mask[..., 0] = 0  # each row sees something
+    return q, k[:, :, :keys], v[:, :, :keys], mask
+
+
+def right(q, k, v, mask, scale):
+    return torch.nn.functional.scaled_dot_product_attention(
+        *(x.double() for x in (q, k, v)), mask.double(), scale=scale
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rows", [1, 7, 16, 37])
+@pytest.mark.parametrize("keys", [1, 31, 32, 33, 200])
+@pytest.mark.parametrize(("inputs", "outputs"), [(32, 32), (64, 64), (128, 128), (96, 80)])
+def test_its_attention_is_right(kernel, threads, rows, keys, inputs, outputs):
+    given = attention(2, 3, rows, keys, inputs, outputs)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ours = tiled.attend(*given, 0.2)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.allclose(ours.double(), right(*given, 0.2), rtol=2**-7, atol=0.02)
+
+
+def test_one_mask_may_stand_for_all(kernel):
+    q, k, v, mask = attention(1, 2, 5, 70, 64, 64)
+    shared = mask[:, :, :1]
+    assert torch.allclose(
+        tiled.attend(q, k, v, shared, 0.1).double(), right(q, k, v, shared, 0.1), rtol=2**-7, atol=0.02
+    )
+    biases = torch.randn(1, 2, 5, 70, generator=torch.Generator().manual_seed(1)).bfloat16()  # of each head
+    assert torch.allclose(
+        tiled.attend(q, k, v, biases, 0.1).double(), right(q, k, v, biases, 0.1), rtol=2**-7, atol=0.02
+    )
+
+
+def test_a_querys_attention_does_not_depend_on_the_others(kernel):
+    q, k, v, mask = attention(1, 2, 40, 100, 64, 64)
+    alone = [tiled.attend(q[:, :, i : i + 1], k, v, mask[:, :, i : i + 1], 0.1) for i in range(40)]
+    assert torch.equal(tiled.attend(q, k, v, mask, 0.1), torch.cat(alone, 2))
+
+
+def test_no_number_is_hidden_by_its_attention(kernel):
+    for where in range(3):
+        given = attention(1, 1, 2, 40, 32, 32)
+        given[where][0, 0, 1] = torch.nan
+        given[3][...] = 0
+        assert tiled.attend(*given, 0.1).isnan().any()
+
+
+def test_other_attention_is_left_to_pytorch(kernel):
+    q, k, v, _ = attention(1, 2, 3, 40, 64, 64)
+    assert tiled.attends(q, k, v)
+    assert not tiled.attends(q.float(), k, v)
+    assert not tiled.attends(q[..., :48], k[..., :48], v)  # its rows are not in one piece
+    assert not tiled.attends(q[..., :48], k[..., :48].contiguous(), v)
+    assert not tiled.attends(q, k.transpose(1, 2).contiguous().transpose(1, 2), v)
 
 
 def test_weights_that_are_no_whole_tiles_are_left_to_pytorch(kernel):

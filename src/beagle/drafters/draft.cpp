@@ -4,12 +4,12 @@
 // outputs of products, the heads of attention and the tokens of the LM head, and wait for each other in between.
 // Weights are int8 as of products.h, keys and values bf16, and what passes from layer to layer is fp32.
 
-#include "products.h"
-
 #include <omp.h>
 
 #include <cmath>
 #include <numeric>
+
+#include "attention.h"
 
 namespace {
 
@@ -65,10 +65,10 @@ struct Found {
 
 namespace {
 
-constexpr int64_t LANES = 8;  // nodes that attention takes at once
-
 using Rows = std::vector<float>;
 using Halves = std::vector<bf16>;
+
+constexpr bf16 UNSEEN = 0xff80;  // -infinity
 
 struct Range {
   int64_t from, to;
@@ -95,18 +95,14 @@ struct Best {
 // A thread's own memory.
 struct Scratch {
   Whole whole;
+  std::vector<Keys> keys;  // of the thread's cached heads
   Halves rows, queries;
-  Rows scores, weights;
+  Rows state, values, most, sums;
 };
 thread_local Scratch scratch;
 
-void to_half(bf16* y, __m512 x) {
-  const __m256bh out = _mm512_cvtneps_pbh(x);
-  std::memcpy(y, &out, 32);
-}
-
 __m512 exponential(__m512 x) {
-  x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87)), _mm512_set1_ps(88));
+  x = _mm512_min_ps(_mm512_set1_ps(88), _mm512_max_ps(_mm512_set1_ps(-87), x));  // in this order NaN stays NaN
   const __m512 twos = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
   const __m512 rest = _mm512_fnmadd_ps(twos, _mm512_set1_ps(0.693147181f), x);
   __m512 sum = _mm512_set1_ps(1.f / 120);
@@ -177,7 +173,7 @@ class Draft {
   std::vector<int64_t> nodes;              // of the level: candidates
   std::vector<double> scores;              // theirs
   std::vector<std::vector<int64_t>> seen;  // the appended keys that each of them sees
-  Rows unseen;                             // 0 or -inf [nodes / LANES][appended][LANES]
+  Halves mask;                             // 0 or -inf [nodes, keys]
   Rows embeddings, newest;                 // theirs, and the states before them [nodes, hidden]
   Rows fused;                              // the answer's states [rows, hidden]
   Rows states;                             // what the level predicts [nodes, hidden]
@@ -218,12 +214,12 @@ class Draft {
     Range range = own.outputs(d);
     if (wide) {
       scratch.rows.resize(answer.rows * wide);
-      scratch.scores.resize(d);
+      scratch.state.resize(d);
       for (int64_t m = 0; m < answer.rows; m++)
         for (int64_t i = 0; i < head.layers; i++) {
-          widen(scratch.scores.data(), answer.states + m * width + i * d, d);
-          normed(&scratch.rows[m * wide + i * d], scratch.scores.data(), head.layer_norms + i * d,
-                 scale_of(scratch.scores.data(), d, head.eps), d);
+          widen(scratch.state.data(), answer.states + m * width + i * d, d);
+          normed(&scratch.rows[m * wide + i * d], scratch.state.data(), head.layer_norms + i * d,
+                 scale_of(scratch.state.data(), d, head.eps), d);
         }
       multiply(head.layer_proj, scratch.rows.data(), answer.rows, product, own);
     }
@@ -295,124 +291,27 @@ class Draft {
     }
   }
 
-  // Attention of the query heads that meet one cached head, of LANES nodes at a time.
+  // Attention of the query heads that meet one cached head.
   void attend(int64_t level, int64_t b, int64_t g, int64_t n) {
     const int64_t d = head.head_dim, group = head.heads / head.kv_heads, at = (answer.slot + level - 1) * d;
-    for (int64_t h = g * group; h < (g + 1) * group; h++)
-      for (int64_t first = 0; first < n; first += LANES) {
-        const int64_t some = std::min(n - first, LANES);
-        scratch.queries.assign(LANES * d, 0);
-        for (int64_t j = 0; j < some; j++)
-          rotate(&scratch.queries[j * d], &query[((first + j) * head.heads + h) * d], answer.cos + at, answer.sin + at, d);
-        score(cached(b, g, false));
-        float sums[LANES];
-        soften(first, sums);
-        for (int64_t j = 0; j < some; j += 4)
-          add_values(cached(b, g, true), j, std::min<int64_t>(some - j, 4), sums + j, &attended[((first + j) * head.heads + h) * d]);
-      }
-  }
-
-  // Scores of all keys [keys, LANES].
-  void score(const bf16* keys) const {
-    const int64_t d = head.head_dim, end = known() + appended;
-    scratch.scores.resize((end + 15) / 16 * 16 * LANES);
-#ifdef __AMX_BF16__
-    if (has_tiles()) {
-      scratch.weights.resize(d / 2 * LANES);  // queries in pairs of inputs [d / 2][LANES][2]
-      for (int64_t k = 0; k < d; k += 2)
-        for (int64_t j = 0; j < LANES; j++) std::memcpy(&scratch.weights[k / 2 * LANES + j], &scratch.queries[j * d + k], 4);
-      TileShapes shapes;  // 0 are scores, 1 keys, 2 queries
-      for (int i = 0; i < 3; i++) {
-        shapes.rows[i] = 16;
-        shapes.bytes[i] = i == 1 ? 64 : 4 * LANES;
-      }
-      _tile_loadconfig(&shapes);
-      for (int64_t t = 0; t < end; t += 16) {  // behind the last key lie other numbers, whose scores nobody reads
-        _tile_zero(0);
-        for (int64_t k = 0; k < d; k += 32) {
-          _tile_loadd(1, keys + t * d + k, 2 * d);
-          _tile_loadd(2, &scratch.weights[k / 2 * LANES], 4 * LANES);
-          _tile_dpbf16ps(0, 1, 2);
-        }
-        _tile_stored(0, &scratch.scores[t * LANES], 4 * LANES);
-      }
-      _tile_release();
-      return;
-    }
-#endif
-    for (int64_t t = 0; t < end; t++)
-      for (int64_t j = 0; j < LANES; j++) {
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t k = 0; k < d; k += 32)
-          sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(keys + t * d + k), (__m512bh)_mm512_loadu_si512(&scratch.queries[j * d + k]));
-        scratch.scores[t * LANES + j] = _mm512_reduce_add_ps(sum);
-      }
-  }
-
-  // Scores to weights, as pairs of bf16 [keys / 2][LANES][2], and what they are to be divided by.
-  void soften(int64_t first, float* sums) const {
     const int64_t end = known() + appended;
-    float* s = scratch.scores.data();
-    const float* hidden = &unseen[first * appended];
-    for (int64_t k = 0; k < appended * LANES; k += LANES) {
-      float* own = s + known() * LANES + k;
-      _mm256_storeu_ps(own, _mm256_add_ps(_mm256_loadu_ps(own), _mm256_loadu_ps(hidden + k)));
+    scratch.queries.resize(n * d);
+    scratch.values.resize(n * d);
+    scratch.most.resize(n);
+    scratch.sums.resize(n);
+    scratch.keys.resize(head.blocks * head.kv_heads);
+    Keys& keys = scratch.keys[b * head.kv_heads + g];
+    keys.order(cached(b, g, false), cached(b, g, true), 0, end, d, d, level == 1 ? 0 : known());
+    for (int64_t h = g * group; h < (g + 1) * group; h++) {
+      for (int64_t m = 0; m < n; m++)
+        rotate(&scratch.queries[m * d], &query[(m * head.heads + h) * d], answer.cos + at, answer.sin + at, d);
+      const Queries queries{scratch.queries.data(), n, d, appended ? mask.data() : nullptr, end};
+      keys.attend(queries, 1 / std::sqrt(float(d)), scratch.most.data(), scratch.sums.data(), scratch.values.data());
+      for (int64_t m = 0; m < n; m++)
+        for (int64_t k = 0; k < d; k += 16)
+          to_half(&attended[(m * head.heads + h) * d + k],
+                  _mm512_div_ps(_mm512_loadu_ps(&scratch.values[m * d + k]), _mm512_set1_ps(scratch.sums[m])));
     }
-    if (end % 2) std::fill_n(s + end * LANES, LANES, -INFINITY);
-    __m512 most = _mm512_loadu_ps(s);  // of two keys at a time
-    for (int64_t t = 2; t < end; t += 2) most = _mm512_max_ps(most, _mm512_loadu_ps(s + t * LANES));
-    most = _mm512_max_ps(most, _mm512_shuffle_f32x4(most, most, 0x4e));
-    const __m512 scale = _mm512_set1_ps(1 / std::sqrt(float(head.head_dim)));
-    __m512 sum = _mm512_setzero_ps();
-    scratch.weights.resize((end + 1) / 2 * LANES);
-    const __m256i rounding = _mm256_set1_epi32(0x8000), high = _mm256_set1_epi32(int(0xffff0000));
-    for (int64_t t = 0; t < end; t += 2) {
-      const __m512 two = exponential(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(s + t * LANES), most), scale));
-      sum = _mm512_add_ps(sum, two);
-      const __m512i bits = _mm512_castps_si512(two);
-      const __m256i low = _mm256_srli_epi32(_mm256_add_epi32(_mm512_castsi512_si256(bits), rounding), 16);
-      const __m256i top = _mm256_and_si256(_mm256_add_epi32(_mm512_extracti64x4_epi64(bits, 1), rounding), high);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(&scratch.weights[t / 2 * LANES]), _mm256_or_si256(low, top));
-    }
-    _mm256_storeu_ps(sums, _mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_castps512_ps256(_mm512_shuffle_f32x4(sum, sum, 0x4e))));
-  }
-
-  // Weighted values of up to 4 nodes.
-  void add_values(const bf16* values, int64_t first, int64_t some, const float* sums, bf16* out) const {
-    const int64_t d = head.head_dim;
-    for (int64_t at = 0; at < d; at += 64)
-      (some == 1 ? add_some<1> : some == 2 ? add_some<2> : add_some<4>)(values + at, d, known() + appended, first, some, sums, out + at, head.heads * d);
-  }
-
-  template <int N>
-  static void add_some(const bf16* values, int64_t d, int64_t end, int64_t first, int64_t some, const float* sums, bf16* out, int64_t width) {
-    static const __m512i LOW = interleaved(0), HIGH = interleaved(16);
-    __m512 total[N][4] = {};
-    for (int64_t t = 0; t < end; t += 2) {
-      const bf16* row = values + t * d;
-      __m512bh pairs[4];
-      for (int c = 0; c < 2; c++) {
-        const __m512i a = _mm512_loadu_si512(row + 32 * c), b = _mm512_loadu_si512(row + d + 32 * c);
-        pairs[2 * c] = (__m512bh)_mm512_permutex2var_epi16(a, LOW, b);
-        pairs[2 * c + 1] = (__m512bh)_mm512_permutex2var_epi16(a, HIGH, b);
-      }
-      for (int j = 0; j < N; j++) {
-        const __m512bh weight = (__m512bh)_mm512_castps_si512(_mm512_set1_ps(scratch.weights[t / 2 * LANES + first + j]));
-        for (int c = 0; c < 4; c++) total[j][c] = _mm512_dpbf16_ps(total[j][c], pairs[c], weight);
-      }
-    }
-    for (int64_t j = 0; j < some; j++)
-      for (int c = 0; c < 4; c++) to_half(out + j * width + 16 * c, _mm512_div_ps(total[j][c], _mm512_set1_ps(sums[j])));
-  }
-
-  // Which of two vectors of 32 halves make 16 pairs, one of each.
-  static __m512i interleaved(int from) {
-    alignas(64) int16_t index[32];
-    for (int i = 0; i < 16; i++) {
-      index[2 * i] = int16_t(from + i);
-      index[2 * i + 1] = int16_t(32 + from + i);
-    }
-    return _mm512_load_si512(index);
   }
 
   // Attention's output and the residual, and in the first block the newest state.
@@ -543,9 +442,12 @@ class Draft {
       seen.back().push_back(appended + i);
     }
     appended += n;
-    unseen.assign((n + LANES - 1) / LANES * LANES * appended, -INFINITY);
-    for (int64_t i = 0; i < n; i++)
-      for (int64_t key : seen[i]) unseen[(i / LANES * appended + key) * LANES + i % LANES] = 0;
+    const int64_t end = known() + appended;
+    mask.assign(n * end, 0);
+    for (int64_t i = 0; i < n; i++) {
+      std::fill_n(&mask[i * end + known()], appended, UNSEEN);
+      for (int64_t key : seen[i]) mask[i * end + known() + key] = 0;
+    }
   }
 };
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from beagle.hf import AttentionInterface
 from beagle.limits import MAX_TREE_TOKENS
+from beagle.targets.linears import tiled
 from beagle.targets.plan import Plan, Window
 
 NAME = "beagle"
@@ -105,11 +106,14 @@ def attend(
     if plan.kind == "prompt" and fused and window not in plan.masks:  # no memory of n²
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=groups > 1)
     mask = plan.masks[window]
-    if fused and groups > 1 and n <= MAX_TREE_TOKENS:  # masks of prompts are too large to repeat
+    ours = tiled.attends(query, key, value)
+    if fused and (groups > 1 or ours) and n <= MAX_TREE_TOKENS:  # masks of prompts are too large to repeat
         # the query heads of a group become queries, so that keys are read once, not once a head
         folded = query.reshape(batch, kv_heads, groups * n, dim)
         if n > 1 or mask.shape[1] > 1:
             mask = _folded(plan, window, groups)
+        if ours:
+            return tiled.attend(folded, key, value, mask, scaling).reshape(batch, heads, n, -1)
         out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
         return out.reshape(batch, heads, n, -1)
     if fused:

@@ -1,9 +1,9 @@
-// Products of a few vectors with a large weight for PyTorch and for graphs that inductor compiled, see products.h.
+// Products and attention of a few vectors for PyTorch and for graphs that inductor compiled, see products.h, attention.h.
 
 #include <omp.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
-#include "products.h"
+#include "attention.h"
 
 namespace {
 
@@ -27,9 +27,58 @@ AOTITorchError new_output(AtenTensorHandle x, AtenTensorHandle weight, AtenTenso
   return aoti_torch_empty_strided(2, shape, strides, type, aoti_torch_device_type_cpu(), 0, y);
 }
 
+struct Strides {
+  int64_t batch, head, row;
+};
+
 }  // namespace
 
 extern "C" {
+
+// y [batch, heads, rows, outputs] of q [batch, heads, rows, inputs], both in one piece; k and v [batch, heads, keys, …]
+// have rows in one piece. The mask is added to scores. Threads share the keys.
+void attend(const void* q, const void* k, const void* v, const void* mask, void* y, const int64_t* sizes,
+            const Strides* of_k, const Strides* of_v, const Strides* of_mask, double scale) {
+  const int64_t batch = sizes[0], heads = sizes[1], rows = sizes[2], keys = sizes[3], in = sizes[4], out = sizes[5];
+  const int64_t blocks = (keys + BLOCK - 1) / BLOCK, all = batch * heads * rows;
+  const int threads = int(std::min<int64_t>(omp_get_max_threads(), (blocks + 1) / 2));
+  static thread_local std::vector<float> most, sums, parts;  // [threads, batch, heads, rows], of parts [..., outputs]
+  most.resize(threads * all);
+  sums.resize(threads * all);
+  parts.resize(threads * all * out);
+  float *largest = most.data(), *weights = sums.data(), *part = parts.data();
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t i = omp_get_thread_num(), n = omp_get_num_threads();
+    thread_local Keys own;
+    for (int64_t b = 0; b < batch; b++)
+      for (int64_t h = 0; h < heads; h++) {
+        const int64_t at = (b * heads + h) * rows, to = i * all + at;
+        own.order(static_cast<const bf16*>(k) + b * of_k->batch + h * of_k->head,
+                  static_cast<const bf16*>(v) + b * of_v->batch + h * of_v->head, blocks * i / n * BLOCK,
+                  std::min(blocks * (i + 1) / n * BLOCK, keys), in, out);
+        const bf16* added = static_cast<const bf16*>(mask) + b * of_mask->batch + h * of_mask->head;
+        own.attend({static_cast<const bf16*>(q) + at * in, rows, in, added, of_mask->row}, float(scale), largest + to,
+                   weights + to, part + to * out);
+      }
+#pragma omp barrier
+    for (int64_t r = all * i / n; r < all * (i + 1) / n; r++) {
+      float top = largest[r], sum = 0;
+      for (int64_t j = 1; j < n; j++) top = std::max(top, largest[j * all + r]);
+      for (int64_t j = 0; j < n; j++) {
+        float& share = largest[j * all + r];
+        share = std::exp(share - top);
+        sum += share * weights[j * all + r];
+      }
+      for (int64_t c = 0; c < out; c += 16) {
+        __m512 total = _mm512_setzero_ps();
+        for (int64_t j = 0; j < n; j++)
+          total = _mm512_fmadd_ps(_mm512_set1_ps(largest[j * all + r] / sum), _mm512_loadu_ps(part + (j * all + r) * out + c), total);
+        to_half(static_cast<bf16*>(y) + r * out + c, total);
+      }
+    }
+  }
+}
 
 // y [rows, out] = x [rows, in] · weight + bias [out] or null; the weight in tiles, 64-byte aligned; in a multiple of
 // 32, out of 16.
@@ -101,6 +150,28 @@ AOTITorchError aoti_torch_cpu_tiled_linear_int4(AtenTensorHandle x, AtenTensorHa
   AOTITorchError error = new_output(x, weight, y, shape);
   if (!error)
     tiled_linear_int4(data(x), data(weight), bias ? data(*bias) : nullptr, data(*y), shape[0], shape[2], shape[1]);
+  return error;
+}
+
+AOTITorchError aoti_torch_cpu_attend(AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, AtenTensorHandle mask,
+                                     double scale, AtenTensorHandle* y) {
+  int64_t *of_q, *of_v, *of, *strides;
+  int32_t type;
+  Strides three[3];
+  aoti_torch_get_dtype(q, &type);
+  aoti_torch_get_sizes(q, &of_q);
+  aoti_torch_get_sizes(v, &of_v);
+  const int64_t sizes[6] = {of_q[0], of_q[1], of_q[2], of_v[2], of_q[3], of_v[3]};
+  const AtenTensorHandle read[3] = {k, v, mask};
+  for (int i = 0; i < 3; i++) {
+    aoti_torch_get_strides(read[i], &strides);
+    aoti_torch_get_sizes(read[i], &of);
+    three[i] = {of[0] > 1 ? strides[0] : 0, of[1] > 1 ? strides[1] : 0, of[2] > 1 ? strides[2] : 0};
+  }
+  const int64_t whole[4] = {sizes[0], sizes[1], sizes[2], sizes[5]};
+  const int64_t along[4] = {whole[1] * whole[2] * whole[3], whole[2] * whole[3], whole[3], 1};
+  const AOTITorchError error = aoti_torch_empty_strided(4, whole, along, type, aoti_torch_device_type_cpu(), 0, y);
+  if (!error) attend(data(q), data(k), data(v), data(mask), data(*y), sizes, &three[0], &three[1], &three[2], scale);
   return error;
 }
 }

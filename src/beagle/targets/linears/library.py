@@ -13,7 +13,7 @@ import torch
 
 from beagle.files import replacing
 
-PRODUCTS = Path(__file__).with_name("products.h")
+HEADERS = Path(__file__).parent
 SECONDS = 300  # that building may take
 
 
@@ -21,7 +21,7 @@ SECONDS = 300  # that building may take
 def version(source: Path) -> str:
     """Another source, PyTorch or instruction set is another library."""
     has = torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported()
-    content = source.read_bytes() + PRODUCTS.read_bytes()
+    content = b"".join(path.read_bytes() for path in (source, *sorted(HEADERS.glob("*.h"))))
     return hashlib.sha256(content + repr((torch.__version__, has)).encode()).hexdigest()[:16]
 
 
@@ -49,7 +49,7 @@ def build(library: Path, source: Path, links: Sequence[str] = ()) -> str | None:
     if not torch.cpu._is_avx512_bf16_supported():
         return "this CPU has no AVX-512 BF16"
     compiler = os.environ.get("CXX", "g++")
-    options = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", f"-I{PRODUCTS.parent}"]
+    options = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", f"-I{HEADERS}"]
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with replacing(library) as partial:

@@ -1,4 +1,4 @@
-"""Linear layers for passes of few tokens, by a CPU kernel of ours (``kernel.cpp``) that reads the weight at full speed.
+"""Linear layers and attention of passes of few tokens, by a CPU kernel of ours (``kernel.cpp``).
 
 ``beagle compile`` builds the kernel, where the CPU multiplies bf16, and keeps it in the user's cache.
 """
@@ -26,6 +26,8 @@ SHIMS = (  # how compiled graphs call it
     "AtenTensorHandle scales, AtenTensorHandle sums, AtenTensorHandle* bias, AtenTensorHandle* y)",
     "AOTITorchError aoti_torch_cpu_tiled_linear_int4("
     "AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, AtenTensorHandle* y)",
+    "AOTITorchError aoti_torch_cpu_attend(AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, "
+    "AtenTensorHandle mask, double scale, AtenTensorHandle* y)",
 )
 
 _kernel: Any = None  # the library, once it is loaded
@@ -33,6 +35,7 @@ _operators = torch.library.Library("beagle", "DEF")  # for tracing: what a graph
 _operators.define("tiled_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _operators.define("tiled_linear_int8(Tensor x, Tensor weight, Tensor scales, Tensor sums, Tensor? bias) -> Tensor")
 _operators.define("tiled_linear_int4(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_operators.define("attend(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor")
 
 
 @torch.library.register_fake("beagle::tiled_linear", lib=_operators)
@@ -64,6 +67,47 @@ def _product_int4(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
+@torch.library.register_fake("beagle::attend", lib=_operators)
+def _attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    return q.new_empty(*q.shape[:3], v.shape[3])
+
+
+@torch.library.impl(_operators, "attend", "CPU")
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    out = _attended(q, k, v, mask, scale)
+    sizes = (ctypes.c_int64 * 6)(*q.shape[:3], k.shape[2], q.shape[3], v.shape[3])
+    strides = [_strides(tensor) for tensor in (k, v, mask)]
+    _kernel.attend(*_pointers(q, k, v, mask, out), sizes, *strides, scale)
+    return out
+
+
+def _strides(tensor: Tensor) -> Any:
+    """Of the first three dimensions; 0 where one entry stands for all."""
+    return (ctypes.c_int64 * 3)(
+        *(along if n > 1 else 0 for n, along in zip(tensor.shape[:3], tensor.stride(), strict=False))
+    )
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Softmax attention of few queries, ``[batch, heads, rows, inputs]`` to ``[batch, heads, rows, outputs]``.
+
+    Args:
+        q: queries, where ``attends``.
+        k: keys ``[batch, heads, keys, inputs]``, the rows of a head in one piece.
+        v: values ``[batch, heads, keys, outputs]``, likewise.
+        mask: additive ``[batch or 1, heads or 1, rows or 1, keys]``, its rows in one piece.
+        scale: of scores.
+    """
+    out: Tensor = torch.ops.beagle.attend(q.contiguous(), k, v, mask, scale)
+    return out
+
+
+def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernel computes attention of such queries, keys and values."""
+    in_one_piece = all(tensor.stride()[2:] == (tensor.shape[3], 1) for tensor in (k, v))
+    return used(q.dtype) is not None and q.is_cpu and q.shape[3] % 32 == 0 and v.shape[3] % 16 == 0 and in_one_piece
+
+
 def _pointers(*tensors: Tensor | None) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
@@ -81,7 +125,12 @@ def used(dtype: torch.dtype) -> str | None:
 def c_shims() -> dict[Any, list[str]]:
     """Operators that graphs call without going through Python, for inductor."""
     ours = torch.ops.beagle
-    operators = ours.tiled_linear.default, ours.tiled_linear_int8.default, ours.tiled_linear_int4.default
+    operators = (
+        ours.tiled_linear.default,
+        ours.tiled_linear_int8.default,
+        ours.tiled_linear_int4.default,
+        ours.attend.default,
+    )
     return {operator: [shim] for operator, shim in zip(operators, SHIMS, strict=True)} if loaded() else {}
 
 
@@ -106,6 +155,8 @@ def load(folder: Path) -> bool:
             for function, pointers in functions:
                 function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * 3
                 function.restype = None
+            kernel.attend.argtypes = [ctypes.c_void_p] * 9 + [ctypes.c_double]
+            kernel.attend.restype = None
         except (OSError, AttributeError):
             return False
         _kernel = kernel

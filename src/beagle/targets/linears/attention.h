@@ -1,0 +1,283 @@
+// Attention of few queries over many keys, for CPUs; bf16, its sums in fp32.
+//
+// Keys and values are read once for all queries. Blocks of 32 keys are put in order for the products: keys in pairs of
+// inputs, values in pairs of keys. What a query gets does not depend on the queries beside it.
+
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "products.h"
+
+namespace {
+
+constexpr int64_t BLOCK = 32;  // keys that are put in order together
+
+void to_half(bf16* y, __m512 x) {
+  const __m256bh out = _mm512_cvtneps_pbh(x);
+  std::memcpy(y, &out, 32);
+}
+
+// Within 1e-4 of 2^x, for x of 0 and below.
+__m512 power(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-126), x);
+  const __m512 whole = _mm512_roundscale_ps(x, 0), rest = _mm512_sub_ps(x, whole);
+  __m512 sum = _mm512_fmadd_ps(_mm512_set1_ps(0.0558f), rest, _mm512_set1_ps(0.2402f));
+  sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.693147f));
+  return _mm512_scalef_ps(_mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1)), whole);
+}
+
+// 16 rows of 16 words become columns.
+void transpose(__m512i* r) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
+      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
+    }
+  for (int i = 0; i < 16; i += 8)
+    for (int j = 0; j < 4; j++) {
+      t[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + 4 + j], 0x88);
+      t[i + 4 + j] = _mm512_shuffle_i32x4(r[i + j], r[i + 4 + j], 0xdd);
+    }
+  for (int j = 0; j < 8; j++) {
+    r[j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0x88);
+    r[8 + j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0xdd);
+  }
+}
+
+// Which of two vectors of 32 halves make 16 pairs, one of each, from a place in them on.
+__m512i interleaved(int from) {
+  alignas(64) int16_t index[32];
+  for (int i = 0; i < 16; i++) {
+    index[2 * i] = int16_t(from + i);
+    index[2 * i + 1] = int16_t(32 + from + i);
+  }
+  return _mm512_load_si512(index);
+}
+
+// The queries of one cached head.
+struct Queries {
+  const bf16* x;  // [rows, width]
+  int64_t rows, width;
+  const bf16* mask;    // added to the scores of all keys [rows, mask_width], or null
+  int64_t mask_width;  // 0: one for all rows
+};
+
+// Some keys of one cached head, and what queries make of them.
+class Keys {
+ public:
+  // Keys and values from one place to another; inputs and outputs in multiples of 32 and 16. The first `done` keys are
+  // in order since the last time.
+  void order(const bf16* keys, const bf16* values, int64_t from, int64_t to, int64_t inputs, int64_t outputs, int64_t done = 0) {
+    first = from;
+    count = to - from;
+    in = inputs;
+    out = outputs;
+    blocks = (count + BLOCK - 1) / BLOCK;
+    ordered.resize(blocks * BLOCK * in / 2);
+    paired.resize(blocks * BLOCK * out / 2);
+    for (int64_t b = done / BLOCK; b < blocks; b++) {
+      const bf16 *k = keys + (from + b * BLOCK) * in, *v = values + (from + b * BLOCK) * out;
+      const int64_t some = std::min(BLOCK, count - b * BLOCK);
+      if (some < BLOCK) {  // what lies behind them may not be memory
+        padded.assign(BLOCK * (in + out), 0);
+        std::copy_n(k, some * in, padded.begin());
+        std::copy_n(v, some * out, padded.begin() + BLOCK * in);
+        k = padded.data();
+        v = padded.data() + BLOCK * in;
+      }
+      order_keys(k, &ordered[b * BLOCK * in / 2]);
+      pair_values(v, &paired[b * BLOCK * out / 2]);
+    }
+  }
+
+  // Of each query its largest score, the sum of exp(score - largest), and the sum of values with these weights
+  // [rows, out].
+  void attend(const Queries& q, float scale, float* most, float* sums, float* y) {
+    for (int64_t r = 0; r < q.rows; r += 16) {
+      const int64_t rows = std::min<int64_t>(q.rows - r, 16);
+      scores.resize(rows * blocks * BLOCK);
+      weights.resize(scores.size());
+#ifdef __AMX_BF16__
+      if (has_tiles()) {
+        TileShapes shapes;  // 0 to 3 are sums, 4 queries or weights, 5 to 7 keys or values
+        for (int i = 0; i < 8; i++) {
+          shapes.rows[i] = i > 4 ? 16 : rows;
+          shapes.bytes[i] = 64;
+        }
+        _tile_loadconfig(&shapes);
+        score_tiles(q.x + r * q.width, q.width);
+        soften(q, r, rows, scale, most + r, sums + r);
+        add_tiles(y + r * out);
+        _tile_release();
+        continue;
+      }
+#endif
+      score(q.x + r * q.width, q.width, rows);
+      soften(q, r, rows, scale, most + r, sums + r);
+      add(y + r * out, rows);
+    }
+  }
+
+ private:
+  int64_t first, count, in, out, blocks;
+  std::vector<uint32_t> ordered;  // [blocks, 2, in / 2, 16 keys] pairs of inputs
+  std::vector<uint32_t> paired;   // [blocks, BLOCK / 2, out] pairs of keys
+  std::vector<bf16> padded, weights;
+  std::vector<float> scores;  // [rows, keys], as the weights
+
+  int64_t width() const { return blocks * BLOCK; }
+
+  void order_keys(const bf16* k, uint32_t* to) const {
+    for (int64_t half = 0; half < 2; half++)
+      for (int64_t c = 0; c < in; c += 32) {
+        __m512i rows[16];
+        for (int i = 0; i < 16; i++) rows[i] = _mm512_loadu_si512(k + (16 * half + i) * in + c);
+        transpose(rows);
+        for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + (half * in / 2 + c / 2 + i) * 16, rows[i]);
+      }
+  }
+
+  void pair_values(const bf16* v, uint32_t* to) const {
+    static const __m512i ORDER = interleaved(0);
+    for (int64_t t = 0; t < BLOCK; t += 2)
+      for (int64_t c = 0; c < out; c += 16) {
+        const __m512i a = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + t * out + c)));
+        const __m512i b = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + (t + 1) * out + c)));
+        _mm512_storeu_si512(to + t / 2 * out + c, _mm512_permutex2var_epi16(a, ORDER, b));
+      }
+  }
+
+#ifdef __AMX_BF16__
+  // Several sums grow side by side: a product takes as long as four of them.
+  void score_tiles(const bf16* x, int64_t stride) {
+    for (int64_t half = 0; half < 2 * blocks; half += 4) {
+      const uint32_t* to = &ordered[half * in * 8];
+      const bool more = half + 2 < 2 * blocks;
+      zero_tiles();
+      for (int64_t c = 0; c < in; c += 32, to += 256) {
+        _tile_loadd(4, x + c, 2 * stride);
+        _tile_loadd(5, to, 64);
+        _tile_dpbf16ps(0, 4, 5);
+        _tile_loadd(6, to + in * 8, 64);
+        _tile_dpbf16ps(1, 4, 6);
+        if (!more) continue;
+        _tile_loadd(7, to + 2 * in * 8, 64);
+        _tile_dpbf16ps(2, 4, 7);
+        _tile_loadd(5, to + 3 * in * 8, 64);
+        _tile_dpbf16ps(3, 4, 5);
+      }
+      _tile_stored(0, &scores[half * 16], 4 * width());
+      _tile_stored(1, &scores[half * 16 + 16], 4 * width());
+      if (!more) continue;
+      _tile_stored(2, &scores[half * 16 + 32], 4 * width());
+      _tile_stored(3, &scores[half * 16 + 48], 4 * width());
+    }
+  }
+
+  void add_tiles(float* y) const {
+    for (int64_t c = 0; c < out; c += 64) {
+      const int64_t some = (out - c) / 16;
+      zero_tiles();
+      for (int64_t b = 0; b < blocks; b++) {
+        const uint32_t* from = &paired[b * BLOCK / 2 * out + c];
+        _tile_loadd(4, &weights[b * BLOCK], 2 * width());
+        _tile_loadd(5, from, 4 * out);
+        _tile_dpbf16ps(0, 4, 5);
+        if (some > 1) _tile_loadd(6, from + 16, 4 * out);
+        if (some > 1) _tile_dpbf16ps(1, 4, 6);
+        if (some > 2) _tile_loadd(7, from + 32, 4 * out);
+        if (some > 2) _tile_dpbf16ps(2, 4, 7);
+        if (some > 3) _tile_loadd(5, from + 48, 4 * out);
+        if (some > 3) _tile_dpbf16ps(3, 4, 5);
+      }
+      _tile_stored(0, y + c, 4 * out);
+      if (some > 1) _tile_stored(1, y + c + 16, 4 * out);
+      if (some > 2) _tile_stored(2, y + c + 32, 4 * out);
+      if (some > 3) _tile_stored(3, y + c + 48, 4 * out);
+    }
+  }
+
+  static void zero_tiles() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+#endif
+
+  static __m512bh both(const bf16* pair) {
+    int32_t word;
+    std::memcpy(&word, pair, 4);
+    return (__m512bh)_mm512_set1_epi32(word);
+  }
+
+  void score(const bf16* x, int64_t stride, int64_t rows) {
+    for (int64_t half = 0; half < 2 * blocks; half++)
+      for (int64_t r = 0; r < rows; r++) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t c = 0; c < in; c += 2)
+          sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(&ordered[(half * in + c) / 2 * 16]), both(x + r * stride + c));
+        _mm512_storeu_ps(&scores[r * width() + half * 16], sum);
+      }
+  }
+
+  void add(float* y, int64_t rows) const {
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t c = 0; c < out; c += 16) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t t = 0; t < width(); t += 2)
+          sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(&paired[t / 2 * out + c]), both(&weights[r * width() + t]));
+        _mm512_storeu_ps(y + r * out + c, sum);
+      }
+  }
+
+  // Scores to weights.
+  void soften(const Queries& q, int64_t from, int64_t rows, float scale, float* most, float* sums) {
+    constexpr float LOG2E = 1.44269504f;
+    const int64_t whole = count / 16 * 16;
+    for (int64_t r = 0; r < rows; r++) {
+      float* s = &scores[r * width()];
+      const bf16* mask = q.mask ? q.mask + (from + r) * q.mask_width + first : nullptr;
+      const __m512 times = _mm512_set1_ps(scale * LOG2E);
+      __m512 largest = _mm512_set1_ps(-std::numeric_limits<float>::max());
+      const auto masked = [&](int64_t t, __mmask16 there) {
+        const __m512 halves = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, mask + t)), 16));
+        return _mm512_mul_ps(halves, _mm512_set1_ps(LOG2E));
+      };
+      const auto score = [&](int64_t t, __mmask16 there) {
+        const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(s + t), times);
+        return mask ? _mm512_add_ps(x, masked(t, there)) : x;
+      };
+      for (int64_t t = 0; t < whole; t += 16) {
+        const __m512 x = score(t, 0xffff);
+        largest = _mm512_max_ps(largest, x);
+        _mm512_storeu_ps(s + t, x);
+      }
+      const __mmask16 last = (1 << (count - whole)) - 1;
+      if (last) {
+        const __m512 x = score(whole, last);
+        largest = _mm512_mask_max_ps(largest, last, largest, x);
+        _mm512_storeu_ps(s + whole, x);
+      }
+      const float top = _mm512_reduce_max_ps(largest);
+      __m512 sum = _mm512_setzero_ps();
+      for (int64_t t = 0; t < width(); t += 16) {
+        const __mmask16 there = t < whole ? 0xffff : t == whole ? last : 0;
+        const __m512 x = _mm512_maskz_mov_ps(there, power(_mm512_sub_ps(_mm512_loadu_ps(s + t), _mm512_set1_ps(top))));
+        sum = _mm512_add_ps(sum, x);
+        to_half(&weights[r * width() + t], x);
+      }
+      most[r] = top / LOG2E;
+      sums[r] = _mm512_reduce_add_ps(sum);
+    }
+  }
+};
+
+}  // namespace

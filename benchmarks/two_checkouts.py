@@ -33,7 +33,7 @@ for line in sys.stdin:
     s = answer.stats
     print(json.dumps({"tokens": s.tokens, "tau": s.tau, "tokens_per_second": s.tokens_per_second,
         "prefill": s.prefill_seconds, "other": s.other_seconds + s.accept_seconds, "decode": s.decode_seconds,
-        "ids": answer.token_ids}), flush=True)
+        "draft": s.draft_seconds, "verify": s.verify_seconds, "passes": s.passes, "ids": answer.token_ids}), flush=True)
 """
 
 
@@ -109,6 +109,8 @@ def _figures(answers: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "tokens_per_second": round(median(a["tokens_per_second"] for a in answers), 2),
         "tau": round(sum(a["tokens"] for a in answers) / sum(a["tokens"] / a["tau"] for a in answers), 3),
+        "draft_ms": round(1e3 * sum(a["draft"] for a in answers) / sum(a["passes"] for a in answers), 3),
+        "verify_ms": round(1e3 * sum(a["verify"] for a in answers) / sum(a["passes"] for a in answers), 3),
         "outside_share": round(sum(a["other"] for a in answers) / decode, 4),
         "questions": len(answers),
     }

@@ -1,5 +1,6 @@
 """A whole draft by C++ of ours: the drafts that the same head makes eagerly with the same weights."""
 
+import math
 import shutil
 
 import pytest
@@ -20,7 +21,8 @@ pytestmark = [
     pytest.mark.skipif(not any(shutil.which(name) for name in ("g++", "clang++")), reason="there is no C++ compiler"),
     pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this CPU has no AVX-512 BF16"),
 ]
-TOKENS = list(range(3, 40))
+TOKENS = list(range(3, 40))  # all of them in the draft vocabulary
+OTHERS = [50, 58, 61]  # that are not
 SHAPE = {
     "hidden_size": 128,
     "intermediate_size": 192,
@@ -66,21 +68,31 @@ def case(name: str, dtype: torch.dtype = torch.bfloat16, **more):
     return target, lambda: tiny_head(target, scale=4.0, **overrides)
 
 
+def exact_one(name: str, tokens=range(48)) -> One:
+    """An eager drafter in fp32 with the weights as int8 has them."""
+    target, head = case(name, torch.float32, draft_vocab_size=len(tokens))
+    rounded = head()
+    rounded.draft_vocab.copy_(torch.tensor(tokens))
+    for module in (*rounded.modules(), target.model.lm_head):
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data = dequantized(module.weight.data.bfloat16(), "int8")
+    return One(HeadDrafter(target, rounded))
+
+
+def library_of(folder):
+    return native.function(native.library.path(folder, "draft", native.SOURCE))
+
+
 @pytest.fixture(params=list(CASES))
 def both(request, kernel, folder) -> tuple[One, One]:
-    """An eager drafter in fp32 with the weights as int8 has them, and the native one."""
+    """An exact drafter and the native one."""
     target, head = case(request.param)
     own = head()
     found = native.find(folder, target, own)
     assert found is not None
     fast = HeadDrafter(target, own)
     fast.use(found, "native")
-    exact, like = case(request.param, torch.float32)
-    rounded = like()
-    for module in (*rounded.modules(), exact.model.lm_head):
-        if isinstance(module, torch.nn.Linear):
-            module.weight.data = dequantized(module.weight.data.bfloat16(), "int8")
-    return One(HeadDrafter(exact, rounded)), One(fast)
+    return exact_one(request.param), One(fast)
 
 
 def states(drafter: One, n: int) -> torch.Tensor:
@@ -126,13 +138,45 @@ def test_its_drafts_know_the_sampler_s_noise(both):
     same(found[1], found[0])
 
 
+def test_tokens_of_the_answer_may_be_drafted_though_the_head_lacks_them(both):
+    fast, plan = both[1], TreePlan("dynamic", 1, 60)
+    begin(fast)
+    assert {*fast.draft(12, plan).tokens} == {*range(48)}
+    for count in (2, 3):  # in the prompt, say, then in the answer
+        fast.extend([OTHERS[count - 2], OTHERS[count - 1], 12], states(fast, 3))
+        drafted = fast.draft(12, plan)
+        assert {*drafted.tokens} == {*range(48), *OTHERS[:count]}
+        assert sum(map(math.exp, drafted.scores)) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_with_them_it_drafts_as_a_head_that_has_them(folder, noisy):
+    fast, eager = native_one(library_of(folder)), exact_one("two blocks", [*range(48), *OTHERS])
+    found = []
+    for drafter in (fast, eager):
+        drafter.begin([*TOKENS, *OTHERS], states(drafter, 40))
+        if noisy:
+            drafter.context.noise = Sampler(SamplingParams(temperature=1.0, seed=3)).noise(40)
+        found.append(drafter.draft(12, TreePlan("dynamic", 3, 51)))
+    same(*found)
+    assert any(token in OTHERS for path in paths(found[0]) for token in path[:-1]), "none of them was expanded"
+
+
+def test_many_tokens_of_an_answer_push_out_the_oldest(both, monkeypatch):
+    fast = both[1]
+    monkeypatch.setattr(native, "MOST_OWN", 2)
+    begin(fast)
+    fast.extend(OTHERS, states(fast, 3))
+    assert {*fast.draft(12, TreePlan("dynamic", 1, 60)).tokens} == {*range(48), *OTHERS[1:]}
+
+
 def test_without_tile_registers_it_drafts_the_same(folder, tmp_path):
     source = tmp_path / "draft.cpp"  # as on a CPU that has none
     source.write_text("#include <immintrin.h>\n#undef __AMX_BF16__\n" + native.SOURCE.read_text())
     path = tmp_path / "draft.so"
     assert native.library.build(path, source) is None
     found = []
-    for draft in (native.function(native.library.path(folder, "draft", native.SOURCE)), native.function(path)):
+    for draft in (library_of(folder), native.function(path)):
         drafter = native_one(draft)
         found.append(drafter.draft(12, PLANS["wide"]))
     same(*found)
@@ -154,7 +198,7 @@ def test_several_threads_draft_as_one_does(folder):
     try:
         for count in (1, 3, 7):
             torch.set_num_threads(count)
-            drafter = native_one(native.function(native.library.path(folder, "draft", native.SOURCE)))
+            drafter = native_one(library_of(folder))
             found.append(drafter.draft(12, PLANS["wide"]))
     finally:
         torch.set_num_threads(threads)

@@ -120,6 +120,9 @@ class CapturedDraft:
         self._refused: dict[tuple[int, int], int] = {}  # depths that could not be recorded
         self._lock = Lock()
 
+    def vocabulary(self, context: HeadContext) -> Tensor:
+        return self._levels.head.draft_vocab
+
     def __call__(
         self,
         context: HeadContext,

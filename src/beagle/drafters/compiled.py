@@ -138,7 +138,7 @@ def find(folder: Path, target: Target, head: Block) -> CompiledDraft | None:
         return None
     appends: dict[str, bool] = aot_cache.metadata(place, "appends")  # whether a level's nodes write keys
     root, below = (aot_cache.load(place / name) for name in (ROOT, BELOW))
-    return CompiledDraft(head.draft_vocab.tolist(), root, appends[ROOT], below, appends[BELOW])
+    return CompiledDraft(head.draft_vocab, root, appends[ROOT], below, appends[BELOW])
 
 
 @torch.no_grad()

@@ -22,19 +22,22 @@ MOST_UNREAD = 64  # slots whose keys the root's graph writes; large products mak
 class CompiledDraft:
     """Implements ``WholeDrafts`` with the graphs of one head."""
 
-    def __init__(self, draft_vocab: list[int], root: Graph, root_appends: bool, below: Graph, appends: bool) -> None:
+    def __init__(self, draft_vocab: Tensor, root: Graph, root_appends: bool, below: Graph, appends: bool) -> None:
         """
         Args:
-            draft_vocab: draft id -> target id.
+            draft_vocab: ``[draft vocabulary]`` draft id -> target id.
             root: the root's level, see ``compiled``.
             root_appends: whether its node writes a key.
             below: a level below, of 2 nodes or more.
             appends: whether its nodes write keys.
         """
-        self._draft_vocab = draft_vocab
+        self._vocabulary, self._draft_vocab = draft_vocab, draft_vocab.tolist()
         self._root, self._root_appends = root, root_appends
         self._below, self._appends = below, appends
         self._numbers = torch.arange(0)
+
+    def vocabulary(self, context: HeadContext) -> Tensor:
+        return self._vocabulary
 
     def __call__(
         self,

@@ -18,7 +18,8 @@ class HeadContext(DraftContext):
     read. While drafting, nodes write keys of their own behind them, and later ones are written over those.
 
     Attributes:
-        length: tokens of the answer so far, the prompt included.
+        tokens: of the answer so far, the prompt included.
+        length: how many they are.
         keys: slots whose keys are in the cache.
         newest: hidden state of the newest token, ``[1, state_size]``; ``[0, state_size]`` before the prompt.
         cache: keys and values, ``[2, cached_heads, capacity, head_dim]``.
@@ -41,6 +42,7 @@ class HeadContext(DraftContext):
         """
         c = head.config
         self.head, self.embed, self.rotations, self._columns = head, embed, rotations, columns
+        self.tokens: list[int] = []
         self.length = self.keys = 0
         self.newest = torch.zeros(0, c.state_size, dtype=rotations.dtype, device=rotations.device)
         self.cache = torch.zeros(2, c.cached_heads, 0, c.head_dim, dtype=rotations.dtype, device=rotations.device)
@@ -51,6 +53,7 @@ class HeadContext(DraftContext):
         if self._columns is not None:
             states = states[:, self._columns]
         self.unread.append(self.head.known(tokens, states, self.newest))
+        self.tokens += tokens
         self.length += len(tokens)
         self.newest = states[-1:]
         if prompt:

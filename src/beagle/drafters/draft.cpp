@@ -49,12 +49,15 @@ struct Answer {
   bf16* cache;                  // keys, then values [blocks * kv_heads, capacity, head_dim]
   int64_t capacity, keys, slot; // slots that have keys; the root's slot
   const bf16 *cos, *sin;        // [slots, head_dim]
+  Matrix lm_head;               // of tokens of the answer's own behind those of the head; out 0: there are none
+  const bf16* embeddings;       // theirs
+  const int64_t* ids;
 };
 
 struct Plan {
   int64_t depth, width;
   double least, enough;  // as of `grow`
-  const float* noise;    // [depth, tokens] or null
+  const float* noise;    // [depth, tokens, the answer's own among them] or null
 };
 
 struct Found {
@@ -178,7 +181,7 @@ class Draft {
   Rows fused;                              // the answer's states [rows, hidden]
   Rows states;                             // what the level predicts [nodes, hidden]
   std::vector<Halves> kv;                  // keys and values of new slots [slots, 2 * kv_heads * head_dim], by block
-  Halves product, query, attended, gate, up, logits;
+  Halves product, query, attended, gate, up, logits, own_logits;
   std::vector<std::vector<Best>> best;     // [threads][nodes]
 
   static Range multiply(const Matrix& m, const bf16* x, int64_t rows, Halves& y, const Thread& own) {
@@ -244,6 +247,7 @@ class Draft {
       gate.resize(n * head.block[0].gate.out);
       up.resize(gate.size());
       logits.resize(n * head.tokens);
+      own_logits.resize(n * answer.lm_head.out);
       states.resize(n * d);
     });
     for (int64_t b = 0; slots && b < head.blocks; b++) {
@@ -268,8 +272,15 @@ class Draft {
     scratch.rows.resize(n * d);
     for (int64_t k = 0; k < n * d; k += 16) to_half(&scratch.rows[k], _mm512_loadu_ps(&states[k]));
     const Range range = multiply(head.lm_head, scratch.rows.data(), n, logits, own);
+    Range more{0, 0};
+    if (answer.lm_head.out) more = multiply(answer.lm_head, scratch.rows.data(), n, own_logits, own);
     best[own.i].resize(n);
-    for (int64_t m = 0; m < n; m++) scan(level, m, range, best[own.i][m]);
+    for (int64_t m = 0; m < n; m++) {
+      const float* noise = plan.noise ? plan.noise + (level - 1) * (head.tokens + answer.lm_head.out) : nullptr;
+      const Logits parts[2] = {{&logits[m * head.tokens], noise, 0, range},
+                               {own_logits.data() + m * answer.lm_head.out, noise ? noise + head.tokens : nullptr, head.tokens, more}};
+      scan(parts, best[own.i][m]);
+    }
   }
 
   bf16* cached(int64_t b, int64_t g, bool values) const {
@@ -355,40 +366,50 @@ class Draft {
         _mm512_storeu_ps(&states[k], _mm512_add_ps(_mm512_loadu_ps(&states[k]), Whole::load(&product[k])));
   }
 
-  void scan(int64_t level, int64_t node, Range range, Best& out) const {
-    const bf16* row = &logits[node * head.tokens];
-    const float* noise = plan.noise ? plan.noise + (level - 1) * head.tokens : nullptr;
-    const auto at = [&](int64_t k) {
+  // A row of logits, whose first token has a number.
+  struct Logits {
+    const bf16* row;
+    const float* noise;
+    int64_t first;
+    Range range;
+
+    __m512 at(int64_t k) const {
       const __m512 x = Whole::load(row + k);
       return noise ? _mm512_add_ps(x, _mm512_loadu_ps(noise + k)) : x;
-    };
+    }
+  };
+
+  void scan(const Logits (&parts)[2], Best& out) const {
     out.tokens.clear();
     float last = -INFINITY;  // what a token must be above
-    for (int64_t k = range.from; k < range.to; k += 16) {
-      const __m512 x = at(k);
-      unsigned above = _mm512_cmp_ps_mask(x, _mm512_set1_ps(last), _CMP_GT_OQ);
-      if (!above) continue;
-      alignas(64) float lanes[16];
-      _mm512_store_ps(lanes, x);
-      for (; above; above &= above - 1) {
-        const int i = __builtin_ctz(above);
-        if (!(lanes[i] > last)) continue;
-        const auto place = std::find_if(out.tokens.begin(), out.tokens.end(), [&](const auto& other) { return other.first < lanes[i]; });
-        out.tokens.insert(place, {lanes[i], k + i});
-        if (int64_t(out.tokens.size()) > plan.width) out.tokens.pop_back();
-        if (int64_t(out.tokens.size()) == plan.width) last = out.tokens.back().first;
+    for (const Logits& part : parts)
+      for (int64_t k = part.range.from; k < part.range.to; k += 16) {
+        const __m512 x = part.at(k);
+        unsigned above = _mm512_cmp_ps_mask(x, _mm512_set1_ps(last), _CMP_GT_OQ);
+        if (!above) continue;
+        alignas(64) float lanes[16];
+        _mm512_store_ps(lanes, x);
+        for (; above; above &= above - 1) {
+          const int i = __builtin_ctz(above);
+          if (!(lanes[i] > last)) continue;
+          const auto place = std::find_if(out.tokens.begin(), out.tokens.end(), [&](const auto& other) { return other.first < lanes[i]; });
+          out.tokens.insert(place, {lanes[i], part.first + k + i});
+          if (int64_t(out.tokens.size()) > plan.width) out.tokens.pop_back();
+          if (int64_t(out.tokens.size()) == plan.width) last = out.tokens.back().first;
+        }
       }
-    }
     out.most = out.tokens.empty() ? -INFINITY : out.tokens[0].first;
     __m512 sum = _mm512_setzero_ps();
-    for (int64_t k = range.from; k < range.to; k += 16) sum = _mm512_add_ps(sum, exponential(_mm512_sub_ps(at(k), _mm512_set1_ps(out.most))));
+    for (const Logits& part : parts)
+      for (int64_t k = part.range.from; k < part.range.to; k += 16)
+        sum = _mm512_add_ps(sum, exponential(_mm512_sub_ps(part.at(k), _mm512_set1_ps(out.most))));
     out.sum = _mm512_reduce_add_ps(sum);
   }
 
   // The level's candidates, and the nodes of the next one; whether there is one.
   bool branch(int64_t level, int64_t threads) {
-    const int64_t first = count, n = nodes.size(), children = std::min(plan.width, head.tokens);
-    std::vector<int64_t> drafted;
+    const int64_t first = count, n = nodes.size();
+    std::vector<Candidate> drafted;
     for (int64_t m = 0; m < n; m++) {
       std::vector<std::pair<float, int64_t>> tokens;
       float most = -INFINITY, sum = 0;
@@ -401,12 +422,14 @@ class Draft {
         if (!best[i][m].tokens.empty()) sum += best[i][m].sum * std::exp(best[i][m].most - most);
       const double total = most + std::log(sum);
       std::stable_sort(tokens.begin(), tokens.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
+      const int64_t children = std::min<int64_t>(plan.width, tokens.size());  // fewer than that: some logits are no numbers
       for (int64_t i = 0; i < children; i++, count++) {
         // rounding may put the log of a probability near 1 above 0, and a child before its parent
         found.scores[count] = scores[m] + std::min(tokens[i].first - total, 0.0);
-        found.tokens[count] = head.ids[tokens[i].second];
+        const int64_t token = tokens[i].second;
+        found.tokens[count] = token < head.tokens ? head.ids[token] : answer.ids[token - head.tokens];
         found.parents[count] = nodes[m];
-        drafted.push_back(tokens[i].second);
+        drafted.push_back({token, m});
       }
     }
     if (level == plan.depth) return false;
@@ -421,11 +444,15 @@ class Draft {
       if (expected < plan.enough) return false;
       order.resize(worth);
     }
-    descend(first, children, order, drafted);
-    return true;
+    descend(first, order, drafted);
+    return !order.empty();
   }
 
-  void descend(int64_t first, int64_t children, const std::vector<int64_t>& order, const std::vector<int64_t>& drafted) {
+  struct Candidate {
+    int64_t token, node;  // its number in the vocabulary, and its parent among the level's nodes
+  };
+
+  void descend(int64_t first, const std::vector<int64_t>& order, const std::vector<Candidate>& drafted) {
     const int64_t d = head.hidden, n = order.size();
     std::vector<std::vector<int64_t>> above = std::move(seen);
     seen.clear();
@@ -434,9 +461,10 @@ class Draft {
     nodes = order;
     scores.clear();
     for (int64_t i = 0; i < n; i++) {
-      const int64_t parent = (order[i] - first) / children;
+      const auto [token, parent] = drafted[order[i] - first];
       std::copy_n(&states[parent * d], d, &newest[i * d]);
-      widen(&embeddings[i * d], head.embeddings + drafted[order[i] - first] * d, d);
+      const bf16* row = token < head.tokens ? head.embeddings + token * d : answer.embeddings + (token - head.tokens) * d;
+      widen(&embeddings[i * d], row, d);
       scores.push_back(found.scores[order[i]]);
       seen.push_back(above[parent]);
       seen.back().push_back(appended + i);

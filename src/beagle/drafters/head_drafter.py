@@ -21,6 +21,9 @@ from beagle.targets.target import Target
 class WholeDrafts(Protocol):
     """Grows the tree of one context at once, what the context has not read included."""
 
+    def vocabulary(self, context: HeadContext) -> Tensor:
+        """Token ids that a draft of the context may have, ``[tokens]``."""
+
     def __call__(
         self,
         context: HeadContext,
@@ -29,7 +32,10 @@ class WholeDrafts(Protocol):
         min_expected_tokens: float = 0.0,
         noise: Tensor | None = None,
     ) -> Draft | None:
-        """All candidates that were scored, parents before children; None where it can't. Arguments are those of ``grow``."""
+        """All candidates that were scored, parents before children; None where it can't.
+
+        Arguments are those of ``grow``; noise is that of ``vocabulary``.
+        """
 
 
 class HeadDrafter(Drafter[HeadContext]):
@@ -74,12 +80,15 @@ class HeadDrafter(Drafter[HeadContext]):
     ) -> list[Draft]:
         if min_expected_tokens > 1 and len(contexts) > 1:  # of one context it may be a busy hour's measurement
             return [Draft([], [], []) for _ in contexts]
-        noise = level_noise(contexts, plan.depth, self.head.draft_vocab, self.vocab_size)
         least = least_score(min_expected_tokens)
         if self.whole is not None and len(contexts) == 1:
+            noise = None
+            if contexts[0].noise is not None:
+                noise = level_noise(contexts, plan.depth, self.whole.vocabulary(contexts[0]), self.vocab_size)
             found = self.whole(contexts[0], roots[0], plan, min_expected_tokens, noise)
             if found is not None:
                 return [best_first(found.tokens, found.parents, found.scores, plan.nodes or MAX_NODES, least)]
+        noise = level_noise(contexts, plan.depth, self.head.draft_vocab, self.vocab_size)
         write_unread(contexts)
         width = max(plan.width, len(STATIC_PATHS))
         beams = Beams.of_contexts(self.head, contexts, self.rotations, plan.depth, width)

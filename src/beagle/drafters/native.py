@@ -12,6 +12,7 @@ from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from beagle.targets.linears.quantized import int8_weight
 from beagle.targets.target import Target
 
 SOURCE = Path(__file__).with_name("draft.cpp")
+MOST_OWN = 256  # tokens of an answer beside those of the head
 MOST_UNREAD = 64  # slots whose keys are written on the way; large products make more at once
 
 
@@ -53,6 +55,7 @@ class _Answer(Structure):
     _fields_ = [
         ("states", c_void_p), ("rows", c_int64), ("unread", c_int64), ("root", c_void_p), ("cache", c_void_p),
         ("capacity", c_int64), ("keys", c_int64), ("slot", c_int64), ("cos", c_void_p), ("sin", c_void_p),
+        ("lm_head", _Matrix), ("embeddings", c_void_p), ("ids", c_void_p),
     ]  # fmt: skip
 
 
@@ -62,6 +65,24 @@ class _Plan(Structure):
 
 class _Found(Structure):
     _fields_ = [("tokens", POINTER(c_int64)), ("parents", POINTER(c_int64)), ("scores", POINTER(c_double))]
+
+
+class _Own:
+    """Tokens of one answer that its head's vocabulary lacks: names in the prompt, say. A draft may have them, too.
+
+    Attributes:
+        ids: theirs, in multiples of 16, int64; those that fill up have a logit of minus infinity.
+        matrix: LM head.
+        embeddings: bf16 ``[tokens, hidden]``.
+    """
+
+    def __init__(self) -> None:
+        self.seen = 0  # tokens of the answer
+        self.tokens: list[int] = []
+        self.ids = torch.zeros(0, dtype=torch.int64)
+        self.embeddings = torch.zeros(0)
+        self.matrix = _Matrix()
+        self.kept: list[Tensor] = []  # what the matrix points to
 
 
 class NativeDraft:
@@ -75,7 +96,9 @@ class NativeDraft:
             draft: the library's function.
         """
         c = head.config
-        self._draft = draft
+        self._draft, self._target, self._draft_vocab = draft, target, head.draft_vocab
+        self._drafted = frozenset(head.draft_vocab.tolist())
+        self._own: WeakKeyDictionary[HeadContext, _Own] = WeakKeyDictionary()
         self._kept: list[Any] = []  # what the library's structures point to
         blocks: list[BeagleHead | FurtherBlock] = [head, *(b for b in head.further if isinstance(b, FurtherBlock))]
         layers = [
@@ -105,9 +128,13 @@ class NativeDraft:
             self._matrix(head.layer_proj.weight if c.kv_layers else None),
             array,
             self._matrix(weight, bias),
-            self._pointer(target.embed(head.draft_vocab)),
-            self._pointer(head.draft_vocab),
+            pointer(target.embed(head.draft_vocab), self._kept),
+            pointer(head.draft_vocab, self._kept),
         )  # fmt: skip
+
+    def vocabulary(self, context: HeadContext) -> Tensor:
+        own = self._own_tokens(context)
+        return torch.cat([self._draft_vocab, own.ids]) if own.tokens else self._draft_vocab
 
     def __call__(
         self,
@@ -128,9 +155,11 @@ class NativeDraft:
         context.reserve(context.length + 2 + plan.depth * width)
         cos, sin = context.rotations.span(0, context.length + plan.depth)
         noise = None if noise is None else noise[0].float().contiguous()
+        own = self._own_tokens(context)
         answer = _Answer(
             states.data_ptr(), len(states), unread, embedding.data_ptr(), context.cache.data_ptr(),
             context.cache.shape[2], context.keys, context.length - 1, cos.data_ptr(), sin.data_ptr(),
+            own.matrix, own.embeddings.data_ptr(), own.ids.data_ptr(),
         )  # fmt: skip
         most = width + (plan.depth - 1) * width * width
         tokens, parents, scores = (c_int64 * most)(), (c_int64 * most)(), (c_double * most)()
@@ -143,21 +172,42 @@ class NativeDraft:
         context.unread = []
         return Draft(tokens[:count], parents[:count], scores[:count])
 
-    def _pointer(self, tensor: Tensor) -> int:
-        tensor = tensor.detach().contiguous()
-        self._kept.append(tensor)
-        return tensor.data_ptr()
+    def _own_tokens(self, context: HeadContext) -> _Own:
+        """The answer's own tokens as of now, the newest of them if there are many."""
+        own = self._own.setdefault(context, _Own())
+        fresh = {*context.tokens[own.seen :]} - self._drafted - {*own.tokens}
+        own.seen = len(context.tokens)
+        if fresh:
+            own.tokens = (own.tokens + sorted(fresh))[-MOST_OWN:]
+            filling = -len(own.tokens) % 16
+            own.ids = torch.tensor(own.tokens + own.tokens[:1] * filling)
+            weight, bias = self._target.head_rows(own.ids)
+            bias = weight.new_zeros(len(weight)) if bias is None else bias.clone()
+            bias[len(own.tokens) :] = -torch.inf
+            own.kept = []
+            own.matrix = matrix(weight, bias, own.kept)
+            own.embeddings = self._target.embed(own.ids).contiguous()
+        return own
 
     def _floats(self, tensor: Tensor | None) -> int | None:
-        return None if tensor is None else self._pointer(tensor.float())
+        return None if tensor is None else pointer(tensor.float(), self._kept)
 
     def _matrix(self, weight: Tensor | None, bias: Tensor | None = None) -> _Matrix:
-        if weight is None:
-            return _Matrix()
-        scales, whole = int8_weight(weight.detach())
-        sums = whole.sum(1, dtype=torch.int32)
-        pointers = [self._pointer(tensor) for tensor in (tiled.tiled(whole), scales, sums)]
-        return _Matrix(*pointers, None if bias is None else self._pointer(bias), weight.shape[1], weight.shape[0])
+        return _Matrix() if weight is None else matrix(weight, bias, self._kept)
+
+
+def pointer(tensor: Tensor, kept: list[Any]) -> int:
+    """Of a tensor's data, which joins what is ``kept``."""
+    kept.append(tensor.detach().contiguous())
+    address: int = kept[-1].data_ptr()
+    return address
+
+
+def matrix(weight: Tensor, bias: Tensor | None, kept: list[Any]) -> _Matrix:
+    """A linear layer's weights as the library reads them."""
+    scales, whole = int8_weight(weight.detach())
+    pointers = [pointer(tensor, kept) for tensor in (tiled.tiled(whole), scales, whole.sum(1, dtype=torch.int32))]
+    return _Matrix(*pointers, None if bias is None else pointer(bias, kept), weight.shape[1], weight.shape[0])
 
 
 @cache

@@ -15,8 +15,8 @@ import torch
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.drafters.block import Block
-from beagle.drafters.checkpoint import save_head
-from beagle.drafters.load import DraftSpec, load_drafter
+from beagle.drafters.checkpoint import load_head, save_head
+from beagle.drafters.head_drafter import HeadDrafter
 from beagle.model import Model
 from beagle.targets.target import Target
 from beagle.training.data import Stored
@@ -119,8 +119,12 @@ def shortened(held_out: list[Stored], most: int = PROMPTS) -> list[Stored]:
 
 
 def decode(folder: Path, target: Target, samples: list[Stored]) -> list[Stats]:
-    """The samples' prompts answered greedily, as long as the samples are, with chains of an exported head's drafts."""
-    model = Model(target, load_drafter(DraftSpec(head=str(folder)), target), TreePlan("chain", DEPTH, 1, DEPTH))
+    """The samples' prompts answered greedily, as long as the samples are, with chains of an exported head's drafts.
+
+    Of the tokens that the head was trained to draft alone: native drafts have the answer's own, too.
+    """
+    drafter = HeadDrafter(target, load_head(folder, target))
+    model = Model(target, drafter, TreePlan("chain", DEPTH, 1, DEPTH))
     found = []
     for sample in samples:
         prompt, new = sample.tokens[: sample.answer_from + 1].tolist(), len(sample.tokens) - sample.answer_from

@@ -96,8 +96,9 @@ def ours(engines: list[Engine], arguments: argparse.Namespace, missing: dict[str
         group.append(engine)
     out = []
     for options, members in groups:
-        target = load_target(arguments.target, dtype=arguments.dtype, device="cpu", **options)
         modes = [engine.mode for engine in members]
+        layers = drafts.state_layers(modes, arguments.target)
+        target = load_target(arguments.target, dtype=arguments.dtype, device="cpu", state_layers=layers, **options)
         systems = load_systems(target, modes, drafts, dtype=arguments.dtype, device="cpu")
         out += [replace(c, mode=engine.name) for c, engine in zip(systems, members, strict=True)]
     return out

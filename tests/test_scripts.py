@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import sys
@@ -136,6 +137,20 @@ def test_table_and_plot_show_losses_and_what_is_missing(tmp_path):
     assert "| llama.cpp: BF16 | not measured | no --gguf FILE |" in text
     tables.plot(result, tmp_path / "out.png")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_side_by_side_loads_the_target_with_what_the_heads_read(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # which the script would set
+    monkeypatch.setenv("GOMP_SPINCOUNT", "100000")
+    side_by_side = importlib.import_module("side_by_side")
+    asked = []
+    monkeypatch.setattr(side_by_side, "load_target", lambda name, **options: asked.append(options["state_layers"]))
+    monkeypatch.setattr(side_by_side, "load_systems", lambda target, modes, *a, **o: [System(m, None) for m in modes])
+    given = argparse.Namespace(target="smollm2-135m", dtype="bfloat16", draft="auto", eagle=None)
+    for names, layers in ((("plain",), ()), (("plain", "head"), (10, 20)), (("beagle",), (10, 20))):
+        engines = [engine for engine in side_by_side.ENGINES if engine.name in names]
+        side_by_side.ours(engines, given, {})
+        assert asked.pop() == layers
 
 
 def test_hybrids_drafted_and_plain_take_turns(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+import beagle
 from beagle.drafters.base import TreePlan
 from beagle.model import Model
 from beagle.targets import compiled
@@ -306,3 +307,34 @@ def test_short_convolutions_in_captured_passes():
 @needs_compiler
 def test_short_convolutions_in_compiled_passes(tmp_path):
     assert_compiled("lfm2", tmp_path, **{**CONV, "num_hidden_layers": 2, "layer_types": ["conv", FULL]})
+
+
+ROBERTA = {
+    "is_decoder": True, "pad_token_id": 1, "max_position_embeddings": 64, "seed": 1, "scale": 2.0, "initializer_range": 0.3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", [0.0, 4.0])
+def test_positions_of_a_model_that_numbers_tokens_otherwise(bias):
+    """RoBERTa numbers tokens from its padding token's id on, and from 0 on when ``generate`` tells it to."""
+
+    def made():
+        model = tiny_model("roberta", **ROBERTA)
+        with torch.no_grad():
+            model.lm_head.bias[1] += bias  # answers hold the padding token, too
+        return model
+
+    given = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": 2}
+    expected = made().generate(torch.tensor([PROMPT]), **given)[0, len(PROMPT) :].tolist()
+    assert expected != own_greedy(made(), PROMPT, NEW)
+    assert (1 in expected) == bool(bias)
+    target = target_of(made())
+    drafted = Model(target, Oracle([*expected, *PROMPT[:8]]), TreePlan("dynamic", depth=4, top_k=4, nodes=10))
+    for way in ({}, {"exact": True}, {"draft": False}):
+        answer = drafted.generate(PROMPT, max_new_tokens=NEW, **way)
+        assert answer.token_ids == expected
+        assert "draft" in way or answer.stats.tau > 1
+    assert drafted.generate_batch([PROMPT, PROMPT[3:9]], max_new_tokens=NEW)[0].token_ids == expected
+    speculating = made()
+    beagle.speculate(speculating)
+    assert speculating.generate(torch.tensor([PROMPT]), **given)[0, len(PROMPT) :].tolist() == expected

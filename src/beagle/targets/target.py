@@ -274,6 +274,11 @@ class Target:
         """Whether layers with a recurrent state forbid trees with branches."""
         return bool(self.layers.recurrent)
 
+    @property
+    def can_capture(self) -> bool:
+        """Whether a pass is the same kernels whatever the tokens are."""
+        return not self.chains_only and not self.layers.indices
+
     def _example(self, kind: Kind) -> tuple[Tensor, Plan]:
         return example(kind, self.new_cache, self.layers.distinct_windows, self.vocab_size, self.eager)
 
@@ -292,8 +297,8 @@ class Target:
             slots = -(-capacity // KEY_BLOCK) * KEY_BLOCK
             size: Any = {"batch": batch, "capacity": slots, "dtype": self.dtype, "device": self.device}
             if self.chains_only:
-                return RecurrentCache(self.layers.shapes, recurrent_layers=len(self.layers.recurrent), **size)
-            return KVCache(self.layers.shapes, **size)
+                return RecurrentCache(self.layers.cached, recurrent_layers=len(self.layers.recurrent), **size)
+            return KVCache(self.layers.cached, **size)
         except RuntimeError as error:  # PyTorch's, whichever device is out of memory
             raise BeagleError(
                 f"{self.name}: no memory for a KV cache of {capacity} tokens for {batch} answers at once; ask for fewer "

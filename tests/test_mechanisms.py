@@ -9,6 +9,7 @@ import torch
 
 import beagle
 from beagle.drafters.base import TreePlan
+from beagle.errors import BeagleError
 from beagle.model import Model
 from beagle.targets import compiled
 from beagle.targets.captured import Captured
@@ -338,3 +339,55 @@ def test_positions_of_a_model_that_numbers_tokens_otherwise(bias):
     speculating = made()
     beagle.speculate(speculating)
     assert speculating.generate(torch.tensor([PROMPT]), **given)[0, len(PROMPT) :].tolist() == expected
+
+
+LATENT = {"head_dim": 8, "num_key_value_heads": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+INDEXED = {
+    **LATENT, "q_lora_rank": 8, "kv_lora_rank": 8, "n_group": 1, "topk_group": 1, "n_routed_experts": 4,
+    "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 16, "index_topk": 5, "index_head_dim": 8,
+    "index_n_heads": 16,  # with few heads many scores are equal: 0
+}  # fmt: skip
+CHOOSING = {
+    "deepseek_v32": {**INDEXED, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "glm_moe_dsa": {**INDEXED, "mlp_layer_types": ["dense"] * 3, "indexer_types": ["full", "shared", "full"]},
+}
+
+
+@pytest.mark.parametrize("family", CHOOSING)
+def test_keys_chosen_by_an_index(family):
+    """Each token of a tree chooses among the keys of its own ancestors, as it does when it is decoded alone."""
+    target = assert_served(family, **CHOOSING[family])
+    assert list(target.layers.indices.values()) == [8] * (3 if family == "deepseek_v32" else 2)
+    assert_exact_bits(family, **CHOOSING[family])
+
+
+def test_an_index_in_pieces_and_behind_other_answers(monkeypatch):
+    options = CHOOSING["glm_moe_dsa"]
+    model, target = lively("glm_moe_dsa", **options), target_of(lively("glm_moe_dsa", **options))
+    monkeypatch.setattr("beagle.targets.target.MASK_ENTRIES", 49)
+    monkeypatch.setattr("beagle.targets.target.LEAST_TOKENS", 5)
+    pieces = target.prefill(torch.tensor([PROMPT]), target.new_cache(1, 64))
+    monkeypatch.undo()
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([PROMPT]), use_cache=False).logits
+    torch.testing.assert_close(target.logits(pieces), expected, atol=1e-3, rtol=1e-3)
+    kept = Model(target, prefix_cache=200)
+    answer = kept.generate(PROMPT, max_new_tokens=NEW)
+    dialogue = [*PROMPT, *answer.token_ids, 7, 9]
+    assert kept.generate(dialogue, max_new_tokens=NEW).token_ids == own_greedy(model, dialogue, NEW)
+
+
+def test_keys_chosen_otherwise_are_refused_however_late_that_shows():
+    """MiniMax-M3 chooses whole blocks; where there are few of them it sees all, as in the texts that are compared at load."""
+    options = {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "index_n_heads": 2, "index_head_dim": 8,
+        "layer_types": ["full_attention", "minimax_m3_sparse", "full_attention"],
+    }  # fmt: skip
+    with pytest.raises(BeagleError, match="its attention also depends on block_indices, .*choose a"):
+        target_of(lively("minimax_m3_vl_text", **options))
+
+
+def test_indices_have_no_compiled_passes(tmp_path):
+    with pytest.raises(BeagleError, match="chooses the keys of each token by an index, .*use it without"):
+        compiled.build(tmp_path, lively("deepseek_v32", **CHOOSING["deepseek_v32"]), "some-model")
+    assert not target_of(lively("deepseek_v32", **CHOOSING["deepseek_v32"])).can_capture

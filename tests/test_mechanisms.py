@@ -383,11 +383,11 @@ def test_keys_chosen_otherwise_are_refused_however_late_that_shows():
         "num_local_experts": 4, "num_experts_per_tok": 2, "index_n_heads": 2, "index_head_dim": 8,
         "layer_types": ["full_attention", "minimax_m3_sparse", "full_attention"],
     }  # fmt: skip
-    with pytest.raises(BeagleError, match="its attention also depends on block_indices, .*choose a"):
+    with pytest.raises(BeagleError, match=r"its attention also depends on block_indices, .*choose a"):
         target_of(lively("minimax_m3_vl_text", **options))
 
 
 def test_indices_have_no_compiled_passes(tmp_path):
-    with pytest.raises(BeagleError, match="chooses the keys of each token by an index, .*use it without"):
+    with pytest.raises(BeagleError, match=r"chooses the keys of each token by an index, .*use it without"):
         compiled.build(tmp_path, lively("deepseek_v32", **CHOOSING["deepseek_v32"]), "some-model")
     assert not target_of(lively("deepseek_v32", **CHOOSING["deepseek_v32"])).can_capture

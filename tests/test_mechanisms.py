@@ -377,14 +377,29 @@ def test_an_index_in_pieces_and_behind_other_answers(monkeypatch):
     assert kept.generate(dialogue, max_new_tokens=NEW).token_ids == own_greedy(model, dialogue, NEW)
 
 
-def test_keys_chosen_otherwise_are_refused_however_late_that_shows():
-    """MiniMax-M3 chooses whole blocks; where there are few of them it sees all, as in the texts that are compared at load."""
-    options = {
-        "num_local_experts": 4, "num_experts_per_tok": 2, "index_n_heads": 2, "index_head_dim": 8,
-        "layer_types": ["full_attention", "minimax_m3_sparse", "full_attention"],
-    }  # fmt: skip
-    with pytest.raises(BeagleError, match=r"its attention also depends on block_indices, .*choose a"):
-        target_of(lively("minimax_m3_vl_text", **options))
+BLOCKS = {
+    "minimax_m3_vl_text": {
+        **MOE, "index_n_heads": 2, "index_head_dim": 8, "layer_types": [FULL, "minimax_m3_sparse", FULL],
+    },
+    "qwen4_exp_text": {
+        **MOE, "num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "hc_lowrank": 8,
+        "layer_types": ["indexed_attention"] * 3, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8,
+        "indexer_budget": 2048, "indexer_compress_ratio": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("minimax_m3_vl_text", r"its attention also depends on block_indices, .*choose a"),
+        ("qwen4_exp_text", r"choose the keys that a token sees in a way that can't be followed; choose a"),
+    ],
+)
+def test_keys_chosen_otherwise_are_refused_however_late_that_shows(family, words):
+    """They choose whole blocks; in texts as short as those that are compared at load they see all."""
+    with pytest.raises(BeagleError, match=words):
+        target_of(lively(family, **BLOCKS[family]))
 
 
 def test_indices_have_no_compiled_passes(tmp_path):

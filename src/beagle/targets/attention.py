@@ -41,9 +41,10 @@ def attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface; ``query`` is ``[batch, heads, queries, head_dim]``.
 
-    ``indices`` are which keys are seen, as ``targets.indexed`` gives them. ``s_aux`` are sinks ``[heads]``: one more score for each head, whose value is 0. What a layer sees is what its own
-    mask says (``targets.probe`` reads it at load and leaves the window on the module); the mask that comes with a call,
-    where there is one, is not read again.
+    ``s_aux`` are sinks ``[heads]``: one more score for each head, whose value is 0. ``indices`` say which keys each token
+    sees of those in view, as ``targets.indexed`` gives them. What a layer sees else is what its own mask says
+    (``targets.probe`` reads it at load and leaves the window on the module); the mask that comes with a call, where there is
+    one, is not read again.
     """
     plan = current_plan.get()
     layer = plan.named_layer if plan.named_layer is not None else module.layer_idx

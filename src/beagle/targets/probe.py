@@ -264,7 +264,8 @@ def learn(model: Any, name: str, expected: int | None = None) -> Layers:
     """
     base = base_of(model)
     device = device_of(model)
-    limit, _ = context_limit(model.config.get_text_config(decoder=True))
+    text = model.config.get_text_config(decoder=True)
+    limit, _ = context_limit(text)
     if not can_set_attention(model):
         if (layers := _own_attention(model, base, name, limit)) is not None:
             return layers
@@ -282,6 +283,13 @@ def learn(model: Any, name: str, expected: int | None = None) -> Layers:
     finally:
         _notes.pop()
         model.set_attn_implementation(NAME)
+    if (
+        "indexed_attention" in (getattr(text, "layer_types", None) or ()) and not notes.indices
+    ):  # may show in long texts alone
+        raise BeagleError(
+            f"{name}: its layers (indexed_attention) choose the keys that a token sees in a way that can't be followed; choose "
+            "a model with plain attention in every layer"
+        )
     if notes.recurrent:
         for i in {*range(expected or 0), *notes.recurrent.values()} - set(notes.calls):
             notes.note(i, LayerShape(1, 0, 0), heads=0, window=None)  # no keys

@@ -78,6 +78,8 @@ MECHANISMS = {  # a family, and what its tiny model must have lest the test trie
     "recurrent states": ("qwen3_5_text", lambda target: target.chains_only),
     "short convolutions": ("lfm2", lambda target: 0 in target.layers.heads),
     "latent attention": ("deepseek_v3", lambda target: target.config.kv_lora_rank),
+    "indices": ("glm_moe_dsa", lambda target: target.layers.indices),
+    "positions that generate gives": ("roberta", lambda target: target.config.pad_token_id == 0),
     "LM heads with a transform": ("bert", lambda target: hasattr(target.base, NAME)),
     "text parts": ("gemma3", lambda target: target.config is not target.model.config),
 }

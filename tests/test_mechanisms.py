@@ -7,7 +7,9 @@ import shutil
 import pytest
 import torch
 
+import beagle
 from beagle.drafters.base import TreePlan
+from beagle.errors import BeagleError
 from beagle.model import Model
 from beagle.targets import compiled
 from beagle.targets.captured import Captured
@@ -306,3 +308,101 @@ def test_short_convolutions_in_captured_passes():
 @needs_compiler
 def test_short_convolutions_in_compiled_passes(tmp_path):
     assert_compiled("lfm2", tmp_path, **{**CONV, "num_hidden_layers": 2, "layer_types": ["conv", FULL]})
+
+
+ROBERTA = {
+    "is_decoder": True, "pad_token_id": 1, "max_position_embeddings": 64, "seed": 1, "scale": 2.0, "initializer_range": 0.3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", [0.0, 4.0])
+def test_positions_of_a_model_that_numbers_tokens_otherwise(bias):
+    """RoBERTa numbers tokens from its padding token's id on, and from 0 on when ``generate`` tells it to."""
+
+    def made():
+        model = tiny_model("roberta", **ROBERTA)
+        with torch.no_grad():
+            model.lm_head.bias[1] += bias  # answers hold the padding token, too
+        return model
+
+    given = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": 2}
+    expected = made().generate(torch.tensor([PROMPT]), **given)[0, len(PROMPT) :].tolist()
+    assert expected != own_greedy(made(), PROMPT, NEW)
+    assert (1 in expected) == bool(bias)
+    target = target_of(made())
+    drafted = Model(target, Oracle([*expected, *PROMPT[:8]]), TreePlan("dynamic", depth=4, top_k=4, nodes=10))
+    for way in ({}, {"exact": True}, {"draft": False}):
+        answer = drafted.generate(PROMPT, max_new_tokens=NEW, **way)
+        assert answer.token_ids == expected
+        assert "draft" in way or answer.stats.tau > 1
+    assert drafted.generate_batch([PROMPT, PROMPT[3:9]], max_new_tokens=NEW)[0].token_ids == expected
+    speculating = made()
+    beagle.speculate(speculating)
+    assert speculating.generate(torch.tensor([PROMPT]), **given)[0, len(PROMPT) :].tolist() == expected
+
+
+LATENT = {"head_dim": 8, "num_key_value_heads": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+INDEXED = {
+    **LATENT, "q_lora_rank": 8, "kv_lora_rank": 8, "n_group": 1, "topk_group": 1, "n_routed_experts": 4,
+    "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 16, "index_topk": 5, "index_head_dim": 8,
+    "index_n_heads": 16,  # with few heads many scores are equal: 0
+}  # fmt: skip
+CHOOSING = {
+    "deepseek_v32": {**INDEXED, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "glm_moe_dsa": {**INDEXED, "mlp_layer_types": ["dense"] * 3, "indexer_types": ["full", "shared", "full"]},
+}
+
+
+@pytest.mark.parametrize("family", CHOOSING)
+def test_keys_chosen_by_an_index(family):
+    """Each token of a tree chooses among the keys of its own ancestors, as it does when it is decoded alone."""
+    target = assert_served(family, **CHOOSING[family])
+    assert list(target.layers.indices.values()) == [8] * (3 if family == "deepseek_v32" else 2)
+    assert_exact_bits(family, **CHOOSING[family])
+
+
+def test_an_index_in_pieces_and_behind_other_answers(monkeypatch):
+    options = CHOOSING["glm_moe_dsa"]
+    model, target = lively("glm_moe_dsa", **options), target_of(lively("glm_moe_dsa", **options))
+    monkeypatch.setattr("beagle.targets.target.MASK_ENTRIES", 49)
+    monkeypatch.setattr("beagle.targets.target.LEAST_TOKENS", 5)
+    pieces = target.prefill(torch.tensor([PROMPT]), target.new_cache(1, 64))
+    monkeypatch.undo()
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([PROMPT]), use_cache=False).logits
+    torch.testing.assert_close(target.logits(pieces), expected, atol=1e-3, rtol=1e-3)
+    kept = Model(target, prefix_cache=200)
+    answer = kept.generate(PROMPT, max_new_tokens=NEW)
+    dialogue = [*PROMPT, *answer.token_ids, 7, 9]
+    assert kept.generate(dialogue, max_new_tokens=NEW).token_ids == own_greedy(model, dialogue, NEW)
+
+
+BLOCKS = {
+    "minimax_m3_vl_text": {
+        **MOE, "index_n_heads": 2, "index_head_dim": 8, "layer_types": [FULL, "minimax_m3_sparse", FULL],
+    },
+    "qwen4_exp_text": {
+        **MOE, "num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "hc_lowrank": 8,
+        "layer_types": ["indexed_attention"] * 3, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8,
+        "indexer_budget": 2048, "indexer_compress_ratio": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("minimax_m3_vl_text", r"its attention also depends on block_indices, .*choose a"),
+        ("qwen4_exp_text", r"choose the keys that a token sees in a way that can't be followed; choose a"),
+    ],
+)
+def test_keys_chosen_otherwise_are_refused_however_late_that_shows(family, words):
+    """They choose whole blocks; in texts as short as those that are compared at load they see all."""
+    with pytest.raises(BeagleError, match=words):
+        target_of(lively(family, **BLOCKS[family]))
+
+
+def test_indices_have_no_compiled_passes(tmp_path):
+    with pytest.raises(BeagleError, match=r"chooses the keys of each token by an index, .*use it without"):
+        compiled.build(tmp_path, lively("deepseek_v32", **CHOOSING["deepseek_v32"]), "some-model")
+    assert not target_of(lively("deepseek_v32", **CHOOSING["deepseek_v32"])).can_capture

@@ -104,9 +104,9 @@ def refusal(model) -> str:
             "its LM head reads 48 numbers a token",
         ),
         ("diffllama", {}, "attention runs more than once in a layer"),
-        ("roberta", {"is_decoder": True}, "numbers its tokens in a way of its own"),
+        ("roformer", {"is_decoder": True}, "numbers its tokens in a way of its own"),
         ("recurrent_gemma", {}, "recurrent state outside its cache"),
-        ("deepseek_v32", {"layer_types": ["indexed_attention"] * 3, "q_lora_rank": 8, "kv_lora_rank": 8}, "index"),
+        ("deepseek_v4", {"q_lora_rank": 8, "o_lora_rank": 8}, "make one key of several tokens"),
     ],
 )
 def test_refusals_say_what_the_family_has(family, options, words):

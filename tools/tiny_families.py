@@ -48,7 +48,8 @@ SIZES: Settings = {
     **_all(16, "linear_key_head_dim linear_value_head_dim linear_head_dim hidden_size_per_layer_input"),
     **_all(8, "mamba_n_heads mamba_num_heads"),
     **_all(4, "mamba_dt_rank time_step_rank linear_num_value_heads linear_num_heads"),
-    **_all(2, "linear_num_key_heads index_n_heads"),
+    **_all(2, "linear_num_key_heads"),
+    **_all(16, "index_n_heads"),  # with few heads many scores are equal: 0
     **_all(VOCABULARY, "vocab_size vocab_size_per_layer_input decoder_vocab_size unpadded_vocab_size"),
 }  # fmt: skip
 TOKENS: Settings = {

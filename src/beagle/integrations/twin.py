@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from beagle.errors import BeagleError
 from beagle.integrations.hooks import replaced_functions
 from beagle.targets.family import sample_ids
+from beagle.targets.proof import given_positions
 from beagle.targets.target import Target
 
 _VALUES = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
@@ -108,9 +109,9 @@ def twin(model: Any, parts: Parts) -> Any:
 
 @torch.no_grad()
 def own_logits(model: Any) -> Tensor:
-    """What a model itself says to a few tokens, ``[tokens, vocabulary]``."""
+    """What a model itself says to a few tokens where ``generate`` asks it, ``[tokens, vocabulary]``."""
     ids = _tokens(model, model.get_input_embeddings())
-    logits: Tensor = model(input_ids=ids[None], use_cache=False).logits[0]
+    logits: Tensor = model(input_ids=ids[None], use_cache=False, **given_positions(model, ids)).logits[0]
     return logits
 
 

@@ -8,6 +8,7 @@ current plan and attends to them, so no modelling file is forked and no cache cl
 from __future__ import annotations
 
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,13 +36,15 @@ def attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface; ``query`` is ``[batch, heads, queries, head_dim]``.
 
-    ``s_aux`` are sinks ``[heads]``: one more score for each head, whose value is 0. What a layer sees is what its own
-    mask says (``targets.probe`` reads it at load and leaves the window on the module); the mask that comes with a call,
-    where there is one, is not read again.
+    ``s_aux`` are sinks ``[heads]``: one more score for each head, whose value is 0. ``indices`` say which keys each token
+    sees of those in view, as ``targets.indexed`` gives them. What a layer sees else is what its own mask says
+    (``targets.probe`` reads it at load and leaves the window on the module); the mask that comes with a call, where there is
+    one, is not read again.
     """
     plan = current_plan.get()
     layer = plan.named_layer if plan.named_layer is not None else module.layer_idx
@@ -50,7 +53,11 @@ def attention(
     keys, values = write(plan, layer, key, value)
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    out = attend_plan(plan, query, keys, values, scaling, module.__dict__[WINDOW], softcap, s_aux)
+    window = module.__dict__[WINDOW]
+    if indices is not None:
+        mask = plan.masks[window]
+        plan = replace(plan, masks={window: mask.masked_fill(~indices, torch.finfo(mask.dtype).min)}, folded={})
+    out = attend_plan(plan, query, keys, values, scaling, window, softcap, s_aux)
     return out.transpose(1, 2).contiguous(), None
 
 

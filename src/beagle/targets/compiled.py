@@ -130,6 +130,10 @@ def build(
     layers = probe.learn(model, name)
     if layers.recurrent:
         raise BeagleError(f"{name} keeps a recurrent state, so its passes can't be compiled; use it without")
+    if layers.indices:
+        raise BeagleError(
+            f"{name} chooses the keys of each token by an index, so its passes can't be compiled; use it without"
+        )
     if layers.own:
         raise BeagleError(
             f"{name}: its layers compute their attention themselves, and such passes can't be compiled; run it as it is"

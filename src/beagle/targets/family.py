@@ -55,7 +55,7 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-INDEXED = {"indexed_attention", "compressed_sparse_attention", "heavily_compressed_attention"}  # types of layers
+COMPRESSED = {"compressed_sparse_attention", "heavily_compressed_attention"}  # types of layers
 
 
 def refuse_unsupported(config: Any, name: str) -> None:
@@ -65,8 +65,8 @@ def refuse_unsupported(config: Any, name: str) -> None:
     text = config.get_text_config(decoder=True)
     types = set(getattr(text, "layer_types", None) or ())
     what = ""
-    if types & INDEXED:
-        what = f"its layers ({_named(types & INDEXED)}) choose the keys that a token sees by an index of their own, which is not kept"
+    if types & COMPRESSED:
+        what = f"its layers ({_named(types & COMPRESSED)}) make one key of several tokens, which can't be cut back to fewer"
     elif not isinstance(getattr(text, "num_hidden_layers", None), int):
         what = f"a {text.model_type} is not one stack of layers"
     if what:

@@ -17,12 +17,13 @@ from beagle.files import write_json
 from beagle.hf import own_attention
 from beagle.targets.attention import NAME, WINDOW
 from beagle.targets.cache import LayerShape
+from beagle.targets.indexed import wrap as wrap_index
 from beagle.targets.own_attention import OWN
 from beagle.targets.plan import Biased, Chunk, Window, heads_of
 from beagle.targets.plan_cache import ASKED
 from beagle.targets.recurrent import wrap
 
-FORMAT = 9  # of what is remembered
+FORMAT = 10  # of what is remembered
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Layers:
         unscaled: whether the model's logits leave out the scale and the soft cap of its config.
         recurrent: names of the modules that keep a recurrent state, below the model without its LM head.
         one_by_one: whether they take one token at a time behind a state.
+        indices: names of the modules that choose keys by small ones, with the width of these.
     """
 
     names: list[str]
@@ -54,6 +56,7 @@ class Layers:
     own: bool = False
     recurrent: list[str] = field(default_factory=list)
     one_by_one: bool = False
+    indices: dict[str, int] = field(default_factory=dict)
 
     @property
     def are_plain(self) -> bool:
@@ -62,8 +65,13 @@ class Layers:
 
     @property
     def need_scores(self) -> bool:
-        """Whether some layer changes its scores, by a soft cap or by sinks, which fused attention can't."""
-        return any(cap is not None for cap in self.softcaps) or any(self.sinks)
+        """Whether some layer needs a mask, since it changes its scores, by a soft cap or by sinks, or chooses its keys."""
+        return any(cap is not None for cap in self.softcaps) or any(self.sinks) or bool(self.indices)
+
+    @property
+    def cached(self) -> list[LayerShape]:
+        """What a cache holds: ``shapes``, and the small keys of each index behind them."""
+        return [*self.shapes, *(LayerShape(1, width, 0) for width in self.indices.values())]
 
     @property
     def mask_heads(self) -> int:
@@ -76,8 +84,8 @@ class Layers:
         return list(dict.fromkeys(self.windows))
 
     def slot_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of one token's keys and values in the cache, all layers."""
-        return sum(c.kv_heads * (c.key_dim + c.value_dim) for c in self.shapes) * dtype.itemsize
+        """Bytes of one token's keys, values and small keys in the cache, all layers."""
+        return sum(c.kv_heads * (c.key_dim + c.value_dim) for c in self.cached) * dtype.itemsize
 
     def slot_operations(self) -> int:
         """Operations of attention for one token and one key, all layers."""
@@ -94,6 +102,8 @@ class Layers:
                 setattr(modules[name], WINDOW, window)
         for number, name in enumerate(self.recurrent):
             wrap(modules[name], number, self.one_by_one)
+        for number, name in enumerate(self.indices):
+            wrap_index(modules[name], len(self.shapes) + number)
         setattr(base, ASKED, self.cache)
         setattr(base, OWN, self.windows if self.own else None)
 

@@ -118,7 +118,7 @@ def load_target(
     target = Target(model, tokenizer, name, quantize, cache_dir() / "probes", state_layers=layers)
     if fast is not None:
         target.use(fast)
-    if target.device.type == "cuda" and not aot_cache.compiled_disabled() and not target.chains_only:
+    if target.device.type == "cuda" and not aot_cache.compiled_disabled() and target.can_capture:
         capture_target(target)
     if target.device.type == "cpu":
         use_huge_pages()

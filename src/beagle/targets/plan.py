@@ -13,6 +13,7 @@ from torch import Tensor
 
 from beagle.targets.cache import KVCache
 from beagle.targets.chains import Chains
+from beagle.targets.paths import Paths
 from beagle.targets.shape import TreeShape
 
 EXACT_TOKENS = 16  # most tokens of an exact pass; all of them, where kernels differ by number of tokens
@@ -99,6 +100,7 @@ class Plan:
         tail: in exact mode the slots that each token sees besides, in the order of their positions, ``[tokens, tail]``.
         folded: masks repeated for the heads of a group, filled by attention.
         before: the last slots of each token's path by their number, filled by short convolutions.
+        paths: what each token has before it, filled by indices.
         chains: what the pass does to recurrent layers, where there are some.
         named_layer: the layer whose keys are attended to next, where a module shared by several layers has named it.
     """
@@ -113,6 +115,7 @@ class Plan:
     tail: Tensor | None = None
     folded: dict[tuple[Window, int], Tensor] = field(default_factory=dict)
     before: dict[int, Tensor] = field(default_factory=dict)
+    paths: list[Paths] = field(default_factory=list)
     chains: Chains | None = None
     named_layer: int | None = None
 

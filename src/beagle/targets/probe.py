@@ -51,6 +51,7 @@ class _Notes:
         self.sinks: dict[int, bool] = {}
         self.running: list[nn.Module] = []  # the innermost last
         self.recurrent: dict[nn.Module, int] = {}
+        self.indices: dict[nn.Module | None, int] = {}
         self.named_layer: int | None = None  # as of ``Plan``
 
     def note(
@@ -88,6 +89,21 @@ class _Notes:
             if found and torch.equal(visible[0, 0], (age >= 0) & (age < found)):
                 return found if found < n else hint
         raise self._refuse("it depends on the text")
+
+    def refuse_unknown(self, given: dict[str, Any], window: Window) -> None:
+        """
+        Args:
+            given: to a layer's attention, besides what ours knows.
+            window: of the layer.
+        Raises:
+            BeagleError: it would be left out.
+        """
+        known = {"position_ids"} | ({"indices"} if self.indices and window is None else set())
+        if others := sorted(name for name, value in given.items() if isinstance(value, Tensor) and name not in known):
+            raise BeagleError(
+                f"{self.name}: its attention also depends on {', '.join(others)}, which can't be served; choose a model with "
+                "plain attention"
+            )
 
     def _refuse(self, what: str) -> BeagleError:
         return BeagleError(
@@ -137,6 +153,12 @@ class _Asked(PlanCache):
         self.get_recurrent_state(layer_idx, state_idx)
         return recurrent_states
 
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
+        self.asked = True
+        module = self._notes.running[-1] if self._notes.running else None
+        self._notes.indices[module] = indexer_key_states.shape[2]
+        return indexer_key_states
+
     def get_query_offset(self, layer_idx: int | None = 0) -> int:
         return 0
 
@@ -167,11 +189,13 @@ def _attention(
         raise BeagleError(
             f"{notes.name}: its attention layers have no number (layer_idx), so their keys can't be told apart; choose a model with plain attention"
         )
+    window = notes.window(attention_mask, sliding_window)
+    notes.refuse_unknown(kwargs, window)
     notes.note(
         layer,
         LayerShape(key.shape[1], key.shape[3], value.shape[3]),
         heads=query.shape[1],
-        window=notes.window(attention_mask, sliding_window),
+        window=window,
         module=module,
         softcap=softcap,
         sinks=s_aux is not None,
@@ -240,7 +264,8 @@ def learn(model: Any, name: str, expected: int | None = None) -> Layers:
     """
     base = base_of(model)
     device = device_of(model)
-    limit, _ = context_limit(model.config.get_text_config(decoder=True))
+    text = model.config.get_text_config(decoder=True)
+    limit, _ = context_limit(text)
     if not can_set_attention(model):
         if (layers := _own_attention(model, base, name, limit)) is not None:
             return layers
@@ -258,6 +283,13 @@ def learn(model: Any, name: str, expected: int | None = None) -> Layers:
     finally:
         _notes.pop()
         model.set_attn_implementation(NAME)
+    if (
+        "indexed_attention" in (getattr(text, "layer_types", None) or ()) and not notes.indices
+    ):  # may show in long texts alone
+        raise BeagleError(
+            f"{name}: its layers (indexed_attention) choose the keys that a token sees in a way that can't be followed; choose "
+            "a model with plain attention in every layer"
+        )
     if notes.recurrent:
         for i in {*range(expected or 0), *notes.recurrent.values()} - set(notes.calls):
             notes.note(i, LayerShape(1, 0, 0), heads=0, window=None)  # no keys
@@ -276,6 +308,7 @@ def learn(model: Any, name: str, expected: int | None = None) -> Layers:
         [notes.sinks[i] for i in order],
         cache,
         recurrent=[names[module] for module in notes.recurrent],
+        indices={names[module]: width for module, width in notes.indices.items()},
     )
     layers.mark(base)
     return layers

@@ -146,21 +146,37 @@ def refuse_difference(states: Tensor, expected: Tensor, what: str, name: str) ->
         )
 
 
-def own_positions(model: nn.Module, ids: Tensor, expected: Tensor) -> bool:
-    """Whether a model numbers its tokens in a way of its own, so that those of a tree can't be given their positions.
+def given_positions(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """What transformers' ``generate`` tells a causal LM of a text's positions: ids ``[n]`` to ``[1, n]``, or nothing."""
+    # 5.17 and 5.24: generation/utils.py: _prepare_position_ids_for_generation
+    takes = "position_ids" in inspect.signature(model.forward).parameters
+    return {"position_ids": torch.arange(len(ids), device=ids.device)[None]} if takes else {}
+
+
+def at_positions(model: nn.Module, whole: nn.Module, ids: Tensor, expected: Tensor) -> Tensor | None:
+    """States ``[n, hidden]`` at positions from 0 on, of a model that numbers its tokens otherwise where it isn't told.
+
+    transformers' ``generate`` gives it positions from 0 on, if its ``forward`` takes any (RoBERTa).
 
     Args:
-        model: the causal LM without its LM head, with its own attention.
+        model: a causal LM with its own attention.
+        whole: it without its LM head.
         ids: ``[n]``.
-        expected: its states of them ``[n, hidden]``.
+        expected: its states of them without positions ``[n, hidden]``.
+    Returns:
+        None: it takes no positions, so that those of a tree can't be given theirs. Where it numbers tokens from 0 on
+        anyway, the states are ``expected``, up to rounding.
     """
-    at = torch.arange(len(ids), device=ids.device)
+    if not (given := given_positions(model, ids)):
+        return None
 
-    def equal(positions: Tensor) -> bool:
-        states: Tensor = model(input_ids=ids[None], position_ids=positions[None], use_cache=False)[0][0]
-        return difference(states, expected) < TOLERANCE[expected.dtype]
+    def states_at(positions: Tensor) -> Tensor:
+        states: Tensor = whole(input_ids=ids[None], position_ids=positions, use_cache=False)[0][0]
+        return states.to(expected.dtype)
 
     try:
-        return not equal(at) or equal(at // 2)
-    except (TypeError, LookupError, RuntimeError):  # it takes no positions at all
-        return True
+        states = states_at(given["position_ids"])
+        same = difference(states_at(given["position_ids"] // 2), states) < TOLERANCE[expected.dtype]
+        return None if same else states
+    except (TypeError, LookupError, RuntimeError):
+        return None

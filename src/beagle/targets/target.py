@@ -171,7 +171,6 @@ class Target:
         with probe.tokens_alone(self.name):
             expected: Tensor = whole(input_ids=ids[None], use_cache=False)[0][0].to(self.dtype)
             logits = model(input_ids=few, use_cache=False).logits
-        states = expected[: few.shape[1]]  # causal, so that no pass of the few alone is needed
         if not layers.own:
             model.set_attn_implementation(NAME)
         self.layers = layers
@@ -179,14 +178,8 @@ class Target:
             with probe.tokens_alone(self.name):
                 self._prove(ids, expected, own)
         except proof.Different as error:
-            if not layers.own:
-                model.set_attn_implementation(own)
-            if self.chains_only or not proof.own_positions(whole, ids, expected):
-                raise
-            raise BeagleError(
-                f"{self.name}: it numbers its tokens in a way of its own, so that those of a draft can't be given their "
-                "positions; choose a model that takes position_ids"
-            ) from error
+            expected, logits = self._given_positions(ids, few, expected, own, error)
+        states = expected[: few.shape[1]]  # causal, so that no pass of the few alone is needed
         heads = (self._lm_head, self._lm_head.without_scale())
         rows: Any = self.head.weight
         if states.shape[-1] == rows.shape[-1] != self.hidden_size:
@@ -205,6 +198,40 @@ class Target:
         if folder is not None:
             remember(folder, key, layers)
         return layers
+
+    def _given_positions(
+        self, ids: Tensor, few: Tensor, expected: Tensor, own: str, error: proof.Different
+    ) -> tuple[Tensor, Tensor]:
+        """Compare once more where the model alone numbers its tokens otherwise than from 0 on, as its ``generate`` does.
+
+        Args:
+            ids: ``[n]``.
+            few: the first of them, ``[1, few]``.
+            expected: the model's states of ``ids`` where it is given no positions.
+            own: the model's own attention.
+            error: what the comparison came to.
+        Returns:
+            The model's own states of ``ids`` and logits of ``few`` at the positions that its ``generate`` gives.
+        """
+        model: Any = self.model
+        if not self.layers.own:
+            model.set_attn_implementation(own)
+        if self.chains_only:
+            raise error
+        states = proof.at_positions(model, whole_of(model), ids, expected)
+        if states is None:
+            raise BeagleError(
+                f"{self.name}: it numbers its tokens in a way of its own, so that those of a draft can't be given their "
+                "positions; choose a model that takes position_ids"
+            ) from error
+        if proof.difference(states, expected) < proof.TOLERANCE[self.dtype]:
+            raise error
+        logits: Tensor = model(input_ids=few, use_cache=False, **proof.given_positions(model, few[0])).logits
+        if not self.layers.own:
+            model.set_attn_implementation(NAME)
+        with probe.tokens_alone(self.name):
+            self._prove(ids, states, own)
+        return states, logits
 
     def _prove(self, ids: Tensor, expected: Tensor, own: str) -> None:
         """``proof.prove``. Recurrent layers that forget their state before several tokens get one at a time.
@@ -247,6 +274,11 @@ class Target:
         """Whether layers with a recurrent state forbid trees with branches."""
         return bool(self.layers.recurrent)
 
+    @property
+    def can_capture(self) -> bool:
+        """Whether a pass is the same kernels whatever the tokens are."""
+        return not self.chains_only and not self.layers.indices
+
     def _example(self, kind: Kind) -> tuple[Tensor, Plan]:
         return example(kind, self.new_cache, self.layers.distinct_windows, self.vocab_size, self.eager)
 
@@ -265,8 +297,8 @@ class Target:
             slots = -(-capacity // KEY_BLOCK) * KEY_BLOCK
             size: Any = {"batch": batch, "capacity": slots, "dtype": self.dtype, "device": self.device}
             if self.chains_only:
-                return RecurrentCache(self.layers.shapes, recurrent_layers=len(self.layers.recurrent), **size)
-            return KVCache(self.layers.shapes, **size)
+                return RecurrentCache(self.layers.cached, recurrent_layers=len(self.layers.recurrent), **size)
+            return KVCache(self.layers.cached, **size)
         except RuntimeError as error:  # PyTorch's, whichever device is out of memory
             raise BeagleError(
                 f"{self.name}: no memory for a KV cache of {capacity} tokens for {batch} answers at once; ask for fewer "

@@ -50,7 +50,12 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, apply: Apply) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._apply_to = apply
+        self._apply_to, self._dtype = apply, linear.weight.dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """For modules that ask a layer's weight for its dtype; on no device, since its numbers aren't kept in this form."""
+        return torch.empty(self.out_features, self.in_features, dtype=self._dtype, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
         return self._apply_to(x)

@@ -46,21 +46,21 @@ ASKS = [
 RECIPE = {
     "answers": {"max_prompt_tokens": 160, "max_new_tokens": 160, "max_turns": 1, "sampled_share": 0.25, "rows": 32},
     "train": {
-        "early_epochs": 0,
-        "late_epochs": 1,  # so that the learning rate has fallen when the minutes are over
+        "early_epochs": 0.4,  # one pass in all, so that the learning rate has fallen when the minutes are over
+        "late_epochs": 0.6,
         "window": 3,
+        "early_window": 1,
         "steps": 3,
-        "batch_tokens": 1024,
-        "learning_rate": 0.0005,
+        "batch_tokens": 512,
+        "learning_rate": 0.002,
         "warmup_steps": 20,
         "schedule": "cosine",
-        "dropout": 0.1,
         "autocast": True,
         "validate_every": 200,
         "checkpoint_every": 200,
     },
 }
-FROM_RANDOM = {"learning_rate": 0.002, "early_window": 1}  # as of configs/smollm2-135m.yaml
+FROM_RANDOM = {"batch_tokens": 1024, "dropout": 0.1}  # of more passes, which overfit
 EARLY_SHARE = 0.6  # of the epochs of a head that is trained anew
 
 

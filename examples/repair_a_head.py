@@ -6,7 +6,7 @@ The domain is made up here: orders in plain words, answered with a receipt in a 
 form, which the base model's head has never seen, so its drafts fit less. `beagle train --init head --adapter FOLDER`
 starts from that head, and shows τ on held-out prompts before, after each minute, and at the end.
 
-`--anew-times 5` then trains a head of the same shape from random weights, in five times as many steps, on the same
+`--anew-times 6` then trains a head of the same shape from random weights, on six times as many tokens of the same
 answers. `OUT/repair.json` holds the figures of all of them.
 """
 
@@ -138,7 +138,9 @@ def main() -> None:
     parser.add_argument("--dialogues", type=int, default=2000)
     parser.add_argument("--tune-seconds", type=float, default=600.0)
     parser.add_argument("--head-seconds", type=float, default=300.0)
-    parser.add_argument("--anew-times", type=float, default=0.0, help="steps of a head trained anew; 0: none is")
+    parser.add_argument(
+        "--anew-times", type=float, default=0.0, help="tokens of a head trained anew, over the repair's; 0: none is"
+    )
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     chance = random.Random(1)
@@ -162,7 +164,7 @@ def main() -> None:
         other = anew(given, result)
         about["anew"] = figures(other)
         print(
-            f"{other['served'] and other['served']['tau']} with one trained anew, in {given.anew_times:g} times the steps"
+            f"{other['served'] and other['served']['tau']} with one trained anew, on {given.anew_times:g} times the tokens"
         )
     (given.out / "repair.json").write_text(json.dumps(about, indent=1) + "\n")
 

@@ -226,7 +226,9 @@ FACTS: dict[str, list[Fact]] = {
         fact("τ of the repaired head over one trained anew", REPAIR)(
             lambda r: f"{r['repaired']['served']['tau'] / r['anew']['served']['tau']:.1%}"
         ),
-        fact("steps of its training, likewise", REPAIR)(lambda r: f"{r['repaired']['steps'] / r['anew']['steps']:.1%}"),
+        fact("tokens that it was trained on, likewise", REPAIR)(
+            lambda r: f"{r['repaired']['trained_tokens'] / r['anew']['trained_tokens']:.1%}"
+        ),
         fact("seconds of its training, likewise", REPAIR)(
             lambda r: f"{r['repaired']['train_seconds'] / r['anew']['train_seconds']:.1%}"
         ),

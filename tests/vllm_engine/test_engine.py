@@ -195,7 +195,7 @@ def test_the_server(model, folders, plain, tmp_path):
         process = subprocess.Popen([*command, *options], env=environment, stdout=out, stderr=out)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as http:
-            end = time.monotonic() + 500
+            end = time.monotonic() + 1200
             while time.monotonic() < end and process.poll() is None:
                 try:
                     if http.get("/health").status_code == 200:

@@ -12,6 +12,7 @@ import argparse
 import threading
 import time
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ from beagle.meta import command_line, describe
 from beagle.targets.loading import load_target
 from beagle.training.data import Stored
 from beagle.training.vllm_states import StatesServer, VllmStates
+
+GROUP = 4  # samples that are asked for together; the next group is under way beside them
 
 
 class Watch(threading.Thread):
@@ -58,26 +61,29 @@ def main() -> None:
     layers = tuple(int(layer) for layer in given.layers.split(",") if layer)
     target = load_target(given.target, state_layers=layers)
     draw = torch.Generator().manual_seed(0)
-    count = int(given.gigabytes * 1e9 / (given.tokens * target.state_size * 2)) + 1
-    watch, began, streamed = Watch(given.folder), time.perf_counter(), 0
+    watch, began, streamed, seen = Watch(given.folder), time.perf_counter(), 0, 0
     with VllmStates(StatesServer(given.url, given.folder, given.limit_mb * 1_000_000), target) as states:
         watch.start()
         groups = (
             [
-                Stored(f"s/{i}", torch.randint(target.vocab_size, (given.tokens,), generator=draw), None, 0)
-                for i in range(at, min(at + 16, count))
+                Stored(f"s/{at + i}", torch.randint(target.vocab_size, (given.tokens,), generator=draw), None, 0)
+                for i in range(GROUP)
             ]
-            for at in range(0, count, 16)
+            for at in count(0, GROUP)
         )
         for group in states.ahead(groups):
+            if streamed >= given.gigabytes * 1e9:
+                break
             for sample in states(group):
                 assert sample.states is not None
                 streamed += sample.states.numel() * sample.states.element_size()
+                seen += len(sample.tokens)
     watch.ended.set()
     watch.join()
     found = {
         "limit_bytes": given.limit_mb * 1_000_000,
         "streamed_bytes": streamed,
+        "tokens": seen,
         "most_bytes": watch.most,
         "most_asked_for": states.most,
         "looks": watch.looks,

@@ -6,7 +6,7 @@ The domain is made up here: orders in plain words, answered with a receipt in a 
 form, which the base model's head has never seen, so its drafts fit less. `beagle train --init head --adapter FOLDER`
 starts from that head, and shows τ on held-out prompts before, after each minute, and at the end.
 
-`--anew-times 5` then trains a head of the same shape from random weights, in five times as many steps, on the same
+`--anew-times 6` then trains a head of the same shape from random weights, on six times as many tokens of the same
 answers. `OUT/repair.json` holds the figures of all of them.
 """
 
@@ -22,6 +22,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import beagle
+from beagle.meta import command_line
 
 THINGS = {
     "tea": 3,
@@ -45,21 +46,21 @@ ASKS = [
 RECIPE = {
     "answers": {"max_prompt_tokens": 160, "max_new_tokens": 160, "max_turns": 1, "sampled_share": 0.25, "rows": 32},
     "train": {
-        "early_epochs": 0,
-        "late_epochs": 8,
+        "early_epochs": 0.4,  # one pass in all, so that the learning rate has fallen when the minutes are over
+        "late_epochs": 0.6,
         "window": 3,
+        "early_window": 1,
         "steps": 3,
-        "batch_tokens": 1024,
-        "learning_rate": 0.0005,
+        "batch_tokens": 512,
+        "learning_rate": 0.002,
         "warmup_steps": 20,
         "schedule": "cosine",
-        "dropout": 0.1,
         "autocast": True,
         "validate_every": 200,
         "checkpoint_every": 200,
     },
 }
-FROM_RANDOM = {"learning_rate": 0.002, "early_window": 1}  # as of configs/smollm2-135m.yaml
+FROM_RANDOM = {"batch_tokens": 1024, "dropout": 0.1}  # of more passes, which overfit
 EARLY_SHARE = 0.6  # of the epochs of a head that is trained anew
 
 
@@ -137,7 +138,9 @@ def main() -> None:
     parser.add_argument("--dialogues", type=int, default=2000)
     parser.add_argument("--tune-seconds", type=float, default=600.0)
     parser.add_argument("--head-seconds", type=float, default=300.0)
-    parser.add_argument("--anew-times", type=float, default=0.0, help="steps of a head trained anew; 0: none is")
+    parser.add_argument(
+        "--anew-times", type=float, default=0.0, help="tokens of a head trained anew, over the repair's; 0: none is"
+    )
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     chance = random.Random(1)
@@ -155,12 +158,13 @@ def main() -> None:
         f"τ on held-out prompts of the tuned model: {before} with its base model's head, {after} with the repaired one"
     )
     about = {name: result[name] for name in ("date", "machine", "versions", "revision", "target", "stored_tokens")}
+    about["command"] = command_line("python examples/repair_a_head.py")
     about |= {"dialogues": given.dialogues, "before": before, "repaired": figures(result)}
     if given.anew_times:
         other = anew(given, result)
         about["anew"] = figures(other)
         print(
-            f"{other['served'] and other['served']['tau']} with one trained anew, in {given.anew_times:g} times the steps"
+            f"{other['served'] and other['served']['tau']} with one trained anew, on {given.anew_times:g} times the tokens"
         )
     (given.out / "repair.json").write_text(json.dumps(about, indent=1) + "\n")
 

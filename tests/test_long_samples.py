@@ -1,4 +1,4 @@
-"""Long samples in training: parts of their queries at a time give what all at once do, in memory that doesn't explode."""
+"""Memory of training: of long samples, whose queries are taken in parts, and of many simulated steps."""
 
 from __future__ import annotations
 
@@ -89,3 +89,28 @@ def test_no_tensor_grows_with_the_square_of_the_length(architecture, stage, monk
     with Largest() as largest:
         step(*made, stage)
     assert largest.entries >= 2 * (n // 3) * n  # else nothing was to be split
+
+
+def kept_for_backward(steps: int) -> int:
+    """Bytes that autograd keeps of a late stage in bf16, whose windows have as many slots as there are steps."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "num_heads": 4, "num_kv_heads": 4, "head_dim": 16, "intermediate_size": 128}
+    kind = HEADS["beagle"]
+    head = kind(kind.config_class(**shape, target_vocab_size=32, blocks=2, kv_layers=(1, 2)))
+    n = 256
+    batch = Batch(torch.randn(2, n, 64), torch.randn(2, n, 192), torch.tensor([16, 16]), torch.tensor([n - 2, n - 2]))
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # held, so that its address stays its own
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        windows.late(head, batch, batch.states, steps, 0, steps)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_what_is_kept_for_the_backward_pass_hardly_grows_with_the_steps():
+    one = kept_for_backward(1)
+    assert kept_for_backward(2) < 1.06 * one
+    assert kept_for_backward(8) < 1.07 * one

@@ -112,6 +112,7 @@ TARGETS = {
     "Qwen2.5-Coder-1.5B": "bench_qwen2.5-coder-1.5b.json",
 }
 PROFILE, START, LOAD, CLIENTS = "profile_bf16.json", "start.json", "load_test.json", "serve_clients.json"
+REPAIR, LONG_STEP, STREAM = "repair.json", "long_step.json", "states_stream.json"
 FACTS: dict[str, list[Fact]] = {
     "profile": [
         fact("share of an iteration: verification", PROFILE)(lambda r: share(r, "verify")),
@@ -215,6 +216,37 @@ FACTS: dict[str, list[Fact]] = {
         )
         for name, file in TARGETS.items()
         for mode, what in {"head": "head", "lookup": "lookup", "beagle": "both"}.items()
+    ],
+    "repair": [
+        fact("τ on held-out prompts of the tuned model, its base model's head", REPAIR)(
+            lambda r: f"{r['before']:.2f}"
+        ),
+        fact("the repaired head", REPAIR)(lambda r: f"{r['repaired']['served']['tau']:.2f}"),
+        fact("a head trained anew", REPAIR)(lambda r: f"{r['anew']['served']['tau']:.2f}"),
+        fact("τ of the repaired head over one trained anew", REPAIR)(
+            lambda r: f"{r['repaired']['served']['tau'] / r['anew']['served']['tau']:.1%}"
+        ),
+        fact("tokens that it was trained on, likewise", REPAIR)(
+            lambda r: f"{r['repaired']['trained_tokens'] / r['anew']['trained_tokens']:.1%}"
+        ),
+        fact("seconds of its training, likewise", REPAIR)(
+            lambda r: f"{r['repaired']['train_seconds'] / r['anew']['train_seconds']:.1%}"
+        ),
+        fact("seconds to repair the head, on one core", REPAIR)(lambda r: f"{r['repaired']['train_seconds']:.0f}"),
+    ],
+    "long_step": [
+        fact(f"{stage} stage, one sample, the whole process at its highest", LONG_STEP)(
+            lambda r, stage=stage: f"{r['tokens']:,} tokens, {r['stages'][stage]['peak_mb'] / 1000:.2f} GB"
+        )
+        for stage in ("early", "late")
+    ],
+    "stream": [
+        fact("states that went through the folder", STREAM)(lambda r: f"{r['streamed_bytes'] / 1e9:.2f} GB"),
+        fact("limit of the folder", STREAM)(lambda r: f"{r['limit_bytes'] / 1e6:.0f} MB"),
+        fact("the most that it held", STREAM)(
+            lambda r: f"{r['most_bytes'] / 1e6:.1f} MB, looked at {r['looks']:,} times"
+        ),
+        fact("files left at the end", STREAM)(lambda r: str(r["left_files"])),
     ],
     "repeat": [
         fact(f"τ of the quick suite, {mode}", "eval_quick_smollm2-135m.json", "quick_second_run.json")(

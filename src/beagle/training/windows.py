@@ -20,7 +20,8 @@ from beagle.drafters.block import Layer
 from beagle.drafters.head import BeagleHead
 
 MASK = 2**24  # most entries of a mask, and
-SCORES = 2**25  # most scores of queries and keys, of all heads, that exist at a time: more are made part by part
+SCORES = 2**21  # most scores of queries and keys, of all heads, that exist at a time: more are made part by part
+GPU_SCORES = 2**25  # the same where a product takes less time than its start
 ROUND = 16  # lengths: products of few shapes, as oneDNN keeps what it made for each
 
 Part = tuple[Tensor, Tensor, Tensor]  # predicted states [batch, m, hidden], their slots [batch, m], which are real
@@ -144,8 +145,7 @@ def late(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset:
     everywhere = torch.arange(batch.states.shape[1], device=base.device)
     keys_from = head.fuse(keys_from)
     k, v = head.keys_values(keys_from, head.rotation(everywhere[None], keys_from.dtype))
-    # a product with anything else copies it, and autograd keeps each copy
-    true = TrueKeys(k.contiguous(), v.contiguous(), base)
+    true = TrueKeys(k, v, base)
     newest = batch.pick(keys_from, base)  # [batch, windows, hidden]
     own_k: list[Tensor] = []  # of each earlier step, [batch, cached_heads, windows, head_dim]
     own_v: list[Tensor] = []
@@ -161,7 +161,7 @@ def late(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset:
         rotation = head.rotation(slots, embeddings.dtype)
         if step > 1:
             key, value = head.keys_values(newest, rotation)  # of the state predicted for this slot
-            own_k.append(key)
+            own_k.append(key.to(value.dtype))
             own_v.append(value)
         newest = head.predict(attend, rotation, embeddings, newest)
         out.append((newest, slots, slots <= batch.last[:, None]))
@@ -173,6 +173,9 @@ class TrueKeys:
 
     Of long samples, queries are taken part by part, and what a part needs is computed anew in the backward pass: the
     memory of a step grows with the length of a sample, not with its square.
+
+    Keys and queries have the dtype of the values, which autocast makes bf16: products would make them so, each by a copy
+    of its own that autograd keeps.
     """
 
     def __init__(self, k: Tensor, v: Tensor, base: Tensor) -> None:
@@ -181,7 +184,7 @@ class TrueKeys:
             k, v: ``[batch, kv_heads, n, head_dim]``.
             base: the last slot that each query sees, ``[batch, queries]``.
         """
-        self.k, self.v, self.base = k, v, base
+        self.k, self.v, self.base = k.to(v.dtype).contiguous(), v.contiguous(), base  # products copy anything else
 
     @cached_property
     def mask(self) -> Tensor:
@@ -207,7 +210,9 @@ class TrueKeys:
             ``[batch, heads, queries, head_dim]``.
         """
         k, v = self.k[:, heads], self.v[:, heads]
-        rows = SCORES // q[:, :, :1, :1].numel() if own_k else MASK // len(q)
+        q = q.to(k.dtype)
+        scores = SCORES if q.device.type == "cpu" else GPU_SCORES
+        rows = scores // q[:, :, :1, :1].numel() if own_k else MASK // len(q)
         part = max(1, rows // k.shape[2])  # queries
         if q.shape[2] <= part:
             return _attend_to(head, q, k, v, self.mask, tuple(own_k), tuple(own_v))
@@ -277,7 +282,8 @@ def _attend(
         k, v, *own = (x.repeat_interleave(groups, 1) for x in (k, v, *own_k, *own_v))
         own_k, own_v = tuple(own[: len(own_k)]), tuple(own[len(own_k) :])
     q = q * q.shape[-1] ** -0.5
-    scores = torch.stack([(q * key).sum(-1) for key in own_k], dim=-1)
+    wide = q.to(torch.promote_types(q.dtype, torch.float32))  # these products are summed as wide as a matrix product's
+    scores = torch.stack([(wide * key).sum(-1) for key in own_k], dim=-1)
     scores = torch.cat([q @ k.transpose(-1, -2) + mask, scores], dim=-1)
     probs = F.softmax(scores.float(), dim=-1).to(v.dtype)
     n = k.shape[2]

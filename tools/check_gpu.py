@@ -6,17 +6,18 @@ python tools/check_gpu.py --target smollm2-135m --json results/gpu_check.json
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from beagle.files import write_json
 from beagle.meta import describe
 from beagle.model import Model, load
 from beagle.targets.loading import load_model
 
+DTYPES = ("float32", "bfloat16")
 PROMPTS = [
     "Write a Python function that adds two numbers.",
     "What is the capital of France?",
@@ -67,11 +68,12 @@ def main() -> None:
     parser.add_argument("--target", default="smollm2-135m")
     parser.add_argument("--draft", default="head")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help=f"by default each of {', '.join(DTYPES)}")
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     found: dict[str, Any] = {"prompts": len(PROMPTS), "tokens": args.tokens}
-    for dtype in ("float32", "bfloat16"):
+    for dtype in args.dtype or DTYPES:
         own = transformers_own(args.target, dtype, args.device, args.tokens)
         for compiled in ("1", "0"):
             os.environ["BEAGLE_COMPILED"] = compiled
@@ -80,8 +82,8 @@ def main() -> None:
             row["transformers"] = sum(a == b for a, b in zip(row.pop("plain"), own, strict=True))
             found[f"{dtype}, {'captured' if row.pop('captured') else 'eager'}"] = row
             print(dtype, row, flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(found | {"meta": describe(model.target)}, indent=1) + "\n", encoding="utf-8")
+            if args.json:  # at once: what is measured outlives an interruption
+                write_json(args.json, found | {"meta": describe(model.target)})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -97,6 +98,25 @@ def gain(result: Result, mode: str) -> float:
 
 def overhead(part: Result) -> str:
     return f"{part['of_all_seconds']:+.1%} ({part['lowest']:+.0%} to {part['highest']:+.0%} by question)"
+
+
+def first_alpha(result: Result, millions: float, loss: str) -> float:
+    """step-α of the first draft, of the head that so many million tokens trained."""
+    (found,) = (r for r in result["runs"] if (round(r["answer_tokens"] / 1e6, 1), r["loss"]) == (millions, loss))
+    return float(found["step_alpha"][0])
+
+
+def ahead(result: Result, loss: str) -> str:
+    """How far the recipe's loss is ahead of another, by size."""
+    sizes = sorted({round(run["answer_tokens"] / 1e6, 1) for run in result["runs"] if run["loss"] == loss})
+    gaps = [first_alpha(result, size, "paper") - first_alpha(result, size, loss) for size in sizes]
+    return ", ".join(f"{gap:+.3f} with {size:g} million" for size, gap in zip(sizes, gaps, strict=True))
+
+
+def expected(result: Result, part: str, times: float) -> str:
+    """What a trend says of the first draft with a multiple of the whole store's tokens."""
+    line = result["trends"]["step-α of the first draft"][part]
+    return f"{line['at_one'] + line['per_decade'] * math.log10(times * result['whole']['answer_tokens']):.2f}"
 
 
 def clients_ratio(result: Result, figure: str, one: tuple[str, int], other: tuple[str, int]) -> str:
@@ -209,6 +229,22 @@ FACTS: dict[str, list[Fact]] = {
         fact("seconds of training", EAGLE3)(lambda r: eagle3_ratio(r, lambda run, _: run["seconds"])),
         fact("seconds to EAGLE-3's last expected length", EAGLE3)(time_to_eagle3),
         fact("peak memory of training", EAGLE3)(lambda r: eagle3_ratio(r, peak)),
+    ],
+    "scaling": [
+        fact("step-α of the first draft with ten times the tokens, all sizes", "scaling.json")(
+            lambda r: f"{r['trends']['step-α of the first draft']['all']['per_decade']:+.2f}"
+        ),
+        fact("the same from 2 million tokens on", "scaling.json")(
+            lambda r: f"{r['trends']['step-α of the first draft']['large']['per_decade']:+.2f}"
+        ),
+        fact("the trends at the shipped head's tokens, all sizes and from 2 million on", "scaling.json")(
+            lambda r: f"{expected(r, 'all', 1)} and {expected(r, 'large', 1)}; it has {r['whole']['step_alpha'][0]:.2f}"
+        ),
+        fact("the trend from 2 million on at ten times the shipped head's tokens", "scaling.json")(
+            lambda r: expected(r, "large", 10)
+        ),
+        fact("step-α of the first draft, the recipe's loss over LK", "scaling.json")(lambda r: ahead(r, "lk")),
+        fact("the same over 0.9 total variation, 0.1 cross-entropy", "scaling.json")(lambda r: ahead(r, "tvce")),
     ],
     "targets": [
         fact(f"{name}, {what} over plain decoding", file)(

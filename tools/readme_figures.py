@@ -48,6 +48,7 @@ from beagle.research.compare.suites import Finding
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end of \2 -->)", re.S)
 ENGINES = {"transformers": "transformers' `generate`", "plain": "Beagle, no drafts", "beagle": "Beagle, drafts"}
+LOSSES = {"paper": "the recipe's", "tvce": "0.9 total variation, 0.1 cross-entropy", "lk": "LK"}
 DRAFTED = {"beagle": "", "chain": ", chain", "head": ", head alone"}  # modes with a line of their own, and its name
 
 
@@ -173,6 +174,22 @@ def variants(results: list[Result]) -> str:
     return table(["variant", "parameters", "step-α 1…3", "seconds"], rows) + f"\n\n{machine(result)}.\n"
 
 
+def scaling(results: list[Result]) -> str:
+    """Every head of ``benchmarks/scaling.py``: its data, its loss, and its acceptance."""
+    (result,) = results
+    rows = []
+    for run in sorted(result["runs"], key=lambda run: run["answer_tokens"]):
+        rows.append([f"{run['answer_tokens'] / 1e6:.2f}", LOSSES[run["loss"]], f"{run['passes']:g}", *accepted(run)])
+    whole = result["whole"]
+    rows.append([f"{whole['answer_tokens'] / 1e6:.2f}", "the shipped head", "-", *accepted(whole)])
+    header = ["million tokens", "loss", "passes", "step-α 1…5", "expected length"]
+    return table(header, rows) + f"\n\n{machine(result)}.\n"
+
+
+def accepted(run: Result) -> list[str]:
+    return [" ".join(f"{alpha:.2f}" for alpha in run["step_alpha"]), f"{run['expected_length']:.2f}"]
+
+
 def parts(results: list[Result]) -> str:
     """A compiled pass by sort of operation, milliseconds."""
     (result,) = results
@@ -184,6 +201,7 @@ def parts(results: list[Result]) -> str:
 KINDS: dict[str, Callable[[list[Result]], str]] = {
     "modes": modes, "benches": benches, "sets": sets, "suites": suites, "claims": claims, "trainings": trainings,
     "engines": engines, "clients": clients, "variants": variants, "families": families, "parts": parts,
+    "scaling": scaling,
 }  # fmt: skip
 OF_EVALUATION = {"modes", "benches", "sets", "suites"}  # files that `beagle eval` writes
 

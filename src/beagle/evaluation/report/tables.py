@@ -34,7 +34,7 @@ def machine(result: Mapping[str, Any]) -> str:
     meta = result["meta"]
     m = meta["machine"]
     where = m["gpu"] or f"{m['cpu']}, {m['threads']} thread{'s' if m['threads'] > 1 else ''}"
-    versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items() if version)
     return f"{where}; {versions}; revision {meta['revision'] or 'unknown'}; {meta['date'][:10]}"
 
 

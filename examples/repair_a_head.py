@@ -13,6 +13,7 @@ answers. `OUT/repair.json` holds the figures of all of them.
 import argparse
 import json
 import random
+import shlex
 import subprocess
 import sys
 import time
@@ -22,7 +23,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import beagle
-from beagle.meta import command_line
 
 THINGS = {
     "tea": 3,
@@ -158,7 +158,8 @@ def main() -> None:
         f"τ on held-out prompts of the tuned model: {before} with its base model's head, {after} with the repaired one"
     )
     about = {name: result[name] for name in ("date", "machine", "versions", "revision", "target", "stored_tokens")}
-    about["command"] = command_line("python examples/repair_a_head.py")
+    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+    about["command"] = shlex.join(["python", "examples/repair_a_head.py", *words])
     about |= {"dialogues": given.dialogues, "before": before, "repaired": figures(result)}
     if given.anew_times:
         other = anew(given, result)

@@ -27,6 +27,11 @@ OWN = {
     },
     "xglm": {"d_model": 32, "ffn_dim": 48, "num_layers": 3, "attention_heads": 4},
     "bloom": {"n_layer": 3, "n_head": 4},
+    "roformer": {"is_decoder": True},
+    "mvp": {
+        "d_model": 32, "decoder_layers": 3, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "encoder_layers": 1,
+        "encoder_attention_heads": 4, "encoder_ffn_dim": 48,
+    },
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 512},
 }  # fmt: skip
 
@@ -39,6 +44,7 @@ def test_every_way_of_decoding(family, tmp_path):
     assert all(biased) if family in ("bloom", "mpt") else not any(biased)
     if family == "gpt_neo":
         assert target.layers.windows == [None, WINDOW, None]
+    assert target.layers.counted == (family in ("roformer", "mvp"))  # positions by the cache's length
     expected = own_greedy(lively(family, **OWN[family]), PROMPT, NEW)
     drafted = Model(target, tiny_drafter(target, scale=15.0), TreePlan("dynamic", depth=3, top_k=3, nodes=6))
     assert drafted.generate(PROMPT, max_new_tokens=NEW).token_ids == expected
@@ -93,7 +99,7 @@ def test_long_prompts_run_piece_by_piece(monkeypatch):
     torch.testing.assert_close(target.prefill(ids, target.new_cache(1, 128)), whole, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["bloom", "gpt_neo"])
+@pytest.mark.parametrize("family", ["bloom", "gpt_neo", "roformer"])
 def test_a_probe_remembers_them(family, tmp_path):
     first = Target(lively(family, **OWN[family]), tiny_tokenizer(), "x", probes=tmp_path)
     again = Target(lively(family, **OWN[family]), tiny_tokenizer(), "x", probes=tmp_path)

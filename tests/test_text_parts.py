@@ -94,6 +94,9 @@ def refusal(model) -> str:
     return message
 
 
+TROCR = {"d_model": 32, "decoder_layers": 3, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+
+
 @pytest.mark.parametrize(
     ("family", "options", "words"),
     [
@@ -104,7 +107,7 @@ def refusal(model) -> str:
             "its LM head reads 48 numbers a token",
         ),
         ("diffllama", {}, "attention runs more than once in a layer"),
-        ("roformer", {"is_decoder": True}, "numbers its tokens in a way of its own"),
+        ("trocr", {**TROCR, "use_learned_position_embeddings": False}, "numbers its tokens in a way of its own"),
         ("recurrent_gemma", {}, "recurrent state outside its cache"),
         ("deepseek_v4", {"q_lora_rank": 8, "o_lora_rank": 8}, "make one key of several tokens"),
     ],

@@ -17,6 +17,7 @@ from beagle.files import write_json
 from beagle.hf import own_attention
 from beagle.targets.attention import NAME, WINDOW
 from beagle.targets.cache import LayerShape
+from beagle.targets.counting import give_positions
 from beagle.targets.indexed import wrap as wrap_index
 from beagle.targets.own_attention import OWN
 from beagle.targets.plan import Biased, Chunk, Window, heads_of
@@ -42,6 +43,7 @@ class Layers:
         unscaled: whether the model's logits leave out the scale and the soft cap of its config.
         recurrent: names of the modules that keep a recurrent state, below the model without its LM head.
         one_by_one: whether they take one token at a time behind a state.
+        counted: whether position embeddings count from the cache's length (``targets.counting``).
         indices: names of the modules that choose keys by small ones, with the width of these.
     """
 
@@ -56,6 +58,7 @@ class Layers:
     own: bool = False
     recurrent: list[str] = field(default_factory=list)
     one_by_one: bool = False
+    counted: bool = False
     indices: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -104,6 +107,8 @@ class Layers:
             wrap(modules[name], number, self.one_by_one)
         for number, name in enumerate(self.indices):
             wrap_index(modules[name], len(self.shapes) + number)
+        if self.counted:
+            give_positions(base)
         setattr(base, ASKED, self.cache)
         setattr(base, OWN, self.windows if self.own else None)
 

@@ -344,7 +344,8 @@ def _own_attention(model: Any, base: nn.Module, name: str, limit: int) -> Layers
     n = min(max(PROBED, *(size + 1 for size in spans)) if spans else PROBED, limit)  # so that a window shows its end
     ids = torch.ones(1, n, dtype=torch.long, device=next(base.parameters()).device)
     for cache in CACHE_NAMES:
-        if cache not in inspect.signature(base.forward).parameters:
+        parameters = inspect.signature(base.forward).parameters
+        if cache not in parameters and not any(of.kind is of.VAR_KEYWORD for of in parameters.values()):
             continue
         notes = Learning()
         try:

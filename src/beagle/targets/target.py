@@ -21,6 +21,7 @@ from beagle.ranks import ALONE, Ranks
 from beagle.targets import probe, proof
 from beagle.targets.attention import NAME
 from beagle.targets.cache import KVCache
+from beagle.targets.counting import give_positions
 from beagle.targets.devices import device_of, refuse_planned_attention
 from beagle.targets.family import (
     base_of,
@@ -219,6 +220,11 @@ class Target:
         if self.chains_only:
             raise error
         states = proof.at_positions(model, whole_of(model), ids, expected)
+        if states is None and self.layers.own and give_positions(self.base):
+            self.layers = replace(self.layers, counted=True)
+            with probe.tokens_alone(self.name):
+                self._prove(ids, expected, own)
+            return expected, model(input_ids=few, use_cache=False).logits
         if states is None:
             raise BeagleError(
                 f"{self.name}: it numbers its tokens in a way of its own, so that those of a draft can't be given their "

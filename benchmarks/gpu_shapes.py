@@ -29,6 +29,7 @@ from beagle.drafters import captured
 from beagle.drafters.base import Draft, DraftContext, Drafter, TreePlan
 from beagle.drafters.head import BeagleHead, HeadConfig
 from beagle.drafters.head_drafter import HeadDrafter
+from beagle.errors import run_script
 from beagle.evaluation.roofline import probe, roofline
 from beagle.meta import describe
 from beagle.targets import aot_cache
@@ -172,4 +173,4 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

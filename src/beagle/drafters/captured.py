@@ -19,9 +19,9 @@ from beagle.drafters.block import Block, Rotations
 from beagle.drafters.context import HeadContext, write_unread
 from beagle.drafters.grow import Beams, EagerLevels, grow
 from beagle.drafters.head_drafter import HeadDrafter
+from beagle.errors import first_line
 from beagle.targets import aot_cache
 from beagle.targets.captured import GraphRecorder, Recorder, key_size
-from beagle.targets.loading import first_line
 
 AGREES = 0.25  # between the log-probabilities of a level's best candidates: rounding chooses among near ties
 _console = Console(stderr=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from beagle.errors import BeagleError
+from beagle.errors import BeagleError, first_line
 from beagle.training.prompts import Prompt, parse_prompt, read_prompts
 
 QUICK = Path(__file__).parent / "quick.jsonl"
@@ -133,7 +133,7 @@ def hub_prompts(name: str) -> list[Prompt]:
         ]
     except Exception as error:  # that library has many ways to fail
         raise BeagleError(
-            f"data set '{name}' can't be used: {str(error).splitlines()[0] if str(error) else error!r}; "
+            f"data set '{name}' can't be used: {first_line(error)}; "
             "name it owner/name[/config][:split], with a column turns, prompt, question, messages or conversations"
         ) from error
     if not prompts:

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from beagle.errors import BeagleError
+from beagle.errors import BeagleError, first_line
 from beagle.targets.target import Target
 
 Message = Mapping[str, Any]
@@ -103,8 +103,7 @@ def _rendered(target: Target, messages: list[dict[str, Any]], **options: Any) ->
     try:
         return tokenizer.apply_chat_template(messages, return_dict=True, **options)
     except (TemplateError, TypeError, ValueError, LookupError) as error:  # roles in an unknown order, say
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BeagleError(f"{target.name}: its chat template refuses this dialogue ({reason})") from error
+        raise BeagleError(f"{target.name}: its chat template refuses this dialogue ({first_line(error)})") from error
 
 
 def _items(prompt: Any) -> list[Any]:

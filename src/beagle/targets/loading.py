@@ -19,7 +19,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from beagle import threads
-from beagle.errors import BeagleError
+from beagle.errors import BeagleError, first_line
 from beagle.hf import auto_class
 from beagle.memory import use_huge_pages
 from beagle.ranks import ALONE, Ranks
@@ -249,10 +249,6 @@ def missing_package(error: ImportError, config: Any) -> str:
     package = error.name or method
     remedy = command[0] if command else f"pip install {package}" if package else "install the package that it names"
     return f"{said}; {remedy}"
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def resolve(name: str) -> str:

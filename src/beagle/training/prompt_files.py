@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from beagle.errors import BeagleError
+from beagle.errors import BeagleError, first_line
 
 Row = tuple[int, str, Any]  # its number from 1 on, what it is called, and a line's text or what an entry holds
 
@@ -87,8 +87,7 @@ def _table(path: Path) -> Iterator[Row]:
     except BeagleError:
         raise
     except Exception as error:  # that library has many ways to fail
-        reason = (str(error).splitlines() or [repr(error)])[0]
-        raise BeagleError(f"'{path}' can't be read: {reason}; copy or download it again") from error
+        raise BeagleError(f"'{path}' can't be read: {first_line(error)}; copy or download it again") from error
 
 
 def _filled(value: Any) -> Any:

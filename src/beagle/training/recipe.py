@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from beagle.drafters.checkpoint import HEADS
-from beagle.errors import BeagleError
+from beagle.errors import BeagleError, first_line
 from beagle.training.config import Positive, TrainConfig
 
 
@@ -82,7 +82,7 @@ def read_recipe(path: Path) -> Recipe:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BeagleError(f"recipe '{path}' can't be read: {str(error).splitlines()[0]}; see configs/") from error
+        raise BeagleError(f"recipe '{path}' can't be read: {first_line(error)}; see configs/") from error
     if not isinstance(content, dict) or set(content) - {"answers", "train", "head"}:
         raise BeagleError(f"recipe '{path}' is no mapping of answers, train and head; see configs/")
     train = checked(TrainConfig, content.get("train") or {}, path, "train")

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
-from beagle.errors import BeagleError
+from beagle.errors import BeagleError, first_line
 from beagle.targets.target import Target
 from beagle.training.prompts import Prompt, has_template
 from beagle.training.replies import Reply, UnusableError, agreeing, answer_tokens
@@ -248,5 +248,4 @@ def one_line(error: Any) -> str:
     """A server's own message, or what an exception says."""
     body = getattr(error, "body", None)
     found = body.get("message") if isinstance(body, dict) else None
-    text = str(found or error).strip()
-    return (text.splitlines() or [type(error).__name__])[0][:200]
+    return first_line(found or error)[:200]

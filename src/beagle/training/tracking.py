@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from beagle.errors import BeagleError
+from beagle.errors import BeagleError, first_line
 
 TRACKERS = {"tensorboard": "TensorBoardTracker", "wandb": "WandBTracker", "trackio": "TrackioTracker"}
 PROJECT = "beagle"
@@ -66,8 +66,9 @@ def tracking(
         tracker.start()
         tracker.store_init_configuration(flat)
     except Exception as error:  # of whatever library
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BeagleError(f"{name} can't be started ({first}); log in to it or set it up, or log without it") from error
+        raise BeagleError(
+            f"{name} can't be started ({first_line(error)}); log in to it or set it up, or log without it"
+        ) from error
     try:
         yield lambda step, values: tracker.log(values, step=step)
     finally:

@@ -20,8 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from beagle.errors import BeagleError
-from beagle.targets.loading import first_line
+from beagle.errors import BeagleError, first_line
 from beagle.targets.target import Target
 from beagle.training.answers import Sample, refuse_not_finite
 from beagle.training.data import Stored

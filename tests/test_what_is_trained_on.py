@@ -135,20 +135,6 @@ def test_an_interrupted_dialogue_is_answered_whole(target, tmp_path, monkeypatch
     assert next(found) == next(found)
 
 
-def test_a_store_of_an_earlier_version_goes_on(answers):
-    """Its ids are those of the file; what they stand for is told by the stored tokens."""
-    prompts = [Prompt(str(i), p.turns[:1]) for i, p in enumerate(PROMPTS)]
-    store = answers([*prompts[:5], prompts[0]])
-    for shard in store.shards():
-        content = load_file(shard)
-        count = len(content["answer_from"])
-        save_file(content, shard, metadata={"ids": json.dumps([f"{i}/0" for i in range(count)])})
-    changed = [replace(prompts[0], turns=("w60 w61",)), *prompts[1:], prompts[0]]  # id 0 is another now
-    answers(changed)
-    expected = [*prompts, prompts[0], changed[0]]
-    assert answers.asked() == sorted(f"<s> {p.turns[0]} <s>" for p in expected)
-
-
 def test_system_messages_stand_before_the_question(answers):
     answers([Prompt("1", ("w3", "w4"), system="w9 w8")])
     first, second = answers.asked()

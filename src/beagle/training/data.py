@@ -29,13 +29,9 @@ class Stored:
     answer_from: int
 
 
-def is_validation(sample_id: str, stored_as: str) -> bool:
-    """A fixed 1 in 40 of the prompts, all turns of each, in every store that holds them.
-
-    Args:
-        stored_as: the sample's shard and number there, which decides where its id holds no key of a prompt.
-    """
-    return zlib.crc32((key_of(sample_id) or stored_as).encode()) % 40 == 0
+def is_validation(sample_id: str) -> bool:
+    """A fixed 1 in 40 of the prompts, all turns of each, in every store that holds them."""
+    return zlib.crc32(key_of(sample_id).encode()) % 40 == 0
 
 
 def samples(shards: list[Path], *, validation: bool, with_states: bool = True) -> list[Stored]:
@@ -46,7 +42,7 @@ def samples(shards: list[Path], *, validation: bool, with_states: bool = True) -
         offsets = content["offsets"].tolist()
         for i, (name, first) in enumerate(zip(shard_ids(path), content["answer_from"].tolist(), strict=True)):
             a, b = offsets[i], offsets[i + 1]
-            if b - a - 2 >= first and is_validation(name, f"{path.name}/{i}") == validation:
+            if b - a - 2 >= first and is_validation(name) == validation:
                 tokens = content["tokens"][a:b].long()
                 states = content["states"][a:b] if "states" in content else None
                 out.append(Stored(f"{path.name}/{i}", tokens, states, first))

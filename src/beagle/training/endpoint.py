@@ -169,14 +169,12 @@ class _Run:
         key = prompt_key(prompt)
         have = self.stored.setdefault(key, [])
         for turn in range(len(have), min(len(prompt.turns), self.turns)):
-            ids, history = self._encode(prompt, have)
+            history = [self.target.tokenizer.decode(_text_ids(answer), skip_special_tokens=True) for answer in have]
+            ids = prompt.encode(self.target, history)
             if len(ids) > min(self.config.max_prompt_tokens, self.target.context_limit - 1):
                 self.too_long += 1
                 return
-            drawn = f"{self.config.seed}/{prompt.key}"
-            sampled = random.Random(drawn).random() < self.config.sampled_share
-            temperature = self.config.temperature if sampled else 0.0
-            seed = random.Random(f"{drawn}/{turn}").getrandbits(62)
+            temperature, seed = self.config.drawn(prompt.key, turn)
             # one more than is trained on: the last token is not run, as in ``AnswerGenerator``
             most = min(self.config.max_new_tokens + 1, self.target.context_limit - len(ids))
             reply = await self.server.ask(client, prompt, history, ids, most, temperature, seed)
@@ -186,14 +184,6 @@ class _Run:
             self._keep(answer)
             if not _text_ids(answer):
                 return
-
-    def _encode(self, prompt: Prompt, have: list[StoredAnswer]) -> tuple[list[int], list[str]]:
-        """Token ids up to the next turn, and the answers before it."""
-        history = [self.target.tokenizer.decode(_text_ids(answer), skip_special_tokens=True) for answer in have]
-        try:
-            return prompt.encode(self.target, history), history
-        except BeagleError as error:
-            raise BeagleError(f"{prompt.name}: {error}") from error
 
     def _keep(self, answer: StoredAnswer) -> None:
         self.waiting.append(answer)

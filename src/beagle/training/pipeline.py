@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -133,12 +132,7 @@ def _read_answers(
     served: VllmStates | None = None,
 ) -> None:
     """Fill the store with answers that exist: those of a folder, else those in the prompts' file."""
-    reader = TextReader(
-        target,
-        max_prompt_tokens=config.max_prompt_tokens,
-        max_new_tokens=config.max_new_tokens,
-        max_turns=config.max_turns,
-    )
+    reader = TextReader(target, config)
     console.print(f"states: {describe_states(target.state_size, config.states)}", highlight=False)
     texts = reader.stored(answers, prompts) if answers else reader.given(prompts, skip_bad_lines)
     store_texts(target, texts, store, console, max_tokens=config.max_tokens, seed=config.seed, served=served)
@@ -175,7 +169,7 @@ def _unanswered(
     skip_bad_lines: bool | None,
 ) -> list[Prompt]:
     """The prompts that the store lacks, none where it has enough tokens."""
-    done, earlier = store.answered()
+    done = store.answered()
     todo = [prompt for prompt in prompts if prompt.key not in done]
     if not todo or (config.max_tokens and store.tokens() >= config.max_tokens):
         return []
@@ -186,10 +180,7 @@ def _unanswered(
             highlight=False,
         )
     with console.status("checking the prompts"):
-        todo = answerable(target, todo, skip_bad_lines)
-    if earlier:
-        todo = [prompt for prompt in todo if not _taken(earlier, tuple(prompt.encode(target)))]
-    return todo
+        return answerable(target, todo, skip_bad_lines)
 
 
 def _answer(target: Target, todo: list[Prompt], store: StateStore, config: AnswerConfig, console: Console) -> None:
@@ -198,16 +189,7 @@ def _answer(target: Target, todo: list[Prompt], store: StateStore, config: Answe
     longest = (config.max_prompt_tokens + config.max_new_tokens) * len(todo) * config.max_turns
     console.print(f"states: {describe_states(target.state_size, config.states)}", highlight=False)
     store.refuse_if_full(min(longest, (config.max_tokens or longest) - have))
-    generator = AnswerGenerator(
-        target,
-        rows=min(config.rows, len(todo)),
-        max_prompt_tokens=config.max_prompt_tokens,
-        max_new_tokens=config.max_new_tokens,
-        max_turns=config.max_turns,
-        sampled_share=config.sampled_share,
-        temperature=config.temperature,
-        seed=config.seed,
-    )
+    generator = AnswerGenerator(target, replace(config, rows=min(config.rows, len(todo))))
     starts = range(0, len(todo), 1024)  # similar lengths together: less padding
     chunks = (sorted(todo[at : at + 1024], key=lambda p: len(p.turns[0])) for at in starts)
     with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[note]}"), console=console) as progress:
@@ -229,17 +211,11 @@ def _answer(target: Target, todo: list[Prompt], store: StateStore, config: Answe
         raise BeagleError(f"no prompt could be answered: {_reasons(generator, target)}")
 
 
-def _taken(counts: Counter[tuple[int, ...]], tokens: tuple[int, ...]) -> bool:
-    """Take one of ``tokens`` out, if there is one."""
-    counts[tokens] -= 1
-    return counts[tokens] >= 0
-
-
 def _reasons(generator: AnswerGenerator, target: Target) -> str:
     reasons = []
     if generator.too_long:
         reasons.append(
-            f"{generator.too_long} longer than {generator.max_prompt_tokens} tokens; give shorter ones or raise "
+            f"{generator.too_long} longer than {generator.config.max_prompt_tokens} tokens; give shorter ones or raise "
             "answers.max_prompt_tokens"
         )
     if generator.empty:

@@ -69,11 +69,13 @@ class Prompt:
         """Token ids of the dialogue up to the turn behind ``answers``; without a chat template the first turn as it is.
 
         Raises:
-            BeagleError: the tokenizer or its template doesn't take it (the prompt is not named).
+            BeagleError: the tokenizer or its template doesn't take it; the prompt is named.
         """
-        if not answers and not (self.system and has_template(target)):
-            return encode(target, self.turns[0])
-        return encode(target, self.messages(answers))
+        asked = self.messages(answers) if answers or (self.system and has_template(target)) else self.turns[0]
+        try:
+            return encode(target, asked)
+        except BeagleError as error:
+            raise BeagleError(f"{self.name}: {error}") from error
 
     def messages(self, answers: Sequence[str] = ()) -> list[Message]:
         """The dialogue up to the turn that comes after ``answers``, those between the turns before it."""
@@ -110,7 +112,7 @@ def answerable(target: Target, prompts: Sequence[Prompt], skip_bad_lines: bool |
         try:
             prompt.encode(target, ["..."] * (len(prompt.turns) - 1) if has_template(target) else ())
         except BeagleError as error:
-            reject(f"{prompt.name}: {error}", error, skip_bad_lines)
+            reject(str(error), error, skip_bad_lines)
         else:
             out.append(prompt)
     if prompts and not out:

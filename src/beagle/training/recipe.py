@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -42,6 +43,12 @@ class AnswerConfig:
     source: Literal["target", "given", "both"] = "target"
     given_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     state_layers: tuple[Positive, ...] = ()
+
+    def drawn(self, key: str, turn: int) -> tuple[float, int]:
+        """Temperature and seed of an answer: they follow from the prompt's key, the number of the turn and the seed alone."""
+        of_prompt = f"{self.seed}/{key}"
+        sampled = random.Random(of_prompt).random() < self.sampled_share
+        return self.temperature if sampled else 0.0, random.Random(f"{of_prompt}/{turn}").getrandbits(62)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from beagle.training.answer_files import AnswerFolder, prompt_key
 from beagle.training.answers import Sample, refuse_not_finite
 from beagle.training.dialogues import InseparableError, answered, last_answer
 from beagle.training.prompts import Prompt, has_template, reject
+from beagle.training.recipe import AnswerConfig
 from beagle.training.states import StateStore
 from beagle.training.windows import ROUND, round_up
 
@@ -38,19 +39,14 @@ class TextReader:
     """Prompts with answers as samples without states, in the order of their files.
 
     Attributes:
-        max_prompt_tokens: turns with more tokens before their answer are passed over.
-        max_new_tokens: longer answers are cut.
-        max_turns: most turns of a dialogue.
         left_out: what was passed over, a line each.
         too_long: turns that were passed over since they are too long.
         cut: answers that were cut.
     """
 
-    def __init__(self, target: Target, *, max_prompt_tokens: int, max_new_tokens: int, max_turns: int) -> None:
-        self.target = target
-        self.max_prompt_tokens = min(max_prompt_tokens, target.context_limit - 1)
-        self.max_new_tokens = max_new_tokens
-        self.max_turns = max_turns if has_template(target) else 1
+    def __init__(self, target: Target, config: AnswerConfig) -> None:
+        self.target, self.config = target, config
+        self.max_turns = config.max_turns if has_template(target) else 1
         self.left_out: list[str] = []
         self.too_long = self.cut = 0
 
@@ -141,10 +137,10 @@ class TextReader:
 
     def _sample(self, prompt: Prompt, turn: int, ids: list[int], answer: Tensor) -> Iterator[Sample]:
         """One sample, or none where the prompt is too long or the answer is empty."""
-        if len(ids) > self.max_prompt_tokens:
+        if len(ids) > min(self.config.max_prompt_tokens, self.target.context_limit - 1):
             self.too_long += 1
             return
-        most = min(self.max_new_tokens, self.target.context_limit - len(ids))
+        most = min(self.config.max_new_tokens, self.target.context_limit - len(ids))
         self.cut += len(answer) > most
         answer = answer[:most]
         if len(answer):

@@ -43,10 +43,7 @@ class Model:
     ) -> None:
         """
         Args:
-            target: its answers are wanted.
             drafter: None is plain decoding.
-            plan: shape of the draft tree.
-            prefix_cache: as of ``load``.
         """
         self.prefixes = PrefixCache(whole("prefix_cache", prefix_cache, 0)) if prefix_cache else None
         self.target = target

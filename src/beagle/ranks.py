@@ -108,7 +108,6 @@ class Ranks:
         """
         Args:
             content: what this rank has; only that of ``source`` counts.
-            source: a rank.
         Returns:
             What ``source`` has.
         Raises:
@@ -136,7 +135,6 @@ class Ranks:
         """
         Args:
             about: what must be the same on all ranks, by name; as JSON has it.
-            remedy: what the user can do.
         Raises:
             BeagleError: something isn't; it is named, on all ranks.
             RankLost: another rank has ended.

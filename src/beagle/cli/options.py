@@ -144,12 +144,7 @@ class Setup:
 
 
 def exact_of(target: Target, asked: bool) -> bool:
-    """Whether answers are computed in exact mode; a line says so where it was asked for and the target has none.
-
-    Args:
-        target: whose answers they are.
-        asked: whether exact mode was asked for.
-    """
+    """Whether answers are computed in exact mode; a line says so where it was asked for and the target has none."""
     if asked and not target.has_exact:
         console.print(
             f"{target.name}: there is no exact mode for a target with a recurrent state, so answers do without it; in "

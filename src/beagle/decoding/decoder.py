@@ -59,14 +59,10 @@ class Decoder:
     ) -> None:
         """
         Args:
-            target: its answers are wanted.
             size: most live sequences.
             drafter: None is plain decoding.
-            plan: shape of the trees.
             costs: measured times that choose the size of a tree, where the plan leaves it open.
-            shared_costs: those of passes that several sequences share.
             exact: shape-stable passes, bit-equal to plain decoding in this mode.
-            keep_states: sequences keep their hidden states.
             prefixes: keys of earlier sequences, for prompts that begin as they did; of no use in exact mode, whose
                 bits would be others.
             piece: most tokens of a prompt that run between two passes of the live sequences; None: all of them.
@@ -167,7 +163,6 @@ class Decoder:
         """Choose first tokens.
 
         Args:
-            sequences: the last live ones.
             states: of each prompt, ``[n, state_size]``.
             logits: of each prompt's last token, ``[sequences, vocabulary]``.
         """
@@ -191,11 +186,7 @@ class Decoder:
         """Take what was chosen for a sequence.
 
         Args:
-            sequence: live.
-            walk: at its end.
-            tokens: that are committed with it.
             states: theirs, ``[tokens, hidden]``.
-            step: for who watches, if anybody does.
         """
         try:
             if walk.error is not None:
@@ -307,17 +298,8 @@ def decode(
     """Answer ``ids``, yielding the tokens of each iteration until the sampler or the limit ends it.
 
     Args:
-        target: its answer is wanted.
-        ids: the prompt.
         max_new_tokens: most tokens of the answer.
-        sampler: chooses them.
-        stats: filled while the answer grows.
-        drafter: as of ``Decoder``.
-        plan: as of ``Decoder``.
-        costs: as of ``Decoder``.
-        exact: as of ``Decoder``.
         watch: called with each iteration before its tokens are yielded.
-        prefixes: as of ``Decoder``.
 
     Raises:
         BeagleError: the prompt doesn't fit into the target's context, or its cache into memory; or the

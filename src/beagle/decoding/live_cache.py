@@ -28,7 +28,6 @@ class LiveCache:
     def __init__(self, target: Target, size: int) -> None:
         """
         Args:
-            target: makes caches.
             size: most live sequences.
         """
         self._target, self._size = target, size
@@ -45,8 +44,6 @@ class LiveCache:
         """A sequence becomes the live one number ``at``, the last.
 
         Args:
-            own: its keys and values.
-            at: how many are live before it.
             capacity: least slots.
 
         Raises:
@@ -99,8 +96,6 @@ class LiveCache:
         """A sequence leaves.
 
         Args:
-            at: its number.
-            last: number of the last live one.
             clear: its keys may be NaN, which the mask of whoever comes next would not hide: 0 times NaN is NaN.
         """
         if last == 0:

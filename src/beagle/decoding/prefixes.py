@@ -72,9 +72,6 @@ class PrefixCache:
         """Keep a sequence: a copy of its keys and values, as far as there is room.
 
         Args:
-            tokens: that the target has run.
-            cache: where their keys and values are.
-            row: its sequence there.
             states: hidden states ``[n, hidden]`` of all tokens, piece by piece.
         """
         ids = torch.tensor(tokens[: self.most])

@@ -108,12 +108,6 @@ class CapturedDraft:
     """Graphs of one head's drafts, for all its contexts."""
 
     def __init__(self, levels: EagerLevels, rotations: Rotations, record: Recorder | None = None) -> None:
-        """
-        Args:
-            levels: of the head.
-            rotations: of the head.
-            record: takes a CUDA graph's place.
-        """
         self._levels, self._rotations = levels, rotations
         self._record = record or GraphRecorder(rotations.device)
         self._graphs: dict[tuple[int, int], _Recorded] = {}

@@ -31,11 +31,8 @@ def save_head(head: Block, folder: str | Path, *, target: str, dtype: torch.dtyp
     """Write a head atomically: the weights first, then the config that makes the folder a checkpoint.
 
     Args:
-        head: to write.
         folder: is made, or written over.
-        target: name of its target.
         dtype: of its weights; int8: of its matrices, the rest is bfloat16 (see ``int8_weights``).
-        meta: how it was made.
     """
     folder = Path(folder)
     tensors = {
@@ -106,9 +103,6 @@ def find_head(draft: str, target_name: str) -> Path:
 
 def refuse_other_models(folder: Path, name: str) -> None:
     """
-    Args:
-        folder: holds ``config.json``.
-        name: what it is called in the error.
     Raises:
         BeagleError: the model is no draft head.
     """

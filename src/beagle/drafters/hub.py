@@ -73,8 +73,6 @@ def upload_head(repository: str, files: Mapping[str, Path | bytes], *, private: 
 
     Args:
         repository: ``ORG/NAME``; made if it isn't there.
-        files: by their names there.
-        private: whether a new repository is.
     Returns:
         The repository's address.
     Raises:

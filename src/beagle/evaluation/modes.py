@@ -111,12 +111,7 @@ class System:
 
 
 def available(drafts: Drafts, draft: DraftSpec, *, quick: bool = False) -> list[str]:
-    """Every mode that can run with what was named, and says something of its own.
-
-    Args:
-        draft: what ``drafts.beagle`` stands for.
-        quick: do without a second prompt lookup.
-    """
+    """Every mode that can run with what was named, and says something of its own."""
     missing = {"beagle": draft == DraftSpec(), "eagle": not drafts.eagle, "small": not drafts.small}
     missing["chain"] = True  # the same draft again: only where it is asked for
     missing["head"] = draft.head is None or not draft.lookup
@@ -155,13 +150,6 @@ def load_systems(
     **options: Any,
 ) -> list[System]:
     """Load what each mode needs besides the target; options as of ``targets.loading.load_model``.
-
-    Args:
-        target: whose answers all modes give.
-        modes: their names.
-        drafts: what they draft with.
-        plan: shape of the draft tree.
-        adapter: that the target was loaded with.
 
     All of our modes share the one target; transformers' modes share a second copy of the model, as
     transformers loads it, but for its generation config, of which they too take the tokens that end an answer alone.

@@ -22,8 +22,6 @@ MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", 
 def load_suite(name: str, limit: int | None = None) -> dict[str, list[Prompt]]:
     """The sets of a suite; Spec-Bench's one file is six sets, its eight chat categories being MT-Bench.
 
-    Args:
-        limit: questions of each set.
     Raises:
         BeagleError: no such suite, or its files are not there.
     """

@@ -84,11 +84,6 @@ def _differs_in_training(module: nn.Module) -> bool:
 
 
 def refuse_request(config: GenerationConfig, model_kwargs: Mapping[str, Any]) -> None:
-    """
-    Args:
-        config: as transformers has prepared it.
-        model_kwargs: what it would hand to the model.
-    """
     if (config.num_beams or 1) > 1:
         raise _refuse(f"num_beams={config.num_beams}", "use num_beams=1")
     mode = config.get_generation_mode()

@@ -25,10 +25,7 @@ class Choice:
     def __init__(self, target: Target, work: Work, number: int, ids: list[int], limit: int) -> None:
         """
         Args:
-            target: answers.
-            work: the request.
             number: of the choice, from 0.
-            ids: its prompt.
             limit: most new tokens.
         """
         self.reason: str | None = None

@@ -16,11 +16,6 @@ class Metrics:
     """Counters of one server, in a registry of their own so that several servers may share a process."""
 
     def __init__(self, live: Callable[[], int], waiting: Callable[[], int]) -> None:
-        """
-        Args:
-            live: how many requests are answered now.
-            waiting: how many wait.
-        """
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
             "beagle_requests", "Requests by path and status.", ["path", "status"], registry=registry

@@ -91,7 +91,6 @@ def export(graph: nn.Module, inputs: tuple[Any, ...], shapes: tuple[Any, ...], l
 
     Args:
         shapes: ``torch.export``'s dynamic shapes of the inputs.
-        name: for errors.
     Raises:
         BeagleError: the graph can't be traced, or there is no compiler.
     """

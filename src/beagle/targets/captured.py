@@ -139,9 +139,6 @@ class Captured:
         """
         Args:
             base: the model without its LM head, with our attention.
-            hidden: its width.
-            layers: what its layers cache and see.
-            record: stands in for CUDA graphs.
         """
         weight = next(base.parameters())
         self._embed: nn.Module = base.get_input_embeddings()  # type: ignore[operator]

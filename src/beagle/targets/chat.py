@@ -67,10 +67,6 @@ def encode(
 def encode_ended(target: Target, dialogue: Sequence[Message]) -> tuple[list[int], list[bool] | None]:
     """Token ids of a dialogue that asks for nothing more.
 
-    Args:
-        target: whose chat template renders it.
-        dialogue: messages as of ``encode``.
-
     Returns:
         The ids, and which of them the template marks as generated; None: it marks none.
 
@@ -139,12 +135,7 @@ def _token_ids(target: Target, items: list[Any]) -> list[int]:
 
 
 def _message(name: str, message: Any, template: str) -> dict[str, Any]:
-    """A message as chat templates take it, its content one text.
-
-    Args:
-        name: of the message, for errors.
-        template: the chat template's source.
-    """
+    """A message as chat templates take it, its content one text."""
     if not isinstance(message, Mapping):
         raise BeagleError(f"{name} is {message!r}; give a dict with role and content")
     role, content = message.get("role"), message.get("content")

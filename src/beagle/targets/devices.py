@@ -61,9 +61,6 @@ def options(
 ) -> tuple[dict[str, Any], TemporaryDirectory[str] | None]:
     """
     Args:
-        name: of the target, for errors.
-        device_map: as of ``load_target``.
-        tensor_parallel: likewise.
         folder: where weights may be kept that a device map sends to the disk.
     Returns:
         What transformers' ``from_pretrained`` is given, and a folder that must live as long as the model.
@@ -90,10 +87,6 @@ def options(
 
 def refuse_unserved(model: nn.Module, name: str, tensor_parallel: Ranks) -> None:
     """
-    Args:
-        model: loaded with ``options``.
-        name: of the target.
-        tensor_parallel: as of ``load_target``.
     Raises:
         BeagleError: it computes on several GPUs in turn, or its layers are not divided, or more than its layers are.
     """

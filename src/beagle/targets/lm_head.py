@@ -21,8 +21,6 @@ class LMHead:
         """
         Args:
             head: the model's own; None where it has none.
-            config: of its text model.
-            name: of the target, for errors.
             pack: reorder the weight for the CPU's kernels.
         Raises:
             BeagleError: it isn't one linear layer.

@@ -68,12 +68,6 @@ class Traced(Tensor):
 
     @classmethod
     def like(cls, shape: Tensor, of: Attention, stands_on: torch.device) -> Traced:
-        """
-        Args:
-            shape: whose shape and dtype it has.
-            of: as the attribute.
-            stands_on: as the attribute.
-        """
         made = torch.empty(shape.shape, dtype=shape.dtype, device="meta").as_subclass(cls)
         made.of, made.stands_on = of, stands_on
         return made

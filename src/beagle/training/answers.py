@@ -42,8 +42,6 @@ class Sample:
 
 def refuse_not_finite(states: Tensor, target: Target, name: str) -> None:
     """
-    Args:
-        name: of the prompt whose states they are.
     Raises:
         BeagleError: some are no numbers.
     """

@@ -15,7 +15,6 @@ def model_card(result: dict[str, Any], repository: str, licence: str | None) -> 
     """The README.md of a head on the hub.
 
     Args:
-        result: content of the run's ``result.json``.
         repository: ``ORG/NAME``.
         licence: as the hub names them, such as ``apache-2.0``; None: not stated.
     """

@@ -63,8 +63,6 @@ def batches(
     """One epoch of training batches of about ``tokens`` tokens each, padding kept small.
 
     Args:
-        store: of the samples.
-        tokens: of a batch, padding included.
         seed: of the order.
         epoch: its number, from 0.
         with_states: False is for those who count batches; states that are stored are not read then.
@@ -97,8 +95,6 @@ def collate(group: Sequence[Stored], target: Target, columns: Tensor | None = No
     """Pad a group and look its embeddings up, in fp32; run the target where no states are stored.
 
     Args:
-        group: samples.
-        target: their model.
         columns: what the head reads of a state, as of ``Target.columns``.
         n: tokens that each sample is padded to; None: see ``padded_tokens``.
     """

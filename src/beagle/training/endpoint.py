@@ -49,10 +49,6 @@ def fetch_answers(
         endpoint: the server, which must serve this very model: its greedy answers are compared.
         target: the model whose answers they are to be; it encodes the prompts and generates nothing.
         prompts: what is asked; the same content is asked once.
-        folder: where the answers are kept.
-        config: ``rows`` is the number of requests at once.
-        console: shows the progress, and what was left out.
-        skip_bad_lines: as of ``answerable``.
     Returns:
         The folder.
     Raises:

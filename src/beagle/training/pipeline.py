@@ -250,13 +250,11 @@ def train_head(
     Args:
         prompts: None if the answers are already in ``data``.
         data: folder of answers and states (default: ``out/data``).
-        skip_bad_lines: see ``make_answers``.
         answers: the target's answers to the prompts, which it then needs not answer: a folder (see ``AnswerFolder``), or
             a server that is asked for them, into ``out/answers``.
         init: folder of a head whose weights this one starts from; the recipe has its shape (see ``with_shape_of``).
         show_tau: show τ on a few held-out prompts after each minute of training, where one process trains.
         adapter: that the target was loaded with, for ``result.json``.
-        command: that is run, for ``result.json``.
         log_with: a tracker that gets what ``log.csv`` gets (see ``tracking``).
         ranks: the processes that train together; rank 0 makes answers and writes files, the others wait for the answers.
         states: a server that gives the hidden states of answers that exist; None: the target computes them.

@@ -144,7 +144,6 @@ def read_prompts(
         limit: read no further than that many prompts.
         skip_bad_lines: leave out what is no prompt, each with a line on stderr. None is False without the option to
             name in an error.
-        given: as of ``parse_prompt``.
     Raises:
         BeagleError: no such file, nothing in it, or a bad line (file and number named).
     """
@@ -186,7 +185,6 @@ def reject(message: str, error: Exception, skip: bool | None) -> None:
 def parse_prompt(row: Any, number: int, *, given: bool = False) -> Prompt:
     """
     Args:
-        row: what a file holds of it.
         number: of the row, in place of an id.
         given: take what brings its own answers first, and also what can't be asked: a ``text``, and dialogues with
             messages of tools.
@@ -255,9 +253,6 @@ def _are_messages(value: Any) -> bool:
 def _talk(dialogue: list[Any], *, tools: bool) -> tuple[list[dict[str, Any]], list[Any]]:
     """Messages as chat templates have them, and the contents of the system's.
 
-    Args:
-        dialogue: messages in OpenAI's or ShareGPT's form.
-        tools: take messages of tools.
     Raises:
         ValueError: one is none, or stands where it can't.
     """

@@ -63,21 +63,12 @@ class Recipe:
     head: dict[str, Any] = field(default_factory=dict)
 
     def state_layers(self, count: int) -> tuple[int, ...]:
-        """The layers to load the target with: those that the head reads, and those that are to be stored.
-
-        Args:
-            count: layers of the target.
-        """
+        """The layers to load the target with: those that the head reads, and those that are to be stored."""
         return tuple(sorted({*head_layers(self.head, count), *self.answers.state_layers}))
 
 
 def head_layers(options: dict[str, Any], count: int) -> tuple[int, ...]:
-    """The layers that a head reads beside the top state.
-
-    Args:
-        options: the head section of a recipe.
-        count: layers of the target.
-    """
+    """The layers that a head reads beside the top state."""
     return HEADS[options.get("architecture", "beagle")].config_class.layers_of(options, count)
 
 

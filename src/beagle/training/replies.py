@@ -42,11 +42,6 @@ class Reply(BaseModel):
 def answer_tokens(reply: Reply, target: Target, ids: list[int], most: int) -> tuple[list[int], bool]:
     """Token ids of an answer, with the one that ends it, and whether it ended.
 
-    Args:
-        reply: the server's.
-        target: the model that it is to be an answer of.
-        ids: the prompt.
-        most: number of tokens that were asked for.
     Raises:
         UnusableError: the server read another prompt, ended the answer for a reason of its own, or gives a text whose
             tokens can't be known.
@@ -74,8 +69,6 @@ def _refuse_other_prompt(theirs: list[int] | None, count: int | None, ids: list[
     """
     Args:
         theirs: the server's token ids of the prompt, if it gives them.
-        count: their number, if it gives that.
-        ids: the target's.
     Raises:
         UnusableError: they are not the same.
     """

@@ -92,13 +92,7 @@ class Server:
         """One request. The client repeats it if the server is busy, fails or can't be reached.
 
         Args:
-            client: as of ``client``, or with other options.
-            prompt: whose next turn is asked.
-            history: answers to the turns before it.
-            ids: token ids up to there.
-            most: tokens of the answer.
             temperature: 0 is greedy.
-            seed: of sampling.
         Raises:
             UnusableError: the server doesn't take this prompt, or its answer has another form.
             openai.APIError: another error of the API.
@@ -123,10 +117,6 @@ class Server:
         """Find out with a few prompts whether the server is there, has the model, and which fields it takes; and
         whether its greedy answers are the target's.
 
-        Args:
-            client: as of ``client``.
-            prompts: the first short ones are asked.
-            longest: tokens of a short one.
         Raises:
             BeagleError: it isn't so.
         """

@@ -214,7 +214,6 @@ def read_shard(path: Path, *, with_states: bool = True) -> dict[str, Tensor]:
     """Tensors of one shard (``states`` only where they are stored).
 
     Args:
-        path: of the shard.
         with_states: False leaves the states on disk; they are nearly all of it.
     Raises:
         BeagleError: the file is damaged, or its states are no numbers.

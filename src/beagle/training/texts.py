@@ -88,7 +88,6 @@ class TextReader:
         """Dialogues with the answers that they bring, each a sample, and texts without turns.
 
         Args:
-            prompts: each with a key of its own (see ``numbered``).
             skip_bad_lines: leave out what the tokenizer or its template refuses; as of ``reject``.
         Raises:
             BeagleError: none brings an answer, or one is refused (named); or the chat template doesn't show of any
@@ -219,8 +218,6 @@ def with_states(
     """Samples with the states that one pass of the target over each gives; texts of similar length share passes.
 
     Args:
-        target: that the states are of.
-        texts: samples without states.
         seed: of the order of the passes.
         served: a server that makes the passes; None: the target does.
     Raises:

@@ -34,7 +34,6 @@ def tracking(
     """A function that logs the values of a step, as long as the context lasts; None without a name.
 
     Args:
-        name: of ``TRACKERS``.
         out: folder of the run; its name is the run's. TensorBoard's files go into ``out/tensorboard``.
         settings: sections of settings, to be shown with the run.
         step: that the run is resumed at; 0: it isn't.

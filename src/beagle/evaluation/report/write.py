@@ -53,7 +53,6 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
     """Write ``report.md`` and the plots of all ``paths`` into ``out``.
 
     Args:
-        paths: files that ``beagle eval`` wrote.
         out: a folder; made if it isn't there.
     Returns:
         The path of the report.

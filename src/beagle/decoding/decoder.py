@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from itertools import accumulate
 
 import torch
@@ -20,9 +20,7 @@ from beagle.decoding.drafts import NOTHING, Drafts
 from beagle.decoding.live_cache import LiveCache, exact_keys
 from beagle.decoding.prefill import Prefill
 from beagle.decoding.prefixes import PrefixCache
-from beagle.decoding.sampling import Sampler
-from beagle.decoding.sequence import Emitted, Sequence, SequenceError, Step, room
-from beagle.decoding.stats import Stats
+from beagle.decoding.sequence import Emitted, Sequence, SequenceError, Step
 from beagle.decoding.walk import Walk, accept
 from beagle.drafters.base import Drafter, TreePlan
 from beagle.errors import BeagleError
@@ -281,32 +279,12 @@ class Decoder:
             raise SequenceError(self.live[slots.index(max(slots))], error) from error
 
 
-def decode(
-    target: Target,
-    ids: list[int],
-    *,
-    max_new_tokens: int,
-    sampler: Sampler,
-    stats: Stats,
-    drafter: Drafter | None = None,
-    plan: TreePlan | None = None,
-    costs: Costs | None = None,
-    exact: bool = False,
-    watch: Callable[[Step], None] | None = None,
-    prefixes: PrefixCache | None = None,
-) -> Generator[Emitted, None, None]:
-    """Answer ``ids``, yielding the tokens of each iteration until the sampler or the limit ends it.
-
-    Args:
-        max_new_tokens: most tokens of the answer.
-        watch: called with each iteration before its tokens are yielded.
+def decode(decoder: Decoder, sequence: Sequence) -> Generator[Emitted, None, None]:
+    """One answer, by a decoder of its own: the tokens of each iteration until the sampler or the limit ends it.
 
     Raises:
-        BeagleError: the prompt doesn't fit into the target's context, or its cache into memory; or the
-            logits are no numbers.
+        BeagleError: there is no memory for its cache; or the logits are no numbers.
     """
-    sequence = Sequence(ids, room(target, ids, max_new_tokens), sampler, watch=watch, stats=stats)
-    decoder = Decoder(target, drafter=drafter, plan=plan, costs=costs, exact=exact, prefixes=prefixes)
     decoder.enter([sequence])
     try:
         while not sequence.ended:

@@ -41,10 +41,6 @@ class Model:
     def __init__(
         self, target: Target, drafter: Drafter | None = None, plan: TreePlan | None = None, *, prefix_cache: int = 0
     ) -> None:
-        """
-        Args:
-            drafter: None is plain decoding.
-        """
         self.prefixes = PrefixCache(whole("prefix_cache", prefix_cache, 0)) if prefix_cache else None
         self.target = target
         self.drafter = drafter

@@ -49,12 +49,6 @@ class Ranks:
     """
 
     def __init__(self, rank: int = 0, count: int = 1, store: Store | None = None) -> None:
-        """
-        Args:
-            rank: number of this process, from 0.
-            count: processes of the run; more than one have met in torch.distributed's default group.
-            store: that all of them reach; None: there is one process.
-        """
         self.rank, self.count = rank, count
         self._store: Any = store
         self._reports: bool | None = None
@@ -243,10 +237,7 @@ class Ranks:
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        """
-        Raises:
-            RankLost: what needs the other ranks has failed.
-        """
+        """Say ``RankLost`` where what needs the other ranks fails."""
         try:
             yield
         except RuntimeError as error:  # that of torch.distributed, whichever library is under it
@@ -258,10 +249,7 @@ ALONE = Ranks()
 
 @contextmanager
 def _lost_in_a_pass() -> Iterator[None]:
-    """
-    Raises:
-        RankLost: a library under torch.distributed has lost another rank in the midst of a model's pass.
-    """
+    """Say ``RankLost`` where a library under torch.distributed loses a rank in the midst of a model's pass."""
     try:
         yield
     except RuntimeError as error:

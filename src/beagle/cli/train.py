@@ -188,10 +188,7 @@ def train(
 
 
 def _endpoint(url: str | None, model: str | None, answers: Path | None, prompts: Path | None) -> Endpoint | None:
-    """
-    Raises:
-        BeagleError: options are missing, or exclude each other.
-    """
+    """The server that answers the prompts, if one does; refuses options that are missing or exclude each other."""
     from beagle.training.server import Endpoint
 
     if url is None:
@@ -210,10 +207,7 @@ def _endpoint(url: str | None, model: str | None, answers: Path | None, prompts:
 
 
 def _states_server(url: str | None, folder: Path | None, megabytes: int) -> StatesServer | None:
-    """
-    Raises:
-        BeagleError: one of address and folder is missing.
-    """
+    """The server that gives hidden states, if one does; refuses its address or folder alone."""
     from beagle.training.vllm_states import StatesServer
 
     if url is None:

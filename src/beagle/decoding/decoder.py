@@ -158,12 +158,7 @@ class Decoder:
         return emitted
 
     def _begin(self, sequences: list[Sequence], states: list[Tensor], logits: Tensor) -> Emissions:
-        """Choose first tokens.
-
-        Args:
-            states: of each prompt, ``[n, state_size]``.
-            logits: of each prompt's last token, ``[sequences, vocabulary]``.
-        """
+        """Choose first tokens."""
         began = time.perf_counter()
         root = TreeShape([-1])
         walks = [Walk(NOTHING, one.sampler, first=i, position=0, left=1) for i, one in enumerate(sequences)]
@@ -181,11 +176,7 @@ class Decoder:
     def _take(
         self, sequence: Sequence, walk: Walk, tokens: list[int], states: Tensor, step: Step | None
     ) -> tuple[Sequence, Emitted]:
-        """Take what was chosen for a sequence.
-
-        Args:
-            states: theirs, ``[tokens, hidden]``.
-        """
+        """Take what was chosen for a sequence."""
         try:
             if walk.error is not None:
                 raise walk.error

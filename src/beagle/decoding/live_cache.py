@@ -26,10 +26,6 @@ class LiveCache:
     """The live sequences are the first ones of the cache; the last takes the place of one that leaves."""
 
     def __init__(self, target: Target, size: int) -> None:
-        """
-        Args:
-            size: most live sequences.
-        """
         self._target, self._size = target, size
         self._cache: KVCache | None = None
         self._first: KVCache | None = None  # the first sequence of a shared cache

@@ -42,10 +42,6 @@ class PrefixCache:
     """The newest sequences, of at most ``most`` tokens together; the least recently used goes first. Threads may share it."""
 
     def __init__(self, most: int) -> None:
-        """
-        Args:
-            most: tokens that are kept, of all sequences together.
-        """
         self.most = most
         self._kept: list[Prefix] = []  # the least recently used first
         self._lock = Lock()

@@ -148,10 +148,7 @@ class CapturedDraft:
             return graph.run(context, root, plan.depth, noise)
 
     def _recorded(self, context: HeadContext, root: int, plan: TreePlan, keys: int) -> _Recorded:
-        """
-        Raises:
-            RuntimeError: its draft of this context is not the eager one.
-        """
+        """A graph, compared with the eager draft of this context."""
         levels, rotations = self._levels, self._rotations
         with torch.inference_mode(False), torch.no_grad():
             graph = _Recorded(levels, rotations, plan, keys, self._record)

@@ -102,10 +102,7 @@ def find_head(draft: str, target_name: str) -> Path:
 
 
 def refuse_other_models(folder: Path, name: str) -> None:
-    """
-    Raises:
-        BeagleError: the model is no draft head.
-    """
+    """Refuse a folder, by its name, whose model is no draft head."""
     try:
         _content(folder)
     except BeagleError as error:
@@ -138,11 +135,7 @@ def head_settings(folder: Path) -> dict[str, Any]:
 
 
 def _content(folder: Path) -> tuple[type[Block], dict[str, Any]]:
-    """A checkpoint's architecture and config.
-
-    Raises:
-        BeagleError: it is no draft head.
-    """
+    """A checkpoint's architecture and config; refuses what is no draft head."""
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:

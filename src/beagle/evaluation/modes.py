@@ -126,10 +126,7 @@ def not_of(target: Target, modes: Sequence[str]) -> list[str]:
 
 
 def check_modes(modes: Sequence[str], drafts: Drafts) -> None:
-    """
-    Raises:
-        BeagleError: there is no mode, or one is unknown, named twice, or lacks what it drafts with.
-    """
+    """Refuse modes that are none, unknown, named twice, or lack what they draft with."""
     if not modes:
         raise BeagleError(f"modes is empty; use some of {', '.join(MODES)}")
     for mode in modes:

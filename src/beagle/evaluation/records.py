@@ -126,10 +126,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def read_records(path: Path, content: dict[str, Any]) -> list[Record]:
-    """
-    Raises:
-        BeagleError: the result has none, or they are damaged.
-    """
+    """The single answers of a result; refuses damaged ones."""
     try:
         records = [Record.from_dict(row) for row in content["records"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -116,10 +116,7 @@ def with_pieces(target: Target, record: Record) -> Record:
 
 
 def refuse_turns_without_template(systems: Sequence[System], sets: Sets) -> None:
-    """
-    Raises:
-        BeagleError: a question has a second turn or a system message, and the target has no form for them.
-    """
+    """Refuse second turns and system messages where the target has no form for them."""
     target = systems[0].model.target
     if getattr(target.tokenizer, "chat_template", None):
         return

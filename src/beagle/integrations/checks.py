@@ -55,10 +55,7 @@ def refuse_arguments(given: Mapping[str, Any]) -> None:
 
 
 def refuse_model(model: Any) -> None:
-    """
-    Raises:
-        BeagleError: the model's answers depend on more than its modules and weights, or they aren't all here.
-    """
+    """Refuse a model whose answers depend on more than its modules and weights, or that is not all here."""
     if model.training:
         raise _refuse("a model in training mode", "call model.eval()")
     for path, module in model.named_modules():

@@ -90,11 +90,7 @@ def _messages(target: Target, items: list[Any]) -> list[dict[str, Any]]:
 
 
 def _rendered(target: Target, messages: list[dict[str, Any]], **options: Any) -> Any:
-    """What the chat template makes of messages, encoded.
-
-    Raises:
-        BeagleError: it refuses them.
-    """
+    """What the chat template makes of messages, encoded; refuses what it refuses."""
     tokenizer: Any = target.tokenizer
     try:
         return tokenizer.apply_chat_template(messages, return_dict=True, **options)
@@ -171,10 +167,7 @@ def _refuse_half_characters(text: str) -> None:
 
 
 def _checked(target: Target, ids: Sequence[int]) -> list[int]:
-    """
-    Raises:
-        BeagleError: the tokenizer found nothing in the text, or a token that the model has no embedding of.
-    """
+    """The ids; refuses none at all, and those that the model has no embedding of."""
     if not ids:
         raise BeagleError(f"{target.name}: its tokenizer finds no token in the prompt; give other text")
     if (largest := max(ids)) >= target.vocab_size:

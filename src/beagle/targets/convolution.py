@@ -43,11 +43,7 @@ class Windowed:
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Tensor:
-        """PyTorch's hook for its functions of such objects; there is one, the convolution ``[batch, channels, tokens]``.
-
-        Raises:
-            TypeError: another function.
-        """
+        """PyTorch's hook for its functions of such objects; there is one, the convolution ``[batch, channels, tokens]``."""
         if func is not F.conv1d:
             raise TypeError(f"a short convolution computes with {func.__name__}, which is not known here")
         given = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs or {})

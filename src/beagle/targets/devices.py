@@ -35,10 +35,7 @@ def refuse_together(
     device_map: DeviceMap | None,
     tensor_parallel: Ranks,
 ) -> None:
-    """
-    Raises:
-        BeagleError: what is asked for does not go together; arguments as of ``load_target``.
-    """
+    """Refuse what does not go together; arguments as of ``load_target``."""
     if device_map is None and tensor_parallel.count == 1:
         return
     if device_map is not None and tensor_parallel.count > 1:
@@ -86,10 +83,7 @@ def options(
 
 
 def refuse_unserved(model: nn.Module, name: str, tensor_parallel: Ranks) -> None:
-    """
-    Raises:
-        BeagleError: it computes on several GPUs in turn, or its layers are not divided, or more than its layers are.
-    """
+    """Refuse a loaded model that computes on several GPUs in turn, or whose layers alone are not what is divided."""
     gpus = {device for device in getattr(model, "hf_device_map", {}).values() if device not in ("cpu", "disk")}
     if len(gpus) > 1:
         raise BeagleError(

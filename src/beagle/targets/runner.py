@@ -98,10 +98,6 @@ class Eager:
     """transformers' own modules, any plan. Implements ``Runner``."""
 
     def __init__(self, base: nn.Module) -> None:
-        """
-        Args:
-            base: the model without its LM head, with our attention.
-        """
         self._base = base
 
     def takes(self, plan: Plan) -> bool:
@@ -150,19 +146,12 @@ class Checked:
         return self.runner.takes(plan)
 
     def __call__(self, tokens: Tensor, plan: Plan) -> Tensor:
-        """
-        Raises:
-            BeagleError: the runner computes something else.
-        """
         if plan.kind not in self._agreed:
             self.check(plan.kind)
         return self.runner(tokens, plan)
 
     def check(self, kind: Kind) -> None:
-        """
-        Raises:
-            BeagleError: the runner gives other states than the eager one, beyond rounding.
-        """
+        """Refuse a runner that gives other states than the eager one, beyond rounding."""
         tokens, plan = self._example(kind)
         if not self.runner.takes(plan):
             return

@@ -80,11 +80,7 @@ class Traced(Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """PyTorch's hook for its functions of such tensors.
-
-        Raises:
-            NotAttention: the function is no part of attention.
-        """
+        """PyTorch's hook for its functions of such tensors."""
         with torch._C.DisableTorchFunctionSubclass():
             return _call(func, tuple(args), dict(kwargs or {}))
 

@@ -93,10 +93,7 @@ class AnswerFolder:
 
     @classmethod
     def open(cls, folder: str | Path) -> AnswerFolder:
-        """
-        Raises:
-            BeagleError: no answers are there, or the manifest is damaged.
-        """
+        """The answers of a folder; refuses one without them."""
         path = Path(folder) / "manifest.json"
         remedy = "copy or download the folder again"
         found = read_json(path, remedy)
@@ -128,10 +125,7 @@ class AnswerFolder:
         return cls(folder, manifest)
 
     def refuse_other_target(self, target: Target) -> None:
-        """
-        Raises:
-            BeagleError: the answers are not of this target.
-        """
+        """Refuse a target whose answers these are not."""
         own = asdict(AnswersManifest.of(target, self.manifest.sampling))
         stored = asdict(self.manifest)
         if name := first_change(stored, {key: value for key, value in own.items() if key != "target"}):

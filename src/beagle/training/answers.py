@@ -41,10 +41,7 @@ class Sample:
 
 
 def refuse_not_finite(states: Tensor, target: Target, name: str) -> None:
-    """
-    Raises:
-        BeagleError: some are no numbers.
-    """
+    """Refuse states, of the prompt of this name, some of which are no numbers."""
     if not states.isfinite().all():
         dtype = str(target.dtype).removeprefix("torch.")
         remedy = "copy or download it again" if dtype == "float32" else "load it with dtype float32"

@@ -60,11 +60,7 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _table(path: Path) -> Iterator[Row]:
-    """Rows of a data set; fields without a value are left out, which in a table every row has.
-
-    Raises:
-        BeagleError: ``datasets`` isn't installed, or can't read it.
-    """
+    """Rows of a data set; fields without a value are left out, which in a table every row has."""
     if not path.exists():
         raise BeagleError(f"question file '{path}' can't be read: No such file; check the path")
     try:
@@ -98,11 +94,7 @@ def _filled(value: Any) -> Any:
 
 
 def _lines(path: Path, file: Any) -> Iterator[Row]:
-    """A line's text each, or the entries of an array.
-
-    Raises:
-        BeagleError: the file is of another format, or an array that ends too soon.
-    """
+    """A line's text each, or the entries of an array."""
     start = file.peek(8)[:8]
     for magic, (name, command) in _OTHERS.items():
         if start.startswith(magic):

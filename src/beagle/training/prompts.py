@@ -251,11 +251,7 @@ def _are_messages(value: Any) -> bool:
 
 
 def _talk(dialogue: list[Any], *, tools: bool) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Messages as chat templates have them, and the contents of the system's.
-
-    Raises:
-        ValueError: one is none, or stands where it can't.
-    """
+    """Messages as chat templates have them, and the contents of the system's."""
     talk: list[dict[str, Any]] = []
     system = []
     for message in dialogue:

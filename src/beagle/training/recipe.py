@@ -73,10 +73,7 @@ def head_layers(options: dict[str, Any], count: int) -> tuple[int, ...]:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """
-    Raises:
-        BeagleError: unreadable, or a key or value that can't be (named).
-    """
+    """A recipe's file; refuses a key or value that can't be, which it names."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:

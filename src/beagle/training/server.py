@@ -43,10 +43,6 @@ class Endpoint:
     states: Path | None = None
 
     def __post_init__(self) -> None:
-        """
-        Raises:
-            BeagleError: the url is no address.
-        """
         try:
             parts = urlsplit(self.url)
             if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -71,10 +67,6 @@ class Server:
     """
 
     def __init__(self, endpoint: Endpoint, target: Target) -> None:
-        """
-        Raises:
-            BeagleError: a package is missing.
-        """
         self.openai: Any = _openai()
         self.endpoint, self.target = endpoint, target
         self.extensions = dict(EXTENSIONS)

@@ -234,10 +234,7 @@ def _are_finite(states: Tensor) -> bool:
 
 
 def refuse_without_answers(folder: Path) -> None:
-    """
-    Raises:
-        BeagleError: nothing is stored there.
-    """
+    """Refuse a folder where nothing is stored."""
     if not any(folder.glob(SHARDS)):
         raise BeagleError(f"'{folder}' holds no answers; make some with `beagle train --prompts FILE --data {folder}`")
 

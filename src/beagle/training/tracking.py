@@ -15,10 +15,7 @@ PROJECT = "beagle"
 
 
 def refuse_tracker(name: str) -> None:
-    """
-    Raises:
-        BeagleError: there is no tracker of this name, or its package isn't installed.
-    """
+    """Refuse a tracker that is unknown, or whose package isn't installed."""
     if name not in TRACKERS:
         raise BeagleError(f"tracker '{name}' is unknown; use {', '.join(TRACKERS)}")
     try:

@@ -328,7 +328,6 @@ def test_a_run_from_before_an_option_existed_goes_on(target, store, tmp_path):
     first = Trainer(target, store, tmp_path, CONFIG)
     identity = first.identity()
     del identity["train"]["beta_decay"]
-    identity["train"]["late_loss"] = "next"  # an option that is gone, at what is done always
     first.identity = lambda: identity
     first.train(seconds=0)
     assert Trainer(target, store, tmp_path, CONFIG).step == 1

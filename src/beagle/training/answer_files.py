@@ -50,6 +50,11 @@ class StoredAnswer:
     prompt_tokens: int
     tokens: Tensor
 
+    @property
+    def text_ids(self) -> list[int]:
+        """The answer without the token that ends it."""
+        return [int(token) for token in (self.tokens[:-1] if self.ended else self.tokens)]
+
 
 @dataclass(frozen=True)
 class AnswersManifest:

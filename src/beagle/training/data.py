@@ -13,6 +13,7 @@ from torch import Tensor
 
 from beagle.errors import BeagleError
 from beagle.targets.target import Target
+from beagle.training.answers import Sample
 from beagle.training.states import StateStore, key_of, read_shard, shard_ids
 from beagle.training.windows import ROUND, Batch, round_up
 
@@ -86,9 +87,17 @@ def batches(
         yield from (g for g in groups if g)
 
 
-def padded_tokens(group: Sequence[Stored], target: Target) -> int:
+def padded_tokens(group: Sequence[Stored | Sample], target: Target) -> int:
     """Tokens that each sample of a batch is padded to."""
     return min(round_up(max(len(s.tokens) for s in group), ROUND), target.context_limit)
+
+
+def padded(group: Sequence[Stored | Sample], n: int, device: torch.device) -> Tensor:
+    """Tokens of samples, with zeros behind them, ``[samples, n]``."""
+    tokens = torch.zeros(len(group), n, dtype=torch.long)
+    for row, sample in zip(tokens, group, strict=True):
+        row[: len(sample.tokens)] = sample.tokens
+    return tokens.to(device)
 
 
 def collate(group: Sequence[Stored], target: Target, columns: Tensor | None = None, n: int | None = None) -> Batch:
@@ -99,10 +108,7 @@ def collate(group: Sequence[Stored], target: Target, columns: Tensor | None = No
         n: tokens that each sample is padded to; None: see ``padded_tokens``.
     """
     n = n or padded_tokens(group, target)
-    tokens = torch.zeros(len(group), n, dtype=torch.long)
-    for i, sample in enumerate(group):
-        tokens[i, : len(sample.tokens)] = sample.tokens
-    tokens = tokens.to(target.device)
+    tokens = padded(group, n, target.device)
     stored = [s.states for s in group if s.states is not None]
     if len(stored) < len(group):
         states = target.prefill(tokens, target.new_cache(len(group), n)).float()

@@ -92,12 +92,7 @@ def fetch_answers(
 
 def _finished(answers: list[StoredAnswer], prompt: Prompt, turns: int) -> bool:
     """Whether there is nothing more to ask of a dialogue."""
-    return len(answers) >= min(len(prompt.turns), turns) or (bool(answers) and _text_ids(answers[-1]) == [])
-
-
-def _text_ids(answer: StoredAnswer) -> list[int]:
-    """The answer without the token that ends it."""
-    return [int(token) for token in (answer.tokens[:-1] if answer.ended else answer.tokens)]
+    return len(answers) >= min(len(prompt.turns), turns) or (bool(answers) and not answers[-1].text_ids)
 
 
 class _Run:
@@ -165,7 +160,7 @@ class _Run:
         key = prompt_key(prompt)
         have = self.stored.setdefault(key, [])
         for turn in range(len(have), min(len(prompt.turns), self.turns)):
-            history = [self.target.tokenizer.decode(_text_ids(answer), skip_special_tokens=True) for answer in have]
+            history = [self.target.tokenizer.decode(answer.text_ids, skip_special_tokens=True) for answer in have]
             ids = prompt.encode(self.target, history)
             if len(ids) > min(self.config.max_prompt_tokens, self.target.context_limit - 1):
                 self.too_long += 1
@@ -178,7 +173,7 @@ class _Run:
             answer = StoredAnswer(key, prompt.id, turn, temperature, ended, len(ids), torch.tensor(tokens))
             have.append(answer)
             self._keep(answer)
-            if not _text_ids(answer):
+            if not answer.text_ids:
                 return
 
     def _keep(self, answer: StoredAnswer) -> None:

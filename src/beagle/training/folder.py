@@ -24,7 +24,6 @@ except ImportError:  # pragma: no cover
 
 LOG = "log.csv"
 CHECKPOINT = "checkpoint.safetensors"
-REMOVED = {"early_mask": "blocks", "late_loss": "next"}  # settings of older runs, and what is done always
 FREE = ("micro_batch_tokens",)  # settings of ``TrainConfig`` that a resumed run may change
 COLUMNS = ["step", "stage", "loss", "seconds", "tokens", *(f"alpha_{j}" for j in range(1, 6))]
 
@@ -107,9 +106,6 @@ def read_progress(out: Path, expected: dict[str, Any]) -> dict[str, Any] | None:
         raise BeagleError(f"checkpoint '{path}' is corrupt ({error}); delete it to start over") from error
     saved = progress["identity"]
     saved["train"] = {**identity(TrainConfig(), {})["train"], **saved["train"]}  # what is younger stood at its default
-    for name, only in REMOVED.items():
-        if saved["train"].get(name) == only:
-            del saved["train"][name]
     saved["train"] |= {name: expected["train"][name] for name in FREE}
     if saved != expected:
         raise BeagleError(f"'{out}' holds a run with other settings; choose another folder or delete it")

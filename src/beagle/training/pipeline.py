@@ -330,7 +330,7 @@ def train_head(
         write_json(out / "result.json", about)
         ranks.tell("head")
         served = measure_served(trainer.head, out / "head", target, held_out)
-        lines = served.lines(alphas)[:2] if served else ["no answer is held out, so that none is decoded to compare"]
+        lines = served.lines(alphas) if served else ["no answer is held out, so that none is decoded to compare"]
         for line in lines:
             console.print(line, highlight=False)
         write_json(out / "result.json", about | {"served": served.as_dict() if served else None})

@@ -64,13 +64,10 @@ class Served:
     def lines(self, validation: list[float]) -> list[str]:
         """For the user."""
         noise = "" if self.error is None else f" ± {self.error:.2f}"
-        found = [
+        return [
             f"step-α of validation {_row(validation)}; of {self.prompts} held-out prompts decoded {_row(self.step_alpha)}",
             f"τ of chains of {self.depth}: simulated {self.simulated:.2f}, decoded {self.tau:.2f}{noise}",
         ]
-        if self.falls_short:
-            found.append(f"warning: the head drafts worse than in training; {CAUSES}")
-        return found
 
     def as_dict(self) -> dict[str, Any]:
         """For a result file."""

@@ -22,11 +22,11 @@ from beagle.targets.chat import encode
 from beagle.targets.target import Target
 from beagle.training.answer_files import AnswerFolder, prompt_key
 from beagle.training.answers import Sample, refuse_not_finite
+from beagle.training.data import padded, padded_tokens
 from beagle.training.dialogues import InseparableError, answered, last_answer
 from beagle.training.prompts import Prompt, has_template, reject
 from beagle.training.recipe import AnswerConfig
 from beagle.training.states import StateStore
-from beagle.training.windows import ROUND, round_up
 
 if TYPE_CHECKING:
     from beagle.training.vllm_states import VllmStates
@@ -81,8 +81,7 @@ class TextReader:
                         f"{answer.prompt_tokens} when '{folder.folder}' was made; give the tokenizer that it was made with"
                     )
                 yield from self._sample(prompt, answer.turn, ids, answer.tokens[:-1])  # the last was never run
-            made = answer.tokens[:-1] if answer.ended else answer.tokens
-            history.append(self.target.tokenizer.decode(made.tolist(), skip_special_tokens=True))
+            history.append(self.target.tokenizer.decode(answer.text_ids, skip_special_tokens=True))
 
     def given(self, prompts: Sequence[Prompt], skip_bad_lines: bool | None = False) -> Iterator[Sample]:
         """Dialogues with the answers that they bring, each a sample, and texts without turns.
@@ -248,11 +247,8 @@ def _groups(texts: Sequence[Sample], seed: int) -> Iterator[list[Sample]]:
 
 def _one_pass(target: Target, group: list[Sample]) -> Iterator[Sample]:
     """The group, padded to one length: no token sees those after it."""
-    n = min(round_up(max(len(text.tokens) for text in group), ROUND), target.context_limit)
-    tokens = torch.zeros(len(group), n, dtype=torch.long)
-    for row, text in zip(tokens, group, strict=True):
-        row[: len(text.tokens)] = text.tokens
-    tokens = tokens.to(target.device)
+    n = padded_tokens(group, target)
+    tokens = padded(group, n, target.device)
     states = target.prefill(tokens, target.new_cache(len(group), n)).to("cpu", torch.bfloat16)
     for row, text in zip(states, group, strict=True):
         own = row[: len(text.tokens)].clone()

@@ -55,10 +55,8 @@ def tracking(
         if name == "tensorboard":
             purge = {"purge_step": step + 1} if step else {}  # what the last checkpoint lacks is logged again
             tracker = kind(name, logging_dir=str(out), **purge)
-        elif name == "wandb":
-            tracker = kind(PROJECT, name=out.resolve().name, dir=str(out))
         else:
-            tracker = kind(PROJECT, name=out.resolve().name)
+            tracker = kind(PROJECT, name=out.resolve().name, **({"dir": str(out)} if name == "wandb" else {}))
         tracker.start()
         tracker.store_init_configuration(flat)
     except Exception as error:  # of whatever library

@@ -25,7 +25,8 @@ from beagle.targets.cache import KVCache
 from beagle.targets.linears import tiled
 from beagle.targets.loading import cache_dir
 from beagle.targets.plan import EXACT_BLOCK, EXACT_TOKENS
-from beagle.targets.target import Target, TreeShape
+from beagle.targets.shape import TreeShape
+from beagle.targets.target import Target
 
 SEVERAL = 4  # contexts that draft at once or share a pass while that is timed
 AGAIN = 4  # tokens that recurrent layers run again in passes that are timed

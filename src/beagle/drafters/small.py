@@ -15,7 +15,8 @@ from beagle.drafters.base import STATIC_PATHS, Draft, DraftContext, Drafter, Tre
 from beagle.errors import BeagleError
 from beagle.limits import MAX_NODES
 from beagle.targets.loading import load_target
-from beagle.targets.target import Target, TreeShape
+from beagle.targets.shape import TreeShape
+from beagle.targets.target import Target
 
 PREFIX = "model:"  # of a ``draft`` that names a model
 

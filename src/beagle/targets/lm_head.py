@@ -37,6 +37,11 @@ class LMHead:
         )
         self._softcap = getattr(config, "final_logit_softcapping", None)
 
+    @property
+    def width(self) -> int:
+        """Numbers that it reads of a token."""
+        return int(self._head.weight.shape[-1])
+
     def without_scale(self) -> LMHead:
         """The same without the config's scale and soft cap, which models that also see may not apply."""
         plain = copy.copy(self)

@@ -24,7 +24,7 @@ from beagle.training import states as states_module
 from beagle.training.answer_files import AnswerFolder, AnswersManifest, StoredAnswer, prompt_key
 from beagle.training.answers import AnswerGenerator, Sample
 from beagle.training.data import collate, samples
-from beagle.training.pipeline import make_answers
+from beagle.training.make_answers import make_answers
 from beagle.training.prompts import Prompt, parse_prompt, read_prompts
 from beagle.training.recipe import AnswerConfig
 from beagle.training.states import StateStore, read_shard, shard_ids

@@ -19,7 +19,8 @@ from beagle.targets.target import Target
 from beagle.training.answers import AnswerGenerator, Sample
 from beagle.training.config import TrainConfig
 from beagle.training.data import frequent_tokens, samples
-from beagle.training.pipeline import make_answers, train_head
+from beagle.training.make_answers import make_answers
+from beagle.training.pipeline import train_head
 from beagle.training.prompts import Prompt, numbered
 from beagle.training.recipe import AnswerConfig, Recipe
 from beagle.training.states import Fingerprint, StateStore, read_shard

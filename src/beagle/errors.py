@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 
 class BeagleError(Exception):
@@ -21,6 +23,14 @@ class BeagleInternalError(BeagleError):
 def first_line(error: object) -> str:
     """What an error says, in one line; the name of its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def required(package: str, extra: str, what: str) -> Any:
+    """A package that one of our extras installs; refuses what needs it where it isn't there."""
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise BeagleError(f"{what} needs the library `{package}`: pip install 'beagle-decoding[{extra}]'") from error
 
 
 def run_script(main: Callable[[], None]) -> None:

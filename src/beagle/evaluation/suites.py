@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from beagle.errors import BeagleError, first_line
+from beagle.errors import BeagleError, first_line, required
 from beagle.training.prompts import Prompt, parse_prompt, read_prompts
 
 QUICK = Path(__file__).parent / "quick.jsonl"
@@ -114,17 +114,11 @@ def hub_prompts(name: str) -> list[Prompt]:
     Raises:
         BeagleError: the library ``datasets`` or the data set is not to be had, or holds no prompts.
     """
-    try:
-        from datasets import load_dataset  # the extra `data`: most people have files
-    except ImportError as error:
-        raise BeagleError(
-            f"'{name}' is no file, and data sets of the hub need the library `datasets`; correct the path, or "
-            "pip install 'beagle-decoding[data]'"
-        ) from error
+    datasets = required("datasets", "data", f"'{name}' is no file (correct the path), and as a data set of the hub it")
     where, _, split = name.partition(":")
     owner, repository, *config = where.split("/")
     try:
-        rows = load_dataset(f"{owner}/{repository}", *config, split=split or "test")
+        rows = datasets.load_dataset(f"{owner}/{repository}", *config, split=split or "test")
         prompts = [
             replace(parse_prompt(dict(row), number), source=f"{name}: row {number}")
             for number, row in enumerate(rows, 1)

@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from beagle.errors import BeagleError, first_line
+from beagle.errors import BeagleError, first_line, required
 
 Row = tuple[int, str, Any]  # its number from 1 on, what it is called, and a line's text or what an entry holds
 
@@ -63,12 +63,7 @@ def _table(path: Path) -> Iterator[Row]:
     """Rows of a data set; fields without a value are left out, which in a table every row has."""
     if not path.exists():
         raise BeagleError(f"question file '{path}' can't be read: No such file; check the path")
-    try:
-        import datasets  # the extra `data`: most people have JSON
-    except ImportError as error:
-        raise BeagleError(
-            f"'{path}' needs the library `datasets`: pip install 'beagle-decoding[data]', or give JSON lines"
-        ) from error
+    datasets = required("datasets", "data", f"'{path}'")  # most people have JSON
     try:
         if path.is_dir():
             found: Any = datasets.load_from_disk(str(path))

@@ -7,13 +7,12 @@ import os
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
-from beagle.errors import BeagleError, first_line
+from beagle.errors import BeagleError, first_line, required
 from beagle.targets.target import Target
 from beagle.training.prompts import Prompt, has_template
 from beagle.training.replies import Reply, UnusableError, agreeing, answer_tokens
@@ -67,7 +66,7 @@ class Server:
     """
 
     def __init__(self, endpoint: Endpoint, target: Target) -> None:
-        self.openai: Any = _openai()
+        self.openai = required("openai", "endpoint", f"endpoint '{endpoint.url}'")
         self.endpoint, self.target = endpoint, target
         self.extensions = dict(EXTENSIONS)
         self.agreement: float | None = None
@@ -197,16 +196,6 @@ class Server:
             f"'{self.endpoint.url}' gave no answer for {self.endpoint.patience:g} seconds; lower answers.rows (requests "
             "at once) or answers.max_new_tokens, then run the same command again; nothing is lost"
         )
-
-
-def _openai() -> ModuleType:
-    try:
-        import openai
-    except ImportError as error:
-        raise BeagleError(
-            "answers from an endpoint need the openai package; install it: pip install 'beagle-decoding[endpoint]'"
-        ) from error
-    return openai
 
 
 REMEDY = "serve the target itself, with its own tokenizer and chat template"

@@ -8,6 +8,7 @@ import torch
 import beagle
 from beagle.decoding.decoder import Decoder, decode
 from beagle.decoding.sampling import Sampler
+from beagle.decoding.sampling_params import SamplingParams
 from beagle.decoding.sequence import Sequence, Step
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
@@ -53,7 +54,7 @@ def test_fp32_answers_are_the_targets_own_and_the_shipped_head_is_trained(model,
         plain = model.generate(question, draft=False, **options)
         fast = model.generate(question, **options)
         ids = encode(model.target, question)
-        library, _ = HFGenerate(stock).answer("transformers", ids, max_new_tokens=40, temperature=0.0, seed=0)
+        library, _ = HFGenerate(stock).answer("transformers", ids, SamplingParams(40))
         assert fast.token_ids == plain.token_ids == library
         assert fast.text == plain.text
         stats.add(fast.stats)

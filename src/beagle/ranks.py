@@ -241,7 +241,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:  # that of torch.distributed, whichever library is under it
-            raise RankLost(f"another rank has ended or can't be reached ({reason_of(error)}); {AGAIN}") from error
+            raise _lost(error) from error
 
 
 ALONE = Ranks()
@@ -255,7 +255,11 @@ def _lost_in_a_pass() -> Iterator[None]:
     except RuntimeError as error:
         if not re.search(r"gloo|nccl|connection (reset|closed)", str(error), re.IGNORECASE):
             raise
-        raise RankLost(f"another rank has ended or can't be reached ({reason_of(error)}); {AGAIN}") from error
+        raise _lost(error) from error
+
+
+def _lost(error: Exception) -> RankLost:
+    return RankLost(f"another rank has ended or can't be reached ({reason_of(error)}); {AGAIN}")
 
 
 def reason_of(error: BaseException) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from beagle.decoding.costs import Costs
+from beagle.decoding.sampling_params import SamplingParams
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.drafters.head_drafter import HeadDrafter
@@ -88,21 +89,10 @@ class System:
 
     def answer(self, prompt: str | Sequence[Message], options: Options, seed: int) -> tuple[list[int], Stats]:
         """Token ids and figures of an answer."""
+        sampling = SamplingParams(options.max_new_tokens, options.temperature, seed=seed)
         if self.hf is not None:
-            return self.hf.answer(
-                self.mode,
-                encode(self.model.target, prompt),
-                max_new_tokens=options.max_new_tokens,
-                temperature=options.temperature,
-                seed=seed,
-            )
-        result = self.model.generate(
-            prompt,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            seed=seed,
-            exact=options.exact,
-        )
+            return self.hf.answer(self.mode, encode(self.model.target, prompt), sampling)
+        result = self.model.generate(prompt, sampling, exact=options.exact)
         return result.token_ids, result.stats
 
     def costs(self, exact: bool) -> Costs | None:

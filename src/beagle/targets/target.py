@@ -87,7 +87,7 @@ class Target(Passes):
         self.head: nn.Module = move_transform(model)  # type: ignore[assignment]
         self.embed: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
         limit, self.context_ends = context_limit(self.config)
-        super().__init__(base_of(model), name, self.embed.weight, device_of(model), limit)  # type: ignore[arg-type]
+        super().__init__(base_of(model), name, self.embed.weight, device_of(model), limit)
         rows = getattr(self.head, "weight", None)
         if isinstance(rows, Tensor):  # some embed more tokens than they answer with
             self.vocab_size = min(self.vocab_size, len(rows))

@@ -79,19 +79,18 @@ class Prompt:
 
     def messages(self, answers: Sequence[str] = ()) -> list[Message]:
         """The dialogue up to the turn that comes after ``answers``, those between the turns before it."""
-        messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        for turn, answer in zip(self.turns, answers, strict=False):
-            messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
-        return [*messages, {"role": "user", "content": self.turns[len(answers)]}]
+        return [*self._answered(answers), {"role": "user", "content": self.turns[len(answers)]}]
 
     def given(self) -> list[Message]:
         """The dialogue as its file has it, answers included."""
-        system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        dialogue = list(self.dialogue)
-        if not dialogue:
-            for turn, answer in zip(self.turns, self.answers, strict=False):
-                dialogue += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
-        return system + dialogue
+        return [*self._answered(()), *self.dialogue] if self.dialogue else self._answered(self.answers)
+
+    def _answered(self, answers: Sequence[str]) -> list[Message]:
+        """The system message, and the turns that these answers are to, each with its answer."""
+        messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        for turn, answer in zip(self.turns, answers, strict=False):
+            messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
+        return messages
 
 
 def has_template(target: Target) -> bool:

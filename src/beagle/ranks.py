@@ -237,7 +237,7 @@ class Ranks:
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        """Say ``RankLost`` where what needs the other ranks fails."""
+        """Raise ``RankLost`` where what needs the other ranks fails."""
         try:
             yield
         except RuntimeError as error:  # that of torch.distributed, whichever library is under it
@@ -249,7 +249,7 @@ ALONE = Ranks()
 
 @contextmanager
 def _lost_in_a_pass() -> Iterator[None]:
-    """Say ``RankLost`` where a library under torch.distributed loses a rank in the midst of a model's pass."""
+    """Raise ``RankLost`` where a library under torch.distributed loses a rank in the midst of a model's pass."""
     try:
         yield
     except RuntimeError as error:

@@ -12,6 +12,7 @@ import typer
 
 from beagle.cli import options as o
 from beagle.errors import BeagleError
+from beagle.files import writing_to
 
 if TYPE_CHECKING:
     from beagle.ranks import Ranks
@@ -132,10 +133,8 @@ def train(
         endpoint = replace(endpoint, states=server.folder)
     if questions is None:
         refuse_without_answers(data or out / "data")
-    try:
+    with writing_to(out, "choose another --out"):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BeagleError(f"cannot write '{out}': {error.strerror}; choose another --out") from error
     if tensor_parallel and o.target_ranks(ranks, tensor_parallel) and prompts:
         raise BeagleError(
             f"--prompts '{prompts}': answers are made by one process, and --tensor-parallel has {ranks.count}; make them "

@@ -19,7 +19,7 @@ from beagle.drafters.block import HEADS, Block
 from beagle.drafters.hub import download_head, is_hub_name
 from beagle.drafters.int8_weights import from_int8, to_int8
 from beagle.errors import BeagleError
-from beagle.files import replacing, write_json
+from beagle.files import replacing, write_json, writing_to
 
 PARTS = "model-*-of-*.safetensors"
 SHIPPED = Path(__file__).parent.parent / "heads"
@@ -46,17 +46,13 @@ def save_head(head: Block, folder: str | Path, *, target: str, dtype: torch.dtyp
     kind = head.architecture
     content: dict[str, Any] = {"model_type": kind, "architectures": [f"{kind.title()}ForCausalLM"], "target": target}
     content |= {"head": asdict(head.config), "meta": meta}
-    try:
+    with writing_to(folder, "free space or choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / "model.safetensors") as partial:
             save_file(tensors, partial)
         for part in folder.glob(PARTS):  # of a head that was here before, which would be read in its place
             part.unlink()
         write_json(folder / "config.json", content)
-    except (OSError, SafetensorError) as error:
-        raise BeagleError(
-            f"cannot write the draft checkpoint '{folder}': {error}; free space or choose another folder"
-        ) from error
 
 
 def weight_files(folder: Path) -> list[Path]:

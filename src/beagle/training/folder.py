@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from beagle.errors import BeagleError
-from beagle.files import write_text
+from beagle.files import write_text, writing_to
 from beagle.training.config import TrainConfig
 
 try:
@@ -37,11 +37,9 @@ def alone(folder: Path, lock: str = ".run.lock") -> Iterator[None]:
     Raises:
         BeagleError: another run is at work there (its process is named), or the folder can't be written.
     """
-    try:
+    with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / lock, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise BeagleError(f"cannot write '{folder}': {error.strerror}; choose another folder") from error
     try:
         if fcntl is not None:
             try:

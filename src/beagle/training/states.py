@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from beagle.errors import BeagleError
-from beagle.files import first_change, read_json, replacing, write_json
+from beagle.files import first_change, read_json, replacing, write_json, writing_to
 from beagle.targets.target import Target
 from beagle.training.answers import Sample
 
@@ -95,7 +95,7 @@ class StateStore:
         self.folder = Path(folder)
         self.fingerprint = fingerprint
         self.with_states = with_states
-        try:
+        with writing_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             found, wanted = self._manifest(self.folder), asdict(fingerprint)
             if found is None:
@@ -105,8 +105,6 @@ class StateStore:
                     f"{self.folder} holds states of {found.get('target')} made with {key} {found.get(key)!r}, "
                     f"not {wanted[key]!r}; choose another folder or delete this one"
                 )
-        except OSError as error:
-            raise BeagleError(f"cannot write '{self.folder}': {error.strerror}; choose another folder") from error
 
     @classmethod
     def existing(cls, folder: Path) -> StateStore:
@@ -193,11 +191,8 @@ class StateStore:
         existing = self.shards()
         number = int(existing[-1].stem.split("-")[1]) + 1 if existing else 0
         path = self.folder / f"shard-{number:05d}.safetensors"
-        try:
-            with replacing(path) as partial:
-                save_file(tensors, partial, metadata={"ids": json.dumps([s.id for s in samples])})
-        except (OSError, SafetensorError) as error:
-            raise BeagleError(f"cannot write {path}: {error}; free space, then run the same command again") from error
+        with writing_to(path, "free space, then run the same command again"), replacing(path) as partial:
+            save_file(tensors, partial, metadata={"ids": json.dumps([s.id for s in samples])})
 
 
 def shard_ids(path: Path) -> list[str]:

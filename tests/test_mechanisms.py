@@ -364,8 +364,8 @@ def test_keys_chosen_by_an_index(family):
 def test_an_index_in_pieces_and_behind_other_answers(monkeypatch):
     options = CHOOSING["glm_moe_dsa"]
     model, target = lively("glm_moe_dsa", **options), target_of(lively("glm_moe_dsa", **options))
-    monkeypatch.setattr("beagle.targets.target.MASK_ENTRIES", 49)
-    monkeypatch.setattr("beagle.targets.target.LEAST_TOKENS", 5)
+    monkeypatch.setattr("beagle.targets.passes.MASK_ENTRIES", 49)
+    monkeypatch.setattr("beagle.targets.passes.LEAST_TOKENS", 5)
     pieces = target.prefill(torch.tensor([PROMPT]), target.new_cache(1, 64))
     monkeypatch.undo()
     with torch.no_grad():

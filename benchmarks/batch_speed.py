@@ -14,6 +14,7 @@ from statistics import median
 
 import beagle
 from beagle.decoding.stats import Stats
+from beagle.errors import run_script
 from beagle.files import write_json
 from beagle.meta import command_line, describe
 from beagle.model import Answer, Model
@@ -89,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -22,13 +22,15 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from beagle.decoding.decoder import decode
+from beagle.decoding.decoder import Decoder, decode
 from beagle.decoding.sampling import Sampler
+from beagle.decoding.sequence import Sequence as Job
 from beagle.decoding.stats import Stats
 from beagle.drafters import captured
 from beagle.drafters.base import Draft, DraftContext, Drafter, TreePlan
 from beagle.drafters.head import BeagleHead, HeadConfig
 from beagle.drafters.head_drafter import HeadDrafter
+from beagle.errors import run_script
 from beagle.evaluation.roofline import probe, roofline
 from beagle.meta import describe
 from beagle.targets import aot_cache
@@ -103,9 +105,8 @@ def counting_target(shape: str, dtype: torch.dtype, device: torch.device, graphs
 def answer(target: Target, drafter: Drafter | None, plan: TreePlan, tokens: int) -> tuple[list[int], Stats]:
     stats = Stats()
     prompt = [i % target.vocab_size for i in range(PROMPT)]
-    steps = decode(
-        target, prompt, max_new_tokens=tokens, sampler=Sampler(eos_ids=target.eos_ids), stats=stats, drafter=drafter, plan=plan
-    )  # fmt: skip
+    answer = Job(prompt, tokens, Sampler(eos_ids=target.eos_ids), stats=stats)
+    steps = decode(Decoder(target, drafter=drafter, plan=plan), answer)
     return [token for step in steps for token in step.tokens], stats
 
 
@@ -172,4 +173,4 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from beagle.drafters.base import TreePlan
 from beagle.drafters.head import BeagleHead, HeadConfig
 from beagle.drafters.head_drafter import HeadDrafter
+from beagle.errors import run_script
 from beagle.meta import command_line, describe
 from beagle.targets.loading import pick_device, pick_dtype
 from beagle.targets.target import Target
@@ -111,4 +112,4 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -25,6 +25,7 @@ from statistics import median
 import httpx
 
 import beagle
+from beagle.errors import run_script
 from beagle.meta import describe
 
 QUESTIONS = (
@@ -259,4 +260,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

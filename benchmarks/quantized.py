@@ -13,6 +13,7 @@ from pathlib import Path
 
 import beagle
 from beagle.cli.tables import follow, show
+from beagle.errors import run_script
 from beagle.evaluation.figures import figures
 from beagle.evaluation.modes import Options, System
 from beagle.evaluation.records import Record
@@ -59,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

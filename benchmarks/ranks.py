@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from beagle.errors import run_script
 from beagle.files import read_json, write_json
 from beagle.meta import command_line, describe, redact_paths
 
@@ -57,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -28,6 +28,7 @@ from beagle.drafters.checkpoint import find_head, kv_layers, load_head
 from beagle.drafters.context import HeadContext
 from beagle.drafters.grow import Beams, EagerLevels, LevelOutput
 from beagle.drafters.head_drafter import HeadDrafter
+from beagle.errors import run_script
 from beagle.files import write_json
 from beagle.meta import command_line, describe
 from beagle.model import Model
@@ -136,4 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

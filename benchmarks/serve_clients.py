@@ -22,6 +22,7 @@ from typing import Any
 
 import httpx
 
+from beagle.errors import run_script
 from beagle.evaluation.suites import load_suite
 from beagle.meta import command_line, describe
 
@@ -144,4 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -21,6 +21,7 @@ import httpx
 from load_test import PLAN, Served
 
 import beagle
+from beagle.errors import run_script
 from beagle.files import write_json
 from beagle.meta import command_line, describe
 from beagle.training.prompts import read_prompts
@@ -119,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -31,6 +31,7 @@ from baselines.tables import markdown, plot
 from baselines.write_gguf import file_type, with_type
 
 from beagle.cli.tables import follow
+from beagle.errors import run_script
 from beagle.evaluation.figures import by, figures, ratio
 from beagle.evaluation.modes import Drafts, Options, System, load_systems
 from beagle.evaluation.records import Record
@@ -193,4 +194,4 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

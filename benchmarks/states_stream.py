@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from beagle.errors import run_script
 from beagle.files import write_json
 from beagle.meta import command_line, describe
 from beagle.targets.loading import load_target
@@ -100,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -28,6 +28,7 @@ from typing import Any
 import httpx
 
 from beagle.cli.serve_vllm import exported
+from beagle.errors import run_script
 from beagle.meta import command_line, describe, redact_paths
 from beagle.targets.loading import resolve
 from beagle.training.prompts import read_prompts
@@ -196,4 +197,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -24,7 +24,7 @@ from beagle.training import states as states_module
 from beagle.training.answer_files import AnswerFolder, AnswersManifest, StoredAnswer, prompt_key
 from beagle.training.answers import AnswerGenerator, Sample
 from beagle.training.data import collate, samples
-from beagle.training.pipeline import make_answers
+from beagle.training.make_answers import make_answers
 from beagle.training.prompts import Prompt, parse_prompt, read_prompts
 from beagle.training.recipe import AnswerConfig
 from beagle.training.states import StateStore, read_shard, shard_ids
@@ -181,7 +181,7 @@ def test_damaged_files_are_named(tmp_path):
 
 def test_stored_answers_give_the_samples_of_generated_ones(target, tmp_path, run):
     settings = {"rows": 4, "max_prompt_tokens": 60, "max_new_tokens": LIMIT, "max_turns": 3, "sampled_share": 0.0}
-    generated = {sample.id: sample for sample in AnswerGenerator(target, **settings).run(PROMPTS)}
+    generated = {sample.id: sample for sample in AnswerGenerator(target, AnswerConfig(**settings)).run(PROMPTS)}
     stored = everything(run(PROMPTS, answers=folder_of(target, tmp_path / "answers", answered(target))))
     assert stored.keys() == generated.keys()
     assert len({len(sample.tokens) for sample in stored.values()}) > 5  # passes are padded
@@ -399,7 +399,7 @@ def test_a_prompt_is_held_out_in_every_store(tmp_path, monkeypatch):
 def test_the_end_of_an_answer_bears_a_loss(target):
     """The output of the last slot is compared with the state before the end, by which the target ends the answer."""
     settings = {"rows": 4, "max_prompt_tokens": 60, "max_new_tokens": LIMIT, "sampled_share": 0.0}
-    made = list(AnswerGenerator(target, **settings).run(PROMPTS))
+    made = list(AnswerGenerator(target, AnswerConfig(**settings)).run(PROMPTS))
     ended = [s for s in made if len(s.tokens) - s.answer_from - 1 < LIMIT]
     assert ended
     batch = collate(ended, target)

@@ -18,7 +18,7 @@ from beagle.drafters.lookup import LookupDrafter
 from beagle.drafters.small import SmallModelDrafter
 from beagle.errors import BeagleError
 from beagle.model import Model
-from beagle.targets.target import TreeShape
+from beagle.targets.shape import TreeShape
 from conftest import FAMILIES, LIVELY, tiny_drafter, tiny_target
 
 PROMPTS = ["w5 w9 w33", "w3 w4 w5 w6 w3 w4 w5 w6 w3 w4", "w7", "w40 w41 w40 w41 w40", "w11 " * 13, "w60 w3", "w8 w9"]

@@ -141,9 +141,7 @@ def test_standard_input(folders, beagle, answer):
 def test_raw_prompts_have_no_template(folders, beagle, monkeypatch):
     seen = []
     decode = model_module.decode
-    monkeypatch.setattr(
-        model_module, "decode", lambda target, ids, **rest: seen.append(ids) or decode(target, ids, **rest)
-    )
+    monkeypatch.setattr(model_module, "decode", lambda decoder, job: seen.append(job.ids) or decode(decoder, job))
     beagle("generate", PROMPT, *folders.options, "-n", 2, "--raw")
     beagle("generate", PROMPT, *folders.options, "-n", 2)
     assert seen == [[3, 4, 5], [1, 3, 4, 5, 1]]

@@ -32,7 +32,7 @@ from beagle.training.answers import AnswerGenerator
 from beagle.training.config import TrainConfig
 from beagle.training.data import batches, samples
 from beagle.training.prompts import Prompt
-from beagle.training.recipe import Recipe, read_recipe
+from beagle.training.recipe import AnswerConfig, Recipe, read_recipe
 from beagle.training.states import Fingerprint, StateStore
 from conftest import tiny_model, tiny_target, tiny_tokenizer
 
@@ -52,7 +52,11 @@ def made(tmp_path_factory):
     target.eos_ids, target.name = frozenset(), str(root / "target")
     store = StateStore(root / "data", Fingerprint.of(target, 20, 24, "files"))
     prompts = [Prompt(str(i), (" ".join(f"w{3 + (5 * i + j * j) % 60}" for j in range(1 + i % 5)),)) for i in range(12)]
-    store.write(AnswerGenerator(target, rows=4, max_prompt_tokens=20, max_new_tokens=24, sampled_share=0).run(prompts))
+    store.write(
+        AnswerGenerator(target, AnswerConfig(rows=4, max_prompt_tokens=20, max_new_tokens=24, sampled_share=0)).run(
+            prompts
+        )
+    )
     (root / "recipe.yaml").write_text(yaml.safe_dump({"train": TRAIN, "head": {"newest_state": "scale"}}))
     (root / "few.jsonl").write_text('{"prompt": "w3 w4"}\n{"prompt": "w9"}\n')
     return root

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from beagle.errors import BeagleError
 from beagle.targets.target import Target
 from beagle.training.dialogues import InseparableError, answered, last_answer
-from beagle.training.pipeline import divided, make_answers
+from beagle.training.make_answers import divided, make_answers
 from beagle.training.prompts import Prompt, parse_prompt, read_prompts
 from beagle.training.recipe import AnswerConfig
 from beagle.training.states import open_shard, read_shard
@@ -218,7 +218,7 @@ def nothing_is_generated(monkeypatch):
     def refuse(*_):
         raise AssertionError("the target generates")
 
-    monkeypatch.setattr("beagle.training.pipeline._answer", refuse)
+    monkeypatch.setattr("beagle.training.make_answers._Filling.answer", refuse)
 
 
 @pytest.mark.usefixtures("nothing_is_generated")

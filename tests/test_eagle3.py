@@ -19,7 +19,7 @@ from beagle.training.answers import AnswerGenerator
 from beagle.training.config import TrainConfig
 from beagle.training.data import samples
 from beagle.training.prompts import Prompt
-from beagle.training.recipe import Recipe, read_recipe
+from beagle.training.recipe import AnswerConfig, Recipe, read_recipe
 from beagle.training.stages import STAGES, step_alpha
 from beagle.training.states import Fingerprint, StateStore
 from beagle.training.trainer import Trainer
@@ -214,7 +214,11 @@ def test_it_learns(tmp_path):
     target.eos_ids = frozenset()
     prompts = [Prompt(str(i), (" ".join(f"w{3 + (5 * i + j * j) % 60}" for j in range(1 + i % 5)),)) for i in range(12)]
     store = StateStore(tmp_path / "data", Fingerprint.of(target, 20, 24))
-    store.write(AnswerGenerator(target, rows=4, max_prompt_tokens=20, max_new_tokens=24, sampled_share=0).run(prompts))
+    store.write(
+        AnswerGenerator(target, AnswerConfig(rows=4, max_prompt_tokens=20, max_new_tokens=24, sampled_share=0)).run(
+            prompts
+        )
+    )
     config = TrainConfig(
         early_epochs=0, late_epochs=16, window=3, steps=3, step_decay=0.8, batch_tokens=120, learning_rate=1e-2,
         warmup_steps=4, schedule="cosine", noise=0, regression=0, validate_every=99,

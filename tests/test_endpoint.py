@@ -28,7 +28,7 @@ from beagle.training import endpoint as module
 from beagle.training import server as server_module
 from beagle.training.answer_files import AnswerFolder, prompt_key
 from beagle.training.endpoint import fetch_answers
-from beagle.training.pipeline import make_answers
+from beagle.training.make_answers import make_answers
 from beagle.training.prompts import Prompt
 from beagle.training.recipe import AnswerConfig
 from beagle.training.server import Endpoint

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from beagle.decoding.decoder import decode
+from beagle.decoding.decoder import Decoder, decode
 from beagle.decoding.sampling import Sampler, SamplingParams
+from beagle.decoding.sequence import Sequence
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.model import Model
@@ -33,18 +34,9 @@ def bf16(request):
 def run(target, drafter, plan, *, n=24, **sampling):
     """Answer tokens, and the state of every accepted node in order."""
     states, stats = [], Stats()
-    sampler = Sampler(SamplingParams(**sampling))
-    steps = decode(
-        target,
-        CONTEXT,
-        max_new_tokens=n,
-        sampler=sampler,
-        stats=stats,
-        drafter=drafter,
-        plan=plan,
-        exact=True,
-        watch=lambda step: states.append(step.states[step.path].clone()),
-    )
+    answer = Sequence(CONTEXT, n, Sampler(SamplingParams(**sampling)), stats=stats)
+    answer.watch = lambda step: states.append(step.states[step.path].clone())
+    steps = decode(Decoder(target, drafter=drafter, plan=plan, exact=True), answer)
     tokens = [token for step in steps for token in step.tokens]
     return tokens, torch.cat(states), stats
 

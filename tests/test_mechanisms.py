@@ -137,8 +137,8 @@ def test_long_prompts_with_sinks_run_piece_by_piece(monkeypatch):
     target = target_of(lively("gpt_oss", **SINKS["gpt_oss"]))
     ids = torch.tensor([PROMPT * 3])
     whole = target.prefill(ids, target.new_cache(1, 128))
-    monkeypatch.setattr("beagle.targets.target.MASK_ENTRIES", 900)
-    monkeypatch.setattr("beagle.targets.target.LEAST_TOKENS", 5)
+    monkeypatch.setattr("beagle.targets.passes.MASK_ENTRIES", 900)
+    monkeypatch.setattr("beagle.targets.passes.LEAST_TOKENS", 5)
     torch.testing.assert_close(target.prefill(ids, target.new_cache(1, 128)), whole, atol=1e-4, rtol=1e-4)
 
 
@@ -281,8 +281,8 @@ def test_short_convolutions_in_pieces_and_behind_others(monkeypatch):
     """A prompt that runs piece by piece, a dialogue that goes on behind kept tokens, and a bias."""
     options = {**CONV, "conv_L_cache": 5, "conv_bias": True}
     model, target = lively("lfm2", **options), target_of(lively("lfm2", **options))
-    monkeypatch.setattr("beagle.targets.target.MASK_ENTRIES", 49)
-    monkeypatch.setattr("beagle.targets.target.LEAST_TOKENS", 5)
+    monkeypatch.setattr("beagle.targets.passes.MASK_ENTRIES", 49)
+    monkeypatch.setattr("beagle.targets.passes.LEAST_TOKENS", 5)
     cache = target.new_cache(1, 64)
     pieces = target.prefill(torch.tensor([PROMPT]), cache)
     monkeypatch.undo()
@@ -364,8 +364,8 @@ def test_keys_chosen_by_an_index(family):
 def test_an_index_in_pieces_and_behind_other_answers(monkeypatch):
     options = CHOOSING["glm_moe_dsa"]
     model, target = lively("glm_moe_dsa", **options), target_of(lively("glm_moe_dsa", **options))
-    monkeypatch.setattr("beagle.targets.target.MASK_ENTRIES", 49)
-    monkeypatch.setattr("beagle.targets.target.LEAST_TOKENS", 5)
+    monkeypatch.setattr("beagle.targets.passes.MASK_ENTRIES", 49)
+    monkeypatch.setattr("beagle.targets.passes.LEAST_TOKENS", 5)
     pieces = target.prefill(torch.tensor([PROMPT]), target.new_cache(1, 64))
     monkeypatch.undo()
     with torch.no_grad():

@@ -14,6 +14,7 @@ from beagle.model import Model
 from beagle.targets.target import Target
 from beagle.training.answers import AnswerGenerator
 from beagle.training.prompts import Prompt
+from beagle.training.recipe import AnswerConfig
 from conftest import tiny_drafter, tiny_model, tiny_target, tiny_tokenizer
 
 PROMPT = [5, 9, 33, 12]
@@ -72,7 +73,7 @@ def test_training_answers_inherit_it(monkeypatch, broken):
     target = tiny_target()
     break_after(target, monkeypatch, 0, BROKEN[broken])
     with pytest.raises(BeagleError, match=ERROR):
-        list(AnswerGenerator(target, rows=2).run([Prompt("a", ("w5",))]))
+        list(AnswerGenerator(target, AnswerConfig(rows=2)).run([Prompt("a", ("w5",))]))
 
 
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.5}, {"do_sample": True}], ids=str)

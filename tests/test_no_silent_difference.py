@@ -165,9 +165,9 @@ def test_long_prompts_run_piece_by_piece(monkeypatch):
         target = tiny_target(family)
         ids = torch.tensor([LONG, LONG[::-1]])
         whole = target.prefill(ids, target.new_cache(2, 64))
-        monkeypatch.setattr("beagle.targets.target.PROMPT_TOKENS", 7)
-        monkeypatch.setattr("beagle.targets.target.MASK_ENTRIES", 49)
-        monkeypatch.setattr("beagle.targets.target.LEAST_TOKENS", 5)
+        monkeypatch.setattr("beagle.targets.passes.PROMPT_TOKENS", 7)
+        monkeypatch.setattr("beagle.targets.passes.MASK_ENTRIES", 49)
+        monkeypatch.setattr("beagle.targets.passes.LEAST_TOKENS", 5)
         cache = target.new_cache(2, 64)
         pieces = target.prefill(ids, cache)
         assert cache.lengths == [40, 40]

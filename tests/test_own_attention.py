@@ -94,8 +94,8 @@ def test_long_prompts_run_piece_by_piece(monkeypatch):
     target = Target(lively("bloom", **OWN["bloom"]), tiny_tokenizer(), "bloom")
     ids = torch.tensor([PROMPT * 3])
     whole = target.prefill(ids, target.new_cache(1, 128))
-    monkeypatch.setattr("beagle.targets.target.MASK_ENTRIES", 3600)
-    monkeypatch.setattr("beagle.targets.target.LEAST_TOKENS", 5)
+    monkeypatch.setattr("beagle.targets.passes.MASK_ENTRIES", 3600)
+    monkeypatch.setattr("beagle.targets.passes.LEAST_TOKENS", 5)
     torch.testing.assert_close(target.prefill(ids, target.new_cache(1, 128)), whole, atol=1e-4, rtol=1e-4)
 
 

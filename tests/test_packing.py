@@ -44,6 +44,18 @@ def test_kernels_that_compute_something_else_are_not_trusted(monkeypatch):
     assert torch.equal(packed(weight)(x), F.linear(x, weight))
 
 
+def test_weights_of_one_shape_are_compared_once(monkeypatch):
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this CPU has no bf16 products")
+    monkeypatch.setattr(packing, "_agreed", set())
+    plain, compared = F.linear, []
+    monkeypatch.setattr(packing.F, "linear", lambda *given: compared.append(given[1].shape) or plain(*given))
+    for shape in ((8, 16), (8, 16), (16, 8), (8, 16)):
+        packing._reordered(torch.ones(shape).bfloat16(), None)
+    packing._reordered(torch.ones(8, 16).bfloat16(), torch.ones(8).bfloat16())
+    assert compared == [(8, 16), (16, 8), (8, 16)]  # and once with a bias
+
+
 def test_a_build_without_the_operators_decodes_plainly(monkeypatch):
     def missing(*_):
         raise NotImplementedError

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from beagle.decoding.costs import cached_costs
-from beagle.decoding.decoder import decode
+from beagle.decoding.decoder import Decoder, decode
 from beagle.decoding.sampling import Sampler, SamplingParams
-from beagle.decoding.stats import Stats
+from beagle.decoding.sequence import Sequence
 from beagle.drafters.base import TreePlan
 from beagle.drafters.lookup import LookupDrafter
 from beagle.errors import BeagleError
@@ -33,10 +33,8 @@ def tiny(kind: str | None, dtype: torch.dtype = HALF, family: str = "llama") -> 
 
 def answer(target, drafter, *, exact, n=40, **sampling):
     plan = TreePlan("dynamic", depth=4, top_k=6, nodes=14)
-    steps = decode(
-        target, CONTEXT, max_new_tokens=n, sampler=Sampler(SamplingParams(**sampling)), stats=Stats(),
-        drafter=drafter, plan=plan, exact=exact,
-    )  # fmt: skip
+    decoder = Decoder(target, drafter=drafter, plan=plan, exact=exact)
+    steps = decode(decoder, Sequence(CONTEXT, n, Sampler(SamplingParams(**sampling))))
     return [token for step in steps for token in step.tokens]
 
 

@@ -236,7 +236,7 @@ def test_the_end_of_an_answer_is_trained_on(tmp_path):
     target.eos_ids = frozenset({next(token for n, token in enumerate(first) if n and first.index(token) == n)})
     answer = Model(target).generate("w5 w9", max_new_tokens=12).token_ids
     assert answer[-1] in target.eos_ids
-    (sample,) = AnswerGenerator(target, rows=1, sampled_share=0.0).run([Prompt("1", ("w5 w9",))])
+    (sample,) = AnswerGenerator(target, AnswerConfig(rows=1, sampled_share=0.0)).run([Prompt("1", ("w5 w9",))])
     assert sample.tokens[sample.answer_from + 1 :].tolist() == answer[:-1]
     store = StateStore(tmp_path, Fingerprint.of(target, 384, 192))
     store.write([sample] * 9)

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from beagle.decoding.decoder import decode
+from beagle.decoding.decoder import Decoder, decode
 from beagle.decoding.sampling import Sampler, SamplingParams
+from beagle.decoding.sequence import Sequence
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.errors import BeagleError
@@ -144,9 +145,8 @@ class Known:
 
 def draw(target, drafter, plan, seed: int, stats: Stats) -> tuple[int, ...]:
     sampler = Sampler(SamplingParams(temperature=TEMPERATURE, top_p=TOP_P, seed=seed))
-    steps = decode(
-        target, PROMPT, max_new_tokens=DRAWN, sampler=sampler, stats=stats, drafter=drafter if plan else None, plan=plan
-    )
+    decoder = Decoder(target, drafter=drafter if plan else None, plan=plan)
+    steps = decode(decoder, Sequence(PROMPT, DRAWN, sampler, stats=stats))
     return tuple(itertools.chain.from_iterable(step.tokens for step in steps))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -203,3 +204,12 @@ def test_a_head_is_made_smaller(folders, tmp_path, monkeypatch):
             assert torch.allclose(small.state_dict()[name], weight, atol=0.01), name
     content = json.loads((tmp_path / "small" / "config.json").read_text())
     assert "shrink_head.py" in content["meta"]["shrunk"]
+
+
+def test_a_script_ends_with_one_line(tmp_path, monkeypatch, capsys):
+    script = SCRIPTS.parent / "tools" / "shrink_head.py"
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path), "--target", "tiny", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    line = f"error: draft '{tmp_path}': no config.json there; give a folder that `beagle train` wrote\n"
+    assert (ended.value.code, capsys.readouterr().err) == (2, line)

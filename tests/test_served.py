@@ -88,7 +88,6 @@ def test_a_head_that_is_served_otherwise_falls_short(made, monkeypatch):
     assert found.simulated > 1.15
     assert found.tau < found.simulated
     assert found.falls_short
-    assert "warning: the head drafts worse than in training; likely causes" in found.lines([])[-1]
 
 
 @pytest.mark.parametrize(

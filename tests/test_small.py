@@ -15,7 +15,8 @@ from beagle.drafters.base import STATIC_PATHS, TreePlan
 from beagle.drafters.small import SmallModelDrafter
 from beagle.errors import BeagleError
 from beagle.model import Model
-from beagle.targets.target import Target, TreeShape
+from beagle.targets.shape import TreeShape
+from beagle.targets.target import Target
 from conftest import tiny_model, tiny_target, tiny_tokenizer
 from drafting import One
 

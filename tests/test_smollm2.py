@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import beagle
-from beagle.decoding.decoder import decode
+from beagle.decoding.decoder import Decoder, decode
 from beagle.decoding.sampling import Sampler
-from beagle.decoding.sequence import Step
+from beagle.decoding.sampling_params import SamplingParams
+from beagle.decoding.sequence import Sequence, Step
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.evaluation.hf_generate import HFGenerate
@@ -53,7 +54,7 @@ def test_fp32_answers_are_the_targets_own_and_the_shipped_head_is_trained(model,
         plain = model.generate(question, draft=False, **options)
         fast = model.generate(question, **options)
         ids = encode(model.target, question)
-        library, _ = HFGenerate(stock).answer("transformers", ids, max_new_tokens=40, temperature=0.0, seed=0)
+        library, _ = HFGenerate(stock).answer("transformers", ids, SamplingParams(40))
         assert fast.token_ids == plain.token_ids == library
         assert fast.text == plain.text
         stats.add(fast.stats)
@@ -72,17 +73,8 @@ def test_bf16_exact_mode_is_equal_to_the_bit(half, kind):
 
     def run(drafter):
         steps: list[Step] = []
-        emitted = decode(
-            target,
-            ids,
-            max_new_tokens=16,
-            sampler=Sampler(eos_ids=target.eos_ids),
-            stats=Stats(),
-            drafter=drafter,
-            plan=TreePlan(kind, 5, 6, EXACT_TOKENS - 1),
-            exact=True,
-            watch=steps.append,
-        )
+        decoder = Decoder(target, drafter=drafter, plan=TreePlan(kind, 5, 6, EXACT_TOKENS - 1), exact=True)
+        emitted = decode(decoder, Sequence(ids, 16, Sampler(eos_ids=target.eos_ids), watch=steps.append))
         tokens = [token for step in emitted for token in step.tokens]
         return tokens, torch.cat([step.states[step.path] for step in steps])
 

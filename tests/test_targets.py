@@ -10,7 +10,8 @@ from transformers import AutoConfig
 
 from beagle.errors import BeagleError
 from beagle.targets.family import refuse_unsupported
-from beagle.targets.target import Target, TreeShape
+from beagle.targets.shape import TreeShape
+from beagle.targets.target import Target
 from conftest import FAMILIES, tiny_model, tiny_target, tiny_tokenizer
 
 CONTEXT = [5, 9, 33, 12, 60, 41, 7, 7, 28, 50, 19]  # longer than every sliding window of FAMILIES

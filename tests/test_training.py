@@ -25,6 +25,7 @@ from beagle.training.answers import AnswerGenerator, Sample
 from beagle.training.config import TrainConfig
 from beagle.training.data import Stored, batches, collate, samples
 from beagle.training.prompts import Prompt
+from beagle.training.recipe import AnswerConfig
 from beagle.training.stages import stage_loss, step_alpha
 from beagle.training.states import Fingerprint, StateStore
 from beagle.training.trainer import Trainer
@@ -59,7 +60,11 @@ def target():
 @pytest.fixture(scope="module")
 def store(target, tmp_path_factory):
     store = StateStore(tmp_path_factory.mktemp("states"), Fingerprint.of(target, 20, 24))
-    store.write(AnswerGenerator(target, rows=4, max_prompt_tokens=20, max_new_tokens=24, sampled_share=0).run(PROMPTS))
+    store.write(
+        AnswerGenerator(target, AnswerConfig(rows=4, max_prompt_tokens=20, max_new_tokens=24, sampled_share=0)).run(
+            PROMPTS
+        )
+    )
     return store
 
 
@@ -323,7 +328,6 @@ def test_a_run_from_before_an_option_existed_goes_on(target, store, tmp_path):
     first = Trainer(target, store, tmp_path, CONFIG)
     identity = first.identity()
     del identity["train"]["beta_decay"]
-    identity["train"]["late_loss"] = "next"  # an option that is gone, at what is done always
     first.identity = lambda: identity
     first.train(seconds=0)
     assert Trainer(target, store, tmp_path, CONFIG).step == 1

@@ -19,7 +19,8 @@ from beagle.targets.target import Target
 from beagle.training.answers import AnswerGenerator, Sample
 from beagle.training.config import TrainConfig
 from beagle.training.data import frequent_tokens, samples
-from beagle.training.pipeline import make_answers, train_head
+from beagle.training.make_answers import make_answers
+from beagle.training.pipeline import train_head
 from beagle.training.prompts import Prompt, numbered
 from beagle.training.recipe import AnswerConfig, Recipe
 from beagle.training.states import Fingerprint, StateStore, read_shard
@@ -133,20 +134,6 @@ def test_an_interrupted_dialogue_is_answered_whole(target, tmp_path, monkeypatch
     assert set() < before < after == {f"{p.key}/{turn}" for p in PROMPTS for turn in (0, 1)}
     found = ({tuple(s.tokens.tolist()) for s in _all(StateStore.existing(r.folder))} for r in (whole, run))
     assert next(found) == next(found)
-
-
-def test_a_store_of_an_earlier_version_goes_on(answers):
-    """Its ids are those of the file; what they stand for is told by the stored tokens."""
-    prompts = [Prompt(str(i), p.turns[:1]) for i, p in enumerate(PROMPTS)]
-    store = answers([*prompts[:5], prompts[0]])
-    for shard in store.shards():
-        content = load_file(shard)
-        count = len(content["answer_from"])
-        save_file(content, shard, metadata={"ids": json.dumps([f"{i}/0" for i in range(count)])})
-    changed = [replace(prompts[0], turns=("w60 w61",)), *prompts[1:], prompts[0]]  # id 0 is another now
-    answers(changed)
-    expected = [*prompts, prompts[0], changed[0]]
-    assert answers.asked() == sorted(f"<s> {p.turns[0]} <s>" for p in expected)
 
 
 def test_system_messages_stand_before_the_question(answers):

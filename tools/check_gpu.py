@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from beagle.errors import run_script
 from beagle.files import write_json
 from beagle.meta import describe
 from beagle.model import Model, load
@@ -87,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from beagle.errors import run_script
 from beagle.targets.loading import load_target
 from beagle.training.answer_files import AnswerFolder, AnswersManifest, StoredAnswer
 
@@ -55,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from beagle.drafters.block import Block
 from beagle.drafters.checkpoint import kv_layers, load_head, save_head, weight_files
+from beagle.errors import run_script
 from beagle.meta import command_line, redact_paths
 from beagle.targets.loading import load_target
 from beagle.training.answer_files import AnswerFolder
@@ -83,4 +84,4 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

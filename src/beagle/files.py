@@ -13,6 +13,24 @@ from beagle.errors import BeagleError
 
 
 @contextmanager
+def writing_to(where: str | Path, remedy: str = "choose another folder") -> Iterator[None]:
+    """Whatever fails in writing becomes one line.
+
+    Raises:
+        BeagleError: it names ``where`` and the remedy.
+    """
+    try:
+        yield
+    except Exception as error:
+        from safetensors import SafetensorError  # takes time that `--help` need not
+
+        if not isinstance(error, OSError | SafetensorError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise BeagleError(f"cannot write '{where}': {reason}; {remedy}") from error
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Where to write a file that takes the place of ``path`` once it is whole; if that fails, ``path`` stays as it was."""
     partial = path.with_name(f".{path.name}.partial")

@@ -41,13 +41,6 @@ class Model:
     def __init__(
         self, target: Target, drafter: Drafter | None = None, plan: TreePlan | None = None, *, prefix_cache: int = 0
     ) -> None:
-        """
-        Args:
-            target: its answers are wanted.
-            drafter: None is plain decoding.
-            plan: shape of the draft tree.
-            prefix_cache: as of ``load``.
-        """
         self.prefixes = PrefixCache(whole("prefix_cache", prefix_cache, 0)) if prefix_cache else None
         self.target = target
         self.drafter = drafter
@@ -138,7 +131,7 @@ class Model:
             exact: shape-stable passes (see ``decoding.decoder``).
             draft: False decodes plainly.
             stats: filled while the answer grows.
-            watch: see ``decoding.decoder.decode``.
+            watch: called with each iteration before its tokens are yielded.
             **options: fields of ``SamplingParams``, in place of those of ``sampling``.
 
         Raises:
@@ -147,24 +140,9 @@ class Model:
         sampling = replace(sampling or SamplingParams(), **options)
         sampling.check_vocabulary(self.target.vocab_size)
         ids = encode(self.target, prompt, raw=raw, continue_final_message=continue_final_message)
-        drafter = self.drafter if draft else None
-        sampler = Sampler(sampling, prompt=ids, eos_ids=self.target.eos_ids, name=self.target.name)
-        stats = stats if stats is not None else Stats()
-        steps = decode(
-            self.target,
-            ids,
-            max_new_tokens=sampling.max_new_tokens,
-            sampler=sampler,
-            stats=stats,
-            drafter=drafter,
-            plan=self.plan,
-            costs=self._costs_of_sizes(drafter, exact),
-            exact=exact,
-            watch=watch,
-            prefixes=self.prefixes,
-        )
-        before = ids if continue_final_message else ()
-        return Stream(steps, Pieces(StopText(self.target.tokenizer, sampling.stop, before), stats))
+        job, pieces = self._job(ids, sampling, continue_final_message, stats=stats, watch=watch)
+        decoder = self.decoder(1, draft=draft, exact=exact, prefixes=self.prefixes)
+        return Stream(decode(decoder, job), pieces)
 
     def generate_batch(
         self,
@@ -209,28 +187,40 @@ class Model:
             seeds = list(seed)
         if len(seeds) != len(prompts):
             raise BeagleError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one seed, or one for each prompt")
-        jobs: list[Job] = []
+        jobs: dict[Job, Pieces] = {}
         for number, (prompt, own_seed) in enumerate(zip(prompts, seeds, strict=True), 1):
             ids = encode(self.target, prompt, raw=raw, continue_final_message=continue_final_message)
-            most = room(self.target, ids, sampling.max_new_tokens, f"prompt {number} of {len(prompts)}")
             own = replace(sampling, seed=own_seed)
-            jobs.append(Job(ids, most, Sampler(own, prompt=ids, eos_ids=self.target.eos_ids, name=self.target.name)))
+            job, maker = self._job(ids, own, continue_final_message, f"prompt {number} of {len(prompts)}")
+            jobs[job] = maker
         if not jobs:
             return []
         decoder = self.decoder(min(rows, len(jobs)), draft=draft)
-        makers: dict[Job, Pieces] = {}
-        for job in jobs:
-            text = StopText(self.target.tokenizer, sampling.stop, job.ids if continue_final_message else ())
-            makers[job] = Pieces(text, job.stats)
         pieces: dict[Job, list[Piece]] = {job: [] for job in jobs}
         for job, emitted in decoder.run(deque(jobs)):
             if job.error is not None:
                 raise job.error
-            piece = makers[job].take(emitted)
+            piece = jobs[job].take(emitted)
             pieces[job].append(piece)
             if piece.finish_reason is not None:
                 decoder.leave(job)
         return [Answer.of(pieces[job], job.stats) for job in jobs]
+
+    def _job(
+        self,
+        ids: list[int],
+        sampling: SamplingParams,
+        continues: bool,
+        name: str = "the prompt",
+        stats: Stats | None = None,
+        watch: Callable[[Step], None] | None = None,
+    ) -> tuple[Job, Pieces]:
+        """What is decoded, and what makes pieces of it."""
+        most = room(self.target, ids, sampling.max_new_tokens, name)
+        sampler = Sampler(sampling, prompt=ids, eos_ids=self.target.eos_ids, name=self.target.name)
+        job = Job(ids, most, sampler, watch=watch, stats=Stats() if stats is None else stats)
+        text = StopText(self.target.tokenizer, sampling.stop, ids if continues else ())
+        return job, Pieces(text, job.stats)
 
     def decoder(
         self,

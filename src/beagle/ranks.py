@@ -49,12 +49,6 @@ class Ranks:
     """
 
     def __init__(self, rank: int = 0, count: int = 1, store: Store | None = None) -> None:
-        """
-        Args:
-            rank: number of this process, from 0.
-            count: processes of the run; more than one have met in torch.distributed's default group.
-            store: that all of them reach; None: there is one process.
-        """
         self.rank, self.count = rank, count
         self._store: Any = store
         self._reports: bool | None = None
@@ -108,7 +102,6 @@ class Ranks:
         """
         Args:
             content: what this rank has; only that of ``source`` counts.
-            source: a rank.
         Returns:
             What ``source`` has.
         Raises:
@@ -136,7 +129,6 @@ class Ranks:
         """
         Args:
             about: what must be the same on all ranks, by name; as JSON has it.
-            remedy: what the user can do.
         Raises:
             BeagleError: something isn't; it is named, on all ranks.
             RankLost: another rank has ended.
@@ -245,14 +237,11 @@ class Ranks:
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        """
-        Raises:
-            RankLost: what needs the other ranks has failed.
-        """
+        """Raise ``RankLost`` where what needs the other ranks fails."""
         try:
             yield
         except RuntimeError as error:  # that of torch.distributed, whichever library is under it
-            raise RankLost(f"another rank has ended or can't be reached ({reason_of(error)}); {AGAIN}") from error
+            raise _lost(error) from error
 
 
 ALONE = Ranks()
@@ -260,16 +249,17 @@ ALONE = Ranks()
 
 @contextmanager
 def _lost_in_a_pass() -> Iterator[None]:
-    """
-    Raises:
-        RankLost: a library under torch.distributed has lost another rank in the midst of a model's pass.
-    """
+    """Raise ``RankLost`` where a library under torch.distributed loses a rank in the midst of a model's pass."""
     try:
         yield
     except RuntimeError as error:
         if not re.search(r"gloo|nccl|connection (reset|closed)", str(error), re.IGNORECASE):
             raise
-        raise RankLost(f"another rank has ended or can't be reached ({reason_of(error)}); {AGAIN}") from error
+        raise _lost(error) from error
+
+
+def _lost(error: Exception) -> RankLost:
+    return RankLost(f"another rank has ended or can't be reached ({reason_of(error)}); {AGAIN}")
 
 
 def reason_of(error: BaseException) -> str:

@@ -147,11 +147,7 @@ def _of_target(target: Target, modes: list[str]) -> list[str]:
 
 
 def _earlier(path: Path | None, resume: bool, arguments: dict[str, Any]) -> list[Record]:
-    """The answers that an interrupted run of the same arguments on the same machine has left.
-
-    Raises:
-        BeagleError: the file can't be written or is of another run, or would be overwritten unfinished.
-    """
+    """The answers that an interrupted run of the same arguments on the same machine has left."""
     from beagle.meta import describe
 
     if path is None:

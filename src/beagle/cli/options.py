@@ -17,6 +17,7 @@ from rich.console import Console
 
 from beagle.drafters.base import TreePlan
 from beagle.errors import BeagleError
+from beagle.files import writing_to
 from beagle.limits import MAX_NODES
 
 if TYPE_CHECKING:
@@ -144,12 +145,7 @@ class Setup:
 
 
 def exact_of(target: Target, asked: bool) -> bool:
-    """Whether answers are computed in exact mode; a line says so where it was asked for and the target has none.
-
-    Args:
-        target: whose answers they are.
-        asked: whether exact mode was asked for.
-    """
+    """Whether answers are computed in exact mode; a line says so where it was asked for and the target has none."""
     if asked and not target.has_exact:
         console.print(
             f"{target.name}: there is no exact mode for a target with a recurrent state, so answers do without it; in "
@@ -276,12 +272,10 @@ def quiet_transformers() -> None:
 
 def check_writable(path: Path) -> None:
     """Find out before the work, not after it, that its result can't be stored."""
-    try:
+    with writing_to(path, "choose another file"):
         path.parent.mkdir(parents=True, exist_ok=True)
         existed = path.exists()
         with path.open("a"):
             pass
         if not existed:
             path.unlink()
-    except OSError as error:
-        raise BeagleError(f"cannot write '{path}': {error.strerror}; choose another file") from error

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,10 +13,6 @@ from beagle.drafters.base import TreePlan
 from beagle.errors import BeagleError
 from beagle.limits import MAX_NODES
 from beagle.research.compare.suites import SUITES, Finding, Suite, find_suite
-
-if TYPE_CHECKING:
-    from beagle.research.reproduce.experiments import Item
-    from beagle.research.reproduce.scales import Scale
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -166,7 +162,7 @@ def reproduce(
     from beagle.research.reproduce.data import find_material
     from beagle.research.reproduce.experiments import find_items
     from beagle.research.reproduce.index import write_index
-    from beagle.research.reproduce.runner import Session
+    from beagle.research.reproduce.runner import Session, budget
     from beagle.research.reproduce.scales import find_scale
 
     chosen = find_items(items)
@@ -212,27 +208,6 @@ def plot(
     from beagle.research.training_log import plot_logs
 
     o.console.print(f"written to {out}: {', '.join(plot_logs(logs, out))}", highlight=False, soft_wrap=True)
-
-
-def budget(items: Sequence[Item], scale: Scale, sets: dict[str, list]) -> list[str]:
-    """What the items take, in words."""
-    recipe = scale.recipe
-    names = {v.plain_name(recipe) for item in items if not (item.suite and item.suite.short) for v in item.heads()}
-    short = {v.plain_name(recipe) for item in items if item.suite and item.suite.short for v in item.heads()}
-    each = (
-        f"{scale.tokens:,} tokens"
-        if scale.tokens
-        else f"{recipe.train.early_epochs + recipe.train.late_epochs:g} epochs"
-    )
-    lines = []
-    if names:
-        lines.append(f"trains {len(names)} heads on {each} each: {', '.join(sorted(names))}")
-    if short:
-        lines.append(f"trains {len(short)} heads on {scale.memory_tokens:,} tokens each, for their memory")
-    if decoding := [item.name for item in items if item.decodes]:
-        asked = ", ".join(f"{len(prompts)} of {name}" for name, prompts in sets.items())
-        lines.append(f"decodes {scale.max_new_tokens} tokens a question for {', '.join(decoding)}: {asked}")
-    return lines
 
 
 def show_findings(findings: Iterable[Finding]) -> None:

@@ -12,6 +12,7 @@ import typer
 
 from beagle.cli import options as o
 from beagle.errors import BeagleError
+from beagle.files import writing_to
 
 if TYPE_CHECKING:
     from beagle.ranks import Ranks
@@ -132,10 +133,8 @@ def train(
         endpoint = replace(endpoint, states=server.folder)
     if questions is None:
         refuse_without_answers(data or out / "data")
-    try:
+    with writing_to(out, "choose another --out"):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BeagleError(f"cannot write '{out}': {error.strerror}; choose another --out") from error
     if tensor_parallel and o.target_ranks(ranks, tensor_parallel) and prompts:
         raise BeagleError(
             f"--prompts '{prompts}': answers are made by one process, and --tensor-parallel has {ranks.count}; make them "
@@ -188,10 +187,7 @@ def train(
 
 
 def _endpoint(url: str | None, model: str | None, answers: Path | None, prompts: Path | None) -> Endpoint | None:
-    """
-    Raises:
-        BeagleError: options are missing, or exclude each other.
-    """
+    """The server that answers the prompts, if one does; refuses options that are missing or exclude each other."""
     from beagle.training.server import Endpoint
 
     if url is None:
@@ -210,10 +206,7 @@ def _endpoint(url: str | None, model: str | None, answers: Path | None, prompts:
 
 
 def _states_server(url: str | None, folder: Path | None, megabytes: int) -> StatesServer | None:
-    """
-    Raises:
-        BeagleError: one of address and folder is missing.
-    """
+    """The server that gives hidden states, if one does; refuses its address or folder alone."""
     from beagle.training.vllm_states import StatesServer
 
     if url is None:

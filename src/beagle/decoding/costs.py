@@ -25,7 +25,8 @@ from beagle.targets.cache import KVCache
 from beagle.targets.linears import tiled
 from beagle.targets.loading import cache_dir
 from beagle.targets.plan import EXACT_BLOCK, EXACT_TOKENS
-from beagle.targets.target import Target, TreeShape
+from beagle.targets.shape import TreeShape
+from beagle.targets.target import Target
 
 SEVERAL = 4  # contexts that draft at once or share a pass while that is timed
 AGAIN = 4  # tokens that recurrent layers run again in passes that are timed
@@ -135,10 +136,6 @@ def measure(
     """Time verification by size, and drafting for one context and for several, interleaved, medians.
 
     Chains of a target with a recurrent state are timed behind a rejected draft, of which some tokens run again.
-
-    Args:
-        exact: passes of exact mode.
-        batch: passes that several contexts can share.
     """
     finish_huge_pages()
     context = max(1, min(context, target.context_limit - SIZES[-1] - 1))
@@ -231,9 +228,6 @@ def cached_costs(
     """Costs of this machine, target, drafter, dtype, quantisation, threads and plan, from the user's cache if known.
 
     Those of a busy machine serve once and are not kept; known ones that passes are twice as fast as are measured anew.
-
-    Args:
-        fresh: measure again, and let the cache know.
 
     Ranks that a target is divided among take rank 0's, so that all draft the same trees.
     """

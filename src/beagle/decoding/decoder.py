@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from itertools import accumulate
 
 import torch
@@ -20,9 +20,7 @@ from beagle.decoding.drafts import NOTHING, Drafts
 from beagle.decoding.live_cache import LiveCache, exact_keys
 from beagle.decoding.prefill import Prefill
 from beagle.decoding.prefixes import PrefixCache
-from beagle.decoding.sampling import Sampler
-from beagle.decoding.sequence import Emitted, Sequence, SequenceError, Step, room
-from beagle.decoding.stats import Stats
+from beagle.decoding.sequence import Emitted, Sequence, SequenceError, Step
 from beagle.decoding.walk import Walk, accept
 from beagle.drafters.base import Drafter, TreePlan
 from beagle.errors import BeagleError
@@ -59,14 +57,10 @@ class Decoder:
     ) -> None:
         """
         Args:
-            target: its answers are wanted.
             size: most live sequences.
             drafter: None is plain decoding.
-            plan: shape of the trees.
             costs: measured times that choose the size of a tree, where the plan leaves it open.
-            shared_costs: those of passes that several sequences share.
             exact: shape-stable passes, bit-equal to plain decoding in this mode.
-            keep_states: sequences keep their hidden states.
             prefixes: keys of earlier sequences, for prompts that begin as they did; of no use in exact mode, whose
                 bits would be others.
             piece: most tokens of a prompt that run between two passes of the live sequences; None: all of them.
@@ -164,13 +158,7 @@ class Decoder:
         return emitted
 
     def _begin(self, sequences: list[Sequence], states: list[Tensor], logits: Tensor) -> Emissions:
-        """Choose first tokens.
-
-        Args:
-            sequences: the last live ones.
-            states: of each prompt, ``[n, state_size]``.
-            logits: of each prompt's last token, ``[sequences, vocabulary]``.
-        """
+        """Choose first tokens."""
         began = time.perf_counter()
         root = TreeShape([-1])
         walks = [Walk(NOTHING, one.sampler, first=i, position=0, left=1) for i, one in enumerate(sequences)]
@@ -188,15 +176,7 @@ class Decoder:
     def _take(
         self, sequence: Sequence, walk: Walk, tokens: list[int], states: Tensor, step: Step | None
     ) -> tuple[Sequence, Emitted]:
-        """Take what was chosen for a sequence.
-
-        Args:
-            sequence: live.
-            walk: at its end.
-            tokens: that are committed with it.
-            states: theirs, ``[tokens, hidden]``.
-            step: for who watches, if anybody does.
-        """
+        """Take what was chosen for a sequence."""
         try:
             if walk.error is not None:
                 raise walk.error
@@ -290,41 +270,12 @@ class Decoder:
             raise SequenceError(self.live[slots.index(max(slots))], error) from error
 
 
-def decode(
-    target: Target,
-    ids: list[int],
-    *,
-    max_new_tokens: int,
-    sampler: Sampler,
-    stats: Stats,
-    drafter: Drafter | None = None,
-    plan: TreePlan | None = None,
-    costs: Costs | None = None,
-    exact: bool = False,
-    watch: Callable[[Step], None] | None = None,
-    prefixes: PrefixCache | None = None,
-) -> Generator[Emitted, None, None]:
-    """Answer ``ids``, yielding the tokens of each iteration until the sampler or the limit ends it.
-
-    Args:
-        target: its answer is wanted.
-        ids: the prompt.
-        max_new_tokens: most tokens of the answer.
-        sampler: chooses them.
-        stats: filled while the answer grows.
-        drafter: as of ``Decoder``.
-        plan: as of ``Decoder``.
-        costs: as of ``Decoder``.
-        exact: as of ``Decoder``.
-        watch: called with each iteration before its tokens are yielded.
-        prefixes: as of ``Decoder``.
+def decode(decoder: Decoder, sequence: Sequence) -> Generator[Emitted, None, None]:
+    """One answer, by a decoder of its own: the tokens of each iteration until the sampler or the limit ends it.
 
     Raises:
-        BeagleError: the prompt doesn't fit into the target's context, or its cache into memory; or the
-            logits are no numbers.
+        BeagleError: there is no memory for its cache; or the logits are no numbers.
     """
-    sequence = Sequence(ids, room(target, ids, max_new_tokens), sampler, watch=watch, stats=stats)
-    decoder = Decoder(target, drafter=drafter, plan=plan, costs=costs, exact=exact, prefixes=prefixes)
     decoder.enter([sequence])
     try:
         while not sequence.ended:

@@ -29,11 +29,8 @@ class Drafts:
         """
         Args:
             drafter: None drafts nothing.
-            plan: shape of the trees.
             costs: of passes over one sequence; None leaves sizes to the plan.
-            shared_costs: of passes that several sequences share.
             exact: each sequence is verified in a pass of its own.
-            chains_only: the target verifies no wider trees.
         """
         self.drafter, self.plan = drafter, plan
         self._costs, self._shared_costs, self._exact, self._chains_only = costs, shared_costs, exact, chains_only

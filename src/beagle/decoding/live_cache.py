@@ -26,11 +26,6 @@ class LiveCache:
     """The live sequences are the first ones of the cache; the last takes the place of one that leaves."""
 
     def __init__(self, target: Target, size: int) -> None:
-        """
-        Args:
-            target: makes caches.
-            size: most live sequences.
-        """
         self._target, self._size = target, size
         self._cache: KVCache | None = None
         self._first: KVCache | None = None  # the first sequence of a shared cache
@@ -45,8 +40,6 @@ class LiveCache:
         """A sequence becomes the live one number ``at``, the last.
 
         Args:
-            own: its keys and values.
-            at: how many are live before it.
             capacity: least slots.
 
         Raises:
@@ -99,8 +92,6 @@ class LiveCache:
         """A sequence leaves.
 
         Args:
-            at: its number.
-            last: number of the last live one.
             clear: its keys may be NaN, which the mask of whoever comes next would not hide: 0 times NaN is NaN.
         """
         if last == 0:

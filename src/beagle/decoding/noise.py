@@ -17,10 +17,6 @@ class Noise:
     """
 
     def __init__(self, seed: int) -> None:
-        """
-        Args:
-            seed: any whole number.
-        """
         self._seed = seed
         self._known: dict[int, Tensor] = {}
 
@@ -43,7 +39,6 @@ def gumbel(key: int, size: int, device: torch.device) -> Tensor:
 
     Args:
         key: an int64.
-        size: how many.
         device: where they are made; they are the same on each, but for the last bits of logarithms.
 
     Returns:

@@ -59,10 +59,6 @@ class Pieces:
     """Makes pieces of what the iterations emit."""
 
     def __init__(self, text: StopText, stats: Stats) -> None:
-        """
-        Args:
-            stats: tokens past a stop string are taken off again.
-        """
         self._text, self._stats = text, stats
         self._waiting: list[int] = []
         self._drafted = 0

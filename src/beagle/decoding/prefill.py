@@ -51,7 +51,6 @@ class Prefill:
     ) -> None:
         """
         Args:
-            target: runs the prompts.
             cache: of the live sequences, whom those that have run join.
             prefixes: None keeps none.
             piece: most tokens of a prompt that run in one step while others are live; None: all of them.
@@ -67,11 +66,7 @@ class Prefill:
         self.waiting += sorted(sequences, key=lambda one: len(one.ids))
 
     def step(self, live: int) -> Prefilled:
-        """One pass over prompts that wait: over several, or over one, of which it is a ``piece`` if others are live.
-
-        Args:
-            live: how many sequences are in the cache.
-        """
+        """One pass over prompts that wait: over several, or over one, of which it is a ``piece`` if others are live."""
         together = [] if self._exact else self._together(live)
         return self._several(together, live) if len(together) > 1 else self._alone(live)
 

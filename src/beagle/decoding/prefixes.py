@@ -42,10 +42,6 @@ class PrefixCache:
     """The newest sequences, of at most ``most`` tokens together; the least recently used goes first. Threads may share it."""
 
     def __init__(self, most: int) -> None:
-        """
-        Args:
-            most: tokens that are kept, of all sequences together.
-        """
         self.most = most
         self._kept: list[Prefix] = []  # the least recently used first
         self._lock = Lock()
@@ -72,9 +68,6 @@ class PrefixCache:
         """Keep a sequence: a copy of its keys and values, as far as there is room.
 
         Args:
-            tokens: that the target has run.
-            cache: where their keys and values are.
-            row: its sequence there.
             states: hidden states ``[n, hidden]`` of all tokens, piece by piece.
         """
         ids = torch.tensor(tokens[: self.most])

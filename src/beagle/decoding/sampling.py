@@ -83,7 +83,6 @@ class Sampler:
             sampling: its length and stop strings are for others to watch.
             prompt: token ids; the repetition penalty counts them.
             eos_ids: tokens that end an answer, unless ``sampling`` ignores them.
-            name: of the target, for errors.
         """
         self.sampling = sampling or SamplingParams()
         self.name = name
@@ -174,9 +173,7 @@ def choose_all(samplers: Sequence[Sampler], logits: Tensor, positions: Sequence[
     """``Sampler.choose`` for several answers at once: each has a sampler, logits and a position.
 
     Args:
-        samplers: one for each answer.
         logits: ``[answers, vocabulary]``.
-        positions: of each answer, which the chosen token takes.
     Raises:
         BeagleError: see ``Sampler.check``.
     """

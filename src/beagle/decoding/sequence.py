@@ -96,10 +96,6 @@ class Sequence:
         return self.max_new_tokens - len(self.tokens)
 
     def finish_reason(self, ended: bool) -> FinishReason | None:
-        """
-        Args:
-            ended: the last token ends the answer.
-        """
         return "stop" if ended else None if self.left else "length"
 
 

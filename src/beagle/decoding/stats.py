@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+PARTS = ("prefill", "decode", "draft", "verify", "accept", "other")  # of an answer's time
+
 
 @dataclass
 class Stats:
@@ -78,11 +80,9 @@ class Stats:
 
     def add(self, other: Stats) -> None:
         """Pool another answer's figures (τ of a run is over all its steps, not a mean of means)."""
-        for name in (
-            "tokens", "passes", "passed_tokens", "drafted",
-            "prefill_seconds", "decode_seconds", "draft_seconds", "verify_seconds", "accept_seconds",
-        ):  # fmt: skip
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name, value in vars(other).items():
+            if isinstance(value, int | float):
+                setattr(self, name, getattr(self, name) + value)
         for depth, n in other.accepted_at.items():
             self.accepted_at[depth] = self.accepted_at.get(depth, 0) + n
 
@@ -95,10 +95,5 @@ class Stats:
             "accepted_at_depth": {str(d): self.accepted_at[d] for d in sorted(self.accepted_at)},
             "candidates_per_pass": round(self.drafted / self.passes, 2) if self.passes else 0.0,
             "tokens_per_second": round(self.tokens_per_second, 3),
-            "prefill_seconds": round(self.prefill_seconds, 4),
-            "decode_seconds": round(self.decode_seconds, 4),
-            "draft_seconds": round(self.draft_seconds, 4),
-            "verify_seconds": round(self.verify_seconds, 4),
-            "accept_seconds": round(self.accept_seconds, 4),
-            "other_seconds": round(self.other_seconds, 4),
+            **{f"{part}_seconds": round(getattr(self, f"{part}_seconds"), 4) for part in PARTS},
         }

@@ -22,8 +22,6 @@ class StopText:
     def __init__(self, tokenizer: Any, stops: Sequence[str] = (), before: Sequence[int] = ()) -> None:
         """
         Args:
-            tokenizer: of transformers.
-            stops: none of them empty.
             before: tokens whose text this text continues: a space between the two is kept.
         """
         self.stopped = False
@@ -39,7 +37,6 @@ class StopText:
         """Take the answer's next tokens.
 
         Args:
-            tokens: none after the text has stopped.
             ends: the last token ends the answer (EOS, say): it is not in the text.
         Returns:
             What is sure to be in the text, and how many of the tokens belong to the answer: fewer than

@@ -29,10 +29,7 @@ class Walk:
     def __init__(self, draft: Draft, sampler: Sampler, *, first: int, position: int, left: int) -> None:
         """
         Args:
-            draft: candidates, the root left out.
-            sampler: of the answer.
             first: index of the root's logits among those of the pass.
-            position: of the answer, which the root's choice takes.
             left: most tokens to choose.
         """
         self.path: list[int] = [0]
@@ -74,7 +71,6 @@ def accept(walks: Sequence[Walk], logits: Tensor) -> None:
     """Walk all trees of a pass to their ends, side by side. What goes wrong in one walk ends that walk alone.
 
     Args:
-        walks: at their roots.
         logits: ``[tokens, vocabulary]`` of the pass.
     """
     if len(walks) > 1 or logits.is_cuda:  # one round trip for all that is greedy; else only what the walk asks for

@@ -19,9 +19,9 @@ from beagle.drafters.block import Block, Rotations
 from beagle.drafters.context import HeadContext, write_unread
 from beagle.drafters.grow import Beams, EagerLevels, grow
 from beagle.drafters.head_drafter import HeadDrafter
+from beagle.errors import first_line
 from beagle.targets import aot_cache
 from beagle.targets.captured import GraphRecorder, Recorder, key_size
-from beagle.targets.loading import first_line
 
 AGREES = 0.25  # between the log-probabilities of a level's best candidates: rounding chooses among near ties
 _console = Console(stderr=True)
@@ -108,12 +108,6 @@ class CapturedDraft:
     """Graphs of one head's drafts, for all its contexts."""
 
     def __init__(self, levels: EagerLevels, rotations: Rotations, record: Recorder | None = None) -> None:
-        """
-        Args:
-            levels: of the head.
-            rotations: of the head.
-            record: takes a CUDA graph's place.
-        """
         self._levels, self._rotations = levels, rotations
         self._record = record or GraphRecorder(rotations.device)
         self._graphs: dict[tuple[int, int], _Recorded] = {}
@@ -154,10 +148,7 @@ class CapturedDraft:
             return graph.run(context, root, plan.depth, noise)
 
     def _recorded(self, context: HeadContext, root: int, plan: TreePlan, keys: int) -> _Recorded:
-        """
-        Raises:
-            RuntimeError: its draft of this context is not the eager one.
-        """
+        """A graph, compared with the eager draft of this context."""
         levels, rotations = self._levels, self._rotations
         with torch.inference_mode(False), torch.no_grad():
             graph = _Recorded(levels, rotations, plan, keys, self._record)

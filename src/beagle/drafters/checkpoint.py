@@ -19,7 +19,7 @@ from beagle.drafters.block import HEADS, Block
 from beagle.drafters.hub import download_head, is_hub_name
 from beagle.drafters.int8_weights import from_int8, to_int8
 from beagle.errors import BeagleError
-from beagle.files import replacing, write_json
+from beagle.files import replacing, write_json, writing_to
 
 PARTS = "model-*-of-*.safetensors"
 SHIPPED = Path(__file__).parent.parent / "heads"
@@ -31,11 +31,8 @@ def save_head(head: Block, folder: str | Path, *, target: str, dtype: torch.dtyp
     """Write a head atomically: the weights first, then the config that makes the folder a checkpoint.
 
     Args:
-        head: to write.
         folder: is made, or written over.
-        target: name of its target.
         dtype: of its weights; int8: of its matrices, the rest is bfloat16 (see ``int8_weights``).
-        meta: how it was made.
     """
     folder = Path(folder)
     tensors = {
@@ -49,17 +46,13 @@ def save_head(head: Block, folder: str | Path, *, target: str, dtype: torch.dtyp
     kind = head.architecture
     content: dict[str, Any] = {"model_type": kind, "architectures": [f"{kind.title()}ForCausalLM"], "target": target}
     content |= {"head": asdict(head.config), "meta": meta}
-    try:
+    with writing_to(folder, "free space or choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / "model.safetensors") as partial:
             save_file(tensors, partial)
         for part in folder.glob(PARTS):  # of a head that was here before, which would be read in its place
             part.unlink()
         write_json(folder / "config.json", content)
-    except (OSError, SafetensorError) as error:
-        raise BeagleError(
-            f"cannot write the draft checkpoint '{folder}': {error}; free space or choose another folder"
-        ) from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -105,13 +98,7 @@ def find_head(draft: str, target_name: str) -> Path:
 
 
 def refuse_other_models(folder: Path, name: str) -> None:
-    """
-    Args:
-        folder: holds ``config.json``.
-        name: what it is called in the error.
-    Raises:
-        BeagleError: the model is no draft head.
-    """
+    """Refuse a folder, by its name, whose model is no draft head."""
     try:
         _content(folder)
     except BeagleError as error:
@@ -144,11 +131,7 @@ def head_settings(folder: Path) -> dict[str, Any]:
 
 
 def _content(folder: Path) -> tuple[type[Block], dict[str, Any]]:
-    """A checkpoint's architecture and config.
-
-    Raises:
-        BeagleError: it is no draft head.
-    """
+    """A checkpoint's architecture and config; refuses what is no draft head."""
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:

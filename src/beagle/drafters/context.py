@@ -35,7 +35,6 @@ class HeadContext(DraftContext):
     ) -> None:
         """
         Args:
-            head: the draft head that the keys are for.
             embed: the target's embeddings, token ids ``[n]`` -> ``[n, hidden]``.
             rotations: of this head; the cache has their dtype and device.
             columns: what the head reads of a hidden state, as of ``Target.columns``.

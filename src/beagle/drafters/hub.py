@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 
-from beagle.errors import BeagleError
+from beagle.errors import BeagleError, first_line
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", re.ASCII)
 
@@ -56,7 +56,7 @@ def download_head(name: str, check: Callable[[Path, str], None]) -> Path:
             f"draft '{name}' has no config.json and model.safetensors; give a head that `beagle push` uploaded"
         ) from error
     except (transport_error(), OSError) as error:
-        raise BeagleError(f"draft '{name}' can't be downloaded ({_first_line(error)}); try again later") from error
+        raise BeagleError(f"draft '{name}' can't be downloaded ({first_line(error)}); try again later") from error
     return Path(weights).parent
 
 
@@ -68,17 +68,11 @@ def transport_error() -> type[Exception]:
     return base
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def upload_head(repository: str, files: Mapping[str, Path | bytes], *, private: bool) -> str:
     """Add files to a repository of the hub in one commit.
 
     Args:
         repository: ``ORG/NAME``; made if it isn't there.
-        files: by their names there.
-        private: whether a new repository is.
     Returns:
         The repository's address.
     Raises:
@@ -100,10 +94,10 @@ def upload_head(repository: str, files: Mapping[str, Path | bytes], *, private: 
     except hub.HfHubHTTPError as error:
         status = error.response.status_code
         remedy = LOG_IN if status in (401, 403) else "see the message, then run the same command again"
-        raise BeagleError(f"'{repository}': the hub refuses the upload ({_first_line(error)}); {remedy}") from error
+        raise BeagleError(f"'{repository}': the hub refuses the upload ({first_line(error)}); {remedy}") from error
     except (transport_error(), OSError, RuntimeError, ValueError) as error:
         raise BeagleError(
-            f"'{repository}' can't be uploaded ({_first_line(error)}); run the same command again once {api.endpoint} can "
+            f"'{repository}' can't be uploaded ({first_line(error)}); run the same command again once {api.endpoint} can "
             "be reached"
         ) from error
     return str(made)

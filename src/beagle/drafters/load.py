@@ -37,7 +37,6 @@ class DraftSpec:
 
         Args:
             draft: ``auto`` is ``head+lookup`` where a head is shipped, else ``none``; None is ``none``.
-            target_name: for which ``auto`` may have a head.
         """
         if draft == "auto":
             draft = "head+lookup" if shipped_head(target_name) else "none"
@@ -81,8 +80,6 @@ def load_drafter(spec: DraftSpec, target: Target, **options: Any) -> Drafter | N
     """The drafter of a loaded target; None is plain decoding.
 
     Args:
-        spec: what to draft with.
-        target: what it drafts for.
         **options: how a small model is loaded, as of ``targets.loading.load_target``.
 
     Raises:

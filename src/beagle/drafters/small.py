@@ -15,7 +15,8 @@ from beagle.drafters.base import STATIC_PATHS, Draft, DraftContext, Drafter, Tre
 from beagle.errors import BeagleError
 from beagle.limits import MAX_NODES
 from beagle.targets.loading import load_target
-from beagle.targets.target import Target, TreeShape
+from beagle.targets.shape import TreeShape
+from beagle.targets.target import Target
 
 PREFIX = "model:"  # of a ``draft`` that names a model
 
@@ -72,10 +73,6 @@ class SmallModelDrafter(Drafter[SmallModelContext]):
     """Drafts with a causal LM that has a KV cache for each context."""
 
     def __init__(self, target: Target, small: Target) -> None:
-        """
-        Raises:
-            BeagleError: the small model's vocabulary is not the target's.
-        """
         refuse_other_vocabulary(target, small.tokenizer, small.name)
         self.small = small
         self.name = f"{PREFIX}{small.name}"
@@ -157,10 +154,7 @@ def load_small(name: str, target: Target, **options: Any) -> SmallModelDrafter:
 
 
 def refuse_other_vocabulary(target: Target, tokenizer: Any, name: str) -> None:
-    """
-    Raises:
-        BeagleError: some token of one tokenizer is missing in the other or has another id there.
-    """
+    """Refuse a tokenizer some token of which is missing in the other one or has another id there."""
     ours, theirs = target.tokenizer.get_vocab(), tokenizer.get_vocab()
     if ours != theirs:
         differ = sum(ours.get(token) != theirs.get(token) for token in ours.keys() | theirs.keys())

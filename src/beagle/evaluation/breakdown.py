@@ -44,7 +44,6 @@ def breakdown(target: Target, context: int) -> list[dict[str, float]]:
 
     Args:
         target: a model with ``layers`` that run as one library.
-        context: tokens before the pass.
     """
     if target.compiled is None or target.compiled.runner.name != "compiled" or target.device.type != "cpu":
         return []

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from beagle.decoding.sampling_params import SamplingParams
 from beagle.decoding.stats import Stats
 
 HF_MODES = ("transformers", "prompt-lookup", "assisted")
@@ -23,9 +24,7 @@ class HFGenerate:
     model: Any
     assistant: Any = None
 
-    def answer(
-        self, mode: str, ids: list[int], *, max_new_tokens: int, temperature: float, seed: int
-    ) -> tuple[list[int], Stats]:
+    def answer(self, mode: str, ids: list[int], sampling: SamplingParams) -> tuple[list[int], Stats]:
         """Token ids and figures of ``generate`` in one of ``HF_MODES``.
 
         Its drafting modes verify their first candidates in the pass that runs the prompt, so that
@@ -33,9 +32,9 @@ class HFGenerate:
         """
         prompt = torch.tensor([ids], device=self.model.device)
         options: dict[str, Any] = {"do_sample": False}
-        if temperature:
-            torch.manual_seed(seed)
-            options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if sampling.temperature:
+            torch.manual_seed(sampling.seed)
+            options = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
         if mode == "prompt-lookup":
             options["prompt_lookup_num_tokens"] = PROMPT_LOOKUP_TOKENS
         elif mode == "assisted":
@@ -47,7 +46,7 @@ class HFGenerate:
             out = self.model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=sampling.max_new_tokens,
                 stopping_criteria=StoppingCriteriaList([passes]),
                 **options,
             )[0, len(ids) :].tolist()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from beagle.decoding.costs import Costs
+from beagle.decoding.sampling_params import SamplingParams
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.drafters.head_drafter import HeadDrafter
@@ -88,21 +89,10 @@ class System:
 
     def answer(self, prompt: str | Sequence[Message], options: Options, seed: int) -> tuple[list[int], Stats]:
         """Token ids and figures of an answer."""
+        sampling = SamplingParams(options.max_new_tokens, options.temperature, seed=seed)
         if self.hf is not None:
-            return self.hf.answer(
-                self.mode,
-                encode(self.model.target, prompt),
-                max_new_tokens=options.max_new_tokens,
-                temperature=options.temperature,
-                seed=seed,
-            )
-        result = self.model.generate(
-            prompt,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            seed=seed,
-            exact=options.exact,
-        )
+            return self.hf.answer(self.mode, encode(self.model.target, prompt), sampling)
+        result = self.model.generate(prompt, sampling, exact=options.exact)
         return result.token_ids, result.stats
 
     def costs(self, exact: bool) -> Costs | None:
@@ -111,12 +101,7 @@ class System:
 
 
 def available(drafts: Drafts, draft: DraftSpec, *, quick: bool = False) -> list[str]:
-    """Every mode that can run with what was named, and says something of its own.
-
-    Args:
-        draft: what ``drafts.beagle`` stands for.
-        quick: do without a second prompt lookup.
-    """
+    """Every mode that can run with what was named, and says something of its own."""
     missing = {"beagle": draft == DraftSpec(), "eagle": not drafts.eagle, "small": not drafts.small}
     missing["chain"] = True  # the same draft again: only where it is asked for
     missing["head"] = draft.head is None or not draft.lookup
@@ -131,10 +116,7 @@ def not_of(target: Target, modes: Sequence[str]) -> list[str]:
 
 
 def check_modes(modes: Sequence[str], drafts: Drafts) -> None:
-    """
-    Raises:
-        BeagleError: there is no mode, or one is unknown, named twice, or lacks what it drafts with.
-    """
+    """Refuse modes that are none, unknown, named twice, or lack what they draft with."""
     if not modes:
         raise BeagleError(f"modes is empty; use some of {', '.join(MODES)}")
     for mode in modes:
@@ -155,13 +137,6 @@ def load_systems(
     **options: Any,
 ) -> list[System]:
     """Load what each mode needs besides the target; options as of ``targets.loading.load_model``.
-
-    Args:
-        target: whose answers all modes give.
-        modes: their names.
-        drafts: what they draft with.
-        plan: shape of the draft tree.
-        adapter: that the target was loaded with.
 
     All of our modes share the one target; transformers' modes share a second copy of the model, as
     transformers loads it, but for its generation config, of which they too take the tokens that end an answer alone.

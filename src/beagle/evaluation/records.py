@@ -11,7 +11,7 @@ from typing import Any
 
 from beagle.decoding.stats import Stats
 from beagle.errors import BeagleError
-from beagle.files import write_text
+from beagle.files import write_text, writing_to
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,8 @@ def write_result(path: Path, result: dict[str, Any], records: Iterable[Record]) 
     """
     rows = ",\n".join("  " + json.dumps(record.as_dict(), ensure_ascii=False) for record in records)
     head = json.dumps(result, indent=1, ensure_ascii=False).removesuffix("\n}")
-    try:
+    with writing_to(path, "free space or choose another file"):
         write_text(path, f'{head},\n "records": [\n{rows}\n ]\n}}\n')
-    except OSError as error:
-        raise BeagleError(f"cannot write '{path}': {error.strerror}; free space or choose another file") from error
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -126,10 +124,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def read_records(path: Path, content: dict[str, Any]) -> list[Record]:
-    """
-    Raises:
-        BeagleError: the result has none, or they are damaged.
-    """
+    """The single answers of a result; refuses damaged ones."""
     try:
         records = [Record.from_dict(row) for row in content["records"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -93,9 +93,6 @@ def roofline(target: Target, machine: Machine, tokens: int, context: int) -> Roo
     """The least that a verification takes, LM head included.
 
     Args:
-        target: whose pass it is.
-        machine: measured rates.
-        tokens: of the pass, root included.
         context: tokens before them, all of them seen in every layer.
     """
     keys = context + tokens

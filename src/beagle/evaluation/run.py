@@ -34,10 +34,6 @@ def run(
     All modes get the same seed for the same question and repeat. Yields the records of a question
     as soon as every mode has answered it, so that whoever stores them loses less than a question.
     A question that can't be answered ends the run with a BeagleError that names it.
-
-    Args:
-        done: set and id of questions to leave out.
-        pieces: keep each token's text.
     """
     refuse_turns_without_template(systems, sets)
     if all((name, prompt.id) in done for name, prompts in sets.items() for prompt in prompts):
@@ -120,10 +116,7 @@ def with_pieces(target: Target, record: Record) -> Record:
 
 
 def refuse_turns_without_template(systems: Sequence[System], sets: Sets) -> None:
-    """
-    Raises:
-        BeagleError: a question has a second turn or a system message, and the target has no form for them.
-    """
+    """Refuse second turns and system messages where the target has no form for them."""
     target = systems[0].model.target
     if getattr(target.tokenizer, "chat_template", None):
         return

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from beagle.errors import BeagleError
+from beagle.errors import BeagleError, first_line, required
 from beagle.training.prompts import Prompt, parse_prompt, read_prompts
 
 QUICK = Path(__file__).parent / "quick.jsonl"
@@ -22,8 +22,6 @@ MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", 
 def load_suite(name: str, limit: int | None = None) -> dict[str, list[Prompt]]:
     """The sets of a suite; Spec-Bench's one file is six sets, its eight chat categories being MT-Bench.
 
-    Args:
-        limit: questions of each set.
     Raises:
         BeagleError: no such suite, or its files are not there.
     """
@@ -116,24 +114,18 @@ def hub_prompts(name: str) -> list[Prompt]:
     Raises:
         BeagleError: the library ``datasets`` or the data set is not to be had, or holds no prompts.
     """
-    try:
-        from datasets import load_dataset  # the extra `data`: most people have files
-    except ImportError as error:
-        raise BeagleError(
-            f"'{name}' is no file, and data sets of the hub need the library `datasets`; correct the path, or "
-            "pip install 'beagle-decoding[data]'"
-        ) from error
+    datasets = required("datasets", "data", f"'{name}' is no file (correct the path), and as a data set of the hub it")
     where, _, split = name.partition(":")
     owner, repository, *config = where.split("/")
     try:
-        rows = load_dataset(f"{owner}/{repository}", *config, split=split or "test")
+        rows = datasets.load_dataset(f"{owner}/{repository}", *config, split=split or "test")
         prompts = [
             replace(parse_prompt(dict(row), number), source=f"{name}: row {number}")
             for number, row in enumerate(rows, 1)
         ]
     except Exception as error:  # that library has many ways to fail
         raise BeagleError(
-            f"data set '{name}' can't be used: {str(error).splitlines()[0] if str(error) else error!r}; "
+            f"data set '{name}' can't be used: {first_line(error)}; "
             "name it owner/name[/config][:split], with a column turns, prompt, question, messages or conversations"
         ) from error
     if not prompts:

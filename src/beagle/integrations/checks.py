@@ -55,10 +55,7 @@ def refuse_arguments(given: Mapping[str, Any]) -> None:
 
 
 def refuse_model(model: Any) -> None:
-    """
-    Raises:
-        BeagleError: the model's answers depend on more than its modules and weights, or they aren't all here.
-    """
+    """Refuse a model whose answers depend on more than its modules and weights, or that is not all here."""
     if model.training:
         raise _refuse("a model in training mode", "call model.eval()")
     for path, module in model.named_modules():
@@ -84,11 +81,6 @@ def _differs_in_training(module: nn.Module) -> bool:
 
 
 def refuse_request(config: GenerationConfig, model_kwargs: Mapping[str, Any]) -> None:
-    """
-    Args:
-        config: as transformers has prepared it.
-        model_kwargs: what it would hand to the model.
-    """
     if (config.num_beams or 1) > 1:
         raise _refuse(f"num_beams={config.num_beams}", "use num_beams=1")
     mode = config.get_generation_mode()

@@ -10,7 +10,6 @@ The caller's model is left as it is: ours is a twin, modules and config of its o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -26,6 +25,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from beagle.decoding.decoder import decode
+from beagle.decoding.sequence import Sequence, room
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.drafters.checkpoint import shipped_head
@@ -178,7 +178,10 @@ class Speculation:
             for i, ids in enumerate(input_ids)
         ]
         for sampler, prompt in zip(samplers, prompts, strict=True):
-            self._answer(ours, sampler, prompt, new)
+            answer = Sequence(prompt, room(ours.target, prompt, new), sampler)
+            for _ in decode(ours.decoder(1), answer):
+                pass
+            self.stats.add(answer.stats)
         if streamer is not None:
             streamer.end()
         pad = generation_config._pad_token_tensor
@@ -190,22 +193,6 @@ class Speculation:
             return sequences
         kept: dict[str, Any] = {"scores": samplers[0].scores, "logits": samplers[0].logits}
         return GenerateDecoderOnlyOutput(sequences=cast(LongTensor, sequences), **kept)
-
-    def _answer(self, ours: Model, sampler: GenerateSampler, prompt: Sequence[int], new: int) -> None:
-        stats = Stats()
-        steps = decode(
-            ours.target,
-            list(prompt),
-            max_new_tokens=new,
-            sampler=sampler,
-            stats=stats,
-            drafter=ours.drafter,
-            plan=ours.plan,
-            costs=ours.costs() if ours.plan.sized_by_costs else None,
-        )
-        for _ in steps:
-            pass
-        self.stats.add(stats)
 
     def _wrap(self, model: Any) -> Model:
         """Our model around the caller's weights, made anew where the caller's is made otherwise than it was."""

@@ -83,8 +83,6 @@ class Parts:
 def twin(model: Any, parts: Parts) -> Any:
     """A copy of the model around the same tensors, with its parameters frozen.
 
-    Args:
-        parts: of this model, as it is now.
     Raises:
         BeagleError: there is something in the model that can't be copied.
     """

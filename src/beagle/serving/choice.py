@@ -23,14 +23,6 @@ class Choice:
     """
 
     def __init__(self, target: Target, work: Work, number: int, ids: list[int], limit: int) -> None:
-        """
-        Args:
-            target: answers.
-            work: the request.
-            number: of the choice, from 0.
-            ids: its prompt.
-            limit: most new tokens.
-        """
         self.reason: str | None = None
         self._number = number
         sampling = replace(work.sampling, max_new_tokens=limit, seed=work.seed + number % work.n)

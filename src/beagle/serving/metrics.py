@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from beagle.decoding.stats import Stats
 from beagle.serving.work import Job
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -16,50 +18,32 @@ class Metrics:
     """Counters of one server, in a registry of their own so that several servers may share a process."""
 
     def __init__(self, live: Callable[[], int], waiting: Callable[[], int]) -> None:
-        """
-        Args:
-            live: how many requests are answered now.
-            waiting: how many wait.
-        """
-        self.registry = registry = CollectorRegistry()
-        self.requests = Counter(
-            "beagle_requests", "Requests by path and status.", ["path", "status"], registry=registry
-        )
-        self.prompt_tokens = Counter("beagle_prompt_tokens", "Prompt tokens of admitted requests.", registry=registry)
-        self.cached_tokens = Counter(
-            "beagle_cached_prompt_tokens", "Prompt tokens whose keys were there.", registry=registry
-        )
-        self.tokens = Counter("beagle_generated_tokens", "Generated tokens.", registry=registry)
-        self.passes = Counter("beagle_passes", "Target passes after prefill.", registry=registry)
-        self.passed_tokens = Counter("beagle_passed_tokens", "Tokens that those passes brought.", registry=registry)
-        self.drafted = Counter("beagle_drafted_tokens", "Candidates verified.", registry=registry)
-        self.accepted = Counter(
-            "beagle_accepted", "Passes that accepted a draft token at this depth.", ["depth"], registry=registry
-        )
-        self.seconds = Counter("beagle_engine_seconds", "Time by part of the work.", ["part"], registry=registry)
-        self.queue_seconds = Histogram(
-            "beagle_queue_seconds",
-            "From a request's arrival to when it is answered.",
-            buckets=SECONDS,
-            registry=registry,
-        )
-        self.first_token_seconds = Histogram(
-            "beagle_first_token_seconds", "From arrival to the first token.", buckets=SECONDS, registry=registry
-        )
-        self.request_seconds = Histogram(
-            "beagle_request_seconds", "From arrival to the end of the answer.", buckets=SECONDS, registry=registry
-        )
-        self.token_seconds = Histogram(
+        self.registry = CollectorRegistry()
+        counter, gauge = partial(Counter, registry=self.registry), partial(Gauge, registry=self.registry)
+        seconds = partial(Histogram, buckets=SECONDS, registry=self.registry)
+        self.requests = counter("beagle_requests", "Requests by path and status.", ["path", "status"])
+        self.prompt_tokens = counter("beagle_prompt_tokens", "Prompt tokens of admitted requests.")
+        self.cached_tokens = counter("beagle_cached_prompt_tokens", "Prompt tokens whose keys were there.")
+        self.tokens = counter("beagle_generated_tokens", "Generated tokens.")
+        self.passes = counter("beagle_passes", "Target passes after prefill.")
+        self.passed_tokens = counter("beagle_passed_tokens", "Tokens that those passes brought.")
+        self.drafted = counter("beagle_drafted_tokens", "Candidates verified.")
+        self.accepted = counter("beagle_accepted", "Passes that accepted a draft token at this depth.", ["depth"])
+        self.seconds = counter("beagle_engine_seconds", "Time by part of the work.", ["part"])
+        self.queue_seconds = seconds("beagle_queue_seconds", "From a request's arrival to when it is answered.")
+        self.first_token_seconds = seconds("beagle_first_token_seconds", "From arrival to the first token.")
+        self.request_seconds = seconds("beagle_request_seconds", "From arrival to the end of the answer.")
+        self.token_seconds = seconds(
             "beagle_token_seconds",
             "Mean time between two tokens of a request, what other requests take included.",
             buckets=MEAN_TOKEN_SECONDS,
-            registry=registry,
         )
-        self._tau = Gauge("beagle_tau", "Tokens per target pass after prefill, since the start.", registry=registry)
-        self._tau.set(1.0)
-        self._all_passes = self._all_passed = 0
-        Gauge("beagle_live_requests", "Requests that are answered now.", registry=registry).set_function(live)
-        Gauge("beagle_queue_length", "Requests that wait.", registry=registry).set_function(waiting)
+        self._all = Stats()
+        gauge("beagle_tau", "Tokens per target pass after prefill, since the start.").set_function(
+            lambda: self._all.tau
+        )
+        gauge("beagle_live_requests", "Requests that are answered now.").set_function(live)
+        gauge("beagle_queue_length", "Requests that wait.").set_function(waiting)
 
     def answered(self, job: Job, seconds: float) -> None:
         """Count a request that was admitted, however it ended."""
@@ -76,10 +60,7 @@ class Metrics:
             ("prefill", stats.prefill_seconds), ("draft", stats.draft_seconds), ("verify", stats.verify_seconds)
         ):  # fmt: skip
             self.seconds.labels(part).inc(spent)
-        self._all_passes += stats.passes
-        self._all_passed += stats.passed_tokens
-        if self._all_passes:
-            self._tau.set(self._all_passed / self._all_passes)
+        self._all.add(stats)
         self.request_seconds.observe(seconds)
         if job.first_token is not None and stats.tokens > 1:
             since_first = seconds - (job.first_token - job.submitted)

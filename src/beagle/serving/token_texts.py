@@ -42,7 +42,6 @@ class TokenTexts:
     def __init__(self, tokenizer: Any, before: Sequence[int] = (), ends: Collection[int] = ()) -> None:
         """
         Args:
-            tokenizer: of transformers.
             before: tokens whose text this one continues, see ``decoding.text.StopText``.
             ends: tokens that end the answer: like special tokens they add nothing to it.
         """
@@ -119,9 +118,6 @@ def decoder_types(tokenizer: Any) -> frozenset[str]:
 def token_bytes(name: str, decoders: frozenset[str]) -> bytes | None:
     """The bytes of a token that may hold part of a character.
 
-    Args:
-        name: its entry in the vocabulary.
-        decoders: see ``decoder_types``.
     Returns:
         None where the token is text: neither of a byte-level tokenizer, nor a byte ``<0xF0>`` of SentencePiece.
     """

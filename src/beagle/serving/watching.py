@@ -39,9 +39,6 @@ class Watcher:
         """
         Args:
             top: alternatives to report with each token's log-probability; None reports neither.
-            trees: report draft depths and trees.
-            before: tokens whose text the choice continues.
-            ends: tokens that end the choice.
         """
         self.target, self.top, self.trees = target, top, trees
         self._logits: deque[Tensor] = deque()  # of tokens that have not been streamed

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from beagle.errors import BeagleError
+from beagle.errors import BeagleError, first_line
 from beagle.files import write_json
 from beagle.targets.linears import tiled
 
@@ -91,7 +91,6 @@ def export(graph: nn.Module, inputs: tuple[Any, ...], shapes: tuple[Any, ...], l
 
     Args:
         shapes: ``torch.export``'s dynamic shapes of the inputs.
-        name: for errors.
     Raises:
         BeagleError: the graph can't be traced, or there is no compiler.
     """
@@ -111,9 +110,8 @@ def export(graph: nn.Module, inputs: tuple[Any, ...], shapes: tuple[Any, ...], l
     except OSError:
         raise
     except Exception as error:  # tracing and compiling raise whatever they stumble over
-        reason = (str(error).strip().splitlines() or [""])[0]
         raise BeagleError(
-            f"{name}: it can't be compiled here ({type(error).__name__}: {reason}); without it everything works "
+            f"{name}: it can't be compiled here ({type(error).__name__}: {first_line(error)}); without it everything works "
             "as before (a C++ compiler is needed: g++ or clang)"
         ) from error
 

@@ -136,13 +136,6 @@ class Captured:
     remedy = "set BEAGLE_COMPILED=0, which takes eager passes"
 
     def __init__(self, base: nn.Module, hidden: int, layers: Layers, record: Recorder | None = None) -> None:
-        """
-        Args:
-            base: the model without its LM head, with our attention.
-            hidden: its width.
-            layers: what its layers cache and see.
-            record: stands in for CUDA graphs.
-        """
         weight = next(base.parameters())
         self._embed: nn.Module = base.get_input_embeddings()  # type: ignore[operator]
         self._layers = layers.shapes

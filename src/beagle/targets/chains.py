@@ -32,9 +32,6 @@ class Track:
     def cut(self, start: int, committed: int) -> int:
         """Forget what lies behind the first ``start`` tokens, and what is older than any state that is still needed.
 
-        Args:
-            start: tokens before those of the next pass.
-            committed: those of them that no later pass rejects.
         Returns:
             How many tokens the latest state has seen; ``since`` gives the inputs from there on.
         Raises:

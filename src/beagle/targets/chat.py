@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from beagle.errors import BeagleError
+from beagle.errors import BeagleError, first_line
 from beagle.targets.target import Target
 
 Message = Mapping[str, Any]
@@ -67,10 +67,6 @@ def encode(
 def encode_ended(target: Target, dialogue: Sequence[Message]) -> tuple[list[int], list[bool] | None]:
     """Token ids of a dialogue that asks for nothing more.
 
-    Args:
-        target: whose chat template renders it.
-        dialogue: messages as of ``encode``.
-
     Returns:
         The ids, and which of them the template marks as generated; None: it marks none.
 
@@ -94,17 +90,12 @@ def _messages(target: Target, items: list[Any]) -> list[dict[str, Any]]:
 
 
 def _rendered(target: Target, messages: list[dict[str, Any]], **options: Any) -> Any:
-    """What the chat template makes of messages, encoded.
-
-    Raises:
-        BeagleError: it refuses them.
-    """
+    """What the chat template makes of messages, encoded; refuses what it refuses."""
     tokenizer: Any = target.tokenizer
     try:
         return tokenizer.apply_chat_template(messages, return_dict=True, **options)
     except (TemplateError, TypeError, ValueError, LookupError) as error:  # roles in an unknown order, say
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BeagleError(f"{target.name}: its chat template refuses this dialogue ({reason})") from error
+        raise BeagleError(f"{target.name}: its chat template refuses this dialogue ({first_line(error)})") from error
 
 
 def _items(prompt: Any) -> list[Any]:
@@ -140,12 +131,7 @@ def _token_ids(target: Target, items: list[Any]) -> list[int]:
 
 
 def _message(name: str, message: Any, template: str) -> dict[str, Any]:
-    """A message as chat templates take it, its content one text.
-
-    Args:
-        name: of the message, for errors.
-        template: the chat template's source.
-    """
+    """A message as chat templates take it, its content one text."""
     if not isinstance(message, Mapping):
         raise BeagleError(f"{name} is {message!r}; give a dict with role and content")
     role, content = message.get("role"), message.get("content")
@@ -181,10 +167,7 @@ def _refuse_half_characters(text: str) -> None:
 
 
 def _checked(target: Target, ids: Sequence[int]) -> list[int]:
-    """
-    Raises:
-        BeagleError: the tokenizer found nothing in the text, or a token that the model has no embedding of.
-    """
+    """The ids; refuses none at all, and those that the model has no embedding of."""
     if not ids:
         raise BeagleError(f"{target.name}: its tokenizer finds no token in the prompt; give other text")
     if (largest := max(ids)) >= target.vocab_size:

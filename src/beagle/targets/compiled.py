@@ -55,7 +55,6 @@ class Compiled:
     def __init__(self, package: Path, embed: nn.Module) -> None:
         """
         Args:
-            package: its folder.
             embed: the model's embedding, which is no part of the graphs.
         Raises:
             BeagleError: the package can't be read.
@@ -109,13 +108,8 @@ def build(
     """Compile a freshly loaded model's passes; the model is of no use afterwards.
 
     Args:
-        folder: of all packages.
-        model: a causal LM of transformers.
-        name: of the target, for errors.
-        quantize: as of ``Target``.
         exact: passes of exact mode, too; what there is of them already stays.
         batch: passes over several sequences, too; what there is of them already stays.
-        state_layers: as of ``Target``.
     Returns:
         The package's folder and the seconds it took.
     Raises:
@@ -159,8 +153,6 @@ def join(base: nn.Module, layers: Layers, embedding: Tensor) -> None:
 
     Args:
         base: the model without its LM head, with our attention.
-        layers: what its layers cache.
-        embedding: the weight of its embedding.
     """
     ids, plan = _example("tree", layers.shapes, layers.distinct_windows, embedding)
     join_linears(base, lambda: run_layers(base, plan, input_ids=ids))

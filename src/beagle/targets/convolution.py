@@ -27,10 +27,6 @@ class Windowed:
     """
 
     def __init__(self, windows: Tensor) -> None:
-        """
-        Args:
-            windows: as the attribute.
-        """
         self.windows = windows
         self.shape = torch.Size([windows.shape[0], windows.shape[3], windows.shape[1]])
         self.dtype = windows.dtype
@@ -47,11 +43,7 @@ class Windowed:
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Tensor:
-        """PyTorch's hook for its functions of such objects; there is one, the convolution ``[batch, channels, tokens]``.
-
-        Raises:
-            TypeError: another function.
-        """
+        """PyTorch's hook for its functions of such objects; there is one, the convolution ``[batch, channels, tokens]``."""
         if func is not F.conv1d:
             raise TypeError(f"a short convolution computes with {func.__name__}, which is not known here")
         given = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs or {})
@@ -64,14 +56,7 @@ class Windowed:
 
 
 def windowed(plan: Plan, layer: int, inputs: Tensor, size: int) -> Windowed:
-    """Write fresh inputs ``[batch, channels, tokens]`` into the cache of a plan, and give their windows.
-
-    Args:
-        plan: of the pass.
-        layer: whose inputs they are.
-        inputs: the fresh ones.
-        size: of a window, the token's own input included.
-    """
+    """Write fresh inputs ``[batch, channels, tokens]`` into the cache of a plan, and give their windows."""
     fresh = inputs.transpose(1, 2)[:, None]
     held = write(plan, layer, fresh, fresh[..., :0])[0][:, 0]
     if size not in plan.before:

@@ -35,10 +35,7 @@ def refuse_together(
     device_map: DeviceMap | None,
     tensor_parallel: Ranks,
 ) -> None:
-    """
-    Raises:
-        BeagleError: what is asked for does not go together; arguments as of ``load_target``.
-    """
+    """Refuse what does not go together; arguments as of ``load_target``."""
     if device_map is None and tensor_parallel.count == 1:
         return
     if device_map is not None and tensor_parallel.count > 1:
@@ -61,9 +58,6 @@ def options(
 ) -> tuple[dict[str, Any], TemporaryDirectory[str] | None]:
     """
     Args:
-        name: of the target, for errors.
-        device_map: as of ``load_target``.
-        tensor_parallel: likewise.
         folder: where weights may be kept that a device map sends to the disk.
     Returns:
         What transformers' ``from_pretrained`` is given, and a folder that must live as long as the model.
@@ -89,14 +83,7 @@ def options(
 
 
 def refuse_unserved(model: nn.Module, name: str, tensor_parallel: Ranks) -> None:
-    """
-    Args:
-        model: loaded with ``options``.
-        name: of the target.
-        tensor_parallel: as of ``load_target``.
-    Raises:
-        BeagleError: it computes on several GPUs in turn, or its layers are not divided, or more than its layers are.
-    """
+    """Refuse a loaded model that computes on several GPUs in turn, or whose layers alone are not what is divided."""
     gpus = {device for device in getattr(model, "hf_device_map", {}).values() if device not in ("cpu", "disk")}
     if len(gpus) > 1:
         raise BeagleError(

@@ -21,8 +21,6 @@ class LMHead:
         """
         Args:
             head: the model's own; None where it has none.
-            config: of its text model.
-            name: of the target, for errors.
             pack: reorder the weight for the CPU's kernels.
         Raises:
             BeagleError: it isn't one linear layer.
@@ -38,6 +36,11 @@ class LMHead:
             getattr(config, "logits_scaling", 1.0) or 1.0
         )
         self._softcap = getattr(config, "final_logit_softcapping", None)
+
+    @property
+    def width(self) -> int:
+        """Numbers that it reads of a token."""
+        return int(self._head.weight.shape[-1])
 
     def without_scale(self) -> LMHead:
         """The same without the config's scale and soft cap, which models that also see may not apply."""

@@ -19,7 +19,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from beagle import threads
-from beagle.errors import BeagleError
+from beagle.errors import BeagleError, first_line
 from beagle.hf import auto_class
 from beagle.memory import use_huge_pages
 from beagle.ranks import ALONE, Ranks
@@ -123,27 +123,27 @@ def load_target(
     if target.device.type == "cpu":
         use_huge_pages()
         if threads.waits_asleep():
-            _console.print("[dim]OMP_WAIT_POLICY=PASSIVE makes passes about three times as slow; unset it[/dim]")
+            _note("OMP_WAIT_POLICY=PASSIVE makes passes about three times as slow; unset it")
     if target.chains_only:
-        _console.print(f"[dim]{name}: keeps a recurrent state, so drafts are chains[/dim]", highlight=False)
+        _note(f"{name}: keeps a recurrent state, so drafts are chains")
     if target.context_ends:
-        _console.print(
-            f"[dim]{name}: texts end at {target.context_limit} tokens, since {target.context_ends}[/dim]",
-            highlight=False,
-        )
+        _note(f"{name}: texts end at {target.context_limit} tokens, since {target.context_ends}")
     if settings := left_out(getattr(model, "generation_config", None)):
-        _console.print(
+        _note(
             f"{name}: its generation config sets {', '.join(settings)}, left out here: answers follow the options "
-            "that are given alone",
-            style="dim", markup=False, highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            "that are given alone"
+        )
     if left := target.unquantized:
-        _console.print(
-            f"[dim]{quantize}: {len(left)} layers of {name} stay {str(target.dtype).removeprefix('torch.')}, their shapes are no "
-            f"multiples of the kernel's blocks ({left[0]}, for one)[/dim]",
-            highlight=False,
+        _note(
+            f"{quantize}: {len(left)} layers of {name} stay {str(target.dtype).removeprefix('torch.')}, their shapes are no "
+            f"multiples of the kernel's blocks ({left[0]}, for one)"
         )
     return target
+
+
+def _note(text: str) -> None:
+    """A line on standard error."""
+    _console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def load_model(
@@ -232,10 +232,8 @@ def capture_target(target: Target) -> None:
             target.compiled = None
             raise RuntimeError(captured.failure)
     except Exception as error:  # whatever a model does that a graph can't
-        _console.print(
-            f"[dim]{target.name}: its passes can't be captured as graphs ({first_line(error)}), so they run one kernel "
-            "at a time[/dim]",
-            highlight=False,
+        _note(
+            f"{target.name}: its passes can't be captured as graphs ({first_line(error)}), so they run one kernel at a time"
         )
 
 
@@ -249,10 +247,6 @@ def missing_package(error: ImportError, config: Any) -> str:
     package = error.name or method
     remedy = command[0] if command else f"pip install {package}" if package else "install the package that it names"
     return f"{said}; {remedy}"
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def resolve(name: str) -> str:

@@ -134,9 +134,7 @@ class Plan:
         """A plan inside a graph.
 
         Args:
-            kind: of the plan that gave the tensors.
             windows: of its masks, in their order.
-            tensors: as ``tensors`` gives them.
         """
         positions, slots, *rest = tensors
         masks, rest = dict(zip(windows, rest, strict=False)), rest[len(windows) :]
@@ -155,9 +153,6 @@ def of_prompt(cache: KVCache, first: int, last: int, windows: Windows, scored: b
 
     Args:
         cache: written in place.
-        first: position of the first token.
-        last: position behind the last one.
-        windows: the layers' distinct windows.
         scored: whether some layer has a soft cap or sinks, which need a mask.
     """
     queries = torch.arange(first, last, device=cache.device)
@@ -177,8 +172,6 @@ def of_tree(cache: KVCache, tree: TreeShape, windows: Windows, done: int = 0) ->
     Args:
         cache: written in place.
         tree: each node sees the context, its ancestors and itself.
-        windows: the layers' distinct windows.
-        done: first nodes that have been run.
     """
     start, n, device = cache.length, len(tree.parents), cache.device
     positions = start + torch.tensor(tree.depths(), device=device)
@@ -209,7 +202,6 @@ def of_trees(cache: KVCache, trees: list[TreeShape], windows: Windows, first: in
     Args:
         cache: written in place.
         trees: one for each sequence, behind what it has committed.
-        windows: the layers' distinct windows.
         first: sequence of the first tree; the others follow.
     """
     starts = cache.lengths[first : first + len(trees)]
@@ -261,7 +253,6 @@ def of_exact_tree(cache: KVCache, tree: TreeShape, keys: int, tokens: int, windo
         tree: at most ``EXACT_TOKENS`` nodes.
         keys: padded number of shared keys, the same in every pass of a generation.
         tokens: of the pass; those that the tree has less stand at position 0 and mean nothing.
-        windows: the layers' distinct windows.
     """
     start, n = cache.length, len(tree.parents)
     depths = torch.tensor(tree.depths())
@@ -299,8 +290,6 @@ def _masks(
         visible: bool, whether a query sees a key where there is no window.
         queries: their positions, to be broadcast to ``visible``.
         keys: their positions, to be broadcast to ``visible``.
-        windows: of the masks.
-        dtype: of the masks.
     """
     masks = {}
     for window in windows:

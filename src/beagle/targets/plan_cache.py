@@ -22,10 +22,6 @@ class PlanCache:
     """
 
     def __init__(self, plan: Plan) -> None:
-        """
-        Args:
-            plan: of the pass.
-        """
         self._plan = plan
 
     def inputs(self, name: str) -> dict[str, Any]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from beagle.errors import BeagleError
-from beagle.targets.cache import KVCache
+from beagle.targets.passes import Passes
 from beagle.targets.shape import TreeShape
 
 CACHE_NAMES = ("cache", "past_key_values")  # under which a model without its LM head takes a cache; 5.17: the second
@@ -20,22 +19,6 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.05}
 
 class Different(BeagleError):
     """A pass gives other hidden states than the model itself."""
-
-
-class Passes(Protocol):
-    """What ``prove`` asks of a target."""
-
-    name: str
-    vocab_size: int
-
-    @property
-    def chains_only(self) -> bool: ...
-
-    def new_cache(self, batch: int, capacity: int) -> KVCache: ...
-
-    def prefill(self, ids: Tensor, cache: KVCache) -> Tensor: ...
-
-    def verify(self, cache: KVCache, tokens: Tensor, shape: TreeShape) -> Tensor: ...
 
 
 def prove(target: Passes, ids: Tensor, expected: Tensor) -> None:

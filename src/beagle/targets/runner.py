@@ -52,10 +52,7 @@ def tap(base: nn.Module, layers: Sequence[int], count: int, name: str) -> None:
     """Let ``run_layers`` give the outputs of some layers, too.
 
     Args:
-        base: the model without its LM head.
         layers: their numbers, from 1 on, ascending.
-        count: layers that it has.
-        name: of the target, for errors.
     Raises:
         BeagleError: there are no such layers.
     """
@@ -101,10 +98,6 @@ class Eager:
     """transformers' own modules, any plan. Implements ``Runner``."""
 
     def __init__(self, base: nn.Module) -> None:
-        """
-        Args:
-            base: the model without its LM head, with our attention.
-        """
         self._base = base
 
     def takes(self, plan: Plan) -> bool:
@@ -121,7 +114,6 @@ class Graph(nn.Module):
         """
         Args:
             base: the model without its LM head, with our attention.
-            kind: of the plans.
             windows: of their masks, in their order.
         """
         super().__init__()
@@ -133,7 +125,6 @@ class Graph(nn.Module):
         """
         Args:
             embeddings: ``[1, tokens, hidden]``.
-            tensors: of a plan.
         Returns:
             Hidden states ``[1, tokens, state_size]``.
         """
@@ -147,14 +138,6 @@ class Checked:
     def __init__(
         self, runner: FastRunner, eager: Runner, example: Callable[[Kind], tuple[Tensor, Plan]], name: str, hidden: int
     ) -> None:
-        """
-        Args:
-            runner: the faster one.
-            eager: what it must agree with.
-            example: makes ids and a plan of a kind.
-            name: of the target, for errors.
-            hidden: width of a layer's states.
-        """
         self.runner = runner
         self._eager, self._example, self._name, self._hidden = eager, example, name, hidden
         self._agreed: set[Kind] = set()
@@ -163,19 +146,12 @@ class Checked:
         return self.runner.takes(plan)
 
     def __call__(self, tokens: Tensor, plan: Plan) -> Tensor:
-        """
-        Raises:
-            BeagleError: the runner computes something else.
-        """
         if plan.kind not in self._agreed:
             self.check(plan.kind)
         return self.runner(tokens, plan)
 
     def check(self, kind: Kind) -> None:
-        """
-        Raises:
-            BeagleError: the runner gives other states than the eager one, beyond rounding.
-        """
+        """Refuse a runner that gives other states than the eager one, beyond rounding."""
         tokens, plan = self._example(kind)
         if not self.runner.takes(plan):
             return
@@ -197,10 +173,6 @@ def example(
     """A small plan of a kind, with its ids ``[1, tokens]``: trees behind a context, or contexts of unequal length.
 
     Args:
-        kind: ``tree``, ``trees`` or ``exact``.
-        new_cache: makes a cache of so many sequences and slots.
-        windows: the layers' distinct windows.
-        vocab_size: ids are below it.
         eager: runs the contexts; None: they stay empty.
     """
     contexts = [3, 6, 5] if kind == "trees" else [6]

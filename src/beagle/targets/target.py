@@ -1,12 +1,9 @@
-"""A wrapped causal LM: prefill, verify a tree, hidden states, logits."""
+"""A wrapped causal LM: its passes, exact ones too, hidden states and logits."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beagle.errors import BeagleError
-from beagle.hf import own_attention
-from beagle.limits import MAX_TREE_TOKENS
 from beagle.ranks import ALONE, Ranks
 from beagle.targets import probe, proof
+from beagle.targets.admission import admit
 from beagle.targets.attention import NAME
 from beagle.targets.cache import KVCache
-from beagle.targets.counting import give_positions
 from beagle.targets.devices import device_of, refuse_planned_attention
 from beagle.targets.family import (
     base_of,
@@ -31,35 +26,19 @@ from beagle.targets.family import (
     sample_ids,
     weights_digest,
     weights_of_a_pass,
-    whole_of,
 )
 from beagle.targets.head_transform import move_transform
 from beagle.targets.layers import Layers, key_of, remember, remembered
 from beagle.targets.linears.packed import keep_read_linears, pack_linears
 from beagle.targets.linears.quantized import BITS, check_kind, quantize_linears
 from beagle.targets.lm_head import LMHead
-from beagle.targets.plan import (
-    EXACT_BLOCK,
-    EXACT_TOKENS,
-    KEY_BLOCK,
-    Kind,
-    Plan,
-    of_exact_tree,
-    of_prompt,
-    of_tree,
-    of_trees,
-    span,
-)
-from beagle.targets.recurrent_cache import RecurrentCache
-from beagle.targets.runner import Checked, Eager, FastRunner, Runner, example, tap
+from beagle.targets.passes import Passes
+from beagle.targets.plan import EXACT_BLOCK, EXACT_TOKENS, of_exact_tree
+from beagle.targets.runner import tap
 from beagle.targets.shape import TreeShape
 
-PROMPT_TOKENS = 16_384  # of a prompt that run in one pass where no layer needs a mask
-MASK_ENTRIES = 2**23  # of one pass's mask, where there is one: queries times keys
-LEAST_TOKENS = 64  # of a pass, however long the prompt
 
-
-class Target:
+class Target(Passes):
     """Any Hugging Face causal LM whose layers go through transformers' attention interface.
 
     Its *hidden states* are the last ones after the final norm, so that ``logits(state)`` is the distribution of the
@@ -69,13 +48,9 @@ class Target:
         pass_weights: weights that a pass multiplies each token with: layers and LM head.
         pass_bytes: what they take in memory, read once a pass.
         digest: of the model's weights, however they are kept here.
-        layers: what the attention layers cache and see.
         state_layers: numbers of the layers whose outputs are part of a hidden state.
         state_size: width of a hidden state, ``hidden_size`` for each of them and for the top one.
-        context_limit: most tokens of a prompt and its answer.
         context_ends: why it ends before the model's own context; empty where it does not.
-        eager: runs any plan.
-        compiled: runs some plans faster, where there is such a runner.
     """
 
     def __init__(
@@ -107,28 +82,21 @@ class Target:
         """
         check_kind(quantize)
         refuse_unsupported(model.config, name)
-        self.model = model
-        self.tokenizer = tokenizer
-        self.name = name
-        self.ranks = ranks
+        self.model, self.tokenizer, self.ranks, self.quantize = model, tokenizer, ranks, quantize
         self.config: Any = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
-        self.base = base_of(model)
         self.head: nn.Module = move_transform(model)  # type: ignore[assignment]
         self.embed: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-        weight: Tensor = self.embed.weight
-        self.vocab_size, self.hidden_size = weight.shape
+        limit, self.context_ends = context_limit(self.config)
+        super().__init__(base_of(model), name, self.embed.weight, device_of(model), limit)
         rows = getattr(self.head, "weight", None)
         if isinstance(rows, Tensor):  # some embed more tokens than they answer with
             self.vocab_size = min(self.vocab_size, len(rows))
-        self.device, self.dtype = device_of(model), weight.dtype
         refuse_planned_attention(self.device)
-        self.context_limit, self.context_ends = context_limit(self.config)
         self.eos_ids = eos_ids(model, tokenizer)
         model.eval().requires_grad_(False)
         self.digest = weights_digest(model)
         self._lm_head = LMHead(self.head, self.config, name, pack)
         self.pass_weights, self.pass_bytes = weights_of_a_pass(self.base, self.head, self.embed)
-        self.quantize = quantize
         if quantize or pack:
             with probe.tokens_alone(name):
                 keep_read_linears(self.base)
@@ -137,9 +105,7 @@ class Target:
             self.pass_bytes = self.pass_weights * BITS[quantize] // 8
         if pack:
             pack_linears(self.base)
-        self.eager: Runner = Eager(self.base)
-        self.compiled: Checked | None = None
-        self.layers = self._probe(probes)
+        self.layers = self._looked_at(probes)
         if self.layers.unscaled:
             self._lm_head = self._lm_head.without_scale()
         self.layer_count = len(self.layers.shapes)
@@ -149,250 +115,21 @@ class Target:
         if quantize and not self._lm_head.quantize(quantize):  # after the probe, which compares with the model's own
             self.unquantized.append("LM head")
 
-    @torch.no_grad()
-    def _probe(self, folder: Path | None) -> Layers:
-        """Learn what the layers cache and see, and that every kind of pass gives what the model itself gives."""
+    def _looked_at(self, folder: Path | None) -> Layers:
+        """The model's layers, as they were found at an earlier load or are found now."""
         model: Any = self.model
-        key = key_of(model, self.digest, self.quantize) if folder is not None else ""
-        if folder is not None and (known := remembered(folder, key)) is not None:
-            if not known.own:
+        if folder is None:
+            return admit(self, model, self._lm_head)
+        key = key_of(model, self.digest, self.quantize)
+        found = remembered(folder, key)
+        if found is None:
+            found = admit(self, model, self._lm_head)
+            remember(folder, key, found)
+        else:
+            if not found.own:
                 model.set_attn_implementation(NAME)
-            known.mark(self.base)
-            return known
-        own = own_attention(model, NAME)
-        layers = probe.learn(model, self.name, int(self.config.num_hidden_layers))
-        if not layers.own:
-            model.set_attn_implementation(own)
-        spans = [span(window) or 0 for window in layers.distinct_windows]
-        finite = [tokens for tokens in spans if tokens <= probe.MOST_WINDOW]
-        n = min(max(finite, default=0) + probe.TOKENS, self.context_limit)
-        ids = sample_ids(model.config, self.vocab_size, n).to(self.device)
-        whole = whole_of(model)
-        few = ids[None, : min(n, 12)]
-        with probe.tokens_alone(self.name):
-            expected: Tensor = whole(input_ids=ids[None], use_cache=False)[0][0].to(self.dtype)
-            logits = model(input_ids=few, use_cache=False).logits
-        if not layers.own:
-            model.set_attn_implementation(NAME)
-        self.layers = layers
-        try:
-            with probe.tokens_alone(self.name):
-                self._prove(ids, expected, own)
-        except proof.Different as error:
-            expected, logits = self._given_positions(ids, few, expected, own, error)
-        states = expected[: few.shape[1]]  # causal, so that no pass of the few alone is needed
-        heads = (self._lm_head, self._lm_head.without_scale())
-        rows: Any = self.head.weight
-        if states.shape[-1] == rows.shape[-1] != self.hidden_size:
-            raise BeagleError(
-                f"{self.name}: its LM head reads {rows.shape[-1]} numbers a token and its embedding gives "
-                f"{self.hidden_size}, so draft heads, which read both, have no width; choose a model where they are equal"
-            )
-        fits = states.shape[-1] == rows.shape[-1]
-        gaps = [proof.difference(head(states), logits[0]) if fits else math.inf for head in heads]
-        if not min(gaps) < proof.TOLERANCE[self.dtype]:
-            raise BeagleError(
-                f"{self.name}: its logits are more than one linear layer over a hidden state, which draft heads can't "
-                "learn to predict; choose a model whose LM head ends with a linear layer"
-            )
-        layers = replace(self.layers, unscaled=gaps[1] < gaps[0])
-        if folder is not None:
-            remember(folder, key, layers)
-        return layers
-
-    def _given_positions(
-        self, ids: Tensor, few: Tensor, expected: Tensor, own: str, error: proof.Different
-    ) -> tuple[Tensor, Tensor]:
-        """Compare once more where the model alone numbers its tokens otherwise than from 0 on, as its ``generate`` does.
-
-        Args:
-            ids: ``[n]``.
-            few: the first of them, ``[1, few]``.
-            expected: the model's states of ``ids`` where it is given no positions.
-            own: the model's own attention.
-            error: what the comparison came to.
-        Returns:
-            The model's own states of ``ids`` and logits of ``few`` at the positions that its ``generate`` gives.
-        """
-        model: Any = self.model
-        if not self.layers.own:
-            model.set_attn_implementation(own)
-        if self.chains_only:
-            raise error
-        states = proof.at_positions(model, whole_of(model), ids, expected)
-        if states is None and self.layers.own and give_positions(self.base):
-            self.layers = replace(self.layers, counted=True)
-            with probe.tokens_alone(self.name):
-                self._prove(ids, expected, own)
-            return expected, model(input_ids=few, use_cache=False).logits
-        if states is None:
-            raise BeagleError(
-                f"{self.name}: it numbers its tokens in a way of its own, so that those of a draft can't be given their "
-                "positions; choose a model that takes position_ids"
-            ) from error
-        if proof.difference(states, expected) < proof.TOLERANCE[self.dtype]:
-            raise error
-        logits: Tensor = model(input_ids=few, use_cache=False, **proof.given_positions(model, few[0])).logits
-        if not self.layers.own:
-            model.set_attn_implementation(NAME)
-        with probe.tokens_alone(self.name):
-            self._prove(ids, states, own)
-        return states, logits
-
-    def _prove(self, ids: Tensor, expected: Tensor, own: str) -> None:
-        """``proof.prove``. Recurrent layers that forget their state before several tokens get one at a time.
-
-        Where transformers' single tokens are others than those of a text, its decoding counts.
-        """
-        try:
-            proof.prove(self, ids, expected)
-        except proof.Different:
-            if not self.chains_only:
-                raise
-            model: Any = self.model
-            model.set_attn_implementation(own)
-            steps = proof.by_steps(whole_of(model), ids).to(self.dtype)
-            model.set_attn_implementation(NAME)
-            if not proof.difference(steps, expected) < proof.TOLERANCE[self.dtype]:
-                proof.prove(self, ids, steps)
-                return
-            self.layers = replace(self.layers, one_by_one=True)
-            self.layers.mark(self.base)
-            proof.prove(self, ids, expected)
-
-    @torch.no_grad()
-    def use(self, runner: FastRunner) -> None:
-        """Let a faster runner compute what it can from now on. Its trees are compared with the eager ones now, its
-        other kinds of plans when the first one comes.
-
-        Raises:
-            BeagleError: it isn't this target's: its states are others.
-        """
-        self.compiled = Checked(runner, self.eager, self._example, self.name, self.hidden_size)
-        try:
-            self.compiled.check("tree")
-        except Exception:
-            self.compiled = None
-            raise
-
-    @property
-    def chains_only(self) -> bool:
-        """Whether layers with a recurrent state forbid trees with branches."""
-        return bool(self.layers.recurrent)
-
-    @property
-    def can_capture(self) -> bool:
-        """Whether a pass is the same kernels whatever the tokens are."""
-        return not self.chains_only and not self.layers.indices
-
-    def _example(self, kind: Kind) -> tuple[Tensor, Plan]:
-        return example(kind, self.new_cache, self.layers.distinct_windows, self.vocab_size, self.eager)
-
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """
-        Args:
-            batch: sequences.
-            capacity: slots of each sequence, one for a token.
-        Raises:
-            BeagleError: there is no memory for it.
-        """
-        try:
-            own = self.compiled.runner.new_cache(capacity) if self.compiled is not None and batch == 1 else None
-            if own is not None:
-                return own
-            slots = -(-capacity // KEY_BLOCK) * KEY_BLOCK
-            size: Any = {"batch": batch, "capacity": slots, "dtype": self.dtype, "device": self.device}
-            if self.chains_only:
-                return RecurrentCache(self.layers.cached, recurrent_layers=len(self.layers.recurrent), **size)
-            return KVCache(self.layers.cached, **size)
-        except RuntimeError as error:  # PyTorch's, whichever device is out of memory
-            raise BeagleError(
-                f"{self.name}: no memory for a KV cache of {capacity} tokens for {batch} answers at once; ask for fewer "
-                "new tokens, a shorter prompt or fewer answers at once"
-            ) from error
-
-    def with_room(self, cache: KVCache, slots: int) -> KVCache:
-        """This cache, or a copy of it with room for ``slots`` tokens of each sequence and for as many more as may come."""
-        if slots <= cache.capacity:
-            return cache
-        most = self.context_limit + MAX_TREE_TOKENS  # a tree may reach over the context's end
-        grown = self.new_cache(cache.batch, max(slots, min(2 * slots, most)))
-        grown.lengths = [0] * cache.batch
-        for i in range(cache.batch):
-            grown.copy_sequence(i, cache, i)
-        return grown
-
-    @torch.no_grad()
-    def run(self, tokens: Tensor, plan: Plan) -> Tensor:
-        """One pass: ids ``[batch, tokens]`` to hidden states ``[batch, tokens, state_size]``."""
-        fast = self.compiled
-        runner = fast if fast is not None and fast.takes(plan) else self.eager
-        return runner(tokens, plan).to(self.dtype)  # some recurrent models give fp32 ones whatever their weights are
-
-    def prefill(self, ids: Tensor, cache: KVCache) -> Tensor:
-        """Run prompts of one length, and commit them: a long one piece by piece, so that no mask grows with n².
-
-        A short one is a chain for the fast runner, where there is one.
-
-        Args:
-            ids: ``[batch, n]``.
-            cache: of as many sequences; the prompts go on behind what it has committed, the same for all of them.
-        Returns:
-            Hidden states ``[batch, n, state_size]``.
-        """
-        layers, start, end = self.layers, cache.lengths[0], cache.lengths[0] + ids.shape[1]
-        if self.compiled is not None and len(ids) == 1 and end - start <= MAX_TREE_TOKENS:
-            chain = of_tree(cache, TreeShape.chain(end - start), layers.distinct_windows)
-            if self.compiled.takes(chain):
-                found = self.run(ids, chain)
-                cache.lengths = [end]
-                return found
-        entries = MASK_ENTRIES // layers.mask_heads
-        piece = max(LEAST_TOKENS, entries // end)
-        whole = PROMPT_TOKENS if layers.are_plain else math.isqrt(entries)  # where nothing is before it
-        states = []
-        for first, last in pairwise([start, *range(start + piece if start else whole, end, piece), end]):
-            plan = of_prompt(cache, first, last, layers.distinct_windows, layers.need_scores)
-            states.append(self.run(ids[:, first - start : last - start], plan))
-        cache.lengths = [end] * ids.shape[0]
-        return states[0] if len(states) == 1 else torch.cat(states, dim=1)
-
-    def verify(self, cache: KVCache, tokens: Tensor, shape: TreeShape, done: int = 0) -> Tensor:
-        """Run a tree of tokens in one pass (nothing is committed: see ``KVCache.compact``).
-
-        Each node sees the committed context, its ancestors and itself.
-
-        Args:
-            cache: of one sequence.
-            tokens: ``[nodes - done]``, the root first.
-            shape: of the tree.
-            done: first nodes of the shape that an earlier call has run and nothing has overwritten
-                since, so that a tree can grow level by level.
-        Returns:
-            Hidden states ``[nodes - done, state_size]``.
-        """
-        self._refuse_branches([shape])
-        return self.run(tokens[None], of_tree(cache, shape, self.layers.distinct_windows, done))[0]
-
-    def verify_trees(self, cache: KVCache, tokens: Tensor, shapes: list[TreeShape], first: int = 0) -> Tensor:
-        """``verify`` for several sequences of a cache in one pass (nothing is committed).
-
-        A prompt is a chain behind an empty sequence.
-
-        Args:
-            cache: of any number of sequences.
-            tokens: ``[nodes of all trees]``, one tree's after the other's.
-            shapes: a tree for each sequence.
-            first: sequence of the first tree; the others follow.
-        Returns:
-            Hidden states ``[nodes of all trees, state_size]``.
-        """
-        self._refuse_branches(shapes)
-        return self.run(tokens[None], of_trees(cache, shapes, self.layers.distinct_windows, first))[0]
-
-    def _refuse_branches(self, shapes: list[TreeShape]) -> None:
-        if self.chains_only and not all(shape.is_chain for shape in shapes):
-            raise ValueError(f"{self.name} keeps a recurrent state, which runs chains; the tree has branches")
+            found.mark(self.base)
+        return found
 
     @property
     def has_exact(self) -> bool:

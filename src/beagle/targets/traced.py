@@ -68,12 +68,6 @@ class Traced(Tensor):
 
     @classmethod
     def like(cls, shape: Tensor, of: Attention, stands_on: torch.device) -> Traced:
-        """
-        Args:
-            shape: whose shape and dtype it has.
-            of: as the attribute.
-            stands_on: as the attribute.
-        """
         made = torch.empty(shape.shape, dtype=shape.dtype, device="meta").as_subclass(cls)
         made.of, made.stands_on = of, stands_on
         return made
@@ -86,11 +80,7 @@ class Traced(Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """PyTorch's hook for its functions of such tensors.
-
-        Raises:
-            NotAttention: the function is no part of attention.
-        """
+        """PyTorch's hook for its functions of such tensors."""
         with torch._C.DisableTorchFunctionSubclass():
             return _call(func, tuple(args), dict(kwargs or {}))
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from beagle.errors import BeagleError
-from beagle.files import first_change, read_json, replacing, write_json
+from beagle.files import first_change, read_json, replacing, write_json, writing_to
 from beagle.targets.target import Target
 from beagle.training.prompts import Prompt
 from beagle.training.states import template_digest
@@ -49,6 +49,11 @@ class StoredAnswer:
     ended: bool
     prompt_tokens: int
     tokens: Tensor
+
+    @property
+    def text_ids(self) -> list[int]:
+        """The answer without the token that ends it."""
+        return [int(token) for token in (self.tokens[:-1] if self.ended else self.tokens)]
 
 
 @dataclass(frozen=True)
@@ -93,10 +98,7 @@ class AnswerFolder:
 
     @classmethod
     def open(cls, folder: str | Path) -> AnswerFolder:
-        """
-        Raises:
-            BeagleError: no answers are there, or the manifest is damaged.
-        """
+        """The answers of a folder; refuses one without them."""
         path = Path(folder) / "manifest.json"
         remedy = "copy or download the folder again"
         found = read_json(path, remedy)
@@ -118,20 +120,15 @@ class AnswerFolder:
         path = Path(folder) / "manifest.json"
         found = read_json(path, "choose another folder")
         if found is None:
-            try:
+            with writing_to(folder):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, asdict(manifest))
-            except OSError as error:
-                raise BeagleError(f"cannot write '{folder}': {error.strerror}; choose another folder") from error
         elif name := first_change(found, asdict(manifest)):
             raise BeagleError(f"'{folder}' holds answers of another {name}; choose another folder")
         return cls(folder, manifest)
 
     def refuse_other_target(self, target: Target) -> None:
-        """
-        Raises:
-            BeagleError: the answers are not of this target.
-        """
+        """Refuse a target whose answers these are not."""
         own = asdict(AnswersManifest.of(target, self.manifest.sampling))
         stored = asdict(self.manifest)
         if name := first_change(stored, {key: value for key, value in own.items() if key != "target"}):
@@ -194,11 +191,8 @@ class AnswerFolder:
         columns = {name: [getattr(answer, name) for answer in answers] for name in COLUMNS}
         text = json.dumps(columns, separators=(",", ":"))
         path = self.folder / f"answers-{number:05d}.safetensors"
-        try:
-            with replacing(path) as partial:
-                save_file(tensors, partial, metadata={"answers": text})
-        except (OSError, SafetensorError) as error:
-            raise BeagleError(f"cannot write '{path}': {error}; free space, then run the same command again") from error
+        with writing_to(path, "free space, then run the same command again"), replacing(path) as partial:
+            save_file(tensors, partial, metadata={"answers": text})
 
     def _read(self, path: Path) -> list[StoredAnswer]:
         try:

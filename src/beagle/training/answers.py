@@ -5,7 +5,6 @@ Rows of a fixed batch are refilled as answers end, so long answers don't hold up
 
 from __future__ import annotations
 
-import random
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from beagle.decoding.sequence import Sequence
 from beagle.errors import BeagleError
 from beagle.targets.target import Target
 from beagle.training.prompts import Prompt, has_template
+from beagle.training.recipe import AnswerConfig
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,7 @@ class Sample:
 
 
 def refuse_not_finite(states: Tensor, target: Target, name: str) -> None:
-    """
-    Args:
-        name: of the prompt whose states they are.
-    Raises:
-        BeagleError: some are no numbers.
-    """
+    """Refuse states, of the prompt of this name, some of which are no numbers."""
     if not states.isfinite().all():
         dtype = str(target.dtype).removeprefix("torch.")
         remedy = "copy or download it again" if dtype == "float32" else "load it with dtype float32"
@@ -75,26 +70,9 @@ class AnswerGenerator:
         empty: answers that ended at once.
     """
 
-    def __init__(
-        self,
-        target: Target,
-        *,
-        rows: int = 96,
-        max_prompt_tokens: int = 384,
-        max_new_tokens: int = 192,
-        max_turns: int = 2,
-        sampled_share: float = 0.25,
-        temperature: float = 0.7,
-        seed: int = 0,
-    ) -> None:
-        self.target = target
-        self.rows = rows
-        self.max_prompt_tokens = max_prompt_tokens
-        self.max_new_tokens = max_new_tokens
-        self.max_turns = max_turns if has_template(target) else 1
-        self.sampled_share = sampled_share
-        self.temperature = temperature
-        self.seed = seed
+    def __init__(self, target: Target, config: AnswerConfig) -> None:
+        self.target, self.config = target, config
+        self.max_turns = config.max_turns if has_template(target) else 1
         self.too_long = self.empty = 0
 
     def run(self, prompts: Iterable[Prompt]) -> Iterator[Sample]:
@@ -103,7 +81,7 @@ class AnswerGenerator:
         Raises:
             BeagleError: a prompt can't be encoded, or the target's states are not finite (the prompt is named).
         """
-        decoder = Decoder(self.target, size=self.rows, keep_states=True)
+        decoder = Decoder(self.target, size=self.config.rows, keep_states=True)
         source = iter(prompts)
         waiting: deque[Sequence] = deque()
         jobs: dict[Sequence, _Job] = {}
@@ -118,7 +96,7 @@ class AnswerGenerator:
 
     def _refill(self, waiting: deque[Sequence], jobs: dict[Sequence, _Job], source: Iterator[Prompt]) -> None:
         """Keep enough prompts waiting that some of them are of similar length."""
-        while len(waiting) < 4 * self.rows:
+        while len(waiting) < 4 * self.config.rows:
             prompt = next(source, None)
             if prompt is None:
                 return
@@ -126,20 +104,14 @@ class AnswerGenerator:
 
     def _enqueue(self, job: _Job, waiting: deque[Sequence], jobs: dict[Sequence, _Job]) -> bool:
         """Whether the turn is short enough to be answered."""
-        try:
-            ids = job.prompt.encode(self.target, job.answers)
-        except BeagleError as error:
-            raise BeagleError(f"{job.prompt.name}: {error}") from error
-        if len(ids) > min(self.max_prompt_tokens, self.target.context_limit - 1):
+        ids = job.prompt.encode(self.target, job.answers)
+        if len(ids) > min(self.config.max_prompt_tokens, self.target.context_limit - 1):
             self.too_long += 1
             return False
-        key = f"{self.seed}/{job.prompt.key}"
-        sampled = random.Random(key).random() < self.sampled_share
-        seed = random.Random(f"{key}/{len(job.answers)}").getrandbits(62)
-        most = min(
-            self.max_new_tokens + 1, self.target.context_limit - len(ids)
-        )  # the last is not run: it has no state
-        sampling = SamplingParams(temperature=self.temperature if sampled else 0.0, seed=seed)
+        # one more than is trained on: the last is not run, and has no state
+        most = min(self.config.max_new_tokens + 1, self.target.context_limit - len(ids))
+        temperature, seed = self.config.drawn(job.prompt.key, len(job.answers))
+        sampling = SamplingParams(temperature=temperature, seed=seed)
         name = f"{job.prompt.name}: {self.target.name} in {str(self.target.dtype).removeprefix('torch.')}"
         sequence = Sequence(ids, most, Sampler(sampling, eos_ids=self.target.eos_ids, name=name))
         jobs[sequence] = job

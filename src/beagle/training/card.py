@@ -15,7 +15,6 @@ def model_card(result: dict[str, Any], repository: str, licence: str | None) -> 
     """The README.md of a head on the hub.
 
     Args:
-        result: content of the run's ``result.json``.
         repository: ``ORG/NAME``.
         licence: as the hub names them, such as ``apache-2.0``; None: not stated.
     """
@@ -67,12 +66,15 @@ def _facts(result: dict[str, Any], target: str, licence: str | None) -> list[tup
     recipe, machine = result.get("recipe", {}), result.get("machine", {})
     architecture = recipe.get("head", {}).get("architecture", "beagle")
     own = result["target"]
-    facts = [
+    return [
         ("target", f"{target}, {own.get('dtype')}{', ' + own['quantize'] if own.get('quantize') else ''}"),
         ("architecture", str(architecture)),
         ("licence", licence or "not stated"),
         ("data", _data(result)),
-        ("seed", f"{recipe.get('train', {}).get('seed')} of the training, {_answers(result, 'seed')} of the answers"),
+        (
+            "seed",
+            f"{recipe.get('train', {}).get('seed')} of the training, {result.get('answers', {}).get('seed')} of the answers",
+        ),
         ("started from", str((result.get("init") or {}).get("head", "random weights"))),
         ("training", f"{result.get('steps')} steps, {result.get('train_seconds')} seconds"),
         ("step-α of validation", " ".join(f"{alpha:.3f}" for alpha in result.get("validation_step_alpha", []))),
@@ -81,7 +83,6 @@ def _facts(result: dict[str, Any], target: str, licence: str | None) -> list[tup
         ("versions", ", ".join(f"{name} {number}" for name, number in result.get("versions", {}).items())),
         ("date", str(result.get("date"))),
     ]
-    return facts
 
 
 def _served(served: dict[str, Any] | None) -> str:
@@ -90,13 +91,8 @@ def _served(served: dict[str, Any] | None) -> str:
     return f"{served['tau']:.2f} with chains of {served['depth']} ({served['prompts']} prompts)"
 
 
-def _answers(result: dict[str, Any], name: str) -> Any:
-    return result.get("answers", {}).get(name)
-
-
 def _data(result: dict[str, Any]) -> str:
-    source = {"given": "answers that the dialogues bring", "target": "the target's answers"}.get(
-        _answers(result, "source"), "answers"
-    )
+    sources = {"given": "answers that the dialogues bring", "target": "the target's answers"}
+    source = sources.get(result.get("answers", {}).get("source"), "answers")
     prompts = f" to {result['prompts']:,} prompts" if result.get("prompts") else ""
     return f"{source}{prompts}: {result.get('stored_tokens', 0):,} tokens, prompts included"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from beagle.errors import BeagleError
 from beagle.targets.target import Target
+from beagle.training.answers import Sample
 from beagle.training.states import StateStore, key_of, read_shard, shard_ids
 from beagle.training.windows import ROUND, Batch, round_up
 
@@ -29,13 +30,9 @@ class Stored:
     answer_from: int
 
 
-def is_validation(sample_id: str, stored_as: str) -> bool:
-    """A fixed 1 in 40 of the prompts, all turns of each, in every store that holds them.
-
-    Args:
-        stored_as: the sample's shard and number there, which decides where its id holds no key of a prompt.
-    """
-    return zlib.crc32((key_of(sample_id) or stored_as).encode()) % 40 == 0
+def is_validation(sample_id: str) -> bool:
+    """A fixed 1 in 40 of the prompts, all turns of each, in every store that holds them."""
+    return zlib.crc32(key_of(sample_id).encode()) % 40 == 0
 
 
 def samples(shards: list[Path], *, validation: bool, with_states: bool = True) -> list[Stored]:
@@ -46,7 +43,7 @@ def samples(shards: list[Path], *, validation: bool, with_states: bool = True) -
         offsets = content["offsets"].tolist()
         for i, (name, first) in enumerate(zip(shard_ids(path), content["answer_from"].tolist(), strict=True)):
             a, b = offsets[i], offsets[i + 1]
-            if b - a - 2 >= first and is_validation(name, f"{path.name}/{i}") == validation:
+            if b - a - 2 >= first and is_validation(name) == validation:
                 tokens = content["tokens"][a:b].long()
                 states = content["states"][a:b] if "states" in content else None
                 out.append(Stored(f"{path.name}/{i}", tokens, states, first))
@@ -67,8 +64,6 @@ def batches(
     """One epoch of training batches of about ``tokens`` tokens each, padding kept small.
 
     Args:
-        store: of the samples.
-        tokens: of a batch, padding included.
         seed: of the order.
         epoch: its number, from 0.
         with_states: False is for those who count batches; states that are stored are not read then.
@@ -92,25 +87,28 @@ def batches(
         yield from (g for g in groups if g)
 
 
-def padded_tokens(group: Sequence[Stored], target: Target) -> int:
+def padded_tokens(group: Sequence[Stored | Sample], target: Target) -> int:
     """Tokens that each sample of a batch is padded to."""
     return min(round_up(max(len(s.tokens) for s in group), ROUND), target.context_limit)
+
+
+def padded(group: Sequence[Stored | Sample], n: int, device: torch.device) -> Tensor:
+    """Tokens of samples, with zeros behind them, ``[samples, n]``."""
+    tokens = torch.zeros(len(group), n, dtype=torch.long)
+    for row, sample in zip(tokens, group, strict=True):
+        row[: len(sample.tokens)] = sample.tokens
+    return tokens.to(device)
 
 
 def collate(group: Sequence[Stored], target: Target, columns: Tensor | None = None, n: int | None = None) -> Batch:
     """Pad a group and look its embeddings up, in fp32; run the target where no states are stored.
 
     Args:
-        group: samples.
-        target: their model.
         columns: what the head reads of a state, as of ``Target.columns``.
         n: tokens that each sample is padded to; None: see ``padded_tokens``.
     """
     n = n or padded_tokens(group, target)
-    tokens = torch.zeros(len(group), n, dtype=torch.long)
-    for i, sample in enumerate(group):
-        tokens[i, : len(sample.tokens)] = sample.tokens
-    tokens = tokens.to(target.device)
+    tokens = padded(group, n, target.device)
     stored = [s.states for s in group if s.states is not None]
     if len(stored) < len(group):
         states = target.prefill(tokens, target.new_cache(len(group), n)).float()

@@ -34,10 +34,6 @@ def last_answer(target: Target, dialogue: Sequence[Message]) -> tuple[list[int],
     The answer begins where the prompt that asks for it ends, or, where the template says so, at its mark
     (``{% generation %}``). It ends before the first token that ends an answer.
 
-    Args:
-        target: whose chat template renders the dialogue.
-        dialogue: messages as of ``chat.encode``.
-
     Returns:
         Ids before the answer, and the answer's, without the token that ends it.
 
@@ -70,9 +66,6 @@ def _last_marked(target: Target, dialogue: Sequence[Message], marked: list[bool]
     """Where the marked tokens of the last message begin and end.
 
     Args:
-        target: whose template it is.
-        dialogue: what was rendered.
-        marked: which tokens of it are marked.
         asked: number of tokens that ask for the last message, if it is rendered behind just these.
     """
     if asked is not None:

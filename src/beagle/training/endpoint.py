@@ -49,10 +49,6 @@ def fetch_answers(
         endpoint: the server, which must serve this very model: its greedy answers are compared.
         target: the model whose answers they are to be; it encodes the prompts and generates nothing.
         prompts: what is asked; the same content is asked once.
-        folder: where the answers are kept.
-        config: ``rows`` is the number of requests at once.
-        console: shows the progress, and what was left out.
-        skip_bad_lines: as of ``answerable``.
     Returns:
         The folder.
     Raises:
@@ -96,12 +92,7 @@ def fetch_answers(
 
 def _finished(answers: list[StoredAnswer], prompt: Prompt, turns: int) -> bool:
     """Whether there is nothing more to ask of a dialogue."""
-    return len(answers) >= min(len(prompt.turns), turns) or (bool(answers) and _text_ids(answers[-1]) == [])
-
-
-def _text_ids(answer: StoredAnswer) -> list[int]:
-    """The answer without the token that ends it."""
-    return [int(token) for token in (answer.tokens[:-1] if answer.ended else answer.tokens)]
+    return len(answers) >= min(len(prompt.turns), turns) or (bool(answers) and not answers[-1].text_ids)
 
 
 class _Run:
@@ -169,14 +160,12 @@ class _Run:
         key = prompt_key(prompt)
         have = self.stored.setdefault(key, [])
         for turn in range(len(have), min(len(prompt.turns), self.turns)):
-            ids, history = self._encode(prompt, have)
+            history = [self.target.tokenizer.decode(answer.text_ids, skip_special_tokens=True) for answer in have]
+            ids = prompt.encode(self.target, history)
             if len(ids) > min(self.config.max_prompt_tokens, self.target.context_limit - 1):
                 self.too_long += 1
                 return
-            drawn = f"{self.config.seed}/{prompt.key}"
-            sampled = random.Random(drawn).random() < self.config.sampled_share
-            temperature = self.config.temperature if sampled else 0.0
-            seed = random.Random(f"{drawn}/{turn}").getrandbits(62)
+            temperature, seed = self.config.drawn(prompt.key, turn)
             # one more than is trained on: the last token is not run, as in ``AnswerGenerator``
             most = min(self.config.max_new_tokens + 1, self.target.context_limit - len(ids))
             reply = await self.server.ask(client, prompt, history, ids, most, temperature, seed)
@@ -184,16 +173,8 @@ class _Run:
             answer = StoredAnswer(key, prompt.id, turn, temperature, ended, len(ids), torch.tensor(tokens))
             have.append(answer)
             self._keep(answer)
-            if not _text_ids(answer):
+            if not answer.text_ids:
                 return
-
-    def _encode(self, prompt: Prompt, have: list[StoredAnswer]) -> tuple[list[int], list[str]]:
-        """Token ids up to the next turn, and the answers before it."""
-        history = [self.target.tokenizer.decode(_text_ids(answer), skip_special_tokens=True) for answer in have]
-        try:
-            return prompt.encode(self.target, history), history
-        except BeagleError as error:
-            raise BeagleError(f"{prompt.name}: {error}") from error
 
     def _keep(self, answer: StoredAnswer) -> None:
         self.waiting.append(answer)

@@ -11,10 +11,6 @@ class EnergyMeter:
     """Joules of all processor packages and their memory, whatever else runs on the machine included."""
 
     def __init__(self, folder: Path = POWERCAP) -> None:
-        """
-        Args:
-            folder: of the kernel's power zones.
-        """
         zones = sorted(zone for zone in folder.glob("intel-rapl:*") if _is_counted(zone))
         self._last = {zone: joules for zone in zones if (joules := _read(zone / "energy_uj")) is not None}
 

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from beagle.errors import BeagleError
-from beagle.files import write_text
+from beagle.files import write_text, writing_to
 from beagle.training.config import TrainConfig
 
 try:
@@ -24,7 +24,6 @@ except ImportError:  # pragma: no cover
 
 LOG = "log.csv"
 CHECKPOINT = "checkpoint.safetensors"
-REMOVED = {"early_mask": "blocks", "late_loss": "next"}  # settings of older runs, and what is done always
 FREE = ("micro_batch_tokens",)  # settings of ``TrainConfig`` that a resumed run may change
 COLUMNS = ["step", "stage", "loss", "seconds", "tokens", *(f"alpha_{j}" for j in range(1, 6))]
 
@@ -38,11 +37,9 @@ def alone(folder: Path, lock: str = ".run.lock") -> Iterator[None]:
     Raises:
         BeagleError: another run is at work there (its process is named), or the folder can't be written.
     """
-    try:
+    with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / lock, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise BeagleError(f"cannot write '{folder}': {error.strerror}; choose another folder") from error
     try:
         if fcntl is not None:
             try:
@@ -107,9 +104,6 @@ def read_progress(out: Path, expected: dict[str, Any]) -> dict[str, Any] | None:
         raise BeagleError(f"checkpoint '{path}' is corrupt ({error}); delete it to start over") from error
     saved = progress["identity"]
     saved["train"] = {**identity(TrainConfig(), {})["train"], **saved["train"]}  # what is younger stood at its default
-    for name, only in REMOVED.items():
-        if saved["train"].get(name) == only:
-            del saved["train"][name]
     saved["train"] |= {name: expected["train"][name] for name in FREE}
     if saved != expected:
         raise BeagleError(f"'{out}' holds a run with other settings; choose another folder or delete it")

@@ -72,8 +72,6 @@ def _acceptance_shaped(
         p: the target's distribution ``[slots, draft_vocab]``.
         q: the draft's, likewise; overwritten.
         weights: ``[slots]``, applied to the gradient alone.
-        loss: any but cross-entropy.
-        share: of cross-entropy in it.
 
     Returns:
         The loss ``[slots]``, its weighted gradient for the draft's logits ``[slots, draft_vocab]``, α ``[slots]``.
@@ -127,9 +125,7 @@ def slot_losses(
         head: rows of the LM head, ``[draft_vocab, hidden]``.
         weights: of the slots, ``[slots]``, in fp32.
         bias: ``[draft_vocab]`` of the LM head, where it has one.
-        loss: which of them.
         cross_entropy_share: from 0 to 1, of cross-entropy mixed into the loss; the loss has the rest.
-        measure: give the acceptance too.
 
     Returns:
         Weighted losses ``[slots]``, and α ``[slots]`` without a gradient, or None.

@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from beagle.errors import BeagleError
+from beagle.errors import BeagleError, first_line, required
 
 Row = tuple[int, str, Any]  # its number from 1 on, what it is called, and a line's text or what an entry holds
 
@@ -60,19 +60,10 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _table(path: Path) -> Iterator[Row]:
-    """Rows of a data set; fields without a value are left out, which in a table every row has.
-
-    Raises:
-        BeagleError: ``datasets`` isn't installed, or can't read it.
-    """
+    """Rows of a data set; fields without a value are left out, which in a table every row has."""
     if not path.exists():
         raise BeagleError(f"question file '{path}' can't be read: No such file; check the path")
-    try:
-        import datasets  # the extra `data`: most people have JSON
-    except ImportError as error:
-        raise BeagleError(
-            f"'{path}' needs the library `datasets`: pip install 'beagle-decoding[data]', or give JSON lines"
-        ) from error
+    datasets = required("datasets", "data", f"'{path}'")  # most people have JSON
     try:
         if path.is_dir():
             found: Any = datasets.load_from_disk(str(path))
@@ -87,8 +78,7 @@ def _table(path: Path) -> Iterator[Row]:
     except BeagleError:
         raise
     except Exception as error:  # that library has many ways to fail
-        reason = (str(error).splitlines() or [repr(error)])[0]
-        raise BeagleError(f"'{path}' can't be read: {reason}; copy or download it again") from error
+        raise BeagleError(f"'{path}' can't be read: {first_line(error)}; copy or download it again") from error
 
 
 def _filled(value: Any) -> Any:
@@ -99,11 +89,7 @@ def _filled(value: Any) -> Any:
 
 
 def _lines(path: Path, file: Any) -> Iterator[Row]:
-    """A line's text each, or the entries of an array.
-
-    Raises:
-        BeagleError: the file is of another format, or an array that ends too soon.
-    """
+    """A line's text each, or the entries of an array."""
     start = file.peek(8)[:8]
     for magic, (name, command) in _OTHERS.items():
         if start.startswith(magic):

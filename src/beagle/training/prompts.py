@@ -69,27 +69,28 @@ class Prompt:
         """Token ids of the dialogue up to the turn behind ``answers``; without a chat template the first turn as it is.
 
         Raises:
-            BeagleError: the tokenizer or its template doesn't take it (the prompt is not named).
+            BeagleError: the tokenizer or its template doesn't take it; the prompt is named.
         """
-        if not answers and not (self.system and has_template(target)):
-            return encode(target, self.turns[0])
-        return encode(target, self.messages(answers))
+        asked = self.messages(answers) if answers or (self.system and has_template(target)) else self.turns[0]
+        try:
+            return encode(target, asked)
+        except BeagleError as error:
+            raise BeagleError(f"{self.name}: {error}") from error
 
     def messages(self, answers: Sequence[str] = ()) -> list[Message]:
         """The dialogue up to the turn that comes after ``answers``, those between the turns before it."""
-        messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        for turn, answer in zip(self.turns, answers, strict=False):
-            messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
-        return [*messages, {"role": "user", "content": self.turns[len(answers)]}]
+        return [*self._answered(answers), {"role": "user", "content": self.turns[len(answers)]}]
 
     def given(self) -> list[Message]:
         """The dialogue as its file has it, answers included."""
-        system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        dialogue = list(self.dialogue)
-        if not dialogue:
-            for turn, answer in zip(self.turns, self.answers, strict=False):
-                dialogue += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
-        return system + dialogue
+        return [*self._answered(()), *self.dialogue] if self.dialogue else self._answered(self.answers)
+
+    def _answered(self, answers: Sequence[str]) -> list[Message]:
+        """The system message, and the turns that these answers are to, each with its answer."""
+        messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        for turn, answer in zip(self.turns, answers, strict=False):
+            messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
+        return messages
 
 
 def has_template(target: Target) -> bool:
@@ -110,7 +111,7 @@ def answerable(target: Target, prompts: Sequence[Prompt], skip_bad_lines: bool |
         try:
             prompt.encode(target, ["..."] * (len(prompt.turns) - 1) if has_template(target) else ())
         except BeagleError as error:
-            reject(f"{prompt.name}: {error}", error, skip_bad_lines)
+            reject(str(error), error, skip_bad_lines)
         else:
             out.append(prompt)
     if prompts and not out:
@@ -142,7 +143,6 @@ def read_prompts(
         limit: read no further than that many prompts.
         skip_bad_lines: leave out what is no prompt, each with a line on stderr. None is False without the option to
             name in an error.
-        given: as of ``parse_prompt``.
     Raises:
         BeagleError: no such file, nothing in it, or a bad line (file and number named).
     """
@@ -184,7 +184,6 @@ def reject(message: str, error: Exception, skip: bool | None) -> None:
 def parse_prompt(row: Any, number: int, *, given: bool = False) -> Prompt:
     """
     Args:
-        row: what a file holds of it.
         number: of the row, in place of an id.
         given: take what brings its own answers first, and also what can't be asked: a ``text``, and dialogues with
             messages of tools.
@@ -251,14 +250,7 @@ def _are_messages(value: Any) -> bool:
 
 
 def _talk(dialogue: list[Any], *, tools: bool) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Messages as chat templates have them, and the contents of the system's.
-
-    Args:
-        dialogue: messages in OpenAI's or ShareGPT's form.
-        tools: take messages of tools.
-    Raises:
-        ValueError: one is none, or stands where it can't.
-    """
+    """Messages as chat templates have them, and the contents of the system's."""
     talk: list[dict[str, Any]] = []
     system = []
     for message in dialogue:

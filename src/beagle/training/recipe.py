@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -10,7 +11,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from beagle.drafters.checkpoint import HEADS
-from beagle.errors import BeagleError
+from beagle.errors import BeagleError, first_line
 from beagle.training.config import Positive, TrainConfig
 
 
@@ -43,6 +44,12 @@ class AnswerConfig:
     given_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     state_layers: tuple[Positive, ...] = ()
 
+    def drawn(self, key: str, turn: int) -> tuple[float, int]:
+        """Temperature and seed of an answer: they follow from the prompt's key, the number of the turn and the seed alone."""
+        of_prompt = f"{self.seed}/{key}"
+        sampled = random.Random(of_prompt).random() < self.sampled_share
+        return self.temperature if sampled else 0.0, random.Random(f"{of_prompt}/{turn}").getrandbits(62)
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -56,33 +63,21 @@ class Recipe:
     head: dict[str, Any] = field(default_factory=dict)
 
     def state_layers(self, count: int) -> tuple[int, ...]:
-        """The layers to load the target with: those that the head reads, and those that are to be stored.
-
-        Args:
-            count: layers of the target.
-        """
+        """The layers to load the target with: those that the head reads, and those that are to be stored."""
         return tuple(sorted({*head_layers(self.head, count), *self.answers.state_layers}))
 
 
 def head_layers(options: dict[str, Any], count: int) -> tuple[int, ...]:
-    """The layers that a head reads beside the top state.
-
-    Args:
-        options: the head section of a recipe.
-        count: layers of the target.
-    """
+    """The layers that a head reads beside the top state."""
     return HEADS[options.get("architecture", "beagle")].config_class.layers_of(options, count)
 
 
 def read_recipe(path: Path) -> Recipe:
-    """
-    Raises:
-        BeagleError: unreadable, or a key or value that can't be (named).
-    """
+    """A recipe's file; refuses a key or value that can't be, which it names."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BeagleError(f"recipe '{path}' can't be read: {str(error).splitlines()[0]}; see configs/") from error
+        raise BeagleError(f"recipe '{path}' can't be read: {first_line(error)}; see configs/") from error
     if not isinstance(content, dict) or set(content) - {"answers", "train", "head"}:
         raise BeagleError(f"recipe '{path}' is no mapping of answers, train and head; see configs/")
     train = checked(TrainConfig, content.get("train") or {}, path, "train")

@@ -42,11 +42,6 @@ class Reply(BaseModel):
 def answer_tokens(reply: Reply, target: Target, ids: list[int], most: int) -> tuple[list[int], bool]:
     """Token ids of an answer, with the one that ends it, and whether it ended.
 
-    Args:
-        reply: the server's.
-        target: the model that it is to be an answer of.
-        ids: the prompt.
-        most: number of tokens that were asked for.
     Raises:
         UnusableError: the server read another prompt, ended the answer for a reason of its own, or gives a text whose
             tokens can't be known.
@@ -71,14 +66,7 @@ def answer_tokens(reply: Reply, target: Target, ids: list[int], most: int) -> tu
 
 
 def _refuse_other_prompt(theirs: list[int] | None, count: int | None, ids: list[int]) -> None:
-    """
-    Args:
-        theirs: the server's token ids of the prompt, if it gives them.
-        count: their number, if it gives that.
-        ids: the target's.
-    Raises:
-        UnusableError: they are not the same.
-    """
+    """Refuse an answer to other tokens than the target's, as far as the server tells them or their number."""
     what = "the server has another tokenizer or chat template: it encodes the prompt as"
     if theirs is not None and theirs != ids:
         raise UnusableError(f"{what} {len(theirs)} tokens, which are not the target's {len(ids)}")
@@ -87,11 +75,7 @@ def _refuse_other_prompt(theirs: list[int] | None, count: int | None, ids: list[
 
 
 def _tokenised(target: Target, text: str, count: int | None, ended: bool) -> list[int]:
-    """The tokens of a text that stands for ``count`` of them, the one that ends it perhaps among them.
-
-    Raises:
-        UnusableError: the server's tokens were others.
-    """
+    """The tokens of a text that stands for ``count`` of them, the one that ends it perhaps among them."""
     tokens = list(target.tokenizer(text, add_special_tokens=False)["input_ids"])
     again = target.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
     if again != text or (count is not None and count not in (len(tokens), len(tokens) + ended)):

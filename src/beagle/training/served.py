@@ -62,19 +62,12 @@ class Served:
         return self.error is not None and self.simulated - self.tau > max(ERRORS * self.error, SHARE * self.simulated)
 
     def lines(self, validation: list[float]) -> list[str]:
-        """For the user.
-
-        Args:
-            validation: step-α of the validation.
-        """
+        """For the user."""
         noise = "" if self.error is None else f" ± {self.error:.2f}"
-        found = [
+        return [
             f"step-α of validation {_row(validation)}; of {self.prompts} held-out prompts decoded {_row(self.step_alpha)}",
             f"τ of chains of {self.depth}: simulated {self.simulated:.2f}, decoded {self.tau:.2f}{noise}",
         ]
-        if self.falls_short:
-            found.append(f"warning: the head drafts worse than in training; {CAUSES}")
-        return found
 
     def as_dict(self) -> dict[str, Any]:
         """For a result file."""
@@ -87,11 +80,6 @@ class Served:
 def measure_served(trained: Block, folder: Path, target: Target, held_out: list[Stored]) -> Served | None:
     """Decode held-out prompts with the exported head, and compare with the trained one in its training's code.
 
-    Args:
-        trained: the head as it was trained.
-        folder: the same head, exported.
-        target: its target.
-        held_out: samples that were not trained on.
     Returns:
         None if there are none.
     """
@@ -144,13 +132,6 @@ class EachMinute:
     """Shows τ on a few held-out prompts, now and after each minute of training."""
 
     def __init__(self, head: Block, target: Target, held_out: list[Stored], show: Callable[[str], None]) -> None:
-        """
-        Args:
-            head: that is trained.
-            target: its target.
-            held_out: samples that are not trained on.
-            show: shows a line.
-        """
         self.head, self.target, self.held_out, self.show = head, target, held_out, show
         self.trained = 0.0
         self._measure()

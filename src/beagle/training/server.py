@@ -7,13 +7,12 @@ import os
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
-from beagle.errors import BeagleError
+from beagle.errors import BeagleError, first_line, required
 from beagle.targets.target import Target
 from beagle.training.prompts import Prompt, has_template
 from beagle.training.replies import Reply, UnusableError, agreeing, answer_tokens
@@ -43,10 +42,6 @@ class Endpoint:
     states: Path | None = None
 
     def __post_init__(self) -> None:
-        """
-        Raises:
-            BeagleError: the url is no address.
-        """
         try:
             parts = urlsplit(self.url)
             if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -71,11 +66,7 @@ class Server:
     """
 
     def __init__(self, endpoint: Endpoint, target: Target) -> None:
-        """
-        Raises:
-            BeagleError: a package is missing.
-        """
-        self.openai: Any = _openai()
+        self.openai = required("openai", "endpoint", f"endpoint '{endpoint.url}'")
         self.endpoint, self.target = endpoint, target
         self.extensions = dict(EXTENSIONS)
         self.agreement: float | None = None
@@ -92,13 +83,7 @@ class Server:
         """One request. The client repeats it if the server is busy, fails or can't be reached.
 
         Args:
-            client: as of ``client``, or with other options.
-            prompt: whose next turn is asked.
-            history: answers to the turns before it.
-            ids: token ids up to there.
-            most: tokens of the answer.
             temperature: 0 is greedy.
-            seed: of sampling.
         Raises:
             UnusableError: the server doesn't take this prompt, or its answer has another form.
             openai.APIError: another error of the API.
@@ -123,10 +108,6 @@ class Server:
         """Find out with a few prompts whether the server is there, has the model, and which fields it takes; and
         whether its greedy answers are the target's.
 
-        Args:
-            client: as of ``client``.
-            prompts: the first short ones are asked.
-            longest: tokens of a short one.
         Raises:
             BeagleError: it isn't so.
         """
@@ -217,16 +198,6 @@ class Server:
         )
 
 
-def _openai() -> ModuleType:
-    try:
-        import openai
-    except ImportError as error:
-        raise BeagleError(
-            "answers from an endpoint need the openai package; install it: pip install 'beagle-decoding[endpoint]'"
-        ) from error
-    return openai
-
-
 REMEDY = "serve the target itself, with its own tokenizer and chat template"
 ADDRESS = "check the address and that the server runs"
 
@@ -248,5 +219,4 @@ def one_line(error: Any) -> str:
     """A server's own message, or what an exception says."""
     body = getattr(error, "body", None)
     found = body.get("message") if isinstance(body, dict) else None
-    text = str(found or error).strip()
-    return (text.splitlines() or [type(error).__name__])[0][:200]
+    return first_line(found or error)[:200]

@@ -66,7 +66,6 @@ def digest(folder: Path | None) -> str | None:
 def refuse_other_start(out: Path, folder: Path | None) -> None:
     """
     Args:
-        out: folder of the run.
         folder: of the head that it is to start from; None: it starts from random weights.
     Raises:
         BeagleError: the run that ``out`` holds started from another one.
@@ -90,7 +89,6 @@ def start_from(head: Block, other: Block, folder: Path, out: Path, tau: float | 
     Args:
         head: of the same shape; changed in place.
         other: the head to start from, which ``folder`` holds.
-        out: folder of the run.
         tau: of the other head on held-out prompts, to be noted; None: not measured.
     """
     weights = {name: tensor for name, tensor in other.state_dict().items() if name != "draft_vocab"}

@@ -14,12 +14,7 @@ except ImportError:  # pragma: no cover
 
 
 def written_file(reply: dict[str, Any], folder: Path) -> Path | None:
-    """The file of hidden states that a reply of vLLM's names, as it is called here; None: it names none.
-
-    Args:
-        reply: of the completions API.
-        folder: that the server writes to.
-    """
+    """The file of hidden states that a reply of vLLM's names, as it is called here; None: it names none."""
     found = reply.get("kv_transfer_params")
     path = found.get("hidden_states_path") if isinstance(found, dict) else None
     return folder / Path(path).name if isinstance(path, str) else None

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,13 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from beagle.errors import BeagleError
-from beagle.files import first_change, read_json, replacing, write_json
+from beagle.files import first_change, read_json, replacing, write_json, writing_to
 from beagle.targets.target import Target
 from beagle.training.answers import Sample
 
 SHARD_TOKENS = 65_536
 SHARDS = "shard-*.safetensors"
-_KEYED = re.compile(r"[0-9a-f]{24}/\d+")  # a prompt's key and the number of a turn
 
 
 @dataclass(frozen=True)
@@ -80,9 +77,9 @@ def template_digest(target: Target) -> str:
     return hashlib.sha256(template.encode()).hexdigest()[:16]
 
 
-def key_of(sample_id: str) -> str | None:
-    """The prompt's key in a sample's id; None for the ids of earlier versions, which say nothing of the content."""
-    return sample_id.partition("/")[0] if _KEYED.fullmatch(sample_id) else None
+def key_of(sample_id: str) -> str:
+    """The prompt's key in a sample's id; the number of the turn stands behind it."""
+    return sample_id.partition("/")[0]
 
 
 class StateStore:
@@ -98,11 +95,9 @@ class StateStore:
         self.folder = Path(folder)
         self.fingerprint = fingerprint
         self.with_states = with_states
-        try:
+        with writing_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             found, wanted = self._manifest(self.folder), asdict(fingerprint)
-            if found is not None:
-                found.setdefault("state_layers", [])  # older ones have the top state alone
             if found is None:
                 write_json(self.folder / "manifest.json", wanted)
             elif key := first_change(found, {key: value for key, value in wanted.items() if key != "target"}):
@@ -110,8 +105,6 @@ class StateStore:
                     f"{self.folder} holds states of {found.get('target')} made with {key} {found.get(key)!r}, "
                     f"not {wanted[key]!r}; choose another folder or delete this one"
                 )
-        except OSError as error:
-            raise BeagleError(f"cannot write '{self.folder}': {error.strerror}; choose another folder") from error
 
     @classmethod
     def existing(cls, folder: Path) -> StateStore:
@@ -147,25 +140,9 @@ class StateStore:
             done.update(shard_ids(shard))
         return done
 
-    def answered(self) -> tuple[set[str], Counter[tuple[int, ...]]]:
-        """What need not be answered again.
-
-        Returns:
-            Keys of the prompts answered; and the token ids of those that an earlier version stored under the ids of
-            their file, which say nothing of the content.
-        """
-        keys: set[str] = set()
-        earlier: Counter[tuple[int, ...]] = Counter()
-        for shard in self.shards():
-            with open_shard(shard) as file:
-                ids = json.loads(file.metadata()["ids"])
-                keys.update(key for name in ids if (key := key_of(name)))
-                old = [i for i, name in enumerate(ids) if name.endswith("/0") and not key_of(name)]
-                if old:
-                    tokens, firsts = file.get_tensor("tokens"), file.get_tensor("answer_from").tolist()
-                    offsets = file.get_tensor("offsets").tolist()
-                    earlier.update(tuple(tokens[offsets[i] : offsets[i] + firsts[i] + 1].tolist()) for i in old)
-        return keys, earlier
+    def answered(self) -> set[str]:
+        """Keys of the prompts that need not be answered again."""
+        return {key_of(name) for name in self.done_ids()}
 
     def tokens(self) -> int:
         """Tokens on disk, prompts included."""
@@ -214,11 +191,8 @@ class StateStore:
         existing = self.shards()
         number = int(existing[-1].stem.split("-")[1]) + 1 if existing else 0
         path = self.folder / f"shard-{number:05d}.safetensors"
-        try:
-            with replacing(path) as partial:
-                save_file(tensors, partial, metadata={"ids": json.dumps([s.id for s in samples])})
-        except (OSError, SafetensorError) as error:
-            raise BeagleError(f"cannot write {path}: {error}; free space, then run the same command again") from error
+        with writing_to(path, "free space, then run the same command again"), replacing(path) as partial:
+            save_file(tensors, partial, metadata={"ids": json.dumps([s.id for s in samples])})
 
 
 def shard_ids(path: Path) -> list[str]:
@@ -235,7 +209,6 @@ def read_shard(path: Path, *, with_states: bool = True) -> dict[str, Tensor]:
     """Tensors of one shard (``states`` only where they are stored).
 
     Args:
-        path: of the shard.
         with_states: False leaves the states on disk; they are nearly all of it.
     Raises:
         BeagleError: the file is damaged, or its states are no numbers.
@@ -256,10 +229,7 @@ def _are_finite(states: Tensor) -> bool:
 
 
 def refuse_without_answers(folder: Path) -> None:
-    """
-    Raises:
-        BeagleError: nothing is stored there.
-    """
+    """Refuse a folder where nothing is stored."""
     if not any(folder.glob(SHARDS)):
         raise BeagleError(f"'{folder}' holds no answers; make some with `beagle train --prompts FILE --data {folder}`")
 

@@ -22,10 +22,11 @@ from beagle.targets.chat import encode
 from beagle.targets.target import Target
 from beagle.training.answer_files import AnswerFolder, prompt_key
 from beagle.training.answers import Sample, refuse_not_finite
+from beagle.training.data import padded, padded_tokens
 from beagle.training.dialogues import InseparableError, answered, last_answer
 from beagle.training.prompts import Prompt, has_template, reject
+from beagle.training.recipe import AnswerConfig
 from beagle.training.states import StateStore
-from beagle.training.windows import ROUND, round_up
 
 if TYPE_CHECKING:
     from beagle.training.vllm_states import VllmStates
@@ -38,19 +39,14 @@ class TextReader:
     """Prompts with answers as samples without states, in the order of their files.
 
     Attributes:
-        max_prompt_tokens: turns with more tokens before their answer are passed over.
-        max_new_tokens: longer answers are cut.
-        max_turns: most turns of a dialogue.
         left_out: what was passed over, a line each.
         too_long: turns that were passed over since they are too long.
         cut: answers that were cut.
     """
 
-    def __init__(self, target: Target, *, max_prompt_tokens: int, max_new_tokens: int, max_turns: int) -> None:
-        self.target = target
-        self.max_prompt_tokens = min(max_prompt_tokens, target.context_limit - 1)
-        self.max_new_tokens = max_new_tokens
-        self.max_turns = max_turns if has_template(target) else 1
+    def __init__(self, target: Target, config: AnswerConfig) -> None:
+        self.target, self.config = target, config
+        self.max_turns = config.max_turns if has_template(target) else 1
         self.left_out: list[str] = []
         self.too_long = self.cut = 0
 
@@ -85,14 +81,12 @@ class TextReader:
                         f"{answer.prompt_tokens} when '{folder.folder}' was made; give the tokenizer that it was made with"
                     )
                 yield from self._sample(prompt, answer.turn, ids, answer.tokens[:-1])  # the last was never run
-            made = answer.tokens[:-1] if answer.ended else answer.tokens
-            history.append(self.target.tokenizer.decode(made.tolist(), skip_special_tokens=True))
+            history.append(self.target.tokenizer.decode(answer.text_ids, skip_special_tokens=True))
 
     def given(self, prompts: Sequence[Prompt], skip_bad_lines: bool | None = False) -> Iterator[Sample]:
         """Dialogues with the answers that they bring, each a sample, and texts without turns.
 
         Args:
-            prompts: each with a key of its own (see ``numbered``).
             skip_bad_lines: leave out what the tokenizer or its template refuses; as of ``reject``.
         Raises:
             BeagleError: none brings an answer, or one is refused (named); or the chat template doesn't show of any
@@ -141,10 +135,10 @@ class TextReader:
 
     def _sample(self, prompt: Prompt, turn: int, ids: list[int], answer: Tensor) -> Iterator[Sample]:
         """One sample, or none where the prompt is too long or the answer is empty."""
-        if len(ids) > self.max_prompt_tokens:
+        if len(ids) > min(self.config.max_prompt_tokens, self.target.context_limit - 1):
             self.too_long += 1
             return
-        most = min(self.max_new_tokens, self.target.context_limit - len(ids))
+        most = min(self.config.max_new_tokens, self.target.context_limit - len(ids))
         self.cut += len(answer) > most
         answer = answer[:most]
         if len(answer):
@@ -223,8 +217,6 @@ def with_states(
     """Samples with the states that one pass of the target over each gives; texts of similar length share passes.
 
     Args:
-        target: that the states are of.
-        texts: samples without states.
         seed: of the order of the passes.
         served: a server that makes the passes; None: the target does.
     Raises:
@@ -255,11 +247,8 @@ def _groups(texts: Sequence[Sample], seed: int) -> Iterator[list[Sample]]:
 
 def _one_pass(target: Target, group: list[Sample]) -> Iterator[Sample]:
     """The group, padded to one length: no token sees those after it."""
-    n = min(round_up(max(len(text.tokens) for text in group), ROUND), target.context_limit)
-    tokens = torch.zeros(len(group), n, dtype=torch.long)
-    for row, text in zip(tokens, group, strict=True):
-        row[: len(text.tokens)] = text.tokens
-    tokens = tokens.to(target.device)
+    n = padded_tokens(group, target)
+    tokens = padded(group, n, target.device)
     states = target.prefill(tokens, target.new_cache(len(group), n)).to("cpu", torch.bfloat16)
     for row, text in zip(states, group, strict=True):
         own = row[: len(text.tokens)].clone()

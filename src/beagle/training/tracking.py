@@ -8,17 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from beagle.errors import BeagleError
+from beagle.errors import BeagleError, first_line
 
 TRACKERS = {"tensorboard": "TensorBoardTracker", "wandb": "WandBTracker", "trackio": "TrackioTracker"}
 PROJECT = "beagle"
 
 
 def refuse_tracker(name: str) -> None:
-    """
-    Raises:
-        BeagleError: there is no tracker of this name, or its package isn't installed.
-    """
+    """Refuse a tracker that is unknown, or whose package isn't installed."""
     if name not in TRACKERS:
         raise BeagleError(f"tracker '{name}' is unknown; use {', '.join(TRACKERS)}")
     try:
@@ -34,7 +31,6 @@ def tracking(
     """A function that logs the values of a step, as long as the context lasts; None without a name.
 
     Args:
-        name: of ``TRACKERS``.
         out: folder of the run; its name is the run's. TensorBoard's files go into ``out/tensorboard``.
         settings: sections of settings, to be shown with the run.
         step: that the run is resumed at; 0: it isn't.
@@ -59,15 +55,14 @@ def tracking(
         if name == "tensorboard":
             purge = {"purge_step": step + 1} if step else {}  # what the last checkpoint lacks is logged again
             tracker = kind(name, logging_dir=str(out), **purge)
-        elif name == "wandb":
-            tracker = kind(PROJECT, name=out.resolve().name, dir=str(out))
         else:
-            tracker = kind(PROJECT, name=out.resolve().name)
+            tracker = kind(PROJECT, name=out.resolve().name, **({"dir": str(out)} if name == "wandb" else {}))
         tracker.start()
         tracker.store_init_configuration(flat)
     except Exception as error:  # of whatever library
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BeagleError(f"{name} can't be started ({first}); log in to it or set it up, or log without it") from error
+        raise BeagleError(
+            f"{name} can't be started ({first_line(error)}); log in to it or set it up, or log without it"
+        ) from error
     try:
         yield lambda step, values: tracker.log(values, step=step)
     finally:

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from beagle.drafters.block import Block, Layer
 from beagle.drafters.checkpoint import HEADS, save_head
-from beagle.errors import BeagleError
+from beagle.errors import BeagleError, first_line
 from beagle.files import replacing, write_json
 from beagle.meta import redact_paths
 from beagle.ranks import ALONE, RankLost, Ranks
-from beagle.targets.loading import first_line, pick_dtype
+from beagle.targets.loading import pick_dtype
 from beagle.targets.target import Target
 from beagle.training.config import TrainConfig
 from beagle.training.data import Stored, batches, frequent_tokens, nothing_to_train_on, padded_tokens, samples

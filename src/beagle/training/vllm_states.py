@@ -20,8 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from beagle.errors import BeagleError
-from beagle.targets.loading import first_line
+from beagle.errors import BeagleError, first_line
 from beagle.targets.target import Target
 from beagle.training.answers import Sample, refuse_not_finite
 from beagle.training.data import Stored
@@ -70,7 +69,6 @@ class VllmStates:
     def __init__(self, server: StatesServer, target: Target, share: int = 1) -> None:
         """
         Args:
-            server: that serves ``target``.
             target: that the states are of; loaded with the layers that are wanted beside the top one.
             share: processes that ask the server; each takes its part of the limit.
         Raises:
@@ -131,7 +129,6 @@ class VllmStates:
         """The groups, each given when the next one's states are asked for already.
 
         Args:
-            groups: of samples.
             share: takes the number of samples of a group, and gives those that this process will want; by default all.
         """
         source = iter(groups)
@@ -147,8 +144,6 @@ class VllmStates:
     def trial(self, samples: Sequence[One]) -> None:
         """Compare states of a few samples with those that the target gives itself.
 
-        Args:
-            samples: of which the shortest are taken.
         Raises:
             BeagleError: they are of another model or of other layers, or the server gives none.
         """

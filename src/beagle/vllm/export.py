@@ -9,14 +9,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from beagle.drafters.block import Block, setting
 from beagle.drafters.head import BeagleHead
 from beagle.errors import BeagleError
-from beagle.files import replacing, write_json
+from beagle.files import replacing, write_json, writing_to
 from beagle.targets.family import sample_ids
 from beagle.targets.target import Target
 from beagle.vllm.config import ARCHITECTURE, LAYERS, MODEL_TYPE, method_of
@@ -53,13 +52,11 @@ def export(
     layer = layer_config(head, target)
     content = layer if to == "vllm" else speculators_config(layer, depth, verifier or target.name)
     tensors = weights(head, target, embeddings)
-    try:
+    with writing_to(folder, "free space or choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / "model.safetensors") as partial:
             save_file(tensors, partial)
         write_json(folder / "config.json", content)
-    except (OSError, SafetensorError) as error:
-        raise BeagleError(f"cannot write '{folder}': {error}; free space or choose another folder") from error
 
 
 def layer_config(head: BeagleHead, target: Target) -> dict[str, Any]:

@@ -136,7 +136,6 @@ def states_arguments(layers: list[int], folder: Path) -> str:
 
     Args:
         layers: numbers of the layers, from 1 on.
-        folder: that it writes to.
     """
     hidden = {"hf_config": {"eagle_aux_hidden_state_layer_ids": layers}}
     method = {"method": "extract_hidden_states", "num_speculative_tokens": 1, "draft_model_config": hidden}

@@ -65,7 +65,6 @@ class Layer(nn.Module):
         Args:
             vllm_config: the target's, the head's in its ``speculative_config``.
             number: of this block of the head, from 0 on.
-            prefix: of the head's module names.
         """
         super().__init__()
         config: Any = vllm_config.speculative_config.draft_model_config.hf_config

@@ -36,10 +36,7 @@ def has_matplotlib() -> bool:
 
 
 def require_matplotlib() -> None:
-    """
-    Raises:
-        BeagleError: it isn't installed.
-    """
+    """Refuse to go on without it."""
     if not has_matplotlib():
         raise BeagleError("plots need matplotlib; install it: pip install 'beagle-decoding[plots]'")
 

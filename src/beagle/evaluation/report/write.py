@@ -12,6 +12,7 @@ from beagle.evaluation.report.plots import plots
 from beagle.evaluation.report.style import require_matplotlib
 from beagle.evaluation.report.table import Table
 from beagle.evaluation.report.tables import heading, machine, tables
+from beagle.files import writing_to
 
 TITLE = "Beagle: speculative decoding, measured"
 
@@ -53,7 +54,6 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
     """Write ``report.md`` and the plots of all ``paths`` into ``out``.
 
     Args:
-        paths: files that ``beagle eval`` wrote.
         out: a folder; made if it isn't there.
     Returns:
         The path of the report.
@@ -61,7 +61,7 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
         BeagleError: a file is none of these, or the folder can't be written.
     """
     require_matplotlib()
-    try:
+    with writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
         sections: list[Section] = []
         names: list[str] = []
@@ -70,8 +70,6 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
             names.append(f"{path.stem}-{taken + 1}" if taken else path.stem)
             sections.append(_section(path, out, names[-1]))
         (out / "report.md").write_text(markdown(TITLE, sections), encoding="utf-8")
-    except OSError as error:
-        raise BeagleError(f"cannot write '{out}': {error.strerror}; choose another folder") from error
     return out / "report.md"
 
 

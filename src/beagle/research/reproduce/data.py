@@ -13,7 +13,7 @@ from rich.console import Console
 from beagle.evaluation.suites import load_suite, unique
 from beagle.research.compare.train_variant import quiet
 from beagle.targets.loading import load_target
-from beagle.training.pipeline import make_answers
+from beagle.training.make_answers import make_answers
 from beagle.training.prompts import Prompt, read_prompts
 from beagle.training.recipe import AnswerConfig
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from beagle.research.reproduce import tables
 from beagle.research.reproduce.data import Material, answer
 from beagle.research.reproduce.experiments import Item
 from beagle.research.reproduce.scales import Scale
+from beagle.training.prompts import Prompt
 from beagle.training.recipe import Recipe
 from beagle.training.states import StateStore
 
@@ -172,3 +173,24 @@ def read_findings(folder: Path) -> list[Finding] | None:
         return [Finding(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
     except (ValueError, TypeError) as error:
         raise BeagleError(f"{path} is damaged ({error}); delete it and run the same command again") from error
+
+
+def budget(items: Sequence[Item], scale: Scale, sets: Mapping[str, Sequence[Prompt]]) -> list[str]:
+    """What the items take, in words."""
+    recipe = scale.recipe
+    names = {v.plain_name(recipe) for item in items if not (item.suite and item.suite.short) for v in item.heads()}
+    short = {v.plain_name(recipe) for item in items if item.suite and item.suite.short for v in item.heads()}
+    each = (
+        f"{scale.tokens:,} tokens"
+        if scale.tokens
+        else f"{recipe.train.early_epochs + recipe.train.late_epochs:g} epochs"
+    )
+    lines = []
+    if names:
+        lines.append(f"trains {len(names)} heads on {each} each: {', '.join(sorted(names))}")
+    if short:
+        lines.append(f"trains {len(short)} heads on {scale.memory_tokens:,} tokens each, for their memory")
+    if decoding := [item.name for item in items if item.decodes]:
+        asked = ", ".join(f"{len(prompts)} of {name}" for name, prompts in sets.items())
+        lines.append(f"decodes {scale.max_new_tokens} tokens a question for {', '.join(decoding)}: {asked}")
+    return lines

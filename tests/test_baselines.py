@@ -72,7 +72,9 @@ def test_small_models_that_are_missing_or_foreign(first_turns, folders, tmp_path
 def test_commands_are_kept_without_the_folders_of_this_machine(monkeypatch):
     monkeypatch.setenv("BEAGLE_DATA", "/some/data")
     words = ["/some/data/a.jsonl", "/home/me/target", "model:/home/me/small", "model:owner/name", "lookup", "-n"]
+    words += ["now=/home/me/src", "data=/some/data/b.jsonl", "before=../src"]
     kept = ["$BEAGLE_DATA/a.jsonl", "target", "model:small", "model:owner/name", "lookup", "-n"]
+    kept += ["now=src", "data=$BEAGLE_DATA/b.jsonl", "before=../src"]
     assert [redact_paths(word) for word in words] == kept
 
 

@@ -64,6 +64,9 @@ def redact_paths(word: str) -> str:
     data = os.environ.get("BEAGLE_DATA")
     if data and word.startswith(data):
         return "$BEAGLE_DATA" + word.removeprefix(data.rstrip("/"))
+    name, is_named, value = word.partition("=/")
+    if is_named and name.isidentifier():
+        return f"{name}={redact_paths('/' + value)}"
     return Path(word).name if word.startswith("/") else word
 
 

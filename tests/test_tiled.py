@@ -121,6 +121,20 @@ def test_a_querys_attention_does_not_depend_on_the_others(kernel):
     assert torch.equal(tiled.attend(q, k, v, mask, 0.1), torch.cat(alone, 2))
 
 
+def test_attention_does_not_depend_on_threads_nor_on_keys_that_nobody_sees(kernel):
+    q, k, v, mask = attention(1, 3, 9, 300, 64, 64)
+    mask[..., 160:] = HIDDEN
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads, keys in ((1, 300), (2, 300), (5, 300), (2, 160), (1, 192), (2, 288)):
+            torch.set_num_threads(threads)
+            found.append(tiled.attend(q, k[:, :, :keys], v[:, :, :keys], mask[..., :keys], 0.1))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(other, found[0]) for other in found[1:])
+
+
 def test_no_number_is_hidden_by_its_attention(kernel):
     for where in range(3):
         given = attention(1, 1, 2, 40, 32, 32)

@@ -27,6 +27,8 @@ AOTITorchError new_output(AtenTensorHandle x, AtenTensorHandle weight, AtenTenso
   return aoti_torch_empty_strided(2, shape, strides, type, aoti_torch_device_type_cpu(), 0, y);
 }
 
+constexpr int64_t CHUNK = 128;  // keys whose weighted values are summed by themselves
+
 struct Strides {
   int64_t batch, head, row;
 };
@@ -36,45 +38,45 @@ struct Strides {
 extern "C" {
 
 // y [batch, heads, rows, outputs] of q [batch, heads, rows, inputs], both in one piece; k and v [batch, heads, keys, …]
-// have rows in one piece. The mask is added to scores. Threads share the keys.
+// have rows in one piece. The mask is added to scores. Chunks of keys are summed by themselves, and their sums in order:
+// so what a query gets does not depend on the threads, nor on keys behind those that it sees.
 void attend(const void* q, const void* k, const void* v, const void* mask, void* y, const int64_t* sizes,
             const Strides* of_k, const Strides* of_v, const Strides* of_mask, double scale) {
   const int64_t batch = sizes[0], heads = sizes[1], rows = sizes[2], keys = sizes[3], in = sizes[4], out = sizes[5];
-  const int64_t blocks = (keys + BLOCK - 1) / BLOCK, all = batch * heads * rows;
-  const int threads = int(std::min<int64_t>(omp_get_max_threads(), (blocks + 1) / 2));
-  static thread_local std::vector<float> most, sums, parts;  // [threads, batch, heads, rows], of parts [..., outputs]
-  most.resize(threads * all);
-  sums.resize(threads * all);
-  parts.resize(threads * all * out);
+  const int64_t chunks = (keys + CHUNK - 1) / CHUNK, tasks = batch * heads * chunks, all = batch * heads * rows;
+  const int threads = int(std::min<int64_t>(omp_get_max_threads(), tasks));
+  static thread_local std::vector<float> most, sums, parts;  // [batch, heads, chunks, rows], of parts [..., outputs]
+  most.resize(tasks * rows);
+  sums.resize(tasks * rows);
+  parts.resize(tasks * rows * out);
   float *largest = most.data(), *weights = sums.data(), *part = parts.data();
 #pragma omp parallel num_threads(threads)
   {
     const int64_t i = omp_get_thread_num(), n = omp_get_num_threads();
     thread_local Keys own;
-    for (int64_t b = 0; b < batch; b++)
-      for (int64_t h = 0; h < heads; h++) {
-        const int64_t at = (b * heads + h) * rows, to = i * all + at;
-        own.order(static_cast<const bf16*>(k) + b * of_k->batch + h * of_k->head,
-                  static_cast<const bf16*>(v) + b * of_v->batch + h * of_v->head, blocks * i / n * BLOCK,
-                  std::min(blocks * (i + 1) / n * BLOCK, keys), in, out);
-        const bf16* added = static_cast<const bf16*>(mask) + b * of_mask->batch + h * of_mask->head;
-        own.attend({static_cast<const bf16*>(q) + at * in, rows, in, added, of_mask->row}, float(scale), largest + to,
-                   weights + to, part + to * out);
-      }
+    for (int64_t task = tasks * i / n; task < tasks * (i + 1) / n; task++) {
+      const int64_t head = task / chunks, from = task % chunks * CHUNK, b = head / heads, h = head % heads;
+      own.order(static_cast<const bf16*>(k) + b * of_k->batch + h * of_k->head,
+                static_cast<const bf16*>(v) + b * of_v->batch + h * of_v->head, from, std::min(from + CHUNK, keys), in, out);
+      const bf16* added = static_cast<const bf16*>(mask) + b * of_mask->batch + h * of_mask->head;
+      own.attend({static_cast<const bf16*>(q) + head * rows * in, rows, in, added, of_mask->row}, float(scale),
+                 largest + task * rows, weights + task * rows, part + task * rows * out);
+    }
 #pragma omp barrier
     for (int64_t r = all * i / n; r < all * (i + 1) / n; r++) {
-      float top = largest[r], sum = 0;
-      for (int64_t j = 1; j < n; j++) top = std::max(top, largest[j * all + r]);
-      for (int64_t j = 0; j < n; j++) {
-        float& share = largest[j * all + r];
+      const int64_t first = r / rows * chunks * rows + r % rows;  // its place in the first chunk
+      float top = largest[first], sum = 0;
+      for (int64_t j = 1; j < chunks; j++) top = std::max(top, largest[first + j * rows]);
+      for (int64_t j = 0; j < chunks; j++) {
+        float& share = largest[first + j * rows];
         share = std::exp(share - top);
-        sum += share * weights[j * all + r];
+        sum += share * weights[first + j * rows];
       }
       for (int64_t c = 0; c < out; c += 16) {
         __m512 total = _mm512_setzero_ps();
-        for (int64_t j = 0; j < n; j++)
-          total = _mm512_fmadd_ps(_mm512_set1_ps(largest[j * all + r] / sum), _mm512_loadu_ps(part + (j * all + r) * out + c), total);
-        to_half(static_cast<bf16*>(y) + r * out + c, total);
+        for (int64_t j = 0; j < chunks; j++)
+          total = _mm512_fmadd_ps(_mm512_set1_ps(largest[first + j * rows]), _mm512_loadu_ps(part + (first + j * rows) * out + c), total);
+        to_half(static_cast<bf16*>(y) + r * out + c, _mm512_div_ps(total, _mm512_set1_ps(sum)));
       }
     }
   }

@@ -141,10 +141,12 @@ def trainings(results: list[Result]) -> str:
 
 
 def engines(results: list[Result]) -> str:
-    """Every engine of a run of ``benchmarks/side_by_side.py``."""
+    """Every engine of a run of ``benchmarks/side_by_side.py`` that was measured."""
     (result,) = results
     rows = []
     for mode, label in result["labels"].items():
+        if mode not in result["modes"]:
+            continue
         figures, over = result["modes"][mode], result["over_transformers"][mode]
         ratio = "1" if mode == "transformers" else speed_up_text(over)
         rows.append([label, f"{figures['tokens_per_second']:.1f}", ratio, f"{figures['tau']:.2f}"])

@@ -215,6 +215,14 @@ def test_what_it_can_t_compute_stays_eager(folder, more):
     assert native.find(folder, target, head()) is None
 
 
+def test_heads_that_compute_other_things_stay_eager(folder):
+    target, head = case("one block")
+    own = head()
+    assert native.fits(target, own)
+    own.__class__ = type("Ablated", (type(own),), {})
+    assert not native.fits(target, own)
+
+
 def test_other_dtypes_stay_eager(folder):
     target, head = case("one block", torch.float32)
     assert native.find(folder, target, head()) is None

@@ -7,7 +7,6 @@ made. ``beagle compile`` builds the library, once for all heads, and keeps it in
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from beagle.drafters.base import Draft, TreePlan
 from beagle.drafters.block import Block
@@ -223,7 +222,7 @@ def fits(target: Target, head: Block) -> bool:
     """Whether the library computes such a head, and products in bf16 are wanted and at hand here."""
     c = head.config
     return (
-        isinstance(head, BeagleHead)
+        type(head) is BeagleHead  # ablations compute other things
         and target.device.type == "cpu"
         and tiled.used(target.dtype) is not None
         and c.hidden_act == "silu"
@@ -232,13 +231,7 @@ def fits(target: Target, head: Block) -> bool:
         and all(of % 64 == 0 for of in (c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim))
         and c.draft_vocab_size is not None  # the embeddings of its tokens are copied
         and c.draft_vocab_size % 16 == 0
-        and _all_plain(head.modules())
     )
-
-
-def _all_plain(modules: Iterable[nn.Module]) -> bool:
-    """Whether no linear layer has a bias; those of ablations may."""
-    return all(module.bias is None for module in modules if isinstance(module, nn.Linear))
 
 
 def find(folder: Path, target: Target, head: Block) -> NativeDraft | None:

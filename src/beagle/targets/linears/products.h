@@ -36,13 +36,6 @@ constexpr int64_t AHEAD = 2 * TILE;   // bytes that are prefetched ahead of thei
 constexpr int64_t GROUP = 320;        // bytes of 32 inputs of 16 outputs in int4
 constexpr float FINE = 254;           // steps of the fine vector in one of the coarse one
 
-float widened(bf16 x) {
-  uint32_t bits = uint32_t(x) << 16;
-  float out;
-  std::memcpy(&out, &bits, 4);
-  return out;
-}
-
 // 16 sums of one vector, with their bias, rounded to bf16.
 void store(bf16* y, __m512 sums, const bf16* bias) {
   if (bias) {

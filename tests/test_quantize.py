@@ -15,7 +15,15 @@ from beagle.drafters.base import TreePlan
 from beagle.drafters.lookup import LookupDrafter
 from beagle.errors import BeagleError
 from beagle.targets.linears.packed import PackedLinear
-from beagle.targets.linears.quantized import FINE, KINDS, VectorQuantizer, dequantized, quantize_linears, quantized
+from beagle.targets.linears.quantized import (
+    BITS,
+    FINE,
+    KINDS,
+    VectorQuantizer,
+    dequantized,
+    quantize_linears,
+    quantized,
+)
 from beagle.targets.target import Target
 from beagle.training.states import Fingerprint, StateStore
 from conftest import FAMILIES, tiny_drafter, tiny_model, tiny_tokenizer
@@ -129,9 +137,13 @@ def test_families(kind, family):
 def test_every_linear_and_the_lm_head_run_quantised(kind, monkeypatch):
     target = tiny(kind)
     assert target.unquantized == []
+    of_head = target.head.weight.numel()
+    assert target.pass_bytes == (target.pass_weights - of_head) * BITS[kind] // 8 + of_head
     assert not [m for m in target.base.modules() if isinstance(m, nn.Linear)]
     assert isinstance(target.base.layers[0].mlp.up_proj, PackedLinear)
     states = torch.randn(2, 32, generator=torch.Generator().manual_seed(0)).to(HALF)
+    of_int8 = quantized(target.head.weight, None, "int8", VectorQuantizer())  # beside int4, too
+    assert torch.equal(target.logits(states), of_int8(states))
     assert not torch.equal(target.logits(states), F.linear(states, target.head.weight))
     assert torch.equal(target.head_rows()[0], target.head.weight)
 

@@ -192,21 +192,30 @@ def test_without_a_compiler_there_is_a_reason(tmp_path, monkeypatch):
     assert not tiled.loaded()
 
 
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """Vectors in groups of 32 inputs as int8, and back."""
+    groups = x.float().unflatten(-1, (-1, 32))
+    scales = groups.abs().amax(-1, keepdim=True) / 127
+    return ((groups * (1 / scales)).round() * scales).flatten(-2)
+
+
 @pytest.mark.parametrize("outputs", [16, 48, 576])
-@pytest.mark.parametrize("vectors", [1, 2, 8, 9, 16, 17, 33, 65])
+@pytest.mark.parametrize("vectors", [*range(1, 14), 24, 25, 65])
 def test_its_int4_products_are_those_of_the_dequantised_weights(kernel, outputs, vectors):
     weight, bias, x = drawn(outputs, 192), drawn(outputs), drawn(vectors, 192)
+    x[:, :32] *= 50  # each group has a scale of its own
     ours = quantized(weight, bias, "int4", VectorQuantizer())(x)
-    right = x.double() @ dequantized(weight, "int4").double().T + bias.double()
+    right = rounded(x).double() @ dequantized(weight, "int4").double().T + bias.double()
     assert torch.allclose(ours.double(), right, rtol=2**-8, atol=1e-4 * 192**0.5)
 
 
 def test_its_int4_products_are_pytorchs_within_rounding(kernel, monkeypatch):
-    weight, x = drawn(96, 320), drawn(7, 320)
+    weight, x = drawn(96, 320), (drawn(7, 320) * 20).round()
+    x[:, ::32] = 127  # such inputs are int8 already
     ours = quantized(weight, None, "int4", VectorQuantizer())(x)
     monkeypatch.setattr(tiled, "_kernel", None)
     pytorchs = quantized(weight, None, "int4", VectorQuantizer())(x)
-    assert torch.allclose(ours, pytorchs, rtol=2**-7, atol=1e-3 * 320**0.5)
+    assert torch.allclose(ours, pytorchs, rtol=2**-7, atol=1e-3 * 320**0.5 * 127)
     assert (ours == pytorchs).float().mean() > 0.95
 
 
@@ -236,7 +245,7 @@ def test_a_compiled_int4_pass_uses_it_and_gives_the_eager_states(kernel, monkeyp
         cache = each.new_cache(1, 20)
         cache.lengths = [5]
         states.append(each.verify(cache, torch.arange(5, 9), TreeShape([-1, 0, 0, 1])))
-    assert torch.allclose(*states, atol=0.05)
+    assert torch.allclose(*states, atol=0.1)  # int8 vectors round otherwise where their inputs do
 
 
 def test_it_is_kept_only_where_all_its_products_are_faster(kernel, monkeypatch):

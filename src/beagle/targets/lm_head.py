@@ -48,9 +48,9 @@ class LMHead:
         plain._scale, plain._softcap = 1.0, None
         return plain
 
-    def quantize(self, kind: str) -> bool:
-        """Multiply with quantised weights from now on; False: their shape can't be."""
-        apply = quantized(self._head.weight.detach(), self._head.bias, kind, VectorQuantizer())
+    def quantize(self) -> bool:
+        """Multiply with int8 weights from now on; False: their shape can't be."""
+        apply = quantized(self._head.weight.detach(), self._head.bias, "int8", VectorQuantizer())
         if apply is not None:
             self._apply = apply
         return apply is not None

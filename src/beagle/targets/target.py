@@ -69,8 +69,8 @@ class Target(Passes):
             model: a causal LM of transformers; it is changed and of no other use afterwards.
             tokenizer: the model's own.
             name: what errors call it.
-            quantize: ``int8`` or ``int4`` linear layers and LM head (see ``targets.linears.quantized``); the embedding,
-                and the rows of the LM head that drafters and training read, keep their dtype.
+            quantize: ``int8`` or ``int4`` linear layers beside an int8 LM head (see ``targets.linears.quantized``); the
+                embedding, and the rows of the LM head that drafters and training read, keep their dtype.
             probes: folder that remembers which models were compared with their own attention; None: compare.
             pack: reorder weights for the CPU's kernels (see ``targets.linears.packed``). Without, passes read the model's
                 own weights, whatever is written to them later.
@@ -102,7 +102,8 @@ class Target(Passes):
                 keep_read_linears(self.base)
         self.unquantized = quantize_linears(self.base, quantize) if quantize else []  # layers whose shape can't be
         if quantize:
-            self.pass_bytes = self.pass_weights * BITS[quantize] // 8
+            of_head = rows.numel() if isinstance(rows, Tensor) else 0
+            self.pass_bytes = ((self.pass_weights - of_head) * BITS[quantize] + of_head * BITS["int8"]) // 8
         if pack:
             pack_linears(self.base)
         self.layers = self._looked_at(probes)
@@ -112,7 +113,7 @@ class Target(Passes):
         self.state_layers = tuple(state_layers)
         self.state_size = self.hidden_size * (len(self.state_layers) + 1)
         tap(self.base, self.state_layers, self.layer_count, name)
-        if quantize and not self._lm_head.quantize(quantize):  # after the probe, which compares with the model's own
+        if quantize and not self._lm_head.quantize():  # after the probe, which compares with the model's own
             self.unquantized.append("LM head")
 
     def _looked_at(self, folder: Path | None) -> Layers:

@@ -118,10 +118,10 @@ void tiled_linear_int4(const void* x, const void* weight, const void* bias, void
   const int threads = int(std::min<int64_t>(omp_get_max_threads(), blocks));
 #pragma omp parallel num_threads(threads)
   {
-    thread_local GroupSums sums;
-    sums.of(static_cast<const bf16*>(x), rows, in);
+    thread_local Groups groups;
+    groups.of(static_cast<const bf16*>(x), rows, in);
     const int64_t i = omp_get_thread_num(), n = omp_get_num_threads();
-    share_int4(static_cast<const uint8_t*>(weight), static_cast<const bf16*>(x), sums, static_cast<bf16*>(y),
+    share_int4(static_cast<const uint8_t*>(weight), groups, static_cast<bf16*>(y),
                static_cast<const bf16*>(bias), rows, in, out, blocks * i / n, blocks * (i + 1) / n);
   }
 }

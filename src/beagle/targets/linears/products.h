@@ -5,14 +5,14 @@
 // int8, inputs in fours, [16 fours][16 outputs][4]. What comes next is prefetched, since the hardware doesn't follow
 // tile loads. An output is summed in the same order whatever the number of vectors is.
 //
-// int4 weights lie in blocks of 16 outputs. 32 inputs of a block are 320 bytes: four lines of 16-bit words, whose four
-// nibbles belong to four pairs of inputs, [4 lines][16 outputs][2 inputs][4 pairs], then scale and middle of each output
-// in bf16. A weight is scale * (nibble - 8) + middle. Vectors multiply nibble - 8, which bf16 holds exactly; in fp32 the
-// scale multiplies the group's sum, and the middle the sum of the group's inputs.
+// int4 weights lie in blocks of 16 outputs. 32 inputs of a block are 320 bytes: four lines of two fours of inputs, in the
+// low and the high nibbles of [16 outputs][4 inputs], then scale and middle of each output in bf16. A weight is
+// scale * (nibble - 8) + middle. Vectors are int8 there, in groups of 32 inputs with a scale each; a group's sums are whole
+// numbers, which its two scales multiply in fp32.
 //
-// Vectors are bf16. Beside int8 weights each becomes two vectors of int8, coarse and fine, see `quantized.py`.
+// Else vectors are bf16. Beside int8 weights each becomes two vectors of int8, coarse and fine, see `quantized.py`.
 //
-// Where the CPU has AMX, 16 vectors cost what one does; elsewhere AVX-512 BF16 and VNNI multiply.
+// Where the CPU has AMX, 16 vectors cost what one does beside bf16 and int8 weights; else AVX-512 BF16 and VNNI multiply.
 
 
 #pragma once
@@ -173,92 +173,99 @@ void vnni(const int8_t* w, const Whole& x, bf16* y, const float* scales, const i
     }
 }
 
-// Sums of the inputs of each group of each vector, [rows][in / IN].
-struct GroupSums {
-  std::vector<float> sums;
+// Vectors in groups of inputs, as int8 with a scale each.
+struct Groups {
+  std::vector<int8_t> bytes;         // [rows][in]
+  std::vector<float> scales, sums;  // [rows][in / IN], of sums the scale times that of a group's bytes
 
   void of(const bf16* x, int64_t rows, int64_t in) {
+    if (bytes.size() < size_t(rows * in)) bytes.resize(rows * in);
+    scales.resize(rows * in / IN);
     sums.resize(rows * in / IN);
-    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
-    for (float& sum : sums) {
-      const __m512bh inputs = (__m512bh)_mm512_loadu_si512(x);
-      sum = _mm512_reduce_add_ps(_mm512_dpbf16_ps(_mm512_setzero_ps(), inputs, ones));
-      x += IN;
+    int8_t* to = bytes.data();
+    for (int64_t g = 0; g < rows * in / IN; g++, x += IN, to += IN) {
+      const __m512 low = Whole::load(x), high = Whole::load(x + 16);
+      const __m512 most = _mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high));
+      scales[g] = std::max(_mm512_reduce_max_ps(most), 1e-12f) / 127;
+      const __m512 steps = _mm512_set1_ps(1 / scales[g]);
+      const __m512i first = _mm512_cvtps_epi32(_mm512_mul_ps(low, steps));
+      const __m512i second = _mm512_cvtps_epi32(_mm512_mul_ps(high, steps));
+      Whole::store(to, first);
+      Whole::store(to + 16, second);
+      sums[g] = scales[g] * float(_mm512_reduce_add_epi32(_mm512_add_epi32(first, second)));
     }
   }
 };
 
-// -8 … 7, twice: the low five bits of a word choose.
-alignas(64) const bf16 WHOLE[32] = {
-    0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
-    0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
-};
-
-// Four pairs of inputs of 16 outputs from a line.
+// Two fours of inputs of 16 outputs from a line.
 void unpack(const uint8_t* line, __m512i* out) {
-  const __m512i words = _mm512_loadu_si512(line), whole = _mm512_load_si512(WHOLE);
-  out[0] = _mm512_permutexvar_epi16(words, whole);
-  out[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), whole);
-  out[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), whole);
-  out[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), whole);
+  const __m512i both = _mm512_loadu_si512(line), nibble = _mm512_set1_epi8(15);
+  out[0] = _mm512_and_si512(both, nibble);
+  out[1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
 }
 
-// Scales and middles of a group's 16 outputs.
+// Scales of a group's 16 outputs, and what 0 stands for.
 struct Steps {
-  __m512 scales, middles;
+  __m512 scales, lowest;
 
   void of(const uint8_t* group) {
     const __m512i both = _mm512_loadu_si512(group + GROUP - 64);
     scales = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-    middles = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000))));
+    lowest = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000))));
+    lowest = _mm512_fnmadd_ps(_mm512_set1_ps(8), scales, lowest);
   }
 
   // The sums of a vector with a group's added.
-  __m512 add(__m512 sums, __m512 of_whole, float of_inputs) const {
-    return _mm512_fmadd_ps(scales, of_whole, _mm512_fmadd_ps(middles, _mm512_set1_ps(of_inputs), sums));
+  __m512 add(__m512 sums, __m512i of_bytes, float scale, float of_inputs) const {
+    const __m512 steps = _mm512_mul_ps(scales, _mm512_set1_ps(scale));
+    return _mm512_fmadd_ps(steps, _mm512_cvtepi32_ps(of_bytes), _mm512_fmadd_ps(lowest, _mm512_set1_ps(of_inputs), sums));
   }
 };
 
 // A block of 16 outputs of R vectors.
 template <int R>
-void int4_rows(const uint8_t* w, const bf16* x, const float* group_sums, bf16* y, const bf16* bias, int64_t in,
-               int64_t out) {
+void int4_rows(const uint8_t* w, const Groups& x, int64_t from, bf16* y, const bf16* bias, int64_t in, int64_t out) {
+  const int8_t* bytes = &x.bytes[from * in];
+  const float *scales = &x.scales[from * in / IN], *of_inputs = &x.sums[from * in / IN];
+  const int64_t groups = in / IN;
   __m512 sums[R];
   for (auto& sum : sums) sum = _mm512_setzero_ps();
-  for (int64_t k = 0; k < in; k += IN, w += GROUP) {
-    __m512 of_whole[R];
-    for (auto& sum : of_whole) sum = _mm512_setzero_ps();
+  for (int64_t g = 0; g < groups; g++, w += GROUP) {
+    __m512i of_bytes[R];
+    for (auto& sum : of_bytes) sum = _mm512_setzero_si512();
     for (int i = 0; i < 4; i++) {
-      __m512i weights[4];
+      __m512i weights[2];
       prefetch_far(w + 64 * i);
       unpack(w + 64 * i, weights);
-      for (int j = 0; j < 4; j++)
+      for (int j = 0; j < 2; j++)
         for (int m = 0; m < R; m++) {
-          int32_t pair;
-          std::memcpy(&pair, x + m * in + k + 8 * i + 2 * j, 4);
-          of_whole[m] = _mm512_dpbf16_ps(of_whole[m], (__m512bh)weights[j], (__m512bh)_mm512_set1_epi32(pair));
+          int32_t four;
+          std::memcpy(&four, bytes + m * in + g * IN + 8 * i + 4 * j, 4);
+          of_bytes[m] = _mm512_dpbusd_epi32(of_bytes[m], weights[j], _mm512_set1_epi32(four));
         }
     }
     prefetch_far(w + GROUP - 64);
     Steps steps;
     steps.of(w);
-    for (int m = 0; m < R; m++) sums[m] = steps.add(sums[m], of_whole[m], group_sums[(m * in + k) / IN]);
+    for (int m = 0; m < R; m++) sums[m] = steps.add(sums[m], of_bytes[m], scales[m * groups + g], of_inputs[m * groups + g]);
   }
   for (int m = 0; m < R; m++) store(y + m * out, sums[m], bias);
 }
 
-void int4(const uint8_t* w, const bf16* x, const float* group_sums, bf16* y, const bf16* bias, int64_t rows, int64_t in,
-          int64_t out) {
-  for (; rows > 0; rows -= 8, x += 8 * in, group_sums += 8 * in / IN, y += 8 * out)
-    switch (std::min<int64_t>(rows, 8)) {
-      case 1: int4_rows<1>(w, x, group_sums, y, bias, in, out); break;
-      case 2: int4_rows<2>(w, x, group_sums, y, bias, in, out); break;
-      case 3: int4_rows<3>(w, x, group_sums, y, bias, in, out); break;
-      case 4: int4_rows<4>(w, x, group_sums, y, bias, in, out); break;
-      case 5: int4_rows<5>(w, x, group_sums, y, bias, in, out); break;
-      case 6: int4_rows<6>(w, x, group_sums, y, bias, in, out); break;
-      case 7: int4_rows<7>(w, x, group_sums, y, bias, in, out); break;
-      default: int4_rows<8>(w, x, group_sums, y, bias, in, out);
+void int4(const uint8_t* w, const Groups& x, bf16* y, const bf16* bias, int64_t rows, int64_t in, int64_t out) {
+  for (int64_t from = 0; from < rows; from += 12, y += 12 * out) switch (std::min<int64_t>(rows - from, 12)) {
+      case 1: int4_rows<1>(w, x, from, y, bias, in, out); break;
+      case 2: int4_rows<2>(w, x, from, y, bias, in, out); break;
+      case 3: int4_rows<3>(w, x, from, y, bias, in, out); break;
+      case 4: int4_rows<4>(w, x, from, y, bias, in, out); break;
+      case 5: int4_rows<5>(w, x, from, y, bias, in, out); break;
+      case 6: int4_rows<6>(w, x, from, y, bias, in, out); break;
+      case 7: int4_rows<7>(w, x, from, y, bias, in, out); break;
+      case 8: int4_rows<8>(w, x, from, y, bias, in, out); break;
+      case 9: int4_rows<9>(w, x, from, y, bias, in, out); break;
+      case 10: int4_rows<10>(w, x, from, y, bias, in, out); break;
+      case 11: int4_rows<11>(w, x, from, y, bias, in, out); break;
+      default: int4_rows<12>(w, x, from, y, bias, in, out);
     }
 }
 
@@ -355,92 +362,13 @@ void whole_tiles(const int8_t* w, const Whole& x, int64_t from, bf16* y, const f
     }
 }
 
-constexpr int64_t MOST = 64;  // vectors that share unpacked weights
-
-// Adds two groups of 16 outputs of up to 16 vectors, or four, to their sums; the tiles are shaped for the vectors.
-template <bool FOUR>
-void add_groups(const uint8_t* w, const __m512i* weights, const bf16* x, const float* of_inputs, __m512* sums,
-                int64_t rows, int64_t in) {
-  constexpr int N = FOUR ? 4 : 2;
-  alignas(64) __m512 of_whole[N][16];
-  _tile_zero(0);
-  _tile_loadd(4, x, in * 2);
-  _tile_loadd(6, weights, 64);
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_zero(1);
-  _tile_loadd(5, x + IN, in * 2);
-  _tile_loadd(7, weights + 16, 64);
-  _tile_dpbf16ps(1, 5, 7);
-  if (FOUR) {
-    _tile_zero(2);
-    _tile_loadd(4, x + 2 * IN, in * 2);
-    _tile_loadd(6, weights + 32, 64);
-    _tile_dpbf16ps(2, 4, 6);
-    _tile_zero(3);
-    _tile_loadd(5, x + 3 * IN, in * 2);
-    _tile_loadd(7, weights + 48, 64);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, of_whole[0], 64);
-  _tile_stored(1, of_whole[1], 64);
-  if (FOUR) _tile_stored(2, of_whole[2], 64);
-  if (FOUR) _tile_stored(3, of_whole[3], 64);
-  Steps steps[N];
-  for (int g = 0; g < N; g++) steps[g].of(w + g * GROUP);
-  for (int64_t m = 0; m < rows; m++, of_inputs += in / IN) {
-    __m512 sum = sums[m];
-    for (int g = 0; g < N; g++) sum = steps[g].add(sum, of_whole[g][m], of_inputs[g]);
-    sums[m] = sum;
-  }
-}
-
-// A block of 16 outputs of up to MOST vectors; `shaped`: the vectors that the tiles are shaped for.
-void int4_tiles(const uint8_t* w, const bf16* x, const float* of_inputs, bf16* y, const bf16* bias, int64_t rows,
-                int64_t in, int64_t out, int64_t& shaped) {
-  alignas(64) __m512i unpacked[2][4 * 16];
-  alignas(64) __m512 sums[MOST];
-  std::fill(sums, sums + rows, _mm512_setzero_ps());
-  for (int64_t k = 0; k < in; k += 4 * IN, w += 4 * GROUP) {
-    const bool four = in - k >= 4 * IN;
-    __m512i* weights = unpacked[k / (4 * IN) % 2];  // in turns: fresh ones are not at hand at once
-    for (int g = 0; g < (four ? 4 : 2); g++)
-      for (int i = 0; i < 5; i++) {
-        prefetch_far(w + g * GROUP + 64 * i);
-        if (i < 4) unpack(w + g * GROUP + 64 * i, weights + 16 * g + 4 * i);
-      }
-    for (int64_t m = 0; m < rows; m += 16) {
-      const int64_t some = std::min<int64_t>(rows - m, 16);
-      if (some != shaped) shape_tiles(some, some);
-      shaped = some;
-      (four ? add_groups<true> : add_groups<false>)(w, weights, x + m * in + k, of_inputs + (m * in + k) / IN,
-                                                    sums + m, some, in);
-    }
-  }
-  for (int64_t m = 0; m < rows; m++) store(y + m * out, sums[m], bias);
-}
-
 #endif
 
-// As `share`, for int4 weights.
-void share_int4(const uint8_t* w, const bf16* x, const GroupSums& group_sums, bf16* y, const bf16* bias, int64_t rows,
-                int64_t in, int64_t out, int64_t from, int64_t to) {
-  int64_t shaped = 0;
-  for (int64_t b = from; b < to; b++) {
-    const uint8_t* weights = w + b * in / IN * GROUP;
-    const bf16* added = bias ? bias + b * OUT : nullptr;
-#ifdef __AMX_BF16__
-    if (has_tiles()) {
-      for (int64_t m = 0; m < rows; m += MOST)
-        int4_tiles(weights, x + m * in, &group_sums.sums[m * in / IN], y + m * out + b * OUT, added,
-                   std::min(rows - m, MOST), in, out, shaped);
-      continue;
-    }
-#endif
-    int4(weights, x, group_sums.sums.data(), y + b * OUT, added, rows, in, out);
-  }
-#ifdef __AMX_BF16__
-  if (shaped) _tile_release();
-#endif
+// As `share`, for int4 weights: a group's sums end too soon for AMX to pay.
+void share_int4(const uint8_t* w, const Groups& x, bf16* y, const bf16* bias, int64_t rows, int64_t in, int64_t out,
+                int64_t from, int64_t to) {
+  for (int64_t b = from; b < to; b++)
+    int4(w + b * in / IN * GROUP, x, y + b * OUT, bias ? bias + b * OUT : nullptr, rows, in, out);
 }
 
 // As `share`, for int8 weights.

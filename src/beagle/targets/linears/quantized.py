@@ -6,7 +6,9 @@ of a state beside its few huge entries.) The product is one of integers and ther
 depend on how many vectors share it, nor on the order of its sums. It also is what CPUs multiply fastest; PyTorch's
 weight-only int8 kernel computes in fp32, and verification is made of passes of many tokens.
 
-``int4``: weights in groups of ``GROUP`` inputs with a scale and an offset; the input stays as it is.
+``int4``: weights in groups of ``GROUP`` inputs with a scale and an offset. Our CPU kernel rounds the input to int8, in
+groups of as many with a scale each; elsewhere it stays as it is. The LM head is int8 beside it: in four bits it would move
+the target's answers further than all layers together.
 """
 
 from __future__ import annotations

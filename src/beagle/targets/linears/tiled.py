@@ -255,12 +255,11 @@ def tiled_int4(whole: Tensor, scales: Tensor, middles: Tensor) -> Tensor:
     """
     out, groups = scales.shape
     blocks = out // OUT
-    # [blocks, groups, lines, outputs, inputs of a pair, pairs of a line]
-    split = whole.view(blocks, OUT, groups, 4, 4, 2).permute(0, 2, 3, 1, 5, 4).to(torch.int16)
-    words = (split << torch.tensor([0, 4, 8, 12], dtype=torch.int16)).sum(-1, dtype=torch.int16)
-    steps = torch.stack([scales, middles], -1).view(torch.int16).view(blocks, OUT, groups, 2).transpose(1, 2)
-    both = torch.cat([words.reshape(blocks, groups, -1), steps.reshape(blocks, groups, -1)], -1)
-    return both.view(torch.uint8).view(out, -1)
+    # [blocks, groups, lines, fours of a line, outputs, inputs of a four]
+    split = whole.view(blocks, OUT, groups, 4, 2, 4).permute(0, 2, 3, 4, 1, 5)
+    nibbles = (split[:, :, :, 0] | split[:, :, :, 1] << 4).reshape(blocks, groups, -1)
+    steps = torch.stack([scales, middles], -1).view(torch.uint8).view(blocks, OUT, groups, 4).transpose(1, 2)
+    return torch.cat([nibbles, steps.reshape(blocks, groups, -1)], -1).view(out, -1)
 
 
 def apply(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:

@@ -35,7 +35,7 @@ def target_of(made) -> Target:
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compiled")
-    compiled.build(folder, model(), "tiny-gemma2", exact=True, batch=True)
+    compiled.build(folder, model(), "tiny-gemma2", kinds=("tree", "exact", "trees"))
     return folder
 
 
@@ -118,8 +118,7 @@ def test_short_prompts_and_later_sequences_are_the_eager_ones(fast):
 
 def break_graph(target: Target, kind: str, monkeypatch) -> None:
     runner = target.compiled.runner
-    runner._load(kind)
-    run = runner._graphs[kind]
+    run = compiled.aot_cache.load(runner._package / compiled.FILES[kind])
     monkeypatch.setitem(runner._graphs, kind, lambda inputs: [states + 1.0 for states in run(inputs)])
 
 
@@ -132,7 +131,9 @@ def test_another_models_pass_over_rows_is_refused(fast, monkeypatch):
 def test_grouped_heads_without_a_cap_and_states_of_several_layers(tmp_path):
     """They take the fused attention, for whose sake heads of a group become rows."""
     layers = (1,)
-    compiled.build(tmp_path, tiny_model("llama", num_hidden_layers=2), "tiny-llama", batch=True, state_layers=layers)
+    compiled.build(
+        tmp_path, tiny_model("llama", num_hidden_layers=2), "tiny-llama", kinds=("tree", "trees"), state_layers=layers
+    )
     target, eager = (
         Target(tiny_model("llama", num_hidden_layers=2), tiny_tokenizer(), "tiny-llama", state_layers=layers)
         for _ in range(2)
@@ -156,7 +157,7 @@ def test_what_is_there_already_stays(packages, tmp_path, monkeypatch):
     kept = {name: (place / name).stat().st_mtime_ns for name in (compiled.FILES["tree"], compiled.FILES["exact"])}
     made = []
     monkeypatch.setattr(compiled, "_export", lambda *given: made.append(given[3].name) or given[3].write_bytes(b""))
-    compiled.build(folder, model(), "tiny-gemma2", batch=True)
+    compiled.build(folder, model(), "tiny-gemma2", kinds=("tree", "trees"))
     assert made == [compiled.FILES["trees"]]
     assert {name: (place / name).stat().st_mtime_ns for name in kept} == kept
 
@@ -256,8 +257,10 @@ def test_a_broken_package_is_named(packages, tmp_path):
     broken = tmp_path / place.name
     shutil.copytree(place, broken)
     (broken / "pass.so").write_bytes(b"nothing")
+    made = model()
+    found = compiled.find(tmp_path, made, None)
     with pytest.raises(BeagleError, match="delete the folder"):
-        compiled.find(tmp_path, model(), None)
+        Target(made, tiny_tokenizer(), "tiny-gemma2").use(found)
 
 
 def test_its_costs_are_its_own(fast):

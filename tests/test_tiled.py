@@ -152,6 +152,19 @@ def test_other_attention_is_left_to_pytorch(kernel):
     assert not tiled.attends(q, k.transpose(1, 2).contiguous().transpose(1, 2), v)
 
 
+@pytest.mark.parametrize("n", [5, 16, 49152, 49153])
+def test_the_largest_of_a_row_is_the_first_of_its_kind(kernel, n):
+    x = drawn(7, n)
+    x[1] = -torch.inf
+    x[2, n // 2] = torch.inf
+    x[3, 1:4] = 30.0
+    values, places = tiled.largest(x)
+    assert torch.equal(values, x.amax(-1))
+    assert torch.equal(places, (x == values[:, None]).int().argmax(-1))
+    x[4, n - 1] = torch.nan
+    assert tiled.largest(x)[0].isnan().tolist() == [False] * 4 + [True] + [False] * 2
+
+
 def test_weights_that_are_no_whole_tiles_are_left_to_pytorch(kernel):
     assert tiled.fits(drawn(32, 64))
     assert not any(tiled.fits(weight) for weight in (drawn(24, 64), drawn(32, 48), drawn(32, 64).float()))

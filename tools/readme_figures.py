@@ -222,7 +222,7 @@ def mode_name(meta: Result) -> str:
     words = [DTYPES.get(dtype, dtype)]
     if dtype != "float32":
         words.append("`--exact`" if arguments["exact"] else "fast")
-    if meta["target"].get("compiled"):
+    if meta["target"].get("compiled") or meta["target"].get("native"):
         words.append("compiled")
     words.append({"auto": "head + lookup", "head": "head alone"}.get(arguments["draft"], arguments["draft"]))
     if arguments["tree"] != "dynamic":

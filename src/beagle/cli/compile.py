@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,8 +39,10 @@ def compile(
     from beagle.drafters.load import resolve_draft, state_layers
     from beagle.targets import aot_cache, loading
     from beagle.targets import compiled as passes
+    from beagle.targets import native as native_passes
     from beagle.targets.linears import tiled
     from beagle.targets.linears.quantized import check_kind
+    from beagle.targets.plan import Kind
 
     check_kind(quantize)
     if aot_cache.compiled_disabled():
@@ -47,7 +50,7 @@ def compile(
     o.quiet_transformers()
     folder = loading.compiled_dir()
     products_in = loading.pick_dtype(dtype, torch.device("cpu"))
-    if products_in == torch.bfloat16 and (reason := tiled.build(folder)):
+    if products_in == torch.bfloat16 and (reason := tiled.build(folder) or native_passes.build(folder)):
         o.console.print(f"products stay PyTorch's own: {reason}", markup=False, highlight=False, style="dim")
     spec = resolve_draft(draft, target)
     engine: dict[str, Any] = {
@@ -56,18 +59,23 @@ def compile(
         "trust_remote_code": trust_remote_code,
         "adapter": adapter,
     }
-    model, _ = loading.load_model(target, **engine)
     layers = state_layers(spec, target)
-    known = passes.find(folder, model, quantize, layers)
-    if known is None or (exact and "exact" not in known.kinds) or (batch and "trees" not in known.kinds):
-        with o.console.status(f"compiling the pass of {target} (some minutes)"):
-            report(*passes.build(folder, model, target, quantize, exact, batch, layers))
-    else:
+    load = partial(o.load_target, target, quantize=quantize, state_layers=layers, **engine)
+    loaded = load()
+    runner = None if loaded.compiled is None else loaded.compiled.runner
+    if isinstance(runner, native_passes.NativePass):
+        o.console.print(f"the pass of {target} is computed by C++, which needs no compiling of its own")
+    elif runner is not None:
         o.console.print(f"the pass of {target} is compiled already")
-    del model, known
-    loaded = o.load_target(
-        target, quantize=quantize, state_layers=layers, **engine
-    )  # compares what is compiled with the eager pass
+    wanted: dict[Kind, bool] = {"tree": True, "exact": exact, "trees": batch}
+    missing = tuple(kind for kind, asked in wanted.items() if asked and (runner is None or kind not in runner.kinds))
+    if missing:
+        del loaded, runner
+        model, _ = loading.load_model(target, **engine)
+        with o.console.status(f"compiling the pass of {target} (some minutes)"):
+            report(*passes.build(folder, model, target, quantize, missing, layers))
+        del model
+        loaded = load()  # compares what is compiled with the eager pass
     if spec.head is not None:
         source = find_head(spec.head, target)
         head = load_head(source, loaded)

@@ -160,11 +160,11 @@ def measure(
             behind = drafted if n > 1 else cache
             began = time.perf_counter()
             if exact:
-                target.exact_logits(target.verify_exact(behind, tokens, shape, keys)).max(-1).indices.tolist()
+                tiled.largest(target.exact_logits(target.verify_exact(behind, tokens, shape, keys)))[1].tolist()
             elif batch:
-                target.logits(target.verify_trees(behind, tokens, trees)).max(-1).indices.tolist()
+                tiled.largest(target.logits(target.verify_trees(behind, tokens, trees)))[1].tolist()
             else:
-                target.logits(target.verify(behind, tokens, shape)).max(-1).indices.tolist()
+                tiled.largest(target.logits(target.verify(behind, tokens, shape)))[1].tolist()
             times[n].append(time.perf_counter() - began)
         for own in contexts:
             own.extend(ids[-1:], states[-1:])  # a draft begins with what the last pass brought
@@ -188,7 +188,7 @@ def still_true(costs: Costs, target: Target) -> bool:
     times = []
     for _ in range(CHECKS):
         began = time.perf_counter()
-        target.logits(target.verify(cache, token, shape)).max(-1).indices.tolist()
+        tiled.largest(target.logits(target.verify(cache, token, shape)))[1].tolist()
         times.append(time.perf_counter() - began)
     return min(times) > costs.verify[1] / 2
 
@@ -241,7 +241,8 @@ def cached_costs(
         "dtype": str(target.dtype),
         "quantize": target.quantize,
         "compiled": (fast := target.compiled) is not None
-        and ("exact" if exact else "trees" if batch else "tree") in fast.runner.kinds,
+        and ("exact" if exact else "trees" if batch else "tree") in fast.runner.kinds
+        and fast.runner.name,
         "kernel": tiled.used(target.dtype),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

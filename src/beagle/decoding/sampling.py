@@ -19,6 +19,7 @@ from beagle.decoding.noise import Noise
 from beagle.decoding.sampling_params import SamplingParams
 from beagle.drafters.base import LevelNoise
 from beagle.errors import BeagleError
+from beagle.targets.linears import tiled
 
 MOST_NOISE = 1000.0  # temperature beyond which a draft has nothing to gain, and fp32 an infinity to fear
 
@@ -187,7 +188,7 @@ def choose_all(samplers: Sequence[Sampler], logits: Tensor, positions: Sequence[
     for (temperature, *_), group in alike.items():
         own = logits if len(alike) == 1 else logits[group]
         if not temperature:
-            largest, tokens = own.max(-1)  # argmax takes far longer in bf16
+            largest, tokens = tiled.largest(own)
         else:
             largest = own.amax(-1)
             scores = (own.double() - largest[:, None]) / temperature

@@ -6,20 +6,11 @@
 
 #include <omp.h>
 
-#include <cmath>
 #include <numeric>
 
-#include "attention.h"
+#include "layers.h"
 
 namespace {
-
-struct Matrix {
-  const int8_t* weight;  // [out, in] in tiles
-  const float* scales;   // [out]
-  const int32_t* sums;   // [out]
-  const bf16* bias;      // [out] or null
-  int64_t in, out;
-};
 
 struct Layer {
   const float *query_norm, *state_norm, *mlp_norm;  // [hidden]
@@ -68,26 +59,7 @@ struct Found {
 
 namespace {
 
-using Rows = std::vector<float>;
-using Halves = std::vector<bf16>;
-
 constexpr bf16 UNSEEN = 0xff80;  // -infinity
-
-struct Range {
-  int64_t from, to;
-};
-
-struct Thread {
-  int64_t i, n;
-
-  Range of(int64_t count) const { return {count * i / n, count * (i + 1) / n}; }
-
-  // Outputs of a product: pairs of blocks, which are read together.
-  Range outputs(int64_t out) const {
-    const Range pairs = of((out / OUT + 1) / 2);
-    return {std::min(2 * OUT * pairs.from, out), std::min(2 * OUT * pairs.to, out)};
-  }
-};
 
 // What a node's row of logits comes to in one thread's share of the tokens.
 struct Best {
@@ -97,46 +69,11 @@ struct Best {
 
 // A thread's own memory.
 struct Scratch {
-  Whole whole;
   std::vector<Keys> keys;  // of the thread's cached heads
   Halves rows, queries;
   Rows state, values, most, sums;
 };
 thread_local Scratch scratch;
-
-__m512 exponential(__m512 x) {
-  x = _mm512_min_ps(_mm512_set1_ps(88), _mm512_max_ps(_mm512_set1_ps(-87), x));  // in this order NaN stays NaN
-  const __m512 twos = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-  const __m512 rest = _mm512_fnmadd_ps(twos, _mm512_set1_ps(0.693147181f), x);
-  __m512 sum = _mm512_set1_ps(1.f / 120);
-  for (float term : {1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f}) sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(term));
-  return _mm512_scalef_ps(sum, twos);
-}
-
-float scale_of(const float* x, int64_t n, double eps) {
-  __m512 squares = _mm512_setzero_ps();
-  for (int64_t k = 0; k < n; k += 16) squares = _mm512_fmadd_ps(_mm512_loadu_ps(x + k), _mm512_loadu_ps(x + k), squares);
-  return 1 / std::sqrt(_mm512_reduce_add_ps(squares) / n + float(eps));
-}
-
-void widen(float* y, const bf16* x, int64_t n) {
-  for (int64_t k = 0; k < n; k += 16) _mm512_storeu_ps(y + k, Whole::load(x + k));
-}
-
-// y = x * scale * weight
-void normed(bf16* y, const float* x, const float* weight, float scale, int64_t n) {
-  for (int64_t k = 0; k < n; k += 16)
-    to_half(y + k, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + k), _mm512_set1_ps(scale)), _mm512_loadu_ps(weight + k)));
-}
-
-// RoPE of a head.
-void rotate(bf16* y, const bf16* x, const bf16* cos, const bf16* sin, int64_t n) {
-  for (int64_t k = 0, half = n / 2; k < half; k += 16) {
-    const __m512 a = Whole::load(x + k), b = Whole::load(x + half + k);
-    to_half(y + k, _mm512_fnmadd_ps(b, Whole::load(sin + k), _mm512_mul_ps(a, Whole::load(cos + k))));
-    to_half(y + half + k, _mm512_fmadd_ps(a, Whole::load(sin + half + k), _mm512_mul_ps(b, Whole::load(cos + half + k))));
-  }
-}
 
 class Draft {
  public:
@@ -184,13 +121,6 @@ class Draft {
   Halves product, query, attended, gate, up, logits, own_logits;
   std::vector<std::vector<Best>> best;     // [threads][nodes]
 
-  static Range multiply(const Matrix& m, const bf16* x, int64_t rows, Halves& y, const Thread& own) {
-    const Range range = own.outputs(m.out);
-    scratch.whole.of(x, rows, m.in);
-    share_whole(m.weight, scratch.whole, y.data(), m.scales, m.sums, m.bias, rows, m.in, m.out, range.from / OUT, range.to / OUT);
-    return range;
-  }
-
   // Normed rows of x, in the thread's own memory.
   const bf16* norm(const Rows& x, const float* weight, int64_t rows) const {
     const int64_t d = head.hidden;
@@ -224,7 +154,7 @@ class Draft {
           normed(&scratch.rows[m * wide + i * d], scratch.state.data(), head.layer_norms + i * d,
                  scale_of(scratch.state.data(), d, head.eps), d);
         }
-      multiply(head.layer_proj, scratch.rows.data(), answer.rows, product, own);
+      multiply(head.layer_proj, scratch.rows.data(), answer.rows, product.data(), own);
     }
     for (int64_t m = 0; m < answer.rows; m++)
       for (int64_t k = range.from; k < range.to; k += 16) {
@@ -252,11 +182,11 @@ class Draft {
     });
     for (int64_t b = 0; slots && b < head.blocks; b++) {
       const Layer& layer = head.block[b];
-      multiply(layer.key_value, norm(level == 1 ? fused : newest, layer.state_norm, slots), slots, kv[b], own);
+      multiply(layer.key_value, norm(level == 1 ? fused : newest, layer.state_norm, slots), slots, kv[b].data(), own);
     }
     for (int64_t b = 0; b < head.blocks; b++) {
       const Layer& layer = head.block[b];
-      multiply(layer.query, norm(b ? states : embeddings, layer.query_norm, n), n, query, own);
+      multiply(layer.query, norm(b ? states : embeddings, layer.query_norm, n), n, query.data(), own);
 #pragma omp barrier
       const Range kv_heads = own.of(head.kv_heads);
       for (int64_t g = kv_heads.from; g < kv_heads.to; g++) {
@@ -271,9 +201,9 @@ class Draft {
     }
     scratch.rows.resize(n * d);
     for (int64_t k = 0; k < n * d; k += 16) to_half(&scratch.rows[k], _mm512_loadu_ps(&states[k]));
-    const Range range = multiply(head.lm_head, scratch.rows.data(), n, logits, own);
+    const Range range = multiply(head.lm_head, scratch.rows.data(), n, logits.data(), own);
     Range more{0, 0};
-    if (answer.lm_head.out) more = multiply(answer.lm_head, scratch.rows.data(), n, own_logits, own);
+    if (answer.lm_head.out) more = multiply(answer.lm_head, scratch.rows.data(), n, own_logits.data(), own);
     best[own.i].resize(n);
     for (int64_t m = 0; m < n; m++) {
       const float* noise = plan.noise ? plan.noise + (level - 1) * (head.tokens + answer.lm_head.out) : nullptr;
@@ -328,7 +258,7 @@ class Draft {
   // Attention's output and the residual, and in the first block the newest state.
   void add_attended(int64_t b, int64_t n, const Thread& own) {
     const int64_t d = head.hidden;
-    const Range range = multiply(head.block[b].output, attended.data(), n, product, own);
+    const Range range = multiply(head.block[b].output, attended.data(), n, product.data(), own);
     for (int64_t m = 0; m < n; m++) {
       const bool first = b == 0 && head.newest;
       const __m512 scale = _mm512_set1_ps(first ? scale_of(&newest[m * d], d, head.eps) : 0);
@@ -351,16 +281,12 @@ class Draft {
         to_half(&scratch.rows[m * d + k], _mm512_add_ps(Whole::load(&scratch.rows[m * d + k]), token));
       }
     }
-    const Range inner = multiply(layer.gate, scratch.rows.data(), n, gate, own);
-    multiply(layer.up, scratch.rows.data(), n, up, own);
+    const Range inner = multiply(layer.gate, scratch.rows.data(), n, gate.data(), own);
+    multiply(layer.up, scratch.rows.data(), n, up.data(), own);
     for (int64_t m = 0; m < n; m++)
-      for (int64_t k = m * layer.gate.out + inner.from; k < m * layer.gate.out + inner.to; k += 16) {
-        const __m512 x = Whole::load(&gate[k]);
-        const __m512 silu = _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1), exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
-        to_half(&gate[k], _mm512_mul_ps(silu, Whole::load(&up[k])));
-      }
+      activate(&gate[m * layer.gate.out + inner.from], &up[m * layer.gate.out + inner.from], inner.to - inner.from);
 #pragma omp barrier
-    const Range range = multiply(layer.down, gate.data(), n, product, own);
+    const Range range = multiply(layer.down, gate.data(), n, product.data(), own);
     for (int64_t m = 0; m < n; m++)
       for (int64_t k = m * d + range.from; k < m * d + range.to; k += 16)
         _mm512_storeu_ps(&states[k], _mm512_add_ps(_mm512_loadu_ps(&states[k]), Whole::load(&product[k])));

@@ -23,7 +23,7 @@ from beagle.drafters.grow import least_score
 from beagle.drafters.head import BeagleHead, FurtherBlock
 from beagle.targets import aot_cache
 from beagle.targets.linears import library, tiled
-from beagle.targets.linears.quantized import int8_weight
+from beagle.targets.linears.matrix import Matrix, matrix, pointer
 from beagle.targets.target import Target
 
 SOURCE = Path(__file__).with_name("draft.cpp")
@@ -31,22 +31,17 @@ MOST_OWN = 256  # tokens of an answer beside those of the head
 MOST_UNREAD = 64  # slots whose keys are written on the way; large products make more at once
 
 
-class _Matrix(Structure):
-    _fields_ = [("weight", c_void_p), ("scales", c_void_p), ("sums", c_void_p), ("bias", c_void_p), ("inputs", c_int64),
-                ("out", c_int64)]  # fmt: skip
-
-
 class _Layer(Structure):
     _fields_ = [(name, c_void_p) for name in ("query_norm", "state_norm", "mlp_norm")] + [
-        (name, _Matrix) for name in ("query", "key_value", "output", "gate", "up", "down")
+        (name, Matrix) for name in ("query", "key_value", "output", "gate", "up", "down")
     ]
 
 
 class _Head(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("hidden", "heads", "kv_heads", "head_dim", "blocks", "layers", "tokens")),
-        ("eps", c_double), ("newest", c_void_p), ("token", c_void_p), ("layer_norms", c_void_p), ("layer_proj", _Matrix),
-        ("block", POINTER(_Layer)), ("lm_head", _Matrix), ("embeddings", c_void_p), ("ids", c_void_p),
+        ("eps", c_double), ("newest", c_void_p), ("token", c_void_p), ("layer_norms", c_void_p), ("layer_proj", Matrix),
+        ("block", POINTER(_Layer)), ("lm_head", Matrix), ("embeddings", c_void_p), ("ids", c_void_p),
     ]  # fmt: skip
 
 
@@ -54,7 +49,7 @@ class _Answer(Structure):
     _fields_ = [
         ("states", c_void_p), ("rows", c_int64), ("unread", c_int64), ("root", c_void_p), ("cache", c_void_p),
         ("capacity", c_int64), ("keys", c_int64), ("slot", c_int64), ("cos", c_void_p), ("sin", c_void_p),
-        ("lm_head", _Matrix), ("embeddings", c_void_p), ("ids", c_void_p),
+        ("lm_head", Matrix), ("embeddings", c_void_p), ("ids", c_void_p),
     ]  # fmt: skip
 
 
@@ -80,7 +75,7 @@ class _Own:
         self.tokens: list[int] = []
         self.ids = torch.zeros(0, dtype=torch.int64)
         self.embeddings = torch.zeros(0)
-        self.matrix = _Matrix()
+        self.matrix = Matrix()
         self.kept: list[Tensor] = []  # what the matrix points to
 
 
@@ -184,29 +179,15 @@ class NativeDraft:
             bias = weight.new_zeros(len(weight)) if bias is None else bias.clone()
             bias[len(own.tokens) :] = -torch.inf
             own.kept = []
-            own.matrix = matrix(weight, bias, own.kept)
+            own.matrix = matrix(weight, bias, "int8", own.kept)
             own.embeddings = self._target.embed(own.ids).contiguous()
         return own
 
     def _floats(self, tensor: Tensor | None) -> int | None:
         return None if tensor is None else pointer(tensor.float(), self._kept)
 
-    def _matrix(self, weight: Tensor | None, bias: Tensor | None = None) -> _Matrix:
-        return _Matrix() if weight is None else matrix(weight, bias, self._kept)
-
-
-def pointer(tensor: Tensor, kept: list[Any]) -> int:
-    """Of a tensor's data, which joins what is ``kept``."""
-    kept.append(tensor.detach().contiguous())
-    address: int = kept[-1].data_ptr()
-    return address
-
-
-def matrix(weight: Tensor, bias: Tensor | None, kept: list[Any]) -> _Matrix:
-    """A linear layer's weights as the library reads them."""
-    scales, whole = int8_weight(weight.detach())
-    pointers = [pointer(tensor, kept) for tensor in (tiled.tiled(whole), scales, whole.sum(1, dtype=torch.int32))]
-    return _Matrix(*pointers, None if bias is None else pointer(bias, kept), weight.shape[1], weight.shape[0])
+    def _matrix(self, weight: Tensor | None, bias: Tensor | None = None) -> Matrix:
+        return Matrix() if weight is None else matrix(weight, bias, "int8", self._kept)
 
 
 @cache

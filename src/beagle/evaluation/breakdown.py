@@ -45,7 +45,7 @@ def breakdown(target: Target, context: int) -> list[dict[str, float]]:
     Args:
         target: a model with ``layers`` that run as one library.
     """
-    if target.compiled is None or target.compiled.runner.name != "compiled" or target.device.type != "cpu":
+    if target.compiled is None or target.device.type != "cpu":
         return []
     cache = target.new_cache(1, context + TOKENS[-1])
     target.prefill(torch.ones(1, context, dtype=torch.long), cache)

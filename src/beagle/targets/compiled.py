@@ -56,17 +56,11 @@ class Compiled:
         """
         Args:
             embed: the model's embedding, which is no part of the graphs.
-        Raises:
-            BeagleError: the package can't be read.
         """
         self._package, self._embed = package, embed
         self.remedy = f"delete {package} and run `beagle compile` again"
         self.kinds = frozenset(kind for kind, file in FILES.items() if (package / file).is_file())
         self._graphs: dict[Kind, Callable[[list[Tensor]], list[Tensor]]] = {}
-        self._load("tree")  # the others bring weights of their own, so not before they are asked for
-
-    def _load(self, kind: Kind) -> None:
-        self._graphs[kind] = aot_cache.load(self._package / FILES[kind])
 
     def new_cache(self, capacity: int) -> None:
         """Any cache will do."""
@@ -79,8 +73,8 @@ class Compiled:
         return plan.positions.shape[1] <= MAX_TREE_TOKENS and len(plan.layers[0]) == 1
 
     def __call__(self, tokens: Tensor, plan: Plan) -> Tensor:
-        if plan.kind not in self._graphs:
-            self._load(plan.kind)
+        if plan.kind not in self._graphs:  # each brings weights of its own, so not before it is asked for
+            self._graphs[plan.kind] = aot_cache.load(self._package / FILES[plan.kind])
         (states,) = self._graphs[plan.kind]([self._embed(tokens), *plan.tensors()])
         return states
 
@@ -101,15 +95,13 @@ def build(
     model: nn.Module,
     name: str,
     quantize: str | None = None,
-    exact: bool = False,
-    batch: bool = False,
+    kinds: tuple[Kind, ...] = ("tree",),
     state_layers: Sequence[int] = (),
 ) -> tuple[Path, float]:
     """Compile a freshly loaded model's passes; the model is of no use afterwards.
 
     Args:
-        exact: passes of exact mode, too; what there is of them already stays.
-        batch: passes over several sequences, too; what there is of them already stays.
+        kinds: of passes: trees, exact mode's, those of several sequences; what there is already stays.
     Returns:
         The package's folder and the seconds it took.
     Raises:
@@ -138,12 +130,11 @@ def build(
     else:
         tile_linears(base)
     tap(base, state_layers, len(layers.shapes), name)
-    wanted: dict[Kind, bool] = {"tree": True, "exact": exact, "trees": batch}
     with aot_cache.writing(package, {"target": name}) as partial:
         for kind, file in FILES.items():
             if (package / file).is_file():  # made before, of the very same
                 shutil.copy2(package / file, partial / file)
-            elif wanted[kind]:
+            elif kind in kinds:
                 _export(Graph(base, kind, layers.distinct_windows), embed, layers.shapes, partial / file, name)
     return package, time.perf_counter() - began
 

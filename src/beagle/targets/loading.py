@@ -23,7 +23,7 @@ from beagle.errors import BeagleError, first_line
 from beagle.hf import auto_class
 from beagle.memory import use_huge_pages
 from beagle.ranks import ALONE, Ranks
-from beagle.targets import aot_cache, compiled, devices
+from beagle.targets import aot_cache, compiled, devices, native
 from beagle.targets.adapter import is_adapter, merge_adapter, refuse_no_adapter
 from beagle.targets.captured import Captured
 from beagle.targets.devices import DeviceMap
@@ -114,10 +114,14 @@ def load_target(
         layers = layers(int(model.config.get_text_config(decoder=True).num_hidden_layers))
     if device_map is not None or tensor_parallel.count > 1:  # the weights are where they are, and ranks go in step
         return Target(model, tokenizer, name, pack=False, state_layers=layers, ranks=tensor_parallel)
-    fast = compiled.find(compiled_dir(), model, quantize, layers)  # before the weights are packed
+    graphs = compiled.find(compiled_dir(), model, quantize, layers)  # before the weights are packed
+    own = native.find(compiled_dir(), model, quantize, layers)
     target = Target(model, tokenizer, name, quantize, cache_dir() / "probes", state_layers=layers)
-    if fast is not None:
-        target.use(fast)
+    if own is not None and native.suits(target.layers):
+        own.others = graphs
+        target.use(own)
+    elif graphs is not None:
+        target.use(graphs)
     if target.device.type == "cuda" and not aot_cache.compiled_disabled() and target.can_capture:
         capture_target(target)
     if target.device.type == "cpu":

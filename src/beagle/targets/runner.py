@@ -34,12 +34,14 @@ class FastRunner(Runner, Protocol):
     Attributes:
         name: for records of what was run.
         remedy: what to do where it goes wrong.
-        kinds: of plans that it computes.
     """
 
     name: str
     remedy: str
-    kinds: frozenset[Kind]
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        """Of plans that it computes."""
 
     def new_cache(self, capacity: int) -> KVCache | None:
         """A cache of one sequence for it; None: any will do, or there is none left."""

@@ -280,4 +280,63 @@ class Keys {
   }
 };
 
+constexpr int64_t CHUNK = 128;  // keys whose weighted values are summed by themselves
+
+struct Strides {
+  int64_t batch, head, row;
+};
+
+// Attention of all heads in two steps, which threads share: chunks of keys by themselves, then rows of queries. So what a
+// query gets does not depend on the threads, nor on keys behind those that it sees.
+class Chunks {
+ public:
+  int64_t batch, heads, rows, keys, in, out;  // of cached heads; rows of queries
+  const bf16 *k, *v, *mask;                   // [batch, heads, keys, …], rows in one piece; the mask is added to scores
+  Strides of_k, of_v, of_mask;
+  float scale;
+
+  int64_t tasks() const { return batch * heads * count(); }
+
+  int64_t all_rows() const { return batch * heads * rows; }
+
+  void make_room() {
+    most.resize(tasks() * rows);
+    sums.resize(tasks() * rows);
+    parts.resize(tasks() * rows * out);
+  }
+
+  // One chunk of one head; q [batch, heads, rows, in].
+  void sum(int64_t task, const bf16* q) {
+    thread_local Keys own;
+    const int64_t head = task / count(), from = task % count() * CHUNK, b = head / heads, h = head % heads;
+    own.order(k + b * of_k.batch + h * of_k.head, v + b * of_v.batch + h * of_v.head, from, std::min(from + CHUNK, keys), in, out);
+    const bf16* added = mask + b * of_mask.batch + h * of_mask.head;
+    own.attend({q + head * rows * in, rows, in, added, of_mask.row}, scale, &most[task * rows], &sums[task * rows],
+               &parts[task * rows * out]);
+  }
+
+  // One row's sums of all chunks; y [out].
+  void merge(int64_t row, bf16* y) {
+    const int64_t first = row / rows * count() * rows + row % rows;  // its place in the first chunk
+    float top = most[first], sum = 0;
+    for (int64_t j = 1; j < count(); j++) top = std::max(top, most[first + j * rows]);
+    for (int64_t j = 0; j < count(); j++) {
+      float& share = most[first + j * rows];
+      share = std::exp(share - top);
+      sum += share * sums[first + j * rows];
+    }
+    for (int64_t c = 0; c < out; c += 16) {
+      __m512 total = _mm512_setzero_ps();
+      for (int64_t j = 0; j < count(); j++)
+        total = _mm512_fmadd_ps(_mm512_set1_ps(most[first + j * rows]), _mm512_loadu_ps(&parts[(first + j * rows) * out + c]), total);
+      to_half(y + c, _mm512_div_ps(total, _mm512_set1_ps(sum)));
+    }
+  }
+
+ private:
+  std::vector<float> most, sums, parts;  // [batch, heads, chunks, rows], of parts [..., out]
+
+  int64_t count() const { return (keys + CHUNK - 1) / CHUNK; }
+};
+
 }  // namespace

@@ -27,58 +27,59 @@ AOTITorchError new_output(AtenTensorHandle x, AtenTensorHandle weight, AtenTenso
   return aoti_torch_empty_strided(2, shape, strides, type, aoti_torch_device_type_cpu(), 0, y);
 }
 
-constexpr int64_t CHUNK = 128;  // keys whose weighted values are summed by themselves
-
-struct Strides {
-  int64_t batch, head, row;
-};
-
 }  // namespace
 
 extern "C" {
 
 // y [batch, heads, rows, outputs] of q [batch, heads, rows, inputs], both in one piece; k and v [batch, heads, keys, …]
-// have rows in one piece. The mask is added to scores. Chunks of keys are summed by themselves, and their sums in order:
-// so what a query gets does not depend on the threads, nor on keys behind those that it sees.
+// have rows in one piece. The mask is added to scores.
 void attend(const void* q, const void* k, const void* v, const void* mask, void* y, const int64_t* sizes,
             const Strides* of_k, const Strides* of_v, const Strides* of_mask, double scale) {
-  const int64_t batch = sizes[0], heads = sizes[1], rows = sizes[2], keys = sizes[3], in = sizes[4], out = sizes[5];
-  const int64_t chunks = (keys + CHUNK - 1) / CHUNK, tasks = batch * heads * chunks, all = batch * heads * rows;
-  const int threads = int(std::min<int64_t>(omp_get_max_threads(), tasks));
-  static thread_local std::vector<float> most, sums, parts;  // [batch, heads, chunks, rows], of parts [..., outputs]
-  most.resize(tasks * rows);
-  sums.resize(tasks * rows);
-  parts.resize(tasks * rows * out);
-  float *largest = most.data(), *weights = sums.data(), *part = parts.data();
+  static thread_local Chunks chunks;
+  Chunks& all = chunks;  // the same for all threads
+  all.batch = sizes[0], all.heads = sizes[1], all.rows = sizes[2], all.keys = sizes[3], all.in = sizes[4], all.out = sizes[5];
+  all.k = static_cast<const bf16*>(k), all.v = static_cast<const bf16*>(v), all.mask = static_cast<const bf16*>(mask);
+  all.of_k = *of_k, all.of_v = *of_v, all.of_mask = *of_mask, all.scale = float(scale);
+  all.make_room();
+  const int threads = int(std::min<int64_t>(omp_get_max_threads(), all.tasks()));
 #pragma omp parallel num_threads(threads)
   {
-    const int64_t i = omp_get_thread_num(), n = omp_get_num_threads();
-    thread_local Keys own;
-    for (int64_t task = tasks * i / n; task < tasks * (i + 1) / n; task++) {
-      const int64_t head = task / chunks, from = task % chunks * CHUNK, b = head / heads, h = head % heads;
-      own.order(static_cast<const bf16*>(k) + b * of_k->batch + h * of_k->head,
-                static_cast<const bf16*>(v) + b * of_v->batch + h * of_v->head, from, std::min(from + CHUNK, keys), in, out);
-      const bf16* added = static_cast<const bf16*>(mask) + b * of_mask->batch + h * of_mask->head;
-      own.attend({static_cast<const bf16*>(q) + head * rows * in, rows, in, added, of_mask->row}, float(scale),
-                 largest + task * rows, weights + task * rows, part + task * rows * out);
-    }
+    const int64_t i = omp_get_thread_num(), n = omp_get_num_threads(), tasks = all.tasks(), rows = all.all_rows();
+    for (int64_t t = tasks * i / n; t < tasks * (i + 1) / n; t++) all.sum(t, static_cast<const bf16*>(q));
 #pragma omp barrier
-    for (int64_t r = all * i / n; r < all * (i + 1) / n; r++) {
-      const int64_t first = r / rows * chunks * rows + r % rows;  // its place in the first chunk
-      float top = largest[first], sum = 0;
-      for (int64_t j = 1; j < chunks; j++) top = std::max(top, largest[first + j * rows]);
-      for (int64_t j = 0; j < chunks; j++) {
-        float& share = largest[first + j * rows];
-        share = std::exp(share - top);
-        sum += share * weights[first + j * rows];
-      }
-      for (int64_t c = 0; c < out; c += 16) {
-        __m512 total = _mm512_setzero_ps();
-        for (int64_t j = 0; j < chunks; j++)
-          total = _mm512_fmadd_ps(_mm512_set1_ps(largest[first + j * rows]), _mm512_loadu_ps(part + (first + j * rows) * out + c), total);
-        to_half(static_cast<bf16*>(y) + r * out + c, _mm512_div_ps(total, _mm512_set1_ps(sum)));
-      }
+    for (int64_t r = rows * i / n; r < rows * (i + 1) / n; r++) all.merge(r, static_cast<bf16*>(y) + r * all.out);
+  }
+}
+
+// The largest of each row [rows, n], the first of them if there are more, and where it is; NaN if one of them is.
+void largest(const void* x, void* values, int64_t* places, int64_t rows, int64_t n) {
+#pragma omp parallel for
+  for (int64_t r = 0; r < rows; r++) {
+    const bf16* row = static_cast<const bf16*>(x) + r * n;
+    const __m512i ones = _mm512_set1_epi32(1);
+    __m512 most = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    __m512i at = _mm512_setzero_si512(), step = _mm512_setzero_si512();
+    __mmask16 none = 0;  // no numbers
+    for (int64_t k = 0; k < n; k += 16, step = _mm512_add_epi32(step, ones)) {
+      const __mmask16 there = n - k < 16 ? (1 << (n - k)) - 1 : 0xffff;
+      const __m256i halves = _mm256_mask_loadu_epi16(_mm256_set1_epi16(int16_t(0xff80)), there, row + k);
+      const __m512 all = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+      none |= _mm512_cmp_ps_mask(all, all, _CMP_UNORD_Q);
+      const __mmask16 above = _mm512_cmp_ps_mask(all, most, _CMP_GT_OQ);
+      most = _mm512_mask_mov_ps(most, above, all);
+      at = _mm512_mask_mov_epi32(at, above, step);
     }
+    alignas(64) float lanes[16];
+    alignas(64) int32_t steps[16];
+    _mm512_store_ps(lanes, most);
+    _mm512_store_si512(steps, at);
+    int best = 0;
+    for (int i = 1; i < 16; i++)
+      if (lanes[i] > lanes[best] || (lanes[i] == lanes[best] && steps[i] < steps[best])) best = i;
+    places[r] = std::min(int64_t(steps[best]) * 16 + best, n - 1);
+    const float value = none ? std::numeric_limits<float>::quiet_NaN() : lanes[best];
+    const __m256bh half = _mm512_cvtneps_pbh(_mm512_set1_ps(value));
+    std::memcpy(static_cast<bf16*>(values) + r, &half, 2);
   }
 }
 
@@ -103,7 +104,8 @@ void tiled_linear_int8(const void* x, const void* weight, const float* scales, c
 #pragma omp parallel num_threads(threads)
   {
     thread_local Whole whole;
-    whole.of(static_cast<const bf16*>(x), rows, in);  // each thread for itself: waiting for another takes longer
+    whole.make_room(rows, in);
+    whole.of(static_cast<const bf16*>(x), rows, in, 0, rows);  // each thread for itself: waiting for another takes longer
     const int64_t i = omp_get_thread_num(), n = omp_get_num_threads();
     share_whole(static_cast<const int8_t*>(weight), whole, static_cast<bf16*>(y), scales, sums,
                 static_cast<const bf16*>(bias), rows, in, out, pairs * i / n * 2,
@@ -119,7 +121,8 @@ void tiled_linear_int4(const void* x, const void* weight, const void* bias, void
 #pragma omp parallel num_threads(threads)
   {
     thread_local Groups groups;
-    groups.of(static_cast<const bf16*>(x), rows, in);
+    groups.make_room(rows, in);
+    groups.of(static_cast<const bf16*>(x), in, 0, rows);
     const int64_t i = omp_get_thread_num(), n = omp_get_num_threads();
     share_int4(static_cast<const uint8_t*>(weight), groups, static_cast<bf16*>(y),
                static_cast<const bf16*>(bias), rows, in, out, blocks * i / n, blocks * (i + 1) / n);

@@ -98,10 +98,15 @@ struct Whole {
   std::vector<int8_t> bytes;
   std::vector<float> scales;
 
-  void of(const bf16* x, int64_t rows, int64_t in) {
+  void make_room(int64_t rows, int64_t in) {
     if (bytes.size() < size_t(2 * rows * in)) bytes.resize(2 * rows * in);
-    scales.resize(rows);
-    for (int64_t m = 0; m < rows; m++, x += in) {
+    if (scales.size() < size_t(rows)) scales.resize(rows);
+  }
+
+  // Some of the rows.
+  void of(const bf16* x, int64_t rows, int64_t in, int64_t from, int64_t to) {
+    x += from * in;
+    for (int64_t m = from; m < to; m++, x += in) {
       __m512 most = _mm512_setzero_ps();
       for (int64_t k = 0; k < in; k += 16) most = _mm512_max_ps(most, _mm512_abs_ps(load(x + k)));
       scales[m] = std::max(_mm512_reduce_max_ps(most), 1e-12f) / 127;
@@ -178,12 +183,17 @@ struct Groups {
   std::vector<int8_t> bytes;         // [rows][in]
   std::vector<float> scales, sums;  // [rows][in / IN], of sums the scale times that of a group's bytes
 
-  void of(const bf16* x, int64_t rows, int64_t in) {
+  void make_room(int64_t rows, int64_t in) {
     if (bytes.size() < size_t(rows * in)) bytes.resize(rows * in);
-    scales.resize(rows * in / IN);
-    sums.resize(rows * in / IN);
-    int8_t* to = bytes.data();
-    for (int64_t g = 0; g < rows * in / IN; g++, x += IN, to += IN) {
+    if (scales.size() < size_t(rows * in / IN)) scales.resize(rows * in / IN);
+    if (sums.size() < scales.size()) sums.resize(scales.size());
+  }
+
+  // Some of the rows.
+  void of(const bf16* x, int64_t in, int64_t first_row, int64_t last_row) {
+    x += first_row * in;
+    int8_t* to = bytes.data() + first_row * in;
+    for (int64_t g = first_row * in / IN; g < last_row * in / IN; g++, x += IN, to += IN) {
       const __m512 low = Whole::load(x), high = Whole::load(x + 16);
       const __m512 most = _mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high));
       scales[g] = std::max(_mm512_reduce_max_ps(most), 1e-12f) / 127;

@@ -139,7 +139,7 @@ def int8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _int4(weight: Tensor, bias: Tensor | None) -> Apply:
     outputs, inputs = weight.shape
-    whole, scales, middles = _int4_weight(weight)
+    whole, scales, middles = int4_weight(weight)
     if weight.dtype == torch.bfloat16 and tiled.fits(whole):
         return tiled.apply_int4(whole, scales, middles, bias)
     table = torch.stack([scales, middles], dim=-1).transpose(0, 1).contiguous()  # [groups, out, 2]
@@ -158,7 +158,7 @@ def _int4(weight: Tensor, bias: Tensor | None) -> Apply:
     return apply
 
 
-def _int4_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def int4_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Values 0 … 15 ``[out, in]``, scales and what 8 stands for ``[out, groups]``, both in the weight's dtype."""
     groups = weight.float().view(len(weight), -1, GROUP)
     low, high = groups.amin(-1), groups.amax(-1)
@@ -173,7 +173,7 @@ def dequantized(weight: Tensor, kind: str) -> Tensor:
     if kind == "int8":
         scales, whole = int8_weight(weight)
         return whole.float() * scales[:, None]
-    whole, scales, middles = _int4_weight(weight)
+    whole, scales, middles = int4_weight(weight)
     groups = (whole.float() - 8).view(*scales.shape, GROUP) * scales.float()[..., None] + middles.float()[..., None]
     return groups.view_as(weight)
 

@@ -1,0 +1,191 @@
+// A whole pass of a few tokens through layers of the common kind, for CPUs, in one parallel region: RMS norms, RoPE,
+// grouped attention, a gated MLP.
+//
+// In a graph of operators half of a small pass is spent between its products. Here threads share the outputs of
+// products, chunks of attention and rows, and wait for each other seven times a layer. What passes from layer to layer
+// is fp32. What a token gets does not depend on the tokens beside it, but for those that it sees.
+
+#include <omp.h>
+
+#include "layers.h"
+
+extern "C" {
+
+struct Layer {
+  const float *attention_norm, *mlp_norm;  // [hidden]
+  const float *query_norm, *key_norm;      // [head_dim] or null
+  Matrix query_key_value, output, gate, up, down;
+};
+
+struct Model {
+  int64_t hidden, heads, kv_heads, head_dim, layers, taps;
+  double eps, scale;
+  const float* norm;    // [hidden]
+  const int64_t* tap;   // [taps], ascending: after how many layers the residual is given, too
+  const Layer* layer;
+};
+
+struct Tokens {
+  int64_t rows;
+  const bf16* embeddings;         // [rows, hidden]
+  bf16* states;                   // [rows, (taps + 1) * hidden]
+  const bf16 *cos, *sin;          // [rows, head_dim]
+  const bf16* mask;               // added to scores [rows, keys]
+  int64_t slot, keys, head_size;  // where fresh keys go from, slots in view, numbers of a head in the cache
+  bf16* const* cache;             // keys and values of each layer in turn [kv_heads, slots, head_dim]
+};
+}
+
+namespace {
+
+class Pass {
+ public:
+  Pass(const Model& model, const Tokens& tokens) : model(model), tokens(tokens) {}
+
+  void run() {
+    const int64_t n = tokens.rows, d = model.hidden;
+    const int64_t wide = (model.heads + 2 * model.kv_heads) * model.head_dim;
+    x.resize(n * d);
+    widen(x.data(), tokens.embeddings, n * d);
+    normed_rows.resize(n * d);
+    product.resize(n * std::max(d, wide));
+    query.resize(n * model.heads * model.head_dim);
+    attended.resize(query.size());
+    gate.resize(n * model.layer[0].gate.out);
+    up.resize(gate.size());
+    inputs.make_room(n, std::max({d, model.heads * model.head_dim, model.layer[0].gate.out}));
+    chunks.batch = 1, chunks.heads = model.kv_heads, chunks.rows = n * model.heads / model.kv_heads;
+    chunks.keys = tokens.keys, chunks.in = chunks.out = model.head_dim, chunks.scale = float(model.scale);
+    chunks.of_k = chunks.of_v = {0, tokens.head_size, 0};
+    fold_mask();
+    chunks.make_room();
+#pragma omp parallel
+    {
+      const Thread own{omp_get_thread_num(), omp_get_num_threads()};
+      for (int64_t l = 0, tap = 0; l < model.layers; l++) {
+        attend(l, own);
+        feed_forward(model.layer[l], own);
+        if (tap < model.taps && model.tap[tap] == l + 1) {
+          const Range rows = own.of(n);
+          for (int64_t m = rows.from; m < rows.to; m++) give(m, tap, &x[m * d]);
+          tap++;
+        }
+      }
+      const Range rows = own.of(n);
+      for (int64_t m = rows.from; m < rows.to; m++)
+        normed(state(m, model.taps), &x[m * d], model.norm, scale_of(&x[m * d], d, model.eps), d);
+    }
+  }
+
+ private:
+  const Model& model;
+  const Tokens& tokens;
+  Rows x;  // the residual [rows, hidden]
+  Halves normed_rows, product, query, attended, gate, up, folded;
+  Inputs inputs;
+  Chunks chunks;
+
+  bf16* state(int64_t m, int64_t part) const { return tokens.states + (m * (model.taps + 1) + part) * model.hidden; }
+
+  void give(int64_t m, int64_t part, const float* row) const {
+    for (int64_t k = 0; k < model.hidden; k += 16) to_half(state(m, part) + k, _mm512_loadu_ps(row + k));
+  }
+
+  // The query heads of a group are rows beside each other: the mask once for each.
+  void fold_mask() {
+    const int64_t group = model.heads / model.kv_heads, size = tokens.rows * tokens.keys;
+    folded.resize(group * size);
+    for (int64_t g = 0; g < group; g++) std::copy_n(tokens.mask, size, &folded[g * size]);
+    chunks.mask = folded.data();
+    chunks.of_mask = {0, 0, tokens.keys};
+  }
+
+  // Normed rows for a product: threads share them, and each needs all of them.
+  void norm(const float* weight, const Matrix& matrix, const Thread& own) {
+    const int64_t d = model.hidden;
+    const Range rows = own.of(tokens.rows);
+    for (int64_t m = rows.from; m < rows.to; m++)
+      normed(&normed_rows[m * d], &x[m * d], weight, scale_of(&x[m * d], d, model.eps), d);
+    inputs.take(matrix.kind, normed_rows.data(), tokens.rows, d, rows);
+#pragma omp barrier
+  }
+
+  Range multiply(const Matrix& matrix, const Halves& rows, Halves& out, const Thread& own) const {
+    return inputs.multiply(matrix, rows.data(), tokens.rows, out.data(), own);
+  }
+
+  // A share of a product is added to the residual.
+  void add(const Matrix& matrix, const Halves& rows, const Thread& own) {
+    const int64_t d = model.hidden;
+    if (matrix.kind != HALF) {
+      inputs.take(matrix.kind, rows.data(), tokens.rows, matrix.in, own.of(tokens.rows));
+#pragma omp barrier
+    }
+    const Range range = multiply(matrix, rows, product, own);
+    for (int64_t m = 0; m < tokens.rows; m++)
+      for (int64_t k = m * d + range.from; k < m * d + range.to; k += 16)
+        _mm512_storeu_ps(&x[k], _mm512_add_ps(_mm512_loadu_ps(&x[k]), Whole::load(&product[k])));
+#pragma omp barrier
+  }
+
+  void attend(int64_t l, const Thread& own) {
+    const Layer& layer = model.layer[l];
+    const int64_t d = model.head_dim, wide = layer.query_key_value.out;
+    norm(layer.attention_norm, layer.query_key_value, own);
+    multiply(layer.query_key_value, normed_rows, product, own);
+#pragma omp barrier
+    const Range heads = own.of((model.heads + 2 * model.kv_heads) * tokens.rows);
+    for (int64_t i = heads.from; i < heads.to; i++) {
+      const int64_t h = i / tokens.rows, m = i % tokens.rows;
+      place(l, h, m, &product[m * wide + h * d]);
+    }
+#pragma omp single
+    {
+      chunks.k = tokens.cache[2 * l];
+      chunks.v = tokens.cache[2 * l + 1];
+    }
+    const Range tasks = own.of(chunks.tasks()), rows = own.of(chunks.all_rows());
+    for (int64_t t = tasks.from; t < tasks.to; t++) chunks.sum(t, query.data());
+#pragma omp barrier
+    for (int64_t r = rows.from; r < rows.to; r++) {
+      const int64_t h = r / tokens.rows, m = r % tokens.rows;
+      chunks.merge(r, &attended[(m * model.heads + h) * d]);
+    }
+#pragma omp barrier
+    add(layer.output, attended, own);
+  }
+
+  // A head's part of a token's product to where attention finds it.
+  void place(int64_t l, int64_t h, int64_t m, bf16* part) {
+    const int64_t d = model.head_dim, key = h - model.heads, value = key - model.kv_heads;
+    if (value >= 0) {
+      std::memcpy(tokens.cache[2 * l + 1] + value * tokens.head_size + (tokens.slot + m) * d, part, 2 * d);
+      return;
+    }
+    const Layer& layer = model.layer[l];
+    if (layer.query_norm) {
+      thread_local Rows row;
+      row.resize(d);
+      widen(row.data(), part, d);
+      normed(part, row.data(), key < 0 ? layer.query_norm : layer.key_norm, scale_of(row.data(), d, model.eps), d);
+    }
+    bf16* to = key < 0 ? &query[(h * tokens.rows + m) * d] : tokens.cache[2 * l] + key * tokens.head_size + (tokens.slot + m) * d;
+    rotate(to, part, tokens.cos + m * d, tokens.sin + m * d, d);
+  }
+
+  void feed_forward(const Layer& layer, const Thread& own) {
+    norm(layer.mlp_norm, layer.gate, own);
+    const Range range = multiply(layer.gate, normed_rows, gate, own);
+    multiply(layer.up, normed_rows, up, own);
+    for (int64_t m = 0; m < tokens.rows; m++)
+      activate(&gate[m * layer.gate.out + range.from], &up[m * layer.gate.out + range.from], range.to - range.from);
+#pragma omp barrier
+    add(layer.down, gate, own);
+  }
+};
+
+}  // namespace
+
+extern "C" void beagle_pass(const Model* model, const Tokens* tokens) {
+  Pass(*model, *tokens).run();
+}

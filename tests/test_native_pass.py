@@ -1,0 +1,172 @@
+"""A whole pass by C++ of ours: the states of the eager pass, of the families that it knows."""
+
+import shutil
+
+import pytest
+import torch
+
+from beagle.targets import loading, native
+from beagle.targets.linears import tiled
+from beagle.targets.linears.quantized import dequantized
+from beagle.targets.shape import TreeShape
+from beagle.targets.target import Target
+from conftest import tiny_model, tiny_tokenizer
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not any(shutil.which(name) for name in ("g++", "clang++")), reason="there is no C++ compiler"),
+    pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this CPU has no AVX-512 BF16"),
+]
+SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+TREES = {
+    "token": TreeShape([-1]),
+    "tree": TreeShape([-1, 0, 0, 1, 1, 2, 3]),
+    "chain": TreeShape.chain(20),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("native")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiled, "_kernel", None)
+        patch.setattr(tiled, "_is_faster", lambda: True)
+        assert tiled.build(folder) is None
+    assert native.build(folder) is None
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def kernel(folder):
+    assert tiled.load(folder)
+
+
+def model(family, **options):
+    options = {"sliding_window": None, "num_hidden_layers": 3} | SHAPE | options
+    if family in ("llama", "qwen3"):
+        options.pop("sliding_window")
+    torch.manual_seed(0)
+    made = tiny_model(family, **options).bfloat16()
+    for name, parameter in made.named_parameters():
+        if "norm" in name or "bias" in name:  # else all ones or zeros
+            parameter.data += 0.3 * torch.randn(parameter.shape)
+    return made
+
+
+def three(folder, family, quantize=None, layers=(), **options):
+    """The same target natively, eagerly, and in fp32 with the same weights."""
+    found = native.find(folder, model(family, **options), quantize, layers)
+    whole = model(family, **options).float()
+    for linear in whole.model.modules():
+        if quantize and isinstance(linear, torch.nn.Linear):
+            linear.weight.data = dequantized(linear.weight.data.bfloat16(), quantize)
+    kinds = (quantize, quantize, None)
+    models = (model(family, **options), model(family, **options), whole)
+    fast, eager, right = (
+        Target(made, tiny_tokenizer(), f"tiny-{family}", kind, state_layers=layers)
+        for made, kind in zip(models, kinds, strict=True)
+    )
+    assert found is not None
+    assert native.suits(fast.layers)
+    fast.use(found)  # compares
+    return fast, eager, right
+
+
+def states_of(target, shape, context=200):
+    ids = torch.randint(1, target.vocab_size, (1, context), generator=torch.Generator().manual_seed(0))
+    cache = target.new_cache(1, context + 20)
+    target.prefill(ids, cache)
+    return target.verify(cache, torch.arange(3, 3 + len(shape.parents)), shape).float(), cache
+
+
+def gap(ours, right):
+    return float((ours - right).norm() / right.norm())
+
+
+@pytest.mark.parametrize("shape", TREES.values(), ids=TREES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_its_states_are_right(folder, family, shape):
+    fast, eager, right = three(folder, family)
+    (ours, cache), (theirs, written), (expected, _) = (states_of(target, shape) for target in (fast, eager, right))
+    assert gap(ours, expected) < 1.5 * gap(theirs, expected) < 0.06
+    slots = slice(200, 200 + len(shape.parents))
+    for one, other in zip(cache.tensors, written.tensors, strict=True):
+        assert gap(one[:, :, slots].float(), other[:, :, slots].float()) < 0.03
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_its_quantised_states_are_right(folder, quantize):
+    ours, theirs, expected = (states_of(target, TREES["tree"])[0] for target in three(folder, "qwen2", quantize))
+    assert gap(ours, expected) < 1.5 * gap(theirs, expected) < 0.06
+
+
+def test_outputs_of_other_layers_come_with_the_top_states(folder):
+    ours, theirs, expected = (states_of(target, TREES["tree"])[0] for target in three(folder, "llama", layers=(1, 2)))
+    assert ours.shape == (7, 3 * 128)
+    for part, eager, right in zip(ours.split(128, 1), theirs.split(128, 1), expected.split(128, 1), strict=True):
+        assert gap(part, right) < 1.5 * gap(eager, right) < 0.06
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_a_token_does_not_depend_on_those_beside_it_nor_on_threads(folder, quantize):
+    fast, _, _ = three(folder, "qwen3", quantize)
+    fast.eager = None
+    together, _ = states_of(fast, TREES["chain"], context=60)
+    ids = torch.randint(1, fast.vocab_size, (1, 60), generator=torch.Generator().manual_seed(0))
+    cache = fast.new_cache(1, 80)
+    fast.prefill(ids, cache)
+    alone = []
+    threads = torch.get_num_threads()
+    try:
+        for i in range(20):
+            torch.set_num_threads(1 + i % 3)
+            alone.append(fast.verify(cache, torch.tensor([3 + i]), TREES["token"]))
+            cache.lengths = [61 + i]
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(torch.cat(alone).float(), together)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("gemma2", {}),  # norms of another kind, soft caps
+        ("granite", {}),  # the same modules, with multipliers
+        ("llama", {"head_dim": 48}),
+        ("llama", {"hidden_act": "gelu"}),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}),
+    ],
+)
+def test_other_models_are_left_to_graphs(folder, family, options):
+    assert native.find(folder, tiny_model(family, **(SHAPE | options)).bfloat16(), None) is None
+
+
+def test_other_dtypes_are_left_to_graphs(folder):
+    assert native.find(folder, tiny_model("llama", **SHAPE), None) is None
+
+
+def test_sliding_windows_are_left_to_graphs(folder):
+    target = Target(model("mistral", sliding_window=8), tiny_tokenizer(), "tiny")
+    assert not native.suits(target.layers)
+
+
+def test_it_can_be_refused(folder, monkeypatch):
+    monkeypatch.setenv("BEAGLE_COMPILED", "0")
+    assert native.find(folder, model("llama"), None) is None
+
+
+def test_the_command_has_nothing_to_compile(folder, beagle, monkeypatch):
+    made = model("llama")
+    monkeypatch.setattr(loading, "compiled_dir", lambda: folder)
+    monkeypatch.setattr(loading, "load_model", lambda *given, **options: (made, tiny_tokenizer()))
+    monkeypatch.setattr("beagle.targets.compiled.build", None)
+    ended = beagle("compile", "-t", "tiny-llama", "--dtype", "bfloat16", "--draft", "none")
+    assert ended.code == 0
+    assert "computed by C++" in ended.err

@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("native")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiled, "_kernel", None)
-        patch.setattr(tiled, "_is_faster", lambda: True)
+        patch.setattr(tiled, "_is_kept", lambda: True)
         assert tiled.build(folder) is None
     assert native.build(folder) is None
     return folder

@@ -26,7 +26,7 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kernel")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiled, "_kernel", None)
-        patch.setattr(tiled, "_is_faster", lambda: True)
+        patch.setattr(tiled, "_is_kept", lambda: True)
         assert tiled.build(folder) is None
     return folder
 
@@ -261,12 +261,12 @@ def test_a_compiled_int4_pass_uses_it_and_gives_the_eager_states(kernel, monkeyp
     assert torch.allclose(*states, atol=0.1)  # int8 vectors round otherwise where their inputs do
 
 
-def test_it_is_kept_only_where_all_its_products_are_faster(kernel, monkeypatch):
+def test_it_is_kept_only_where_none_of_its_products_is_slower(kernel, monkeypatch):
     answers = iter([True, False])
-    monkeypatch.setattr(tiled, "_beats", lambda ours, theirs: next(answers))
-    assert not tiled._is_faster()
+    monkeypatch.setattr(tiled, "_keeps_up", lambda ours, theirs: next(answers))
+    assert not tiled._is_kept()
     answers = iter([True, True])
-    assert tiled._is_faster()
+    assert tiled._is_kept()
 
 
 @torch.no_grad()

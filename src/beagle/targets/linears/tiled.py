@@ -30,6 +30,8 @@ SHIMS = (  # how compiled graphs call it
     "AtenTensorHandle mask, double scale, AtenTensorHandle* y)",
 )
 
+CLEARLY = 1.25  # of times: passes and drafts in C++ gain from the kernel besides, so that a tie is not its end
+
 _kernel: Any = None  # the library, once it is loaded
 _operators = torch.library.Library("beagle", "DEF")  # for tracing: what a graph calls
 _operators.define("tiled_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -197,18 +199,18 @@ def build(folder: Path) -> str | None:
         return reason
     if not load(folder):
         return "what was built can't be loaded"
-    return None if _is_faster() else _remove(folder)
+    return None if _is_kept() else _remove(folder)
 
 
 def _remove(folder: Path) -> str:
     global _kernel
     _kernel = None
     library.path(folder, "kernel", SOURCE).unlink()
-    return "they are as fast here"
+    return "they are faster here"
 
 
-def _is_faster() -> bool:
-    """Whether the kernel beats PyTorch's own products here, in bf16 and in int4."""
+def _is_kept() -> bool:
+    """Whether PyTorch's own products are not clearly faster here, in bf16 and in int4."""
     weights = [torch.randn(1536, 576).bfloat16() for _ in range(40)]  # more than caches hold
     packed = [torch.ops.mkldnn._reorder_linear_weight(weight, 16) for weight in weights]
     whole = torch.randint(16, (1536, 576), dtype=torch.uint8)
@@ -217,17 +219,17 @@ def _is_faster() -> bool:
     theirs = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole.int(), 1) for _ in weights]
     ordered = [tiled(weight) for weight in weights]
     multiply, multiply_int4 = torch.ops.mkldnn._linear_pointwise, torch.ops.aten._weight_int4pack_mm_for_cpu
-    return _beats(
+    return _keeps_up(
         lambda x: [_product(x, weight, None) for weight in ordered],
         lambda x: [multiply(x, weight, None, "none", [], "") for weight in packed],
-    ) and _beats(
+    ) and _keeps_up(
         lambda x: [_product_int4(x, weight, None) for weight in ours],
         lambda x: [multiply_int4(x, weight, 32, table) for weight in theirs],
     )
 
 
-def _beats(ours: Callable[[Tensor], object], theirs: Callable[[Tensor], object]) -> bool:
-    """Whether one is faster than the other for the numbers of vectors that decoding has."""
+def _keeps_up(ours: Callable[[Tensor], object], theirs: Callable[[Tensor], object]) -> bool:
+    """Whether one is as fast as the other for the numbers of vectors that decoding has, as far as a busy machine shows."""
     seconds = [0.0, 0.0]
     for vectors in (1, 12):
         x = torch.randn(vectors, 576).bfloat16()
@@ -239,7 +241,7 @@ def _beats(ours: Callable[[Tensor], object], theirs: Callable[[Tensor], object])
                 run.append(time.perf_counter() - began)
         for i, run in enumerate(runs):
             seconds[i] += min(run)
-    return seconds[0] < seconds[1]
+    return seconds[0] < CLEARLY * seconds[1]
 
 
 def fits(weight: Tensor) -> bool:

@@ -201,9 +201,10 @@ class Draft {
     }
     scratch.rows.resize(n * d);
     for (int64_t k = 0; k < n * d; k += 16) to_half(&scratch.rows[k], _mm512_loadu_ps(&states[k]));
-    const Range range = multiply(head.lm_head, scratch.rows.data(), n, logits.data(), own);
+    const Inputs& inputs = taken(head.lm_head.kind, scratch.rows.data(), n, d);
+    const Range range = inputs.multiply(head.lm_head, scratch.rows.data(), n, logits.data(), own);
     Range more{0, 0};
-    if (answer.lm_head.out) more = multiply(answer.lm_head, scratch.rows.data(), n, own_logits.data(), own);
+    if (answer.lm_head.out) more = inputs.multiply(answer.lm_head, scratch.rows.data(), n, own_logits.data(), own);
     best[own.i].resize(n);
     for (int64_t m = 0; m < n; m++) {
       const float* noise = plan.noise ? plan.noise + (level - 1) * (head.tokens + answer.lm_head.out) : nullptr;
@@ -281,8 +282,9 @@ class Draft {
         to_half(&scratch.rows[m * d + k], _mm512_add_ps(Whole::load(&scratch.rows[m * d + k]), token));
       }
     }
-    const Range inner = multiply(layer.gate, scratch.rows.data(), n, gate.data(), own);
-    multiply(layer.up, scratch.rows.data(), n, up.data(), own);
+    const Inputs& inputs = taken(layer.gate.kind, scratch.rows.data(), n, d);
+    const Range inner = inputs.multiply(layer.gate, scratch.rows.data(), n, gate.data(), own);
+    inputs.multiply(layer.up, scratch.rows.data(), n, up.data(), own);
     for (int64_t m = 0; m < n; m++)
       activate(&gate[m * layer.gate.out + inner.from], &up[m * layer.gate.out + inner.from], inner.to - inner.from);
 #pragma omp barrier

@@ -66,12 +66,16 @@ class Inputs {
   Groups groups;
 };
 
-// The same by a thread that takes all rows for itself.
-Range multiply(const Matrix& m, const bf16* x, int64_t rows, bf16* y, const Thread& own) {
+// The inputs of a thread that takes all rows for itself; they serve all weights of their kind until the next ones come.
+const Inputs& taken(Kind kind, const bf16* x, int64_t rows, int64_t in) {
   thread_local Inputs inputs;
-  inputs.make_room(rows, m.in);
-  inputs.take(m.kind, x, rows, m.in, {0, rows});
-  return inputs.multiply(m, x, rows, y, own);
+  inputs.make_room(rows, in);
+  inputs.take(kind, x, rows, in, {0, rows});
+  return inputs;
+}
+
+Range multiply(const Matrix& m, const bf16* x, int64_t rows, bf16* y, const Thread& own) {
+  return taken(m.kind, x, rows, m.in).multiply(m, x, rows, y, own);
 }
 
 __m512 exponential(__m512 x) {

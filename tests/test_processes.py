@@ -1,0 +1,66 @@
+"""``benchmarks/processes.py``: what a benchmark or a test starts ends whole."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import pytest
+from processes import Server, Started, free_port
+
+# a child that no signal but SIGKILL ends; its number is written when it is deaf
+CHILD = "import signal, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+CHILD += "print(__import__('os').getpid(), flush=True)\ntime.sleep(600)"
+PARENT = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {CHILD!r}])\n"
+ENDS = PARENT + "import time; time.sleep(600)"  # by SIGTERM
+DEAF = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + ENDS
+FAILS = PARENT + "import time; time.sleep(1); sys.exit('no memory')"
+
+
+def child(log) -> int:
+    """The number of the process that the command has started."""
+    until = time.monotonic() + 60
+    while not (log.is_file() and log.read_text().endswith("\n")) and time.monotonic() < until:
+        time.sleep(0.02)
+    return int(log.read_text())
+
+
+def gone(process: int) -> bool:
+    """Whether it has ended, or does soon: a killed process is listed until the system has been told."""
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.mark.parametrize(("code", "expected"), [(ENDS, -signal.SIGTERM), (DEAF, -signal.SIGKILL)])
+def test_no_child_outlives_what_started_it(tmp_path, code, expected):
+    log = tmp_path / "log"
+    started = Started([sys.executable, "-c", code], log=log)
+    number = child(log)
+    assert started.stop(seconds=0.5)[0] == expected
+    assert gone(number)
+    assert started.stop()[0] == expected  # again is no error
+
+
+def test_a_failure_ends_it_too(tmp_path):
+    with pytest.raises(KeyError), Started([sys.executable, "-c", ENDS], log=tmp_path / "log"):
+        number = child(tmp_path / "log")
+        raise KeyError
+    assert gone(number)
+
+
+@pytest.mark.parametrize(("code", "told"), [(FAILS, "no memory\nthe server has ended with code 1"), (ENDS, "not ready")])
+def test_a_server_that_does_not_start_says_so_and_leaves_nothing(tmp_path, code, told):
+    log = tmp_path / "log"
+    server = Server([sys.executable, "-c", code], free_port(), log=log)
+    number = child(log)
+    with pytest.raises(SystemExit, match=told):
+        server.wait(1.5 if code == ENDS else 60)
+    assert gone(number)

@@ -49,14 +49,20 @@ def test_no_child_outlives_what_started_it(tmp_path, code, expected):
     assert started.stop()[0] == expected  # again is no error
 
 
+def fails_while_it_runs(log) -> None:
+    with Started([sys.executable, "-c", ENDS], log=log):
+        raise KeyError(child(log))
+
+
 def test_a_failure_ends_it_too(tmp_path):
-    with pytest.raises(KeyError), Started([sys.executable, "-c", ENDS], log=tmp_path / "log"):
-        number = child(tmp_path / "log")
-        raise KeyError
-    assert gone(number)
+    with pytest.raises(KeyError) as failed:
+        fails_while_it_runs(tmp_path / "log")
+    assert gone(failed.value.args[0])
 
 
-@pytest.mark.parametrize(("code", "told"), [(FAILS, "no memory\nthe server has ended with code 1"), (ENDS, "not ready")])
+@pytest.mark.parametrize(
+    ("code", "told"), [(FAILS, "no memory\nthe server has ended with code 1"), (ENDS, "not ready")]
+)
 def test_a_server_that_does_not_start_says_so_and_leaves_nothing(tmp_path, code, told):
     log = tmp_path / "log"
     server = Server([sys.executable, "-c", code], free_port(), log=log)

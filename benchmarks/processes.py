@@ -19,7 +19,11 @@ SHOWN = 3000  # characters of what a server wrote that did not start
 
 
 class Started:
-    """A command that runs until it is stopped; ``with`` stops it."""
+    """A command that runs until it is stopped; ``with`` stops it.
+
+    SIGTERM to the process that started it is Ctrl-C from then on, so that ``with`` and ``finally`` stop the command then,
+    too: a signal to the starter's group alone does not reach it.
+    """
 
     def __init__(
         self, command: Sequence[str], environment: Mapping[str, str] | None = None, log: Path | None = None
@@ -29,6 +33,8 @@ class Started:
             environment: of the command, whole; None for this process's.
             log: where the command writes, errors too; None for where this process does.
         """
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         self.words, self.log = shlex.join(command), log
         with log.open("w") if log else nullcontext() as output:
             self.process = subprocess.Popen(

@@ -6,7 +6,9 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
+import processes
 import pytest
 from processes import Server, Started, free_port
 
@@ -58,6 +60,19 @@ def test_a_failure_ends_it_too(tmp_path):
     with pytest.raises(KeyError) as failed:
         fails_while_it_runs(tmp_path / "log")
     assert gone(failed.value.args[0])
+
+
+def test_it_ends_with_who_started_it(tmp_path):
+    """As where a limit of time ends a benchmark."""
+    log = tmp_path / "log"
+    code = "import sys, time\nfrom pathlib import Path\nfrom processes import Started\n"
+    code += "with Started([sys.executable, '-c', sys.argv[1]], log=Path(sys.argv[2])):\n    time.sleep(600)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(processes.__file__).parent)}
+    with Started([sys.executable, "-c", code, ENDS, str(log)], environment, tmp_path / "starter") as starter:
+        number = child(log)
+        starter.process.terminate()
+        starter.process.wait(60)
+        assert gone(number)
 
 
 @pytest.mark.parametrize(

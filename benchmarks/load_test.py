@@ -13,8 +13,6 @@ import argparse
 import json
 import random
 import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
@@ -23,6 +21,7 @@ from pathlib import Path
 from statistics import median
 
 import httpx
+from processes import Server, free_port
 
 import beagle
 from beagle.errors import run_script
@@ -48,44 +47,20 @@ BAD = (
 PLAN = beagle.TreePlan("dynamic", 4, 6, 8)  # a fixed size: the same passes in both processes
 
 
-class Served:
+class Served(Server):
     """A server process of our own."""
 
     def __init__(self, options: list[str], live: int, queue: int) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        port = free_port()
         tree = ["--depth", str(PLAN.depth), "--tree-top-k", str(PLAN.top_k), "--nodes", str(PLAN.nodes)]
         limits = ["--live", str(live), "--queue", str(queue), "--name", "load", "--grace", "20"]
-        command = [sys.executable, "-m", "beagle", "serve", "--port", str(self.port)]
-        self.process = subprocess.Popen([*command, *tree, *limits, *options])
-        self.url = f"http://127.0.0.1:{self.port}"
-
-    def wait(self, seconds: float = 300) -> None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and self.process.poll() is None:
-            try:
-                if httpx.get(self.url + "/health", timeout=5).status_code == 200:
-                    return
-            except httpx.HTTPError:
-                time.sleep(0.2)
-        self.process.kill()
-        raise SystemExit("the server did not start")
+        command = [sys.executable, "-m", "beagle", "serve", "--port", str(port)]
+        super().__init__([*command, *tree, *limits, *options], port)
 
     def memory(self) -> float:
         """Resident megabytes."""
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return pages * 4096 / 1e6
-
-    def stop(self, sign: int) -> tuple[int, float]:
-        """Exit code, and seconds until it came."""
-        began = time.monotonic()
-        self.process.send_signal(sign)
-        try:
-            return self.process.wait(60), round(time.monotonic() - began, 2)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            return -1, 60.0
 
 
 class Load:
@@ -198,7 +173,7 @@ def main() -> None:
     served = Served(options, arguments.live, arguments.queue)
     memory: list[float] = []
     try:
-        served.wait()
+        served.wait(300)
         load = Load(served.url, expected)
         threads = [threading.Thread(target=load.client, args=(i,), daemon=True) for i in range(arguments.clients)]
         for thread in threads:
@@ -215,24 +190,23 @@ def main() -> None:
         state = httpx.get(served.url + "/health", timeout=30).json()
         metrics = httpx.get(served.url + "/metrics", timeout=30).text
     finally:
-        code, seconds = served.stop(signal.SIGTERM)
+        code, seconds = served.stop()
     # killed under load, then another one in its place
-    victim = Served(options, arguments.live, arguments.queue)
-    victim.wait()
-    harassed = Load(victim.url, expected)
-    thread = threading.Thread(target=harassed.client, args=(99,), daemon=True)
-    thread.start()
-    time.sleep(2)
-    victim.stop(signal.SIGKILL)
+    with Served(options, arguments.live, arguments.queue) as victim:
+        victim.wait(300)
+        harassed = Load(victim.url, expected)
+        thread = threading.Thread(target=harassed.client, args=(99,), daemon=True)
+        thread.start()
+        time.sleep(2)
+        victim.stop(signal.SIGKILL)
     harassed.over.set()
     thread.join(120)
-    heir = Served(options, arguments.live, arguments.queue)
-    heir.wait()
-    again = Load(heir.url, expected)
-    with httpx.Client(base_url=heir.url, timeout=120) as http:
-        for seed in range(6):
-            again.one(http, random.Random(seed))
-    heir.stop(signal.SIGTERM)
+    with Served(options, arguments.live, arguments.queue) as heir:
+        heir.wait(300)
+        again = Load(heir.url, expected)
+        with httpx.Client(base_url=heir.url, timeout=120) as http:
+            for seed in range(6):
+                again.one(http, random.Random(seed))
 
     settled, last = memory[len(memory) // 3 : len(memory) // 2], memory[-max(1, len(memory) // 6) :]
     result = {

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -21,13 +20,14 @@ from statistics import median
 from typing import Any
 
 import httpx
+from processes import Server
 
 from beagle.errors import run_script
 from beagle.evaluation.suites import load_suite
 from beagle.meta import command_line, describe
 
 
-class Served:
+class Served(Server):
     """A server process of one source."""
 
     def __init__(self, source: Path, port: int, options: list[str], cache: str | None) -> None:
@@ -35,17 +35,7 @@ class Served:
         if cache:
             environment["BEAGLE_CACHE"] = cache
         command = [sys.executable, "-m", "beagle", "serve", "--port", str(port), "--name", "served", *options]
-        self.process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-        self.url = f"http://127.0.0.1:{port}"
-
-    def wait(self) -> None:
-        while self.process.poll() is None:
-            try:
-                if httpx.get(self.url + "/health", timeout=5).status_code == 200:
-                    return
-            except httpx.HTTPError:
-                time.sleep(0.2)
-        raise SystemExit("a server did not start; run its command by hand to see why")
+        super().__init__(command, port, environment, Path(os.devnull))
 
 
 def ask(url: str, question: str, tokens: int) -> tuple[int, float]:
@@ -114,7 +104,7 @@ def main() -> None:
     try:
         for i, (name, folder) in enumerate(sources.items()):
             servers[name] = Served(Path(folder), arguments.port + i, arguments.options.split(), caches.get(name))
-            servers[name].wait()
+            servers[name].wait(600)
             measure(servers[name].url, max(arguments.clients), ["Name a colour."] * max(arguments.clients), 8)
         for number in range(arguments.rounds):
             asked = questions[number * arguments.questions :][: arguments.questions]
@@ -127,9 +117,7 @@ def main() -> None:
                     print(f"{name}, {clients} clients: {found['tokens_per_second']:.1f} tokens/s", flush=True)
     finally:
         for served in servers.values():
-            served.process.terminate()
-        for served in servers.values():
-            served.process.wait(60)
+            served.stop()
     table = {
         name: {
             "tokens_per_second": round(median(r["tokens_per_second"] for r in own), 2),

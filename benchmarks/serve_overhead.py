@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -76,7 +75,7 @@ def main() -> None:
     served = Served(["--target", options.target, "--draft", options.draft, "--dtype", options.dtype], live=8, queue=4)
     runs: list[dict[str, Any]] = []
     try:
-        served.wait()
+        served.wait(300)
         client = Client(served.url, options.max_new_tokens)
         ways: dict[str, Callable[[str], str]] = {
             "library": lambda question: model.generate(question, max_new_tokens=options.max_new_tokens).text,
@@ -93,7 +92,7 @@ def main() -> None:
                 runs.append({"repeat": repeat, "question": i, **run, **equal})
                 print(f"{i + 1}/{len(questions)}: {run}")
     finally:
-        code, _ = served.stop(signal.SIGTERM)
+        code, _ = served.stop()
     overheads = {}
     for way in WAYS[1:]:
         ratios = sorted(run[f"{way}_seconds"] / run["library_seconds"] - 1 for run in runs)

@@ -14,9 +14,6 @@ import json
 import os
 import random
 import shlex
-import signal
-import socket
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +23,7 @@ from statistics import median
 from typing import Any
 
 import httpx
+from processes import Server, free_port
 
 from beagle.cli.serve_vllm import exported
 from beagle.errors import run_script
@@ -41,10 +39,8 @@ class Served:
     """vLLM's server in one mode."""
 
     def __init__(self, mode: str, options: argparse.Namespace) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        extra = ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "model"]
+        port = free_port()
+        extra = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model"]
         extra += ["--dtype", options.dtype, "--max-num-seqs", str(max(options.concurrency))]
         extra += ["--max-model-len", str(options.context), "--no-enable-prefix-caching", *shlex.split(options.vllm)]
         if mode == "ngram":
@@ -58,29 +54,11 @@ class Served:
         self.preload = [Path(path).name for path in environment.get("LD_PRELOAD", "").split(":") if path]
         if launch.advice and mode == options.modes[0]:
             print(launch.advice)
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *launch.arguments], env=environment, stdout=log, stderr=log, start_new_session=True
-            )
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=1800)
-
-    def wait(self, seconds: float = 900) -> None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and self.process.poll() is None:
-            try:
-                if self.http.get("/health", timeout=5).status_code == 200:
-                    return
-            except httpx.HTTPError:
-                time.sleep(0.5)
-        raise SystemExit(f"{self.log.read_text()[-3000:]}\nvLLM did not start: {self.line}")
+        self.server = Server([sys.executable, *launch.arguments], port, environment, self.log)
+        self.http = httpx.Client(base_url=self.server.url, timeout=1800)
 
     def stop(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGTERM)
-            try:
-                self.process.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
+        self.server.stop()
         self.log.unlink(missing_ok=True)
 
     def counters(self) -> dict[str, float]:
@@ -162,7 +140,7 @@ def main() -> None:
     try:
         for mode in options.modes:
             servers[mode] = Served(mode, options)
-            servers[mode].wait()  # one after another: starting costs most
+            servers[mode].server.wait(900)  # one after another: starting costs most
             servers[mode].all(questions[: max(options.concurrency)], 8, max(options.concurrency))  # warm
         for repeat in range(options.repeats):
             for concurrency in options.concurrency:

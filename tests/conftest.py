@@ -41,6 +41,7 @@ if any(find_spec(name) is None for name in ("fastapi", "uvicorn", "prometheus_cl
         "test_serve*.py",
         "test_page.py",
         "test_endpoint.py",
+        "test_processes.py",
     ]  # the extras serve and dev are not installed
 if find_spec("peft") is None:
     collect_ignore_glob += ["test_adapters.py", "test_adapter.py"]  # the extra dev is not installed

@@ -77,9 +77,10 @@ class Together(Ranks):
 
     def __init__(self, rank, count, sums):
         super().__init__(rank, count)
-        self.sums = sums
+        self.sums, self.summed = sums, 0
 
     def sum(self, tensors):
+        self.summed += 1
         for i, tensor in enumerate(tensors):
             tensor += self.sums.get(i, 0)
             self.sums[i] = tensor.clone()
@@ -93,14 +94,15 @@ class Together(Ranks):
     ids=str,
 )
 def test_a_batch_in_parts_has_the_gradients_of_the_whole(target, store, architecture, stage, change, count, micro):
-    """With dropout and noise, and more ranks than some batches have samples."""
+    """With dropout and noise, and more ranks than some batches have samples; all of them sum, or some would wait for ever."""
     config = replace(CONFIG, **change)
     head = tiny_head(target, architecture=architecture, scale=LIVELY[architecture]).train().requires_grad_(True)
     for module in head.modules():
         if isinstance(module, Layer):
             module.dropout = config.dropout
     rows = target.head_rows()
-    for number, group in enumerate(batches(store, tokens=160, seed=0, epoch=0)):
+    groups = list(batches(store, tokens=160, seed=0, epoch=0))
+    for number, group in enumerate([*groups, groups[0][:1]]):
         noise = torch.randn(len(group), collate(group, target).states.shape[1], target.hidden_size)
         draw = Draw(stage, number % 3, noise, seed=number)
         shown = Gradients(head, target, config, Ranks(), False)(group, rows, draw)
@@ -110,6 +112,7 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(target, store, architec
         own = replace(config, micro_batch_tokens=micro)
         turns = [Gradients(head, target, own, Together(rank, count, sums), False) for rank in range(count)]
         values = [gradients(group, rows, draw) for gradients in turns]
+        assert count == 1 or [gradients.ranks.summed for gradients in turns] == [1] * count
         torch.testing.assert_close(values[-1], shown, rtol=1e-5, atol=1e-6)
         found = {name: p.grad for name, p in head.named_parameters() if p.grad is not None}
         assert found.keys() == expected.keys()

@@ -1,10 +1,14 @@
-"""``benchmarks/scaling.py``: parts of a store, the same held-out answers for all of them, and the report."""
+"""Benchmarks of training. ``scaling.py``: parts of a store, the same held-out answers for all of them, and the report.
+
+``ranks.py``: real runs, in one process and in two.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,3 +129,22 @@ def test_trends_leave_out_other_losses_and_the_second_one_small_batches(report):
     assert found["large"]["per_decade"] == pytest.approx(0.1)
     assert report.on_line(found["large"], 1e8) == pytest.approx(0.7)
     assert found["all"]["largest_miss"] == pytest.approx(0.1)
+
+
+@pytest.mark.slow
+def test_one_process_and_two_ranks_train_on_the_same_store(scaling, store, folders, tmp_path, monkeypatch, capsys):
+    """The recipe's own batch and held-out answers are not those of the runs."""
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out.json"
+    train = RECIPE["train"] | {"batch_tokens": 16384, "validation_samples": 50}
+    answers = RECIPE["answers"] | {"max_prompt_tokens": 20, "max_new_tokens": 24}
+    recipe.write_text(yaml.safe_dump({"answers": answers, "train": train}))
+    words = ["--target", folders.target, "--data", store.folder, "--config", recipe, "--batch-tokens", 100]
+    words += ["--seconds", 1, "--repeats", 1, "--json", out]
+    monkeypatch.setattr(sys, "argv", ["ranks.py", *map(str, words)])
+    importlib.import_module("ranks").main()
+    result = json.loads(out.read_text())
+    (alone,), (together,) = result["runs"]["one process"], result["runs"]["two ranks"]
+    for run in (alone, together):
+        assert 0 < run["trained_tokens"] <= 100 * run["steps"]
+    assert result["two_ranks_over_one"] > 0
+    assert str(tmp_path) not in out.read_text()

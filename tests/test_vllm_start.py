@@ -62,6 +62,15 @@ def test_threads_set_by_the_user_stay(monkeypatch):
     assert Launch("m", "d", cpu=True).environment["VLLM_CPU_OMP_THREADS_BIND"] == "0-3"
 
 
+def test_what_was_compiled_once_is_loaded_at_the_next_start(monkeypatch):
+    """On a CPU, vLLM can't load what it compiled ahead of time."""
+    monkeypatch.delenv("VLLM_USE_AOT_COMPILE", raising=False)
+    assert Launch("m", "d", cpu=True).environment["VLLM_USE_AOT_COMPILE"] == "0"
+    monkeypatch.setenv("VLLM_USE_AOT_COMPILE", "1")
+    assert Launch("m", "d", cpu=True).environment["VLLM_USE_AOT_COMPILE"] == "1"
+    assert "VLLM_USE_AOT_COMPILE" not in Launch("m", "d", cpu=False).environment
+
+
 @pytest.mark.parametrize(("cores", "threads"), [(8, "7"), (1, "1")])
 def test_a_core_is_left_to_the_engine(monkeypatch, cores, threads):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

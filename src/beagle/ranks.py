@@ -64,6 +64,11 @@ class Ranks:
             return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         return device
 
+    @property
+    def divide(self) -> bool:
+        """Whether each computes a part of a batch, so that all must sum: even those whose part is all of it, or nothing."""
+        return self.count > 1 and not self._mirrored
+
     def share(self, samples: int) -> slice:
         """This rank's part of so many samples, which lie together; it may be empty."""
         if self._mirrored:
@@ -88,7 +93,7 @@ class Ranks:
         Raises:
             RankLost: another rank has ended.
         """
-        if self.count == 1 or self._mirrored:
+        if not self.divide:
             return
         import torch.distributed as dist
 

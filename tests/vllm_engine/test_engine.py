@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
-import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
+from processes import Server, free_port
 
 import beagle
 from beagle.decoding.stats import Stats
@@ -183,26 +180,15 @@ def test_tensor_parallel(folders, prompts, plain, ours):
 
 def test_the_server(model, folders, plain, tmp_path):
     """`beagle serve --engine vllm`, compiled: greedy requests are answered with drafts, others refused."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "beagle", "serve", "--engine", "vllm", "--port", str(port)]
     environment = {**os.environ, "BEAGLE_CACHE": str(REAL_CACHE), "VLLM_API_KEY": ""}
     del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
     log = Path(tmp_path / "log")
-    with log.open("w") as out:
-        options = ["--dtype", "float32", "--context", "512", "--depth", str(DEPTH), "--api-key", "secret"]
-        process = subprocess.Popen([*command, *options], env=environment, stdout=out, stderr=out)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as http:
-            end = time.monotonic() + 1200
-            while time.monotonic() < end and process.poll() is None:
-                try:
-                    if http.get("/health").status_code == 200:
-                        break
-                except httpx.HTTPError:
-                    time.sleep(1)
-            assert process.poll() is None, log.read_text()[-3000:]
+    options = ["--dtype", "float32", "--context", "512", "--depth", str(DEPTH), "--api-key", "secret"]
+    with Server([*command, *options], port, environment, log) as server:
+        server.wait(1200)
+        with httpx.Client(base_url=server.url, timeout=300) as http:
             body = {"model": DEFAULT_TARGET, "messages": [{"role": "user", "content": QUESTIONS[0]}], "max_tokens": 16}
             path = "/v1/chat/completions"
             assert http.post(path, json=body).status_code == 401
@@ -219,9 +205,6 @@ def test_the_server(model, folders, plain, tmp_path):
             metrics = http.get("/metrics").text
             accepted = [x for x in metrics.splitlines() if x.startswith("vllm:spec_decode_num_accepted_tokens_total")]
             assert sum(float(line.split()[-1]) for line in accepted) > 0
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(120)
     assert "55005" in log.read_text()  # told at the start, too
     assert "secret" not in log.read_text()
 

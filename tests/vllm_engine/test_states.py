@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import httpx
 import pytest
 import torch
 import yaml
+from processes import Server, free_port
 
 from beagle.drafters.checkpoint import find_head, load_head
 from beagle.targets.loading import DEFAULT_TARGET, load_target, resolve
@@ -53,9 +51,7 @@ def server(target, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BEAGLE_CACHE", str(REAL_CACHE))
         model = resolve(DEFAULT_TARGET)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     root = tmp_path_factory.mktemp("served")
     folder = root / "states"
     folder.mkdir()
@@ -71,26 +67,9 @@ def server(target, tmp_path_factory):
     command += ["--dtype", "bfloat16", "--max-model-len", "512", "--max-num-seqs", "16", "--enforce-eager"]
     command += ["--speculative-config", json.dumps(method), "--kv-transfer-config", json.dumps(connector)]
     settings = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1", "NUMBA_NUM_THREADS": "1"}
-    with (root / "log").open("w") as log:
-        process = subprocess.Popen(command, env={**os.environ, **settings}, stdout=log, stderr=log)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        end = time.monotonic() + 1500
-        while not healthy(url):
-            assert process.poll() is None, (root / "log").read_text()[-3000:]
-            assert time.monotonic() < end, (root / "log").read_text()[-3000:]
-            time.sleep(1)
-        yield url, folder
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def healthy(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=10).status_code == 200
-    except httpx.HTTPError:
-        return False
+    with Server(command, port, {**os.environ, **settings}, root / "log") as process:
+        process.wait(1500)
+        yield process.url, folder
 
 
 def samples(target, count: int) -> list[Stored]:

@@ -77,7 +77,7 @@ class Gradients:
         for parameter in self.parameters:
             parameter.grad = None
         parts = self._parts(len(group), draw.noise.shape[1])
-        if parts == [slice(0, len(group))]:
+        if not self.ranks.divide and parts == [slice(0, len(group))]:
             shown, _ = self._part(group, lm_head, draw)
         else:
             shown = self._in_parts(group, parts, lm_head, draw)

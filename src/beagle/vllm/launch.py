@@ -61,12 +61,15 @@ class Launch:
         """On a CPU: threads that don't spin, bound to no core, a KV cache of 2 GiB, and faster libraries.
 
         One core is left to vLLM's engine, which spins while the worker works; unbound workers take one core unless told.
+        Programs that vLLM compiles ahead of time there can't be loaded again, so each start would compile anew; those of
+        torch.compile are.
 
         What is set stays.
         """
         if not self.cpu:
             return {}
         wanted = {"OMP_WAIT_POLICY": "PASSIVE", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "2"}
+        wanted["VLLM_USE_AOT_COMPILE"] = "0"
         wanted["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) - 1))
         settings = {name: os.environ.get(name, value) for name, value in wanted.items()}
         preload = [path for path in (os.environ.get("LD_PRELOAD"), *preloads().values()) if path]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from beagle.drafters.checkpoint import HEADS
-from beagle.training import windows
+from beagle.drafters.head import BeagleHead, HeadConfig
+from beagle.training import losses, windows
 from beagle.training.config import TrainConfig
 from beagle.training.stages import stage_loss
 from beagle.training.windows import Batch
@@ -91,14 +97,17 @@ def test_no_tensor_grows_with_the_square_of_the_length(architecture, stage, monk
     assert largest.entries >= 2 * (n // 3) * n  # else nothing was to be split
 
 
-def kept_for_backward(steps: int) -> int:
-    """Bytes that autograd keeps of a late stage in bf16, whose windows have as many slots as there are steps."""
+def of_many_steps(samples: int = 2, n: int = 256) -> tuple[BeagleHead, Batch]:
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "num_heads": 4, "num_kv_heads": 4, "head_dim": 16, "intermediate_size": 128}
-    kind = HEADS["beagle"]
-    head = kind(kind.config_class(**shape, target_vocab_size=32, blocks=2, kv_layers=(1, 2)))
-    n = 256
-    batch = Batch(torch.randn(2, n, 64), torch.randn(2, n, 192), torch.tensor([16, 16]), torch.tensor([n - 2, n - 2]))
+    head = BeagleHead(HeadConfig(**shape, target_vocab_size=32, blocks=2, kv_layers=(1, 2)))
+    first, last = torch.full((samples,), 16), torch.full((samples,), n - 2)
+    return head, Batch(torch.randn(samples, n, 64), torch.randn(samples, n, 192), first, last)
+
+
+def kept_for_backward(steps: int) -> int:
+    """Bytes that autograd keeps of a late stage in bf16, whose windows have as many slots as there are steps."""
+    head, batch = of_many_steps()
     kept = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -114,3 +123,44 @@ def test_what_is_kept_for_the_backward_pass_hardly_grows_with_the_steps():
     one = kept_for_backward(1)
     assert kept_for_backward(2) < 1.06 * one
     assert kept_for_backward(8) < 1.07 * one
+
+
+def most_bytes(work: Callable[[], object], folder: Path) -> int:
+    """The most bytes of tensors that exist at a time while ``work`` runs, above what exists before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+        work()
+    measured.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    found = sorted((e["ts"], e["args"]) for e in events if e.get("name") == "[memory]")
+    before = found[0][1]["Total Allocated"] - found[0][1]["Bytes"]
+    return max(sizes["Total Allocated"] for _, sizes in found) - before
+
+
+def test_a_step_never_holds_much_more_for_more_simulated_steps(tmp_path):
+    def peak(steps: int) -> int:
+        head, batch = of_many_steps(16, 64)  # scores of short samples are few beside states, as those of a wide head
+        weight, noise = torch.randn(32, 64), torch.randn_like(batch.states)
+
+        def late() -> None:
+            config = TrainConfig(window=steps, steps=steps)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss, _ = stage_loss(head, batch, (weight, None), config, stage="late", offset=0, noise=noise)
+            loss.backward()
+
+        return most_bytes(late, tmp_path)
+
+    one = peak(1)
+    assert peak(2) < 1.08 * one
+    assert peak(8) < 1.08 * one
+
+
+def test_a_chunk_of_logits_is_gone_before_the_next_one_is_made(tmp_path):
+    vocabulary = 4096
+
+    def peak(slots: int) -> int:
+        predicted, true, weights = torch.randn(slots, 8), torch.randn(slots, 8), torch.ones(slots)
+        head = torch.randn(vocabulary, 8)
+        return most_bytes(lambda: losses.slot_losses(predicted, true, head, weights), tmp_path)
+
+    chunk = 4 * losses.CHUNK * vocabulary
+    assert peak(4 * losses.CHUNK) - peak(losses.CHUNK) < chunk / 4

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROUND = 64  # of slots: products of few shapes, as oneDNN keeps what it made for each
-CHUNK = 512  # slots whose logits exist at a time: fewer are slower products, more are slower memory
+CHUNK = 256  # slots whose logits exist at a time: fewer are slower products, more are slower memory
 GPU_CHUNK = 4096  # the same where a product takes less time than its start
 LK_DECAY = 3.0  # η of the LK losses: how fast cross-entropy gives way to total variation as acceptance grows
 DPACE_SMOOTHING = 0.5  # α of D-PACE: a step that is never accepted still passes on this share of its weight
@@ -38,18 +38,9 @@ class _SlotLosses(torch.autograd.Function):
         size = CHUNK if predicted.device.type == "cpu" else GPU_CHUNK
         for at in range(0, len(predicted), size):
             chunk = slice(at, at + size)
-            log_q = F.log_softmax(F.linear(predicted[chunk], head, bias).float(), dim=-1)
-            p = F.softmax(F.linear(true[chunk], head, bias).float(), dim=-1)
-            value = -torch.linalg.vecdot(p, log_q)
-            q = log_q.exp_()
-            if loss == "cross_entropy":
-                if measure:
-                    acceptance[chunk] = torch.minimum(p, q).sum(-1)
-                error = q.sub_(p).mul_(weights[chunk, None])
-            else:
-                value, error, acceptance[chunk] = _acceptance_shaped(value, p, q, weights[chunk], loss, share)
-            values[chunk] = weights[chunk] * value
-            gradient[chunk] = error.to(head.dtype) @ head
+            values[chunk], gradient[chunk], acceptance[chunk] = _losses_of(
+                predicted[chunk], true[chunk], head, weights[chunk], bias, loss, share, measure
+            )
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(acceptance)
         return values, acceptance
@@ -58,6 +49,31 @@ class _SlotLosses(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * outputs[0][:, None], None, None, None, None, None, None, None
+
+
+def _losses_of(
+    predicted: Tensor,
+    true: Tensor,
+    head: Tensor,
+    weights: Tensor,
+    bias: Tensor | None,
+    loss: Loss,
+    share: float,
+    measure: bool,
+) -> tuple[Tensor, Tensor, Tensor | float]:
+    """One chunk: weighted losses, gradients of the predicted states, acceptance. What it made besides is freed."""
+    log_q = F.log_softmax(F.linear(predicted, head, bias).float(), dim=-1)
+    p = F.softmax(F.linear(true, head, bias).float(), dim=-1)
+    value = -torch.linalg.vecdot(p, log_q)
+    q = log_q.exp_()
+    acceptance: Tensor | float = 0.0
+    if loss != "cross_entropy":
+        value, error, acceptance = _acceptance_shaped(value, p, q, weights, loss, share)
+    else:
+        if measure:
+            acceptance = torch.minimum(p, q).sum(-1)
+        error = q.sub_(p).mul_(weights[:, None])
+    return weights * value, error.to(head.dtype) @ head, acceptance
 
 
 def _acceptance_shaped(

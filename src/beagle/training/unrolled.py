@@ -48,7 +48,7 @@ def chains(head: FeatureHead, batch: Batch, keys_from: Tensor, window: int, offs
     true = head.features(batch.embeddings[:, 1:], head.fuse(keys_from[:, :-1]))  # the last slot's next token is unknown
     everywhere = torch.arange(true.shape[1], device=base.device)
     k, v = head.keys_values(true, head.rotation(everywhere[None], true.dtype))
-    keys = TrueKeys(k.contiguous(), v.contiguous(), base)  # as in ``windows.late``
+    keys = TrueKeys(k, v, base, head.config.num_kv_heads)
     features = batch.pick(true, base)
     own_k: list[Tensor] = []  # of each step but the first, [batch, kv_heads, bases, head_dim]
     own_v: list[Tensor] = []

@@ -123,7 +123,7 @@ def seeing(head: BeagleHead, batch: Batch, keys_from: Tensor, base: Tensor) -> P
     keys_from = head.fuse(keys_from)
     k, v = head.keys_values(keys_from, head.rotation(everywhere[None], keys_from.dtype))
     embeddings = batch.pick(batch.embeddings, slots + 1)
-    true = TrueKeys(k, v, base)
+    true = TrueKeys(k, v, base, head.config.num_kv_heads)
 
     def attend(q: Tensor, heads: slice) -> Tensor:
         return true.attend(head, q, heads)
@@ -145,7 +145,7 @@ def late(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset:
     everywhere = torch.arange(batch.states.shape[1], device=base.device)
     keys_from = head.fuse(keys_from)
     k, v = head.keys_values(keys_from, head.rotation(everywhere[None], keys_from.dtype))
-    true = TrueKeys(k, v, base)
+    true = TrueKeys(k, v, base, head.config.num_kv_heads)
     newest = batch.pick(keys_from, base)  # [batch, windows, hidden]
     own_k: list[Tensor] = []  # of each earlier step, [batch, cached_heads, windows, head_dim]
     own_v: list[Tensor] = []
@@ -178,18 +178,21 @@ class TrueKeys:
     of its own that autograd keeps.
     """
 
-    def __init__(self, k: Tensor, v: Tensor, base: Tensor) -> None:
+    def __init__(self, k: Tensor, v: Tensor, base: Tensor, heads: int) -> None:
         """
         Args:
-            k, v: ``[batch, kv_heads, n, head_dim]``.
+            k, v: ``[batch, cached_heads, n, head_dim]``.
             base: the last slot that each query sees, ``[batch, queries]``.
+            heads: of the keys that each query meets.
         """
-        self.k, self.v, self.base = k.to(v.dtype).contiguous(), v.contiguous(), base  # products copy anything else
+        k = k.to(v.dtype)  # products copy keys of another dtype, and keys that are not contiguous
+        self.k, self.v = ([part.contiguous() for part in x.split(heads, 1)] for x in (k, v))
+        self.base = base
 
     @cached_property
     def mask(self) -> Tensor:
         """Additive, ``[batch, 1, queries, n]``."""
-        return up_to(self.base, self.k)
+        return up_to(self.base, self.k[0])
 
     def attend(
         self,
@@ -209,7 +212,8 @@ class TrueKeys:
         Returns:
             ``[batch, heads, queries, head_dim]``.
         """
-        k, v = self.k[:, heads], self.v[:, heads]
+        block = (heads.start or 0) // self.k[0].shape[1]
+        k, v = self.k[block], self.v[block]
         q = q.to(k.dtype)
         scores = SCORES if q.device.type == "cpu" else GPU_SCORES
         rows = scores // q[:, :, :1, :1].numel() if own_k else MASK // len(q)

@@ -132,7 +132,7 @@ TARGETS = {
     "Qwen2.5-Coder-1.5B": "bench_qwen2.5-coder-1.5b.json",
 }
 PROFILE, START, LOAD, CLIENTS = "profile_bf16.json", "start.json", "load_test.json", "serve_clients.json"
-REPAIR, LONG_STEP, STREAM = "repair.json", "long_step.json", "states_stream.json"
+REPAIR, LONG_STEP, STREAM, RANKS = "repair.json", "long_step.json", "states_stream.json", "ranks.json"
 FACTS: dict[str, list[Fact]] = {
     "profile": [
         fact("share of an iteration: verification", PROFILE)(lambda r: share(r, "verify")),
@@ -275,6 +275,15 @@ FACTS: dict[str, list[Fact]] = {
             lambda r, stage=stage: f"{r['tokens']:,} tokens, {r['stages'][stage]['peak_mb'] / 1000:.2f} GB"
         )
         for stage in ("early", "late")
+    ],
+    "ranks": [
+        *(
+            fact(f"tokens a second in training, {way} on two cores", RANKS)(
+                lambda r, way=way: f"{r['tokens_per_second'][way]:.0f}"
+            )
+            for way in ("one process", "two ranks")
+        ),
+        fact("two ranks over one process", RANKS)(lambda r: f"{r['two_ranks_over_one']:.2f}×"),
     ],
     "stream": [
         fact("states that went through the folder", STREAM)(lambda r: f"{r['streamed_bytes'] / 1e9:.2f} GB"),

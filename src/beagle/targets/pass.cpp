@@ -3,7 +3,8 @@
 //
 // In a graph of operators half of a small pass is spent between its products. Here threads share the outputs of
 // products, chunks of attention and rows, and wait for each other seven times a layer. What passes from layer to layer
-// is fp32. What a token gets does not depend on the tokens beside it, but for those that it sees.
+// is rounded to bf16, as in the model: so most of what another order of keys changes is gone before the next layer.
+// What a token gets does not depend on the tokens beside it, but for those that it sees.
 
 #include <omp.h>
 
@@ -114,6 +115,11 @@ class Pass {
     return inputs.multiply(matrix, rows.data(), tokens.rows, out.data(), own);
   }
 
+  static __m512 rounded(__m512 sum) {
+    const __m256bh half = _mm512_cvtneps_pbh(sum);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)half), 16));
+  }
+
   // A share of a product is added to the residual.
   void add(const Matrix& matrix, const Halves& rows, const Thread& own) {
     const int64_t d = model.hidden;
@@ -124,7 +130,7 @@ class Pass {
     const Range range = multiply(matrix, rows, product, own);
     for (int64_t m = 0; m < tokens.rows; m++)
       for (int64_t k = m * d + range.from; k < m * d + range.to; k += 16)
-        _mm512_storeu_ps(&x[k], _mm512_add_ps(_mm512_loadu_ps(&x[k]), Whole::load(&product[k])));
+        _mm512_storeu_ps(&x[k], rounded(_mm512_add_ps(_mm512_loadu_ps(&x[k]), Whole::load(&product[k]))));
 #pragma omp barrier
   }
 

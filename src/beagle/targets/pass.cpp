@@ -3,8 +3,8 @@
 //
 // In a graph of operators half of a small pass is spent between its products. Here threads share the outputs of
 // products, chunks of attention and rows, and wait for each other seven times a layer. What passes from layer to layer
-// is rounded to bf16, as in the model: so most of what another order of keys changes is gone before the next layer.
-// What a token gets does not depend on the tokens beside it, but for those that it sees.
+// is rounded to bf16, as in the model. What a token gets does not depend on the tokens beside it, but for those that it
+// sees.
 
 #include <omp.h>
 

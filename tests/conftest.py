@@ -199,6 +199,19 @@ class Oracle(Drafter[Counted]):
         return Draft(tokens, parents, [0.0] * len(tokens))
 
 
+@pytest.fixture(scope="module")
+def kernel_folder(tmp_path_factory):
+    """A folder of packages that holds the CPU kernel, whatever it is worth here."""
+    from beagle.targets.linears import tiled
+
+    folder = tmp_path_factory.mktemp("kernel")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiled, "_kernel", None)
+        patch.setattr(tiled, "_is_kept", lambda: True)
+        assert tiled.build(folder) is None
+    return folder
+
+
 @pytest.fixture
 def target() -> Target:
     return tiny_target()

@@ -45,14 +45,9 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("native")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiled, "_kernel", None)
-        patch.setattr(tiled, "_is_kept", lambda: True)
-        assert tiled.build(folder) is None
-    assert native.build(folder) is None
-    return folder
+def folder(kernel_folder):
+    assert native.build(kernel_folder) is None
+    return kernel_folder
 
 
 @pytest.fixture(autouse=True)

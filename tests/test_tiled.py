@@ -21,20 +21,10 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kernel")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiled, "_kernel", None)
-        patch.setattr(tiled, "_is_kept", lambda: True)
-        assert tiled.build(folder) is None
-    return folder
-
-
 @pytest.fixture
-def kernel(built):
-    assert tiled.load(built)
-    return built
+def kernel(kernel_folder):
+    assert tiled.load(kernel_folder)
+    return kernel_folder
 
 
 def drawn(*shape: int) -> torch.Tensor:

@@ -6,9 +6,7 @@ made. ``beagle compile`` builds the library, once for all heads, and keeps it in
 
 from __future__ import annotations
 
-import ctypes
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
-from functools import cache
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -190,13 +188,12 @@ class NativeDraft:
         return Matrix() if weight is None else matrix(weight, bias, "int8", self._kept)
 
 
-@cache
-def function(path: Path) -> Any:
-    """The library's function that drafts."""
-    function = ctypes.CDLL(str(path)).beagle_draft
-    function.argtypes = [POINTER(kind) for kind in (_Head, _Answer, _Plan, _Found)]
-    function.restype = c_int64
-    return function
+def function(path: Path) -> Any | None:
+    """The library's function that drafts; None where there is none that works here."""
+    draft = library.function(path, "beagle_draft")
+    if draft is not None:
+        draft.argtypes, draft.restype = [POINTER(kind) for kind in (_Head, _Answer, _Plan, _Found)], c_int64
+    return draft
 
 
 def fits(target: Target, head: Block) -> bool:
@@ -223,12 +220,11 @@ def find(folder: Path, target: Target, head: Block) -> NativeDraft | None:
     """
     if aot_cache.compiled_disabled() or not fits(target, head):
         return None
-    path = library.path(folder, "draft", SOURCE)
-    assert isinstance(head, BeagleHead)
-    try:
-        return NativeDraft(target, head, function(path)) if path.is_file() else None
-    except (OSError, AttributeError):
+    draft = function(library.path(folder, "draft", SOURCE))
+    if draft is None:
         return None
+    assert isinstance(head, BeagleHead)
+    return NativeDraft(target, head, draft)
 
 
 def build(folder: Path) -> str | None:

@@ -8,10 +8,8 @@ gated MLP with SiLU.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from beagle.targets.family import base_of
 from beagle.targets.layers import Layers
 from beagle.targets.linears import library, tiled
 from beagle.targets.linears.matrix import Matrix, matrix, pointer
+from beagle.targets.linears.packed import is_plain
 from beagle.targets.plan import Kind, Plan
 from beagle.targets.runner import FastRunner
 
@@ -163,7 +162,7 @@ def fits(model: nn.Module) -> bool:
         getattr(base.rotary_emb, "rope_type", "") in ROPE
         and config.hidden_act == "silu"
         and attention.head_dim % 64 == 0
-        and all(type(of) is nn.Linear and of.in_features % 64 == 0 and of.out_features % 16 == 0 for of in linears)
+        and all(is_plain(of) and of.in_features % 64 == 0 and of.out_features % 16 == 0 for of in linears)
     )
 
 
@@ -178,28 +177,18 @@ def suits(layers: Layers) -> bool:
     )
 
 
-@cache
-def _function(path: Path) -> Any:
-    function = ctypes.CDLL(str(path)).beagle_pass
-    function.argtypes = [POINTER(_Model), POINTER(_Tokens)]
-    function.restype = None
-    return function
-
-
 def find(folder: Path, model: nn.Module, quantize: str | None, state_layers: Sequence[int] = ()) -> NativePass | None:
     """Passes of a model whose weights are not packed yet; None where there is no library, or it doesn't fit.
 
     Args:
         folder: of all packages.
     """
-    path = library.path(folder, "pass", SOURCE)
-    if aot_cache.compiled_disabled() or not path.is_file():
+    run = library.function(library.path(folder, "pass", SOURCE), "beagle_pass")
+    if aot_cache.compiled_disabled() or run is None:
         return None
+    run.argtypes, run.restype = [POINTER(_Model), POINTER(_Tokens)], None
     tiled.load(folder)
-    try:
-        return NativePass(model, quantize, state_layers, _function(path)) if fits(model) else None
-    except (OSError, AttributeError):
-        return None
+    return NativePass(model, quantize, state_layers, run) if fits(model) else None
 
 
 def build(folder: Path) -> str | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import subprocess
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,6 +34,14 @@ def path(folder: Path, name: str, source: Path) -> Path:
         folder: of all packages.
     """
     return folder / f"{name}-{version(source)}.so"
+
+
+def function(library: Path, name: str) -> Any | None:
+    """A function of what ``build`` made; None where there is nothing that works here."""
+    try:
+        return getattr(ctypes.CDLL(str(library)), name) if library.is_file() else None
+    except (OSError, AttributeError):
+        return None
 
 
 def build(library: Path, source: Path, links: Sequence[str] = ()) -> str | None:

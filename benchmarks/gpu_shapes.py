@@ -31,7 +31,7 @@ from beagle.drafters.base import Draft, DraftContext, Drafter, TreePlan
 from beagle.drafters.head import BeagleHead, HeadConfig
 from beagle.drafters.head_drafter import HeadDrafter
 from beagle.errors import run_script
-from beagle.evaluation.roofline import probe, roofline
+from beagle.evaluation import roofline
 from beagle.meta import describe
 from beagle.targets import aot_cache
 from beagle.targets.loading import capture_target, pick_device, pick_dtype
@@ -118,7 +118,7 @@ def measure(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
     config = HeadConfig.for_target(target, draft_vocab_size=min(DRAFT_ROWS, target.vocab_size))
     head = BeagleHead(config).to(device, target.dtype).eval().requires_grad_(False)
     drafter = HeadDrafter(target, head)
-    machine = probe(target)
+    machine, _ = roofline.measure(target)
     rows: list[dict[str, Any]] = []
     for chance in [None, *arguments.chance]:
         for size in arguments.size if chance is not None else [0]:  # candidates; the root comes on top
@@ -135,7 +135,9 @@ def measure(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
             row = {"candidates": size, "chance": chance, "tau": stats.tau, "tokens_per_second": stats.tokens_per_second}
             for part in ("draft", "verify", "accept", "other"):
                 row[f"{part}_ms"] = 1000 * getattr(stats, f"{part}_seconds") / passes
-            row["floor_ms"] = 1000 * roofline(target, machine, size + 1, PROMPT + arguments.tokens // 2).seconds
+            row["floor_ms"] = (
+                1000 * roofline.roofline(target, machine, size + 1, PROMPT + arguments.tokens // 2).seconds
+            )
             row["speed_up"] = stats.tokens_per_second / (
                 rows[0]["tokens_per_second"] if rows else row["tokens_per_second"]
             )

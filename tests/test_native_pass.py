@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+from beagle.evaluation.breakdown import breakdown
 from beagle.targets import loading, native
 from beagle.targets.linears import tiled
 from beagle.targets.linears.quantized import dequantized
@@ -127,6 +128,17 @@ def test_a_token_does_not_depend_on_those_beside_it_nor_on_threads(folder, quant
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(torch.cat(alone).float(), together)
+
+
+def test_parts_of_a_pass_add_up(folder):
+    fast, _, _ = three(folder, "llama")
+    for parts in breakdown(fast, 40):
+        whole = parts.pop("ms")
+        assert 0 < parts.pop("rows") <= 16
+        assert sum(parts.values()) == pytest.approx(whole, rel=0.5)  # medians of each
+        assert all(
+            parts[f"{name}_ms"] > 0 for name in ("products", "attention", "others", "waiting", "lm_head", "python")
+        )
 
 
 @pytest.mark.parametrize(

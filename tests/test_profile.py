@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,9 @@ import torch
 from beagle.decoding.costs import Costs, cached_costs
 from beagle.drafters.base import TreePlan
 from beagle.drafters.lookup import LookupDrafter
-from beagle.evaluation import breakdown as breakdown_module
 from beagle.evaluation import profile as profile_module
-from beagle.evaluation.breakdown import product_shapes
-from beagle.evaluation.roofline import Machine, probe, roofline
+from beagle.evaluation.breakdown import breakdown
+from beagle.evaluation.roofline import ROUNDS, Machine, best_times, measure, roofline
 from conftest import SMALL, tiny_target
 
 LAYER = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 48 + 2 * 32  # q, k, v, o; MLP; norms
@@ -41,8 +41,22 @@ def test_roofline_by_hand(target):
 
 
 def test_rates_are_those_of_work_done(target, monkeypatch):
-    monkeypatch.setattr("beagle.evaluation.roofline.best_time", lambda work, device: 0.5)
-    assert probe(target) == Machine(bandwidth=64 * 2**20 / 0.5, matrix_rate=2 * 2048**3 / 0.5)
+    monkeypatch.setattr("beagle.evaluation.roofline.best_times", lambda works, device: [0.5] * (len(works) - 1) + [0.1])
+    machine, passes = measure(target, {1: lambda: None, 8: lambda: None})
+    assert machine == Machine(bandwidth=64 * 2**20 / 0.5, matrix_rate=2 * 2048**3 / 0.5)
+    assert passes == {1: 0.5, 8: 0.1}
+
+
+def test_what_is_timed_takes_turns_and_its_best_round_counts(monkeypatch):
+    now = iter([0.0, 0.0] + [t for n in range(ROUNDS) for t in (0, 5 - n, 0, 3)])
+    clock = SimpleNamespace(perf_counter=lambda: next(now, 1.0))
+    monkeypatch.setattr("beagle.evaluation.roofline.time", clock)
+    monkeypatch.setattr("beagle.evaluation.roofline.LEAST_SECONDS", 0)
+    called = []
+    works = [lambda: called.append("a"), lambda: called.append("b")]
+    next(now)
+    assert best_times(works, torch.device("cpu")) == [1, 3]
+    assert called == ["a", "b"] * (ROUNDS + 1)  # once to warm up
 
 
 def test_fresh_costs_replace_the_known_ones(target, monkeypatch):
@@ -58,7 +72,13 @@ def test_fresh_costs_replace_the_known_ones(target, monkeypatch):
 @pytest.fixture
 def run(folders, beagle, tmp_path, monkeypatch):
     """Profiles two questions without measuring rates; returns the outcome and the JSON."""
-    monkeypatch.setattr(profile_module, "probe", lambda target: Machine(1e9, 1e10))
+
+    def measured(target, passes):
+        for work in passes.values():
+            work()
+        return Machine(1e9, 1e10), {n: 0.01 + 0.001 * n for n in passes}
+
+    monkeypatch.setattr(profile_module, "measure", measured)
     monkeypatch.setattr("beagle.model.cached_costs", lambda *a: Costs([0.01 + 0.001 * n for n in range(65)], 0.005, 5))
     path = tmp_path / "two.jsonl"
     path.write_text(
@@ -107,65 +127,14 @@ def test_plots_of_unknown_kinds_are_refused_before_the_work(run, tmp_path):
     ended.refusal("out.bmp", ".png")
 
 
-class _Library:
-    """Stands in for a compiled library."""
-
-    name, remedy, kinds = "compiled", "", frozenset({"tree"})
-
-    def __init__(self, target):
-        self.eager = target.eager
-
-    def takes(self, plan):
-        return plan.kind == "tree"
-
-    def new_cache(self, capacity):
-        return None
-
-    def __call__(self, tokens, plan):
-        return self.eager(tokens, plan)
-
-
-def test_products_of_a_pass_are_those_of_layers_joined_by_their_input(target):
-    layer = [(32, 32 + 16 + 16), (32, 32), (32, 2 * 48), (48, 32)]  # q, k, v; o; gate, up; down
-    assert product_shapes(target) == 3 * layer
-
-
-@pytest.mark.parametrize("quantize", [None, "int8"])
-def test_parts_of_a_pass_add_up(quantize, monkeypatch):
-    monkeypatch.setattr(breakdown_module, "_medians", _calls)
-    target = tiny_target(dtype=torch.bfloat16)
-    target.quantize = quantize
-    assert breakdown_module.breakdown(target, 10) == []  # it isn't compiled
-    target.use(_Library(target))
-    parts = breakdown_module.breakdown(target, 10)
-    assert [p["rows"] for p in parts] == [1, 8, 12, 16]
-    for p in parts:
-        assert p["products"] == 12
-        assert (p["products_ms"], p["attention_ms"], p["lm_head_ms"], p["meetings_ms"]) == (3.0, 2.0, 1.0, 0.15)
-        assert (p["python_ms"], p["rest_ms"]) == (1.5, 2.5)
-        assert p["ms"] == sum(p[f"{name}_ms"] for name in ("products", "attention", "lm_head", "python", "rest"))
-
-
-def _calls(works):
-    """Each work once; times by hand."""
-    for work in works.values():
-        work()
-    times = {"ms": 10.0, "products_ms": 3.0, "attention_ms": 2.0, "lm_head_ms": 1.0, "python_ms": 1.5}
-    assert set(works) == {*times, "alone", "together"}
-    return {**times, "alone": 1.0, "together": 2.0}
-
-
-def test_some_weights_stand_for_all_of_a_large_target(target, monkeypatch):
-    monkeypatch.setattr(breakdown_module, "ENOUGH", 1)
-    products, share = breakdown_module._products(target, [(32, 64), (32, 32)])
-    assert [inputs for inputs, _ in products] == [32]
-    assert share == 1.5
+def test_passes_that_are_not_native_have_no_parts(target):
+    assert breakdown(target, 10) == []
 
 
 def test_parts_are_shown(run, folders, monkeypatch):
-    names = ("ms", "products_ms", "attention_ms", "lm_head_ms", "python_ms", "rest_ms", "meetings_ms")
+    names = ("ms", "products_ms", "attention_ms", "others_ms", "waiting_ms", "lm_head_ms", "python_ms")
     parts = [{"rows": 12, **{name: 1.0 + i for i, name in enumerate(names)}}]
     monkeypatch.setattr(profile_module, "breakdown", lambda target, context: parts)
     ended, result = run(options=folders.plain)
     assert result["parts"] == parts
-    assert "parts of a compiled pass" in ended.out
+    assert "parts of a native pass" in ended.out

@@ -49,7 +49,7 @@ def profile(
         style.require_matplotlib()
     sets = load_questions(questions, limit) if questions else load_suite("quick", limit)
     model = setup.load_model()
-    with o.console.status("measuring memory, products, passes and drafts"):
+    with o.console.status("measuring memory, products, passes and drafts, half a minute"):
         work = Profile(model, Options(max_new_tokens, exact=setup.exact_of(model.target)))
     records: list[Record] = []
     for part in follow(work.run(sets), sum(map(len, sets.values()))):
@@ -92,7 +92,7 @@ def show_profile(result: dict[str, Any]) -> None:
     console.print(Table(f"a pass after {CONTEXT} tokens", header, rows).rich())
     if result["parts"]:
         header, rows = parts_table(result["parts"])
-        console.print(Table("parts of a compiled pass, ms", header, rows).rich())
+        console.print(Table("parts of a native pass, ms", header, rows).rich())
     rows = []
     for mode, m in result["modes"].items():
         if parts := per_pass(m):

@@ -10,12 +10,14 @@ import json
 import math
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from beagle.drafters.base import Draft, Drafter, TreePlan
 from beagle.files import write_json
@@ -150,21 +152,19 @@ def measure(
     alone, *several = contexts = [drafter.context() for _ in range(1 + SEVERAL)]
     for own in contexts:
         own.extend(ids, states)
+    passes = {
+        n: several_trees(target, drafted if n > 1 else cache, tree_sizes(n, SEVERAL))
+        if batch
+        else one_tree(target, drafted if n > 1 else cache, n, keys if exact else None)
+        for n in sizes
+    }
     times: dict[int, list[float]] = {n: [] for n in sizes}
     drafts: list[float] = []
     drafts_of_several: list[float] = []
     for _ in range(repeats):
         for n in sizes:
-            tokens = torch.ones(n, dtype=torch.long, device=target.device)
-            shape, *trees = (_shape(target, size) for size in (n, *tree_sizes(n, SEVERAL)))
-            behind = drafted if n > 1 else cache
             began = time.perf_counter()
-            if exact:
-                tiled.largest(target.exact_logits(target.verify_exact(behind, tokens, shape, keys)))[1].tolist()
-            elif batch:
-                tiled.largest(target.logits(target.verify_trees(behind, tokens, trees)))[1].tolist()
-            else:
-                tiled.largest(target.logits(target.verify(behind, tokens, shape)))[1].tolist()
+            passes[n]()
             times[n].append(time.perf_counter() - began)
         for own in contexts:
             own.extend(ids[-1:], states[-1:])  # a draft begins with what the last pass brought
@@ -183,14 +183,40 @@ def measure(
 
 def still_true(costs: Costs, target: Target) -> bool:
     """Whether passes of one token take about as long as they did: they may have been measured on a busy machine."""
-    cache = target.new_cache(1, 8)
-    token, shape = torch.ones(1, dtype=torch.long, device=target.device), TreeShape([-1])
+    work = one_tree(target, target.new_cache(1, 8), 1)
     times = []
     for _ in range(CHECKS):
         began = time.perf_counter()
-        tiled.largest(target.logits(target.verify(cache, token, shape)))[1].tolist()
+        work()
         times.append(time.perf_counter() - began)
     return min(times) > costs.verify[1] / 2
+
+
+def one_tree(target: Target, cache: KVCache, nodes: int, exact_keys: int | None = None) -> Callable[[], list[int]]:
+    """A pass of so many tokens as far as the likeliest next ones.
+
+    Args:
+        exact_keys: padded number of keys, in exact mode.
+    """
+    tokens, shape = torch.ones(nodes, dtype=torch.long, device=target.device), _shape(target, nodes)
+
+    def run() -> list[int]:
+        if exact_keys is None:
+            return likeliest(target.logits(target.verify(cache, tokens, shape)))
+        return likeliest(target.exact_logits(target.verify_exact(cache, tokens, shape, exact_keys)))
+
+    return run
+
+
+def several_trees(target: Target, cache: KVCache, sizes: list[int]) -> Callable[[], list[int]]:
+    """``one_tree`` of several sequences that share the pass."""
+    tokens = torch.ones(sum(sizes), dtype=torch.long, device=target.device)
+    shapes = [_shape(target, nodes) for nodes in sizes]
+    return lambda: likeliest(target.logits(target.verify_trees(cache, tokens, shapes)))
+
+
+def likeliest(logits: Tensor) -> list[int]:
+    return tiled.largest(logits)[1].tolist()
 
 
 def _shape(target: Target, nodes: int) -> TreeShape:

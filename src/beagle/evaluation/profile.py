@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from beagle.decoding.costs import SIZES, Costs
+import torch
+
+from beagle.decoding.costs import SIZES, one_tree
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.drafters.lookup import LookupDrafter
@@ -15,11 +17,12 @@ from beagle.evaluation.breakdown import breakdown
 from beagle.evaluation.figures import figures
 from beagle.evaluation.modes import Options, System
 from beagle.evaluation.records import Record
-from beagle.evaluation.roofline import Machine, probe, roofline
+from beagle.evaluation.roofline import Machine, Work, measure, roofline
 from beagle.evaluation.run import Sets, run
 from beagle.memory import finish_huge_pages
 from beagle.model import Model
 from beagle.targets.chat import Message
+from beagle.targets.plan import EXACT_BLOCK, EXACT_TOKENS
 from beagle.targets.target import Target
 
 CONTEXT = 256  # tokens before the passes that are timed by their tokens
@@ -46,7 +49,7 @@ class Profile:
         self.model = model
         self.options = options
         finish_huge_pages()
-        self.machine = probe(model.target)
+        self.machine, self.passes = measure(model.target, passes(model.target, options.exact))
         # a pass costs the same whatever drafts; decoding plainly, the cheapest drafter stands in
         timed = model if model.drafter is not None else Model(model.target, LookupDrafter(), TreePlan())
         self.costs = timed.costs(options.exact, fresh=True)
@@ -71,7 +74,7 @@ class Profile:
             result["draft_ms"] = round(1000 * self.costs.draft, 3)
             result["model"] = against_model(result)
         result["rates"] = asdict(self.machine)
-        result["passes"] = passes(self.model.target, self.machine, self.costs)
+        result["passes"] = against_roofline(self.model.target, self.machine, self.passes)
         result["parts"] = breakdown(self.model.target, context_of(self.model.target))
         return result
 
@@ -81,18 +84,26 @@ def context_of(target: Target) -> int:
     return max(1, min(CONTEXT, target.context_limit - SIZES[-1] - 1))
 
 
-def passes(target: Target, machine: Machine, costs: Costs) -> list[dict[str, float]]:
-    """An entry for each measured number of tokens: milliseconds of a pass, its roofline, and what bounds that."""
+def passes(target: Target, exact: bool) -> dict[int, Work]:
+    """What is timed, by its number of tokens."""
+    context = context_of(target)
+    sizes = [n for n in SIZES if context + n <= target.context_limit and (not exact or n <= EXACT_TOKENS)]
+    keys = -(-(context + sizes[-1]) // EXACT_BLOCK) * EXACT_BLOCK
+    cache = target.new_cache(1, keys)
+    target.prefill(torch.ones(1, context, dtype=torch.long, device=target.device), cache)
+    return {n: one_tree(target, cache, n, keys if exact else None) for n in sizes}
+
+
+def against_roofline(target: Target, machine: Machine, seconds: Mapping[int, float]) -> list[dict[str, float]]:
+    """An entry for each timed number of tokens: milliseconds of a pass, its roofline, and what bounds that."""
     context = context_of(target)
     out = []
-    for tokens in SIZES:
-        if tokens >= len(costs.verify):  # exact mode has no such passes, nor a short context
-            break
+    for tokens, measured in seconds.items():
         least = roofline(target, machine, tokens, context)
         out.append(
             {
                 "rows": tokens,
-                "ms": round(1000 * costs.verify[tokens], 3),
+                "ms": round(1000 * measured, 3),
                 "floor_ms": round(1000 * least.seconds, 4),
                 "read_ms": round(1000 * least.bytes / machine.bandwidth, 4),
                 "compute_ms": round(1000 * least.operations / machine.matrix_rate, 4),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,8 @@ from beagle.targets.target import Target
 
 LEAST_BYTES, MOST_BYTES = 64 * 2**20, 4 * 2**30
 ROUNDS = 5
-LEAST_SECONDS = 1.0  # of the rounds of one kernel: a neighbour's burst is over by then
+LEAST_SECONDS = 15.0  # of all rounds: what slows the machine for a while is over by then
+Work = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,23 @@ class Roofline:
     seconds: float
 
 
-def probe(target: Target) -> Machine:
-    """Measure both rates, with the target's dtype and threads: the best of several plain kernels, some seconds."""
-    size = min(max(target.pass_bytes, LEAST_BYTES), MOST_BYTES)
-    return Machine(bandwidth(size, target.device), matrix_rate(target.dtype, target.device))
+def measure(target: Target, passes: Mapping[int, Work] | None = None) -> tuple[Machine, dict[int, float]]:
+    """The machine's rates with the target's dtype and threads, and the seconds of some passes.
+
+    All take turns and the best round of each counts, so that all are measured at the machine's best.
+    """
+    passes = passes or {}
+    size, read = reading(min(max(target.pass_bytes, LEAST_BYTES), MOST_BYTES), target.device)
+    operations, multiply = multiplying(target.dtype, target.device)
+    times = best_times([*read, *multiply, *passes.values()], target.device)
+    of_read, times = times[: len(read)], times[len(read) :]
+    of_products, of_passes = times[: len(multiply)], times[len(multiply) :]
+    rates = [count / seconds for count, seconds in zip(operations, of_products, strict=True)]
+    return Machine(size / min(of_read), max(rates)), dict(zip(passes, of_passes, strict=True))
 
 
-def bandwidth(size: int, device: torch.device) -> float:
-    """Bytes/s of reading ``size`` bytes again and again: as large as the weights, so that caches help both alike.
+def reading(size: int, device: torch.device) -> tuple[int, list[Work]]:
+    """Bytes, about ``size``, and several ways of reading them: as many as the weights, so that caches help both alike.
 
     The memory lies on huge pages where the weights do.
     """
@@ -52,36 +63,36 @@ def bandwidth(size: int, device: torch.device) -> float:
         collapse()
     half, halves = matrix.view(torch.bfloat16), torch.ones(2 * columns, dtype=torch.bfloat16, device=device)
     vector = torch.ones(columns, device=device)
-    kernels: list[Callable[[], object]] = [matrix.sum, lambda: torch.mv(matrix, vector), lambda: torch.mv(half, halves)]
+    works: list[Work] = [matrix.sum, lambda: torch.mv(matrix, vector), lambda: torch.mv(half, halves)]
     if tiled.fits(half):
-        kernels.append(lambda: torch.ops.beagle.tiled_linear(halves[None], half, None))
-    return matrix.nbytes / min(best_time(kernel, device) for kernel in kernels)
+        works.append(lambda: torch.ops.beagle.tiled_linear(halves[None], half, None))
+    return matrix.nbytes, works
 
 
-def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations/s of products of square matrices."""
+def multiplying(dtype: torch.dtype, device: torch.device) -> tuple[list[int], list[Work]]:
+    """Operations of products of square matrices, and the products."""
     sizes = (4096, 8192) if device.type == "cuda" else (1024, 2048)
-    rates = []
-    for n in sizes:
-        a, b = (torch.rand(n, n, device=device).to(dtype) for _ in range(2))
-        rates.append(2 * n**3 / best_time(lambda a=a, b=b: torch.mm(a, b), device))  # type: ignore[misc]
-    return max(rates)
+    matrices = [[torch.rand(n, n, device=device).to(dtype) for _ in range(2)] for n in sizes]
+    return [2 * n**3 for n in sizes], [lambda a=a, b=b: torch.mm(a, b) for a, b in matrices]  # type: ignore[misc]
 
 
-def best_time(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the quickest of many rounds; launches of a GPU are paid once a round, not once a call."""
+def best_times(works: Sequence[Work], device: torch.device) -> list[float]:
+    """Seconds of each in its quickest round, in turns; launches of a GPU are paid once a round, not once a call."""
     calls = 10 if device.type == "cuda" else 1
-    times: list[float] = []
-    work()
-    end = time.perf_counter() + LEAST_SECONDS
-    while len(times) < ROUNDS or time.perf_counter() < end:
-        synchronize(device)
-        began = time.perf_counter()
-        for _ in range(calls):
-            work()
-        synchronize(device)
-        times.append((time.perf_counter() - began) / calls)
-    return min(times)
+    best = [math.inf] * len(works)
+    for work in works:
+        work()
+    rounds, end = 0, time.perf_counter() + LEAST_SECONDS
+    while rounds < ROUNDS or time.perf_counter() < end:
+        rounds += 1
+        for i, work in enumerate(works):
+            synchronize(device)
+            began = time.perf_counter()
+            for _ in range(calls):
+                work()
+            synchronize(device)
+            best[i] = min(best[i], (time.perf_counter() - began) / calls)
+    return best
 
 
 def synchronize(device: torch.device) -> None:

@@ -8,7 +8,7 @@ gated MLP with SiLU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,13 @@ from beagle.targets.runner import FastRunner
 SOURCE = Path(__file__).with_name("pass.cpp")
 LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 ROPE = {"default", "linear", "llama3", "yarn"}  # whose angles depend on the position alone
-PARTS = ("attention_norm", "mlp_norm", "query_norm", "key_norm")
+NORMS = ("attention_norm", "mlp_norm", "query_norm", "key_norm")
+PARTS = ("products", "attention", "others", "waiting")  # of a pass; others: norms, RoPE, activations
 SPAN = 1024  # positions whose angles are computed together
 
 
 class _Layer(Structure):
-    _fields_ = [(name, c_void_p) for name in PARTS] + [
+    _fields_ = [(name, c_void_p) for name in NORMS] + [
         (name, Matrix) for name in ("query_key_value", "output", "gate", "up", "down")
     ]
 
@@ -51,6 +52,7 @@ class _Tokens(Structure):
     _fields_ = [
         ("rows", c_int64), ("embeddings", c_void_p), ("states", c_void_p), ("cos", c_void_p), ("sin", c_void_p),
         ("mask", c_void_p), ("slot", c_int64), ("keys", c_int64), ("head_size", c_int64), ("cache", POINTER(c_void_p)),
+        ("seconds", POINTER(c_double)),
     ]  # fmt: skip
 
 
@@ -72,6 +74,7 @@ class NativePass:
         self._run, self._rotary = run, base.rotary_emb
         self._angles: tuple[Tensor, Tensor] | None = None
         self._kept: list[Any] = []  # what the library's structures point to
+        self._seconds: Any = None  # where the library adds up its parts
         first = base.layers[0]
         self._layers = (_Layer * len(base.layers))(*(self._layer(layer, quantize) for layer in base.layers))
         self._taps = (c_int64 * max(1, len(state_layers)))(*state_layers)
@@ -110,9 +113,19 @@ class NativePass:
             _Tokens(
                 tokens.shape[1], embeddings.data_ptr(), states.data_ptr(), cos.data_ptr(), sin.data_ptr(),
                 mask.contiguous().data_ptr(), plan.slots.start, plan.keys, plan.layers[0].stride(1), cache,
+                self._seconds,
             ),
         )  # fmt: skip
         return states
+
+    def seconds(self, work: Callable[[], object]) -> dict[str, float]:
+        """What the passes of some work spend in each of ``PARTS``, by one thread's clock."""
+        self._seconds = seconds = (c_double * len(PARTS))()
+        try:
+            work()
+        finally:
+            self._seconds = None
+        return dict(zip(PARTS, seconds, strict=True))
 
     def _is_own(self, plan: Plan) -> bool:
         return plan.kind == "tree" and plan.positions.shape[1] <= MAX_TREE_TOKENS and len(plan.layers[0]) == 1

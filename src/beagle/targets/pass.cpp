@@ -34,10 +34,13 @@ struct Tokens {
   const bf16* mask;               // added to scores [rows, keys]
   int64_t slot, keys, head_size;  // where fresh keys go from, slots in view, numbers of a head in the cache
   bf16* const* cache;             // keys and values of each layer in turn [kv_heads, slots, head_dim]
+  double* seconds;                // null, or the sums of what a thread spends in each Part
 };
 }
 
 namespace {
+
+enum Part { PRODUCTS, ATTENTION, OTHERS, WAITING };
 
 class Pass {
  public:
@@ -63,6 +66,7 @@ class Pass {
 #pragma omp parallel
     {
       const Thread own{omp_get_thread_num(), omp_get_num_threads()};
+      if (own.i == 0) last = omp_get_wtime();
       for (int64_t l = 0, tap = 0; l < model.layers; l++) {
         attend(l, own);
         feed_forward(model.layer[l], own);
@@ -75,6 +79,7 @@ class Pass {
       const Range rows = own.of(n);
       for (int64_t m = rows.from; m < rows.to; m++)
         normed(state(m, model.taps), &x[m * d], model.norm, scale_of(&x[m * d], d, model.eps), d);
+      spent(OTHERS, own);
     }
   }
 
@@ -85,6 +90,21 @@ class Pass {
   Halves normed_rows, product, query, attended, gate, up, folded;
   Inputs inputs;
   Chunks chunks;
+  double last;  // when the first thread came to its present part
+
+  void spent(Part part, const Thread& own) {
+    if (own.i || !tokens.seconds) return;
+    const double now = omp_get_wtime();
+    tokens.seconds[part] += now - last;
+    last = now;
+  }
+
+  // After a part, threads wait for each other.
+  void meet(Part part, const Thread& own) {
+    spent(part, own);
+#pragma omp barrier
+    spent(WAITING, own);
+  }
 
   bf16* state(int64_t m, int64_t part) const { return tokens.states + (m * (model.taps + 1) + part) * model.hidden; }
 
@@ -108,7 +128,7 @@ class Pass {
     for (int64_t m = rows.from; m < rows.to; m++)
       normed(&normed_rows[m * d], &x[m * d], weight, scale_of(&x[m * d], d, model.eps), d);
     inputs.take(matrix.kind, normed_rows.data(), tokens.rows, d, rows);
-#pragma omp barrier
+    meet(OTHERS, own);
   }
 
   Range multiply(const Matrix& matrix, const Halves& rows, Halves& out, const Thread& own) const {
@@ -125,13 +145,13 @@ class Pass {
     const int64_t d = model.hidden;
     if (matrix.kind != HALF) {
       inputs.take(matrix.kind, rows.data(), tokens.rows, matrix.in, own.of(tokens.rows));
-#pragma omp barrier
+      meet(OTHERS, own);
     }
     const Range range = multiply(matrix, rows, product, own);
     for (int64_t m = 0; m < tokens.rows; m++)
       for (int64_t k = m * d + range.from; k < m * d + range.to; k += 16)
         _mm512_storeu_ps(&x[k], rounded(_mm512_add_ps(_mm512_loadu_ps(&x[k]), Whole::load(&product[k]))));
-#pragma omp barrier
+    meet(PRODUCTS, own);
   }
 
   void attend(int64_t l, const Thread& own) {
@@ -139,25 +159,27 @@ class Pass {
     const int64_t d = model.head_dim, wide = layer.query_key_value.out;
     norm(layer.attention_norm, layer.query_key_value, own);
     multiply(layer.query_key_value, normed_rows, product, own);
-#pragma omp barrier
+    meet(PRODUCTS, own);
     const Range heads = own.of((model.heads + 2 * model.kv_heads) * tokens.rows);
     for (int64_t i = heads.from; i < heads.to; i++) {
       const int64_t h = i / tokens.rows, m = i % tokens.rows;
       place(l, h, m, &product[m * wide + h * d]);
     }
+    spent(OTHERS, own);
 #pragma omp single
     {
       chunks.k = tokens.cache[2 * l];
       chunks.v = tokens.cache[2 * l + 1];
     }
+    spent(WAITING, own);
     const Range tasks = own.of(chunks.tasks()), rows = own.of(chunks.all_rows());
     for (int64_t t = tasks.from; t < tasks.to; t++) chunks.sum(t, query.data());
-#pragma omp barrier
+    meet(ATTENTION, own);
     for (int64_t r = rows.from; r < rows.to; r++) {
       const int64_t h = r / tokens.rows, m = r % tokens.rows;
       chunks.merge(r, &attended[(m * model.heads + h) * d]);
     }
-#pragma omp barrier
+    meet(ATTENTION, own);
     add(layer.output, attended, own);
   }
 
@@ -183,9 +205,10 @@ class Pass {
     norm(layer.mlp_norm, layer.gate, own);
     const Range range = multiply(layer.gate, normed_rows, gate, own);
     multiply(layer.up, normed_rows, up, own);
+    spent(PRODUCTS, own);
     for (int64_t m = 0; m < tokens.rows; m++)
       activate(&gate[m * layer.gate.out + range.from], &up[m * layer.gate.out + range.from], range.to - range.from);
-#pragma omp barrier
+    meet(OTHERS, own);
     add(layer.down, gate, own);
   }
 };

@@ -70,18 +70,9 @@ def per_pass(m: Mapping[str, Any]) -> dict[str, float]:
 
 
 def parts_table(parts: Sequence[Mapping[str, float]]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines: a compiled pass by its tokens, in milliseconds."""
-    names = ("ms", "products_ms", "attention_ms", "lm_head_ms", "python_ms", "rest_ms", "meetings_ms")
-    header = [
-        "tokens",
-        "pass",
-        "products",
-        "attention",
-        "LM head",
-        "Python",
-        "norms and others",
-        "of which threads meet",
-    ]
+    """Header and lines: a native pass by its tokens, in milliseconds."""
+    names = ("ms", "products_ms", "attention_ms", "others_ms", "waiting_ms", "lm_head_ms", "python_ms")
+    header = ["tokens", "pass", "products", "attention", "norms and others", "waiting", "LM head", "Python"]
     return header, [[str(p["rows"]), *(f"{p[name]:.2f}" for name in names)] for p in parts]
 
 

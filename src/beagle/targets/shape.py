@@ -42,10 +42,11 @@ class TreeShape:
     def ancestors(self) -> Tensor:
         """Bool ``[nodes, nodes]``: ``[i, j]`` is true if j is i or an ancestor of i."""
         n = len(self.parents)
-        if self.is_chain:
-            return torch.ones(n, n, dtype=torch.bool).tril_()
-        seen = torch.eye(n, dtype=torch.bool)
+        rows: list[bytearray] = []
         for node, parent in enumerate(self.parents):
-            if parent >= 0:
-                seen[node] |= seen[parent]
-        return seen
+            row = bytearray(n) if parent < 0 else bytearray(rows[parent])
+            row[node] = True
+            rows.append(row)
+        return torch.frombuffer(bytearray().join(rows), dtype=torch.bool).view(
+            n, n
+        )  # a tensor operation a node takes long

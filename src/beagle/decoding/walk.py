@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from beagle.decoding.sampling import Sampler, choose_all
 from beagle.drafters.base import Draft
+from beagle.targets.linears import tiled
 
 
 class Walk:
@@ -73,7 +73,9 @@ def accept(walks: Sequence[Walk], logits: Tensor) -> None:
     Args:
         logits: ``[tokens, vocabulary]`` of the pass.
     """
-    if len(walks) > 1 or logits.is_cuda:  # one round trip for all that is greedy; else only what the walk asks for
+    if (
+        len(walks) > 1 or logits.is_cuda or tiled.used(logits.dtype)
+    ):  # all that is greedy at once; else only what is asked for
         _accept_greedy([walk for walk in walks if walk.sampler.greedy], logits)
     while active := [walk for walk in walks if walk.active]:
         for walk, token in zip(active, choose(active, logits), strict=True):
@@ -109,7 +111,7 @@ def _take(walk: Walk, token: int | Exception) -> None:
 def _accept_greedy(walks: Sequence[Walk], logits: Tensor) -> None:
     if not walks:
         return
-    largest, tokens = (found.tolist() for found in torch.max(logits, -1))
+    largest, tokens = (found.tolist() for found in tiled.largest(logits))
     for walk in walks:
         while walk.active:
             try:

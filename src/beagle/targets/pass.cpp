@@ -60,6 +60,7 @@ class Pass {
     inputs.make_room(n, std::max({d, model.heads * model.head_dim, model.layer[0].gate.out}));
     chunks.batch = 1, chunks.heads = model.kv_heads, chunks.rows = n * model.heads / model.kv_heads;
     chunks.keys = tokens.keys, chunks.in = chunks.out = model.head_dim, chunks.scale = float(model.scale);
+    chunks.seen = tokens.slot;
     chunks.of_k = chunks.of_v = {0, tokens.head_size, 0};
     fold_mask();
     chunks.make_room();

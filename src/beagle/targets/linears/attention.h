@@ -92,8 +92,8 @@ class Keys {
         k = padded.data();
         v = padded.data() + BLOCK * in;
       }
-      order_keys(k, &ordered[b * BLOCK * in / 2]);
-      pair_values(v, &paired[b * BLOCK * out / 2]);
+      order_keys(k, &ordered[b * BLOCK * in / 2], in);
+      pair_values(v, &paired[b * BLOCK * out / 2], out);
     }
   }
 
@@ -134,23 +134,29 @@ class Keys {
 
   int64_t width() const { return blocks * BLOCK; }
 
-  void order_keys(const bf16* k, uint32_t* to) const {
-    for (int64_t half = 0; half < 2; half++)
-      for (int64_t c = 0; c < in; c += 32) {
+  // Both prefetch the next block, and take sizes as copies: for the compiler each store may change a member.
+  static void order_keys(const bf16* k, uint32_t* to, const int64_t in) {
+    for (int64_t half = 0; half < 2; half++, k += 16 * in)
+      for (int64_t c = 0; c < in; c += 32, to += 256) {
         __m512i rows[16];
-        for (int i = 0; i < 16; i++) rows[i] = _mm512_loadu_si512(k + (16 * half + i) * in + c);
+        for (int i = 0; i < 16; i++) {
+          _mm_prefetch(reinterpret_cast<const char*>(k + (BLOCK + i) * in + c), _MM_HINT_T0);
+          rows[i] = _mm512_loadu_si512(k + i * in + c);
+        }
         transpose(rows);
-        for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + (half * in / 2 + c / 2 + i) * 16, rows[i]);
+        for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + 16 * i, rows[i]);
       }
   }
 
-  void pair_values(const bf16* v, uint32_t* to) const {
+  static void pair_values(const bf16* v, uint32_t* to, const int64_t out) {
     static const __m512i ORDER = interleaved(0);
-    for (int64_t t = 0; t < BLOCK; t += 2)
+    const __m512i order = ORDER;
+    for (int64_t t = 0; t < BLOCK; t += 2, v += 2 * out, to += out)
       for (int64_t c = 0; c < out; c += 16) {
-        const __m512i a = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + t * out + c)));
-        const __m512i b = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + (t + 1) * out + c)));
-        _mm512_storeu_si512(to + t / 2 * out + c, _mm512_permutex2var_epi16(a, ORDER, b));
+        _mm_prefetch(reinterpret_cast<const char*>(v + BLOCK * out + 2 * c), _MM_HINT_T0);
+        const __m512i a = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + c)));
+        const __m512i b = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + out + c)));
+        _mm512_storeu_si512(to + c, _mm512_permutex2var_epi16(a, order, b));
       }
   }
 
@@ -241,9 +247,10 @@ class Keys {
   // Scores to weights.
   void soften(const Queries& q, int64_t from, int64_t rows, float scale, float* most, float* sums) {
     constexpr float LOG2E = 1.44269504f;
-    const int64_t whole = count / 16 * 16;
+    const int64_t whole = count / 16 * 16, last_place = count - whole, all = width();
     for (int64_t r = 0; r < rows; r++) {
-      float* s = &scores[r * width()];
+      float* s = &scores[r * all];
+      bf16* own = &weights[r * all];
       const bf16* mask = q.mask ? q.mask + (from + r) * q.mask_width + first : nullptr;
       const __m512 times = _mm512_set1_ps(scale * LOG2E);
       __m512 largest = _mm512_set1_ps(-std::numeric_limits<float>::max());
@@ -260,7 +267,7 @@ class Keys {
         largest = _mm512_max_ps(largest, x);
         _mm512_storeu_ps(s + t, x);
       }
-      const __mmask16 last = (1 << (count - whole)) - 1;
+      const __mmask16 last = (1 << last_place) - 1;
       if (last) {
         const __m512 x = score(whole, last);
         largest = _mm512_mask_max_ps(largest, last, largest, x);
@@ -268,11 +275,11 @@ class Keys {
       }
       const float top = _mm512_reduce_max_ps(largest);
       __m512 sum = _mm512_setzero_ps();
-      for (int64_t t = 0; t < width(); t += 16) {
+      for (int64_t t = 0; t < all; t += 16) {
         const __mmask16 there = t < whole ? 0xffff : t == whole ? last : 0;
         const __m512 x = _mm512_maskz_mov_ps(there, power(_mm512_sub_ps(_mm512_loadu_ps(s + t), _mm512_set1_ps(top))));
         sum = _mm512_add_ps(sum, x);
-        to_half(&weights[r * width() + t], x);
+        to_half(own + t, x);
       }
       most[r] = top / LOG2E;
       sums[r] = _mm512_reduce_add_ps(sum);
@@ -293,6 +300,7 @@ class Chunks {
   int64_t batch, heads, rows, keys, in, out;  // of cached heads; rows of queries
   const bf16 *k, *v, *mask;                   // [batch, heads, keys, …], rows in one piece; the mask is added to scores
   Strides of_k, of_v, of_mask;
+  int64_t seen;  // by all: the mask of the first so many keys is 0
   float scale;
 
   int64_t tasks() const { return batch * heads * count(); }
@@ -310,7 +318,7 @@ class Chunks {
     thread_local Keys own;
     const int64_t head = task / count(), from = task % count() * CHUNK, b = head / heads, h = head % heads;
     own.order(k + b * of_k.batch + h * of_k.head, v + b * of_v.batch + h * of_v.head, from, std::min(from + CHUNK, keys), in, out);
-    const bf16* added = mask + b * of_mask.batch + h * of_mask.head;
+    const bf16* added = from + CHUNK <= seen ? nullptr : mask + b * of_mask.batch + h * of_mask.head;
     own.attend({q + head * rows * in, rows, in, added, of_mask.row}, scale, &most[task * rows], &sums[task * rows],
                &parts[task * rows * out]);
   }

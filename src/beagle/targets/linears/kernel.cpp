@@ -39,7 +39,7 @@ void attend(const void* q, const void* k, const void* v, const void* mask, void*
   Chunks& all = chunks;  // the same for all threads
   all.batch = sizes[0], all.heads = sizes[1], all.rows = sizes[2], all.keys = sizes[3], all.in = sizes[4], all.out = sizes[5];
   all.k = static_cast<const bf16*>(k), all.v = static_cast<const bf16*>(v), all.mask = static_cast<const bf16*>(mask);
-  all.of_k = *of_k, all.of_v = *of_v, all.of_mask = *of_mask, all.scale = float(scale);
+  all.of_k = *of_k, all.of_v = *of_v, all.of_mask = *of_mask, all.seen = 0, all.scale = float(scale);
   all.make_room();
   const int threads = int(std::min<int64_t>(omp_get_max_threads(), all.tasks()));
 #pragma omp parallel num_threads(threads)

@@ -75,10 +75,15 @@ def three(folder, family, quantize=None, layers=(), **options):
     return fast, eager, right
 
 
-def states_of(target, shape, context=200):
+def cache_of(target, context):
     ids = torch.randint(1, target.vocab_size, (1, context), generator=torch.Generator().manual_seed(0))
     cache = target.new_cache(1, context + 20)
     target.prefill(ids, cache)
+    return cache
+
+
+def states_of(target, shape, context=200):
+    cache = cache_of(target, context)
     return target.verify(cache, torch.arange(3, 3 + len(shape.parents)), shape).float(), cache
 
 
@@ -110,24 +115,49 @@ def test_outputs_of_other_layers_come_with_the_top_states(folder):
         assert gap(part, right) < 1.5 * gap(eager, right) < 0.06
 
 
+@pytest.mark.parametrize("context", [5, 120, 128, 200])
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
-def test_a_token_does_not_depend_on_those_beside_it_nor_on_threads(folder, quantize):
+def test_a_token_of_a_tree_gets_the_bits_that_it_gets_alone(folder, quantize, context):
     fast, _, _ = three(folder, "qwen3", quantize)
-    fast.eager = None
-    together, _ = states_of(fast, TREES["chain"], context=60)
-    ids = torch.randint(1, fast.vocab_size, (1, 60), generator=torch.Generator().manual_seed(0))
-    cache = fast.new_cache(1, 80)
-    fast.prefill(ids, cache)
-    alone = []
+    shape = TreeShape(
+        [-1, 0, 0, 0, 1, 2, 1, 4, 6, 5, 7, 10, 11, 8, 12, 14, 15]
+    )  # paths over the end of a chunk of keys
+    together, _ = states_of(fast, shape, context)
+    depths = shape.depths()
     threads = torch.get_num_threads()
     try:
-        for i in range(20):
-            torch.set_num_threads(1 + i % 3)
-            alone.append(fast.verify(cache, torch.tensor([3 + i]), TREES["token"]))
-            cache.lengths = [61 + i]
+        for leaf in (3, 9, 13, 16):
+            path = torch.where(shape.ancestors()[leaf])[0].tolist()
+            cache = cache_of(fast, context)
+            for node in path:
+                torch.set_num_threads(1 + node % 3)
+                alone = fast.verify(cache, torch.tensor([3 + node]), TREES["token"])
+                cache.lengths = [context + depths[node] + 1]
+                assert torch.equal(alone[0].float(), together[node])
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(torch.cat(alone).float(), together)
+
+
+def test_exact_mode_takes_the_same_passes(folder):
+    fast, _, _ = three(folder, "llama")
+    cache, shape, tokens = cache_of(fast, 100), TREES["tree"], torch.arange(3, 10)
+    expected = fast.verify(cache, tokens, shape)
+    assert fast.min_exact_tokens <= 2
+    fast.eager = None
+    assert torch.equal(fast.verify_exact(cache, tokens, shape, 128), expected)
+    assert torch.equal(fast.exact_logits(expected[:1]), fast.exact_logits(expected)[:1])
+
+
+def test_a_tree_that_grows_level_by_level_gets_the_same_bits(folder):
+    fast, _, _ = three(folder, "llama")
+    shape = TREES["tree"]
+    together, _ = states_of(fast, shape)
+    cache = cache_of(fast, 200)
+    parts = [
+        fast.verify(cache, torch.arange(3 + done, 3 + n), TreeShape(shape.parents[:n]), done)
+        for done, n in ((0, 3), (3, 7))
+    ]
+    assert torch.equal(torch.cat(parts).float(), together)
 
 
 def test_parts_of_a_pass_add_up(folder):

@@ -56,7 +56,7 @@ def attention(
     window = module.__dict__[WINDOW]
     if indices is not None:
         mask = plan.masks[window]
-        plan = replace(plan, masks={window: mask.masked_fill(~indices, torch.finfo(mask.dtype).min)}, folded={})
+        plan = replace(plan, made_masks={window: mask.masked_fill(~indices, torch.finfo(mask.dtype).min)}, folded={})
     out = attend_plan(plan, query, keys, values, scaling, window, softcap, s_aux)
     return out.transpose(1, 2).contiguous(), None
 

@@ -50,8 +50,8 @@ class _Model(Structure):
 
 class _Tokens(Structure):
     _fields_ = [
-        ("rows", c_int64), ("embeddings", c_void_p), ("states", c_void_p), ("cos", c_void_p), ("sin", c_void_p),
-        ("mask", c_void_p), ("slot", c_int64), ("keys", c_int64), ("head_size", c_int64), ("cache", POINTER(c_void_p)),
+        ("rows", c_int64), ("done", c_int64), ("parents", POINTER(c_int64)), ("embeddings", c_void_p), ("states", c_void_p),
+        ("cos", c_void_p), ("sin", c_void_p), ("context", c_int64), ("head_size", c_int64), ("cache", POINTER(c_void_p)),
         ("seconds", POINTER(c_double)),
     ]  # fmt: skip
 
@@ -61,6 +61,7 @@ class NativePass:
 
     name = "native"
     remedy = "run with BEAGLE_COMPILED=0, and report it"
+    exact = True
 
     def __init__(self, model: nn.Module, quantize: str | None, state_layers: Sequence[int], run: Any) -> None:
         """
@@ -89,7 +90,7 @@ class NativePass:
 
     @property
     def kinds(self) -> frozenset[Kind]:
-        own: frozenset[Kind] = frozenset(("tree",))
+        own: frozenset[Kind] = frozenset(("tree", "exact"))
         return own if self.others is None else own | self.others.kinds
 
     def new_cache(self, capacity: int) -> KVCache | None:
@@ -103,17 +104,17 @@ class NativePass:
             assert self.others is not None
             return self.others(tokens, plan)
         assert isinstance(plan.slots, slice)
+        assert plan.tree is not None
         embeddings = self._embed(tokens).contiguous()
         states = embeddings.new_empty(*tokens.shape, self._state_size)
-        cos, sin = (angles[plan.positions[0]] for angles in self._rotations(plan))
-        (mask,) = plan.masks.values()
-        cache = (c_void_p * len(plan.layers))(*(tensor.data_ptr() for tensor in plan.layers))
+        cos, sin = self._rotations(plan)
+        nodes, rows = len(plan.tree.parents), tokens.shape[1]
         self._run(
             self._model,
             _Tokens(
-                tokens.shape[1], embeddings.data_ptr(), states.data_ptr(), cos.data_ptr(), sin.data_ptr(),
-                mask.contiguous().data_ptr(), plan.slots.start, plan.keys, plan.layers[0].stride(1), cache,
-                self._seconds,
+                rows, nodes - rows, (c_int64 * nodes)(*plan.tree.parents), embeddings.data_ptr(), states.data_ptr(),
+                cos.data_ptr(), sin.data_ptr(), plan.slots.stop - nodes, plan.layers[0].stride(1),
+                (c_void_p * len(plan.layers))(*(tensor.data_ptr() for tensor in plan.layers)), self._seconds,
             ),
         )  # fmt: skip
         return states

@@ -3,8 +3,12 @@
 //
 // In a graph of operators half of a small pass is spent between its products. Here threads share the outputs of
 // products, chunks of attention and rows, and wait for each other seven times a layer. What passes from layer to layer
-// is rounded to bf16, as in the model. What a token gets does not depend on the tokens beside it, but for those that it
-// sees.
+// is rounded to bf16, as in the model.
+//
+// A token of a tree gets the bits that it would get alone, behind its path. So drafts change no bit of an answer: keys that
+// a token sees are summed in the order of their positions, in chunks that begin at the same positions always. Whole chunks
+// of the context are shared by all tokens. What is behind them is put together for each token: the rest of the context,
+// then the token's path, whose slots are not beside each other.
 
 #include <omp.h>
 
@@ -27,14 +31,14 @@ struct Model {
 };
 
 struct Tokens {
-  int64_t rows;
-  const bf16* embeddings;         // [rows, hidden]
-  bf16* states;                   // [rows, (taps + 1) * hidden]
-  const bf16 *cos, *sin;          // [rows, head_dim]
-  const bf16* mask;               // added to scores [rows, keys]
-  int64_t slot, keys, head_size;  // where fresh keys go from, slots in view, numbers of a head in the cache
-  bf16* const* cache;             // keys and values of each layer in turn [kv_heads, slots, head_dim]
-  double* seconds;                // null, or the sums of what a thread spends in each Part
+  int64_t rows, done;          // nodes of a tree, and those before them, which an earlier pass has run
+  const int64_t* parents;      // [done + rows], of the root -1
+  const bf16* embeddings;      // [rows, hidden]
+  bf16* states;                // [rows, (taps + 1) * hidden]
+  const bf16 *cos, *sin;       // [positions, head_dim]
+  int64_t context, head_size;  // slots before the root's, numbers of a head in the cache
+  bf16* const* cache;          // keys and values of each layer in turn [kv_heads, slots, head_dim]
+  double* seconds;             // null, or the sums of what a thread spends in each Part
 };
 }
 
@@ -42,9 +46,17 @@ namespace {
 
 enum Part { PRODUCTS, ATTENTION, OTHERS, WAITING };
 
+// A thread's own memory: keys of one head behind the shared ones.
+struct Scratch {
+  Keys near, far;  // those of the first chunk of them, and of the second
+  Gathered behind;
+  int64_t head;  // whose context is in order in `near`
+};
+thread_local Scratch scratch;
+
 class Pass {
  public:
-  Pass(const Model& model, const Tokens& tokens) : model(model), tokens(tokens) {}
+  Pass(const Model& model, const Tokens& tokens) : model(model), tokens(tokens), group(model.heads / model.kv_heads) {}
 
   void run() {
     const int64_t n = tokens.rows, d = model.hidden;
@@ -58,11 +70,12 @@ class Pass {
     gate.resize(n * model.layer[0].gate.out);
     up.resize(gate.size());
     inputs.make_room(n, std::max({d, model.heads * model.head_dim, model.layer[0].gate.out}));
-    chunks.batch = 1, chunks.heads = model.kv_heads, chunks.rows = n * model.heads / model.kv_heads;
-    chunks.keys = tokens.keys, chunks.in = chunks.out = model.head_dim, chunks.scale = float(model.scale);
-    chunks.seen = tokens.slot;
+    find_paths();
+    base = tokens.context / CHUNK * CHUNK;
+    chunks.batch = 1, chunks.heads = model.kv_heads, chunks.rows = n * group;
+    chunks.keys = base, chunks.in = chunks.out = model.head_dim, chunks.scale = float(model.scale);
     chunks.of_k = chunks.of_v = {0, tokens.head_size, 0};
-    fold_mask();
+    chunks.mask = nullptr, chunks.own = 2;
     chunks.make_room();
 #pragma omp parallel
     {
@@ -87,8 +100,12 @@ class Pass {
  private:
   const Model& model;
   const Tokens& tokens;
-  Rows x;  // the residual [rows, hidden]
-  Halves normed_rows, product, query, attended, gate, up, folded;
+  const int64_t group;  // query heads that share a cached head
+  int64_t base;         // the first slot behind the chunks that all tokens share
+  std::vector<std::vector<int64_t>> paths;  // of each token: nodes from the root to itself
+  Rows x;                                   // the residual [rows, hidden]
+  Halves normed_rows, product, attended, gate, up;
+  Halves query;  // [kv_heads, rows, group, head_dim]
   Inputs inputs;
   Chunks chunks;
   double last;  // when the first thread came to its present part
@@ -113,14 +130,17 @@ class Pass {
     for (int64_t k = 0; k < model.hidden; k += 16) to_half(state(m, part) + k, _mm512_loadu_ps(row + k));
   }
 
-  // The query heads of a group are rows beside each other: the mask once for each.
-  void fold_mask() {
-    const int64_t group = model.heads / model.kv_heads, size = tokens.rows * tokens.keys;
-    folded.resize(group * size);
-    for (int64_t g = 0; g < group; g++) std::copy_n(tokens.mask, size, &folded[g * size]);
-    chunks.mask = folded.data();
-    chunks.of_mask = {0, 0, tokens.keys};
+  void find_paths() {
+    for (int64_t m = 0; m < tokens.rows; m++) {
+      std::vector<int64_t> path;
+      for (int64_t node = tokens.done + m; node >= 0; node = tokens.parents[node]) path.push_back(node);
+      paths.emplace_back(path.rbegin(), path.rend());
+    }
   }
+
+  int64_t position(int64_t m) const { return tokens.context + paths[m].size() - 1; }
+
+  int64_t slot(int64_t m) const { return tokens.context + tokens.done + m; }
 
   // Normed rows for a product: threads share them, and each needs all of them.
   void norm(const float* weight, const Matrix& matrix, const Thread& own) {
@@ -173,22 +193,49 @@ class Pass {
       chunks.v = tokens.cache[2 * l + 1];
     }
     spent(WAITING, own);
-    const Range tasks = own.of(chunks.tasks()), rows = own.of(chunks.all_rows());
-    for (int64_t t = tasks.from; t < tasks.to; t++) chunks.sum(t, query.data());
+    const int64_t n = tokens.rows;
+    const Range shared = own.of(chunks.tasks()), paths = own.of(model.kv_heads * n), rows = own.of(chunks.all_rows());
+    for (int64_t t = shared.from; t < shared.to; t++) chunks.sum(t, query.data());
+    scratch.head = -1;
+    for (int64_t i = paths.from; i < paths.to; i++) sum_path(i / n, i % n);
     meet(ATTENTION, own);
     for (int64_t r = rows.from; r < rows.to; r++) {
-      const int64_t h = r / tokens.rows, m = r % tokens.rows;
-      chunks.merge(r, &attended[(m * model.heads + h) * d]);
+      const int64_t m = r / group % n, h = r / (group * n) * group + r % group;
+      const int64_t all = position(m) / CHUNK + 1;
+      chunks.merge(r, all, &attended[(m * model.heads + h) * d]);
     }
     meet(ATTENTION, own);
     add(layer.output, attended, own);
+  }
+
+  // A token's queries of a cached head over the keys that only it sees all of.
+  void sum_path(int64_t head, int64_t m) {
+    const int64_t d = model.head_dim, behind = tokens.context - base, whole = behind / BLOCK * BLOCK, rest = behind - whole;
+    const bf16 *k = chunks.k + head * tokens.head_size, *v = chunks.v + head * tokens.head_size;
+    if (scratch.head != head) scratch.near.order(k, v, base, base + whole, d, d);
+    scratch.head = head;
+    const std::vector<int64_t>& path = paths[m];
+    const int64_t count = rest + path.size(), near = std::min(count, CHUNK - whole);
+    Gathered& own = scratch.behind;
+    own.resize(count, d, d);
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t at = (i < rest ? base + whole + i : tokens.context + path[i - rest]) * d;
+      std::memcpy(&own.keys[i * d], k + at, 2 * d);
+      std::memcpy(&own.values[i * d], v + at, 2 * d);
+    }
+    const Queries queries{&query[(head * tokens.rows + m) * group * d], group, d, nullptr, 0};
+    scratch.near.append(own.keys.data(), own.values.data(), whole, near);
+    chunks.sum(scratch.near, head, chunks.shared(), queries, m * group);
+    if (near == count) return;
+    scratch.far.order(own.keys.data() + near * d, own.values.data() + near * d, 0, count - near, d, d);
+    chunks.sum(scratch.far, head, chunks.shared() + 1, queries, m * group);
   }
 
   // A head's part of a token's product to where attention finds it.
   void place(int64_t l, int64_t h, int64_t m, bf16* part) {
     const int64_t d = model.head_dim, key = h - model.heads, value = key - model.kv_heads;
     if (value >= 0) {
-      std::memcpy(tokens.cache[2 * l + 1] + value * tokens.head_size + (tokens.slot + m) * d, part, 2 * d);
+      std::memcpy(tokens.cache[2 * l + 1] + value * tokens.head_size + slot(m) * d, part, 2 * d);
       return;
     }
     const Layer& layer = model.layer[l];
@@ -198,8 +245,9 @@ class Pass {
       widen(row.data(), part, d);
       normed(part, row.data(), key < 0 ? layer.query_norm : layer.key_norm, scale_of(row.data(), d, model.eps), d);
     }
-    bf16* to = key < 0 ? &query[(h * tokens.rows + m) * d] : tokens.cache[2 * l] + key * tokens.head_size + (tokens.slot + m) * d;
-    rotate(to, part, tokens.cos + m * d, tokens.sin + m * d, d);
+    bf16* to = key < 0 ? &query[((h / group * tokens.rows + m) * group + h % group) * d]
+                       : tokens.cache[2 * l] + key * tokens.head_size + slot(m) * d;
+    rotate(to, part, tokens.cos + position(m) * d, tokens.sin + position(m) * d, d);
   }
 
   void feed_forward(const Layer& layer, const Thread& own) {

@@ -5,6 +5,7 @@ Attention reads nothing else. A plan holds tensors only, so that a compiled or c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -52,6 +53,7 @@ class Biased:
 # a sliding window in tokens, the query's own included; a chunk; biases; None: the whole context
 Window = int | Chunk | Biased | None
 Windows = list[Window]
+Masks = dict[Window, Tensor]
 
 
 def span(window: Window) -> int | None:
@@ -95,7 +97,9 @@ class Plan:
             in place.
         keys: slots in view, from the first on; in exact mode those that all tokens share.
         masks: by window, additive, ``[sequences or 1, 1 or heads, queries, keys]``; in exact mode fp32,
-            ``[tokens, 1 or heads, keys + tail]``. A prompt has none where causal attention is all there is.
+            ``[tokens, 1 or heads, keys + tail]``. A prompt has none where causal attention is all there is. Those of a tree
+            are made when they are first asked for: native passes need none.
+        tree: of ``tree``, with nodes that earlier passes have run; None inside a graph.
         sequences: of ``trees``.
         tail: in exact mode the slots that each token sees besides, in the order of their positions, ``[tokens, tail]``.
         folded: masks repeated for the heads of a group, filled by attention.
@@ -110,7 +114,8 @@ class Plan:
     slots: slice | Tensor
     layers: list[Tensor]
     keys: int
-    masks: dict[Window, Tensor]
+    made_masks: Masks | Callable[[], Masks]
+    tree: TreeShape | None = None
     sequences: Sequences | None = None
     tail: Tensor | None = None
     folded: dict[tuple[Window, int], Tensor] = field(default_factory=dict)
@@ -118,6 +123,12 @@ class Plan:
     paths: list[Paths] = field(default_factory=list)
     chains: Chains | None = None
     named_layer: int | None = None
+
+    @property
+    def masks(self) -> Masks:
+        if callable(self.made_masks):
+            self.made_masks = self.made_masks()
+        return self.made_masks
 
     def tensors(self) -> list[Tensor]:
         """What a graph takes. ``of_tensors`` is the inverse."""
@@ -141,7 +152,7 @@ class Plan:
         keys = next(iter(masks.values())).shape[-1]
         if kind == "trees":
             *layers, sequence, padding, place = rest
-            return cls(kind, positions, slots, layers, keys, masks, Sequences(sequence, padding, place))
+            return cls(kind, positions, slots, layers, keys, masks, sequences=Sequences(sequence, padding, place))
         if kind == "exact":
             *layers, tail = rest
             return cls(kind, positions, slots, layers, keys - tail.shape[1], masks, tail=tail)
@@ -158,7 +169,7 @@ def of_prompt(cache: KVCache, first: int, last: int, windows: Windows, scored: b
     queries = torch.arange(first, last, device=cache.device)
     plain = first == 0 and not scored
     needed = [w for w in windows if not plain or isinstance(w, Biased) or last > (span(w) or last)]
-    masks: dict[Window, Tensor] = {}
+    masks: Masks = {}
     if needed:
         keys = torch.arange(last, device=cache.device)
         masks = _masks((keys <= queries[:, None])[None, None], queries[:, None], keys, needed, cache.dtype)
@@ -176,16 +187,19 @@ def of_tree(cache: KVCache, tree: TreeShape, windows: Windows, done: int = 0) ->
     start, n, device = cache.length, len(tree.parents), cache.device
     positions = start + torch.tensor(tree.depths(), device=device)
     end = _whole_blocks(start + n, cache)
-    visible = torch.zeros(1, 1, n - done, end, dtype=torch.bool, device=device)
-    visible[..., :start] = True
-    visible[..., start : start + n] = tree.ancestors()[done:].to(device)
-    keys = torch.arange(end, device=device)
-    keys[start : start + n] = positions
     queries = positions[done:]
-    masks = _masks(visible, queries[:, None], keys, windows, cache.dtype)
+
+    def masks() -> Masks:
+        visible = torch.zeros(1, 1, n - done, end, dtype=torch.bool, device=device)
+        visible[..., :start] = True
+        visible[..., start : start + n] = tree.ancestors()[done:].to(device)
+        keys = torch.arange(end, device=device)
+        keys[start : start + n] = positions
+        return _masks(visible, queries[:, None], keys, windows, cache.dtype)
+
     slots = slice(start + done, start + n)
     chains = cache.chains([start], [n - done], done=done)
-    return Plan("tree", queries[None], slots, cache.tensors, end, masks, chains=chains)
+    return Plan("tree", queries[None], slots, cache.tensors, end, masks, tree, chains=chains)
 
 
 def _whole_blocks(slots: int, cache: KVCache) -> int:
@@ -237,7 +251,7 @@ def of_trees(cache: KVCache, trees: list[TreeShape], windows: Windows, first: in
     positions = queries[index, column][None].to(device)
     layers = [tensor[first:] for tensor in cache.tensors] if first else cache.tensors
     chains = cache.chains(starts, counts, first)
-    return Plan("trees", positions, slots, layers, end, masks, sequences, chains=chains)
+    return Plan("trees", positions, slots, layers, end, masks, sequences=sequences, chains=chains)
 
 
 def of_exact_tree(cache: KVCache, tree: TreeShape, keys: int, tokens: int, windows: Windows) -> Plan:
@@ -281,9 +295,7 @@ def of_exact_tree(cache: KVCache, tree: TreeShape, keys: int, tokens: int, windo
     return Plan("exact", positions[None].to(device), slots, cache.tensors, keys, masks, tail=tail.to(device))
 
 
-def _masks(
-    visible: Tensor, queries: Tensor, keys: Tensor, windows: Windows, dtype: torch.dtype
-) -> dict[Window, Tensor]:
+def _masks(visible: Tensor, queries: Tensor, keys: Tensor, windows: Windows, dtype: torch.dtype) -> Masks:
     """Additive masks by window, in the shape of ``visible``.
 
     Args:

@@ -69,6 +69,19 @@ struct Queries {
   int64_t mask_width;  // 0: one for all rows
 };
 
+// Keys and values that were put beside each other, in whole blocks of memory.
+struct Gathered {
+  std::vector<bf16> keys, values;
+
+  void resize(int64_t count, int64_t in, int64_t out) {
+    const int64_t room = (count + BLOCK - 1) / BLOCK * BLOCK;
+    keys.resize(room * in);
+    values.resize(room * out);
+    std::fill(keys.begin() + count * in, keys.end(), 0);  // no weight makes a NaN nothing
+    std::fill(values.begin() + count * out, values.end(), 0);
+  }
+};
+
 // Some keys of one cached head, and what queries make of them.
 class Keys {
  public:
@@ -76,22 +89,25 @@ class Keys {
   // in order since the last time.
   void order(const bf16* keys, const bf16* values, int64_t from, int64_t to, int64_t inputs, int64_t outputs, int64_t done = 0) {
     first = from;
-    count = to - from;
     in = inputs;
     out = outputs;
+    done -= done % BLOCK;
+    const int64_t more = to - from - done, rest = more % BLOCK;
+    append(keys + (from + done) * in, values + (from + done) * out, done, more - rest);
+    if (rest == 0) return;
+    last.resize(rest, in, out);  // what lies behind them may not be memory
+    std::copy_n(keys + (to - rest) * in, rest * in, last.keys.begin());
+    std::copy_n(values + (to - rest) * out, rest * out, last.values.begin());
+    append(last.keys.data(), last.values.data(), to - from - rest, rest);
+  }
+
+  // Further keys and values, in whole blocks of memory, behind whole blocks of so many keys.
+  void append(const bf16* k, const bf16* v, int64_t before, int64_t more) {
+    count = before + more;
     blocks = (count + BLOCK - 1) / BLOCK;
     ordered.resize(blocks * BLOCK * in / 2);
     paired.resize(blocks * BLOCK * out / 2);
-    for (int64_t b = done / BLOCK; b < blocks; b++) {
-      const bf16 *k = keys + (from + b * BLOCK) * in, *v = values + (from + b * BLOCK) * out;
-      const int64_t some = std::min(BLOCK, count - b * BLOCK);
-      if (some < BLOCK) {  // what lies behind them may not be memory
-        padded.assign(BLOCK * (in + out), 0);
-        std::copy_n(k, some * in, padded.begin());
-        std::copy_n(v, some * out, padded.begin() + BLOCK * in);
-        k = padded.data();
-        v = padded.data() + BLOCK * in;
-      }
+    for (int64_t b = before / BLOCK; b < blocks; b++, k += BLOCK * in, v += BLOCK * out) {
       order_keys(k, &ordered[b * BLOCK * in / 2], in);
       pair_values(v, &paired[b * BLOCK * out / 2], out);
     }
@@ -129,7 +145,8 @@ class Keys {
   int64_t first, count, in, out, blocks;
   std::vector<uint32_t> ordered;  // [blocks, 2, in / 2, 16 keys] pairs of inputs
   std::vector<uint32_t> paired;   // [blocks, BLOCK / 2, out] pairs of keys
-  std::vector<bf16> padded, weights;
+  std::vector<bf16> weights;
+  Gathered last;
   std::vector<float> scores;  // [rows, keys], as the weights
 
   int64_t width() const { return blocks * BLOCK; }
@@ -298,45 +315,53 @@ struct Strides {
 class Chunks {
  public:
   int64_t batch, heads, rows, keys, in, out;  // of cached heads; rows of queries
-  const bf16 *k, *v, *mask;                   // [batch, heads, keys, …], rows in one piece; the mask is added to scores
+  const bf16 *k, *v, *mask;                   // [batch, heads, keys, …], rows in one piece; the mask is added to scores, or null
   Strides of_k, of_v, of_mask;
-  int64_t seen;  // by all: the mask of the first so many keys is 0
   float scale;
+  int64_t own = 0;  // chunks of each row behind those that all rows share
 
-  int64_t tasks() const { return batch * heads * count(); }
+  int64_t shared() const { return (keys + CHUNK - 1) / CHUNK; }
+
+  int64_t tasks() const { return batch * heads * shared(); }
 
   int64_t all_rows() const { return batch * heads * rows; }
 
   void make_room() {
-    most.resize(tasks() * rows);
-    sums.resize(tasks() * rows);
-    parts.resize(tasks() * rows * out);
+    const int64_t all = batch * heads * (shared() + own) * rows;
+    most.resize(all);
+    sums.resize(all);
+    parts.resize(all * out);
   }
 
   // One chunk of one head; q [batch, heads, rows, in].
   void sum(int64_t task, const bf16* q) {
-    thread_local Keys own;
-    const int64_t head = task / count(), from = task % count() * CHUNK, b = head / heads, h = head % heads;
-    own.order(k + b * of_k.batch + h * of_k.head, v + b * of_v.batch + h * of_v.head, from, std::min(from + CHUNK, keys), in, out);
-    const bf16* added = from + CHUNK <= seen ? nullptr : mask + b * of_mask.batch + h * of_mask.head;
-    own.attend({q + head * rows * in, rows, in, added, of_mask.row}, scale, &most[task * rows], &sums[task * rows],
-               &parts[task * rows * out]);
+    thread_local Keys chunk;
+    const int64_t head = task / shared(), j = task % shared(), from = j * CHUNK, b = head / heads, h = head % heads;
+    chunk.order(k + b * of_k.batch + h * of_k.head, v + b * of_v.batch + h * of_v.head, from, std::min(from + CHUNK, keys), in, out);
+    const bf16* added = mask ? mask + b * of_mask.batch + h * of_mask.head : nullptr;
+    sum(chunk, head, j, {q + head * rows * in, rows, in, added, of_mask.row}, 0);
   }
 
-  // One row's sums of all chunks; y [out].
-  void merge(int64_t row, bf16* y) {
-    const int64_t first = row / rows * count() * rows + row % rows;  // its place in the first chunk
-    float top = most[first], sum = 0;
-    for (int64_t j = 1; j < count(); j++) top = std::max(top, most[first + j * rows]);
-    for (int64_t j = 0; j < count(); j++) {
-      float& share = most[first + j * rows];
+  // Some rows of a head, from one on, over a chunk of keys.
+  void sum(Keys& chunk, int64_t head, int64_t j, const Queries& q, int64_t from) {
+    const int64_t at = first(head) + j * rows + from;
+    chunk.attend(q, scale, &most[at], &sums[at], &parts[at * out]);
+  }
+
+  // One row's sums of its first chunks; y [out].
+  void merge(int64_t row, int64_t chunks, bf16* y) {
+    const int64_t at = first(row / rows) + row % rows;  // its place in the first of them
+    float top = most[at], sum = 0;
+    for (int64_t j = 1; j < chunks; j++) top = std::max(top, most[at + j * rows]);
+    for (int64_t j = 0; j < chunks; j++) {
+      float& share = most[at + j * rows];
       share = std::exp(share - top);
-      sum += share * sums[first + j * rows];
+      sum += share * sums[at + j * rows];
     }
     for (int64_t c = 0; c < out; c += 16) {
       __m512 total = _mm512_setzero_ps();
-      for (int64_t j = 0; j < count(); j++)
-        total = _mm512_fmadd_ps(_mm512_set1_ps(most[first + j * rows]), _mm512_loadu_ps(&parts[(first + j * rows) * out + c]), total);
+      for (int64_t j = 0; j < chunks; j++)
+        total = _mm512_fmadd_ps(_mm512_set1_ps(most[at + j * rows]), _mm512_loadu_ps(&parts[(at + j * rows) * out + c]), total);
       to_half(y + c, _mm512_div_ps(total, _mm512_set1_ps(sum)));
     }
   }
@@ -344,7 +369,7 @@ class Chunks {
  private:
   std::vector<float> most, sums, parts;  // [batch, heads, chunks, rows], of parts [..., out]
 
-  int64_t count() const { return (keys + CHUNK - 1) / CHUNK; }
+  int64_t first(int64_t head) const { return head * (shared() + own) * rows; }
 };
 
 }  // namespace

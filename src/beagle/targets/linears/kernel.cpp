@@ -39,7 +39,7 @@ void attend(const void* q, const void* k, const void* v, const void* mask, void*
   Chunks& all = chunks;  // the same for all threads
   all.batch = sizes[0], all.heads = sizes[1], all.rows = sizes[2], all.keys = sizes[3], all.in = sizes[4], all.out = sizes[5];
   all.k = static_cast<const bf16*>(k), all.v = static_cast<const bf16*>(v), all.mask = static_cast<const bf16*>(mask);
-  all.of_k = *of_k, all.of_v = *of_v, all.of_mask = *of_mask, all.seen = 0, all.scale = float(scale);
+  all.of_k = *of_k, all.of_v = *of_v, all.of_mask = *of_mask, all.scale = float(scale);
   all.make_room();
   const int threads = int(std::min<int64_t>(omp_get_max_threads(), all.tasks()));
 #pragma omp parallel num_threads(threads)
@@ -47,7 +47,7 @@ void attend(const void* q, const void* k, const void* v, const void* mask, void*
     const int64_t i = omp_get_thread_num(), n = omp_get_num_threads(), tasks = all.tasks(), rows = all.all_rows();
     for (int64_t t = tasks * i / n; t < tasks * (i + 1) / n; t++) all.sum(t, static_cast<const bf16*>(q));
 #pragma omp barrier
-    for (int64_t r = rows * i / n; r < rows * (i + 1) / n; r++) all.merge(r, static_cast<bf16*>(y) + r * all.out);
+    for (int64_t r = rows * i / n; r < rows * (i + 1) / n; r++) all.merge(r, all.shared(), static_cast<bf16*>(y) + r * all.out);
   }
 }
 

@@ -132,6 +132,7 @@ class Captured:
     """
 
     name = "captured"
+    exact = False
     kinds: frozenset[Kind] = frozenset({"tree"})
     remedy = "set BEAGLE_COMPILED=0, which takes eager passes"
 

@@ -51,6 +51,7 @@ class Compiled:
     """A package of one model; implements ``FastRunner``."""
 
     name = "compiled"
+    exact = False
 
     def __init__(self, package: Path, embed: nn.Module) -> None:
         """

@@ -34,10 +34,12 @@ class FastRunner(Runner, Protocol):
     Attributes:
         name: for records of what was run.
         remedy: what to do where it goes wrong.
+        exact: a token of a tree gets the bits that it would get alone, so that exact mode needs no passes of its own.
     """
 
     name: str
     remedy: str
+    exact: bool
 
     @property
     def kinds(self) -> frozenset[Kind]:

@@ -165,7 +165,9 @@ class Target(Passes):
         return self._run_exact(cache, tokens, shape, keys, max(len(tokens), self.min_exact_tokens))
 
     def _run_exact(self, cache: KVCache, tokens: Tensor, shape: TreeShape, keys: int, count: int) -> Tensor:
-        """A pass of ``count`` tokens, of which the first are given."""
+        """A pass of ``count`` tokens, of which the first are given, or of these alone where any pass is exact."""
+        if self.compiled is not None and self.compiled.runner.exact:
+            return self.verify(cache, tokens, shape)
         plan = of_exact_tree(cache, shape, keys, count, self.layers.distinct_windows)
         return self.run(F.pad(tokens, (0, count - len(tokens)))[None], plan)[0, : len(tokens)]
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from beagle.cli import options as o
 from beagle.cli.chat import coloured_piece
-from beagle.decoding.stats import Stats
+from beagle.decoding.stats import Stats, pooled
 from beagle.errors import BeagleError, BeagleInternalError
 from beagle.evaluation.report.table import Table
 
@@ -72,9 +72,7 @@ def demo(
     console.print(Table("the same text, faster", header, rows).rich())
     console.print("[dim]green: drafted and accepted; τ: tokens per pass of the target, 1 without drafts[/dim]")
     if exact:
-        usual = Stats()
-        for question in QUESTIONS:
-            usual.add(model.generate(question, max_new_tokens=max_new_tokens, draft=False).stats)
+        usual = pooled(model.generate(asked, max_new_tokens=max_new_tokens, draft=False).stats for asked in QUESTIONS)
         console.print(
             f"Exact mode pays for its fixed shapes: plain decoding without them makes {usual.tokens_per_second:.1f} token/s "
             "here (see beagle demo --fast).",

@@ -76,14 +76,7 @@ class Decoder:
         self._cache = LiveCache(target, size)
         self._prefill = Prefill(target, self._cache, None if exact else prefixes, piece, exact)
         self._drafter, self._exact = drafter, exact
-        self._drafts = Drafts(
-            drafter,
-            plan or TreePlan(),
-            costs=costs,
-            shared_costs=shared_costs,
-            exact=exact,
-            chains_only=target.chains_only,
-        )
+        self._drafts = Drafts(drafter, plan or TreePlan(), costs, shared_costs, exact, target.chains_only)
         self._keep_states = keep_states or self._prefill.prefixes is not None
 
     @property

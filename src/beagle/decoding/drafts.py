@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from beagle.decoding.costs import Costs
 from beagle.decoding.sequence import Sequence, SequenceError
@@ -13,27 +13,23 @@ from beagle.targets.plan import EXACT_TOKENS
 NOTHING = Draft([], [], [])
 
 
+@dataclass(frozen=True)
 class Drafts:
-    """Asks a drafter, and keeps of its candidates what is worth verifying."""
+    """Asks a drafter, and keeps of its candidates what is worth verifying.
 
-    def __init__(
-        self,
-        drafter: Drafter | None,
-        plan: TreePlan,
-        *,
-        costs: Costs | None,
-        shared_costs: Costs | None,
-        exact: bool,
-        chains_only: bool,
-    ) -> None:
-        """
-        Args:
-            drafter: None drafts nothing.
-            costs: of passes over one sequence; None leaves sizes to the plan.
-            exact: each sequence is verified in a pass of its own.
-        """
-        self.drafter, self.plan = drafter, plan
-        self._costs, self._shared_costs, self._exact, self._chains_only = costs, shared_costs, exact, chains_only
+    Attributes:
+        drafter: None drafts nothing.
+        costs: of passes over one sequence; None leaves sizes to the plan.
+        shared_costs: of passes over several.
+        exact: each sequence is verified in a pass of its own.
+    """
+
+    drafter: Drafter | None
+    plan: TreePlan
+    costs: Costs | None
+    shared_costs: Costs | None
+    exact: bool
+    chains_only: bool
 
     def of(self, sequences: list[Sequence]) -> list[Draft]:
         """Each sequence's candidates; none where the limit leaves no room for one.
@@ -45,17 +41,17 @@ class Drafts:
         drafting = [i for i, one in enumerate(sequences) if one.left > 1 and one.context is not None]
         if self.drafter is None or not drafting:
             return drafts
-        alone = self._exact or len(sequences) == 1
-        costs = self._costs if alone else self._shared_costs
+        alone = self.exact or len(sequences) == 1
+        costs = self.costs if alone else self.shared_costs
         reach = [min(self.plan.depth, sequences[i].left - 1) for i in drafting]  # never past the limit or the context
         nodes = self.plan.nodes if len(sequences) == 1 else None
         plan = replace(self.plan, depth=max(reach), nodes=nodes)
         min_gain = costs.min_expected_tokens(1 if alone else len(sequences)) if costs else 0.0
         made = self._together(self.drafter, [sequences[i] for i in drafting], plan, min_gain)
-        most = EXACT_TOKENS - 1 if self._exact else MAX_NODES
+        most = EXACT_TOKENS - 1 if self.exact else MAX_NODES
         if self.plan.kind != "static" and self.plan.nodes is not None:
             most = min(most, self.plan.nodes)
-        if self._chains_only:
+        if self.chains_only:
             made = [best_chain(draft) for draft in made]
         made = [prune(draft, depth, most) for draft, depth in zip(made, reach, strict=True)]
         if costs is not None and self.plan.sized_by_costs:

@@ -33,10 +33,6 @@ class Prefix:
     def length(self) -> int:
         return len(self.tokens)
 
-    def first(self, n: int) -> Prefix:
-        """Its first ``n`` tokens, over the same memory."""
-        return Prefix(self.tokens[:n], self.cache, self.states[:n])
-
 
 class PrefixCache:
     """The newest sequences, of at most ``most`` tokens together; the least recently used goes first. Threads may share it."""
@@ -62,7 +58,7 @@ class PrefixCache:
             best = max(range(len(common)), key=common.__getitem__)
             found = self._kept.pop(best)
             self._kept.append(found)
-            return found.first(common[best])
+            return Prefix(found.tokens[: common[best]], found.cache, found.states[: common[best]])
 
     def keep(self, tokens: list[int], cache: KVCache, row: int, states: list[Tensor]) -> None:
         """Keep a sequence: a copy of its keys and values, as far as there is room.

@@ -140,11 +140,6 @@ class Sampler:
         """
         return choose_all([self], logits[None], [position])[0]
 
-    @property
-    def truncates(self) -> bool:
-        """Whether some tokens can't be chosen, however they are drawn."""
-        return bool(self.sampling.top_k) or self.sampling.top_p < 1 or self.sampling.min_p > 0
-
     def drawn(self, position: int, size: int, device: torch.device) -> Tensor:
         """Noise of each token at ``position``, ``[size]``; earlier positions are not asked for again."""
         self._noise.forget(position)
@@ -185,14 +180,15 @@ def choose_all(samplers: Sequence[Sampler], logits: Tensor, positions: Sequence[
     for i, one in enumerate(samplers):
         by = one.sampling
         alike.setdefault((by.temperature, by.top_k, by.top_p, by.min_p) if by.temperature else (0.0,), []).append(i)
-    for (temperature, *_), group in alike.items():
+    for group in alike.values():
         own = logits if len(alike) == 1 else logits[group]
-        if not temperature:
+        by = samplers[group[0]].sampling
+        if not by.temperature:
             largest, tokens = tiled.largest(own)
         else:
             largest = own.amax(-1)
-            scores = (own.double() - largest[:, None]) / temperature
-            if samplers[group[0]].truncates:
+            scores = (own.double() - largest[:, None]) / by.temperature
+            if by.top_k or by.top_p < 1 or by.min_p:  # some tokens can't be chosen, however they are drawn
                 scores = scores.masked_fill(samplers[group[0]].probabilities(own) == 0, -torch.inf)
             for score, i in zip(scores, group, strict=True):
                 score += samplers[i].drawn(positions[i], len(score), score.device)

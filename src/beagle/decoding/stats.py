@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,3 +98,11 @@ class Stats:
             "tokens_per_second": round(self.tokens_per_second, 3),
             **{f"{part}_seconds": round(getattr(self, f"{part}_seconds"), 4) for part in PARTS},
         }
+
+
+def pooled(parts: Iterable[Stats]) -> Stats:
+    """Figures of several answers together."""
+    total = Stats()
+    for stats in parts:
+        total.add(stats)
+    return total

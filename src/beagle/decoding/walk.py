@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 from torch import Tensor
 
@@ -73,44 +74,27 @@ def accept(walks: Sequence[Walk], logits: Tensor) -> None:
     Args:
         logits: ``[tokens, vocabulary]`` of the pass.
     """
-    if (
-        len(walks) > 1 or logits.is_cuda or tiled.used(logits.dtype)
-    ):  # all that is greedy at once; else only what is asked for
-        _accept_greedy([walk for walk in walks if walk.sampler.greedy], logits)
+    greedy = [walk for walk in walks if walk.sampler.greedy]
+    if greedy and (len(walks) > 1 or logits.is_cuda or tiled.used(logits.dtype)):  # at once; else what is asked for
+        _accept_greedy(greedy, logits)
     while active := [walk for walk in walks if walk.active]:
-        for walk, token in zip(active, choose(active, logits), strict=True):
-            _take(walk, token)
+        for walk, token in zip(active, _choose_together(active, logits), strict=True):
+            try:
+                walk.take(walk.sampler.choose(logits[walk.index], walk.position) if token is None else token)
+            except Exception as error:
+                walk.fail(error)
 
 
-def choose(walks: Sequence[Walk], logits: Tensor) -> list[int | Exception]:
-    """The next token of each walk, or what went wrong in choosing it."""
+def _choose_together(walks: Sequence[Walk], logits: Tensor) -> Sequence[int | None]:
+    """The next token of each walk; None where each is to choose alone, as if there is one, or one of them fails."""
     if len(walks) > 1:
         samplers, positions = [walk.sampler for walk in walks], [walk.position for walk in walks]
-        try:
-            return [*choose_all(samplers, logits[[walk.index for walk in walks]], positions)]
-        except Exception:  # of one of them: found out below
-            pass
-    found: list[int | Exception] = []
-    for walk in walks:
-        try:
-            found.append(walk.sampler.choose(logits[walk.index], walk.position))
-        except Exception as error:
-            found.append(error)
-    return found
-
-
-def _take(walk: Walk, token: int | Exception) -> None:
-    try:
-        if isinstance(token, Exception):
-            raise token
-        walk.take(token)
-    except Exception as error:
-        walk.fail(error)
+        with suppress(Exception):
+            return choose_all(samplers, logits[[walk.index for walk in walks]], positions)
+    return [None] * len(walks)
 
 
 def _accept_greedy(walks: Sequence[Walk], logits: Tensor) -> None:
-    if not walks:
-        return
     largest, tokens = (found.tolist() for found in tiled.largest(logits))
     for walk in walks:
         while walk.active:

@@ -7,8 +7,9 @@ from statistics import median, quantiles
 from typing import Any
 
 from beagle.decoding.costs import Costs
+from beagle.decoding.stats import pooled
 from beagle.evaluation.first_divergence import is_near_tie
-from beagle.evaluation.records import Record, pooled
+from beagle.evaluation.records import Record
 
 
 def figures(

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from beagle.decoding.stats import Stats
+from beagle.decoding.stats import Stats, pooled
 from beagle.errors import BeagleError
 from beagle.files import write_text, writing_to
 
@@ -83,13 +83,6 @@ class Record:
             stats = {name: value for name, value in turn.items() if name not in ("ids", "pieces")}
             turns.append(Turn(turn["ids"], Stats(**stats, accepted_at=dict(Counter(turn["accepted"]))), turn["pieces"]))
         return Record(**{**row, "turns": turns})
-
-
-def pooled(parts: Iterable[Stats]) -> Stats:
-    total = Stats()
-    for stats in parts:
-        total.add(stats)
-    return total
 
 
 def write_result(path: Path, result: dict[str, Any], records: Iterable[Record]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from beagle.decoding.stats import Stats
+from beagle.decoding.stats import Stats, pooled
 from beagle.drafters.base import TreePlan
 from beagle.drafters.block import Block
 from beagle.drafters.checkpoint import load_head, save_head
@@ -89,9 +89,7 @@ def measure_served(trained: Block, folder: Path, target: Target, held_out: list[
     trained.eval()  # a run that the clock has stopped was still training
     simulated = [walk for sample in some for walk in simulate(trained, target, [sample])]
     answers = decode(folder, target, some)
-    total = Stats()
-    for stats in answers:
-        total.add(stats)
+    total = pooled(answers)
     decoded = [(stats.passed_tokens, stats.passes) for stats in answers]
     return Served(len(some), DEPTH, _ratio(simulated), total.tau, total.step_alpha, _error(simulated, decoded))
 
@@ -122,9 +120,7 @@ def decode(folder: Path, target: Target, samples: list[Stored]) -> list[Stats]:
 
 def tau_of(folder: Path, target: Target, held_out: list[Stored], most: int = PROMPTS) -> float | None:
     """Tokens per pass of up to ``most`` held-out prompts with an exported head; None: there are none."""
-    total = Stats()
-    for stats in decode(folder, target, shortened(held_out, most)):
-        total.add(stats)
+    total = pooled(decode(folder, target, shortened(held_out, most)))
     return total.tau if total.passes else None
 
 

@@ -81,7 +81,6 @@ def run() -> None:
 
 
 def stop(what: str, message: str, code: int) -> NoReturn:
-    """End with one line of an error."""
     Console(stderr=True).print(f"[red]{what}:[/red] {escape(message)}", soft_wrap=True, highlight=False)
     sys.exit(code)
 

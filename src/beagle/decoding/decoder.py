@@ -57,7 +57,6 @@ class Decoder:
     ) -> None:
         """
         Args:
-            size: most live sequences.
             drafter: None is plain decoding.
             costs: measured times that choose the size of a tree, where the plan leaves it open.
             exact: shape-stable passes, bit-equal to plain decoding in this mode.
@@ -81,7 +80,6 @@ class Decoder:
 
     @property
     def free(self) -> int:
-        """How many sequences may enter."""
         return self.size - len(self.live) - len(self._prefill.waiting)
 
     def run(self, waiting: deque[Sequence]) -> Iterator[tuple[Sequence, Emitted]]:
@@ -151,7 +149,6 @@ class Decoder:
         return emitted
 
     def _begin(self, sequences: list[Sequence], states: list[Tensor], logits: Tensor) -> Emissions:
-        """Choose first tokens."""
         began = time.perf_counter()
         root = TreeShape([-1])
         walks = [Walk(NOTHING, one.sampler, first=i, position=0, left=1) for i, one in enumerate(sequences)]
@@ -169,7 +166,6 @@ class Decoder:
     def _take(
         self, sequence: Sequence, walk: Walk, tokens: list[int], states: Tensor, step: Step | None
     ) -> tuple[Sequence, Emitted]:
-        """Take what was chosen for a sequence."""
         try:
             if walk.error is not None:
                 raise walk.error

@@ -44,7 +44,6 @@ class PrefixCache:
 
     @property
     def tokens(self) -> int:
-        """Tokens that are kept now."""
         return sum(one.length for one in self._kept)
 
     def find(self, ids: list[int]) -> Prefix | None:

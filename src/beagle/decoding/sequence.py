@@ -92,7 +92,6 @@ class Sequence:
 
     @property
     def left(self) -> int:
-        """How many tokens may still come."""
         return self.max_new_tokens - len(self.tokens)
 
     def finish_reason(self, ended: bool) -> FinishReason | None:

@@ -48,7 +48,6 @@ class Drafts:
         beagle: of mode ``beagle``, whatever kind of draft it is; mode ``chain`` drafts with the same, one
             candidate a level; mode ``head`` takes the head alone from it, or the shipped one where it has none.
         eagle: folder of an EAGLE head.
-        small: name of a small model.
     """
 
     beagle: str = "auto"
@@ -88,7 +87,6 @@ class System:
     weights_mb: float = 0.0
 
     def answer(self, prompt: str | Sequence[Message], options: Options, seed: int) -> tuple[list[int], Stats]:
-        """Token ids and figures of an answer."""
         sampling = SamplingParams(options.max_new_tokens, options.temperature, seed=seed)
         if self.hf is not None:
             return self.hf.answer(self.mode, encode(self.model.target, prompt), sampling)

@@ -57,7 +57,6 @@ class Record:
 
     @property
     def stats(self) -> Stats:
-        """Figures of all turns."""
         return pooled(turn.stats for turn in self.turns)
 
     @property

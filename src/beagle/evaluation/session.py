@@ -21,14 +21,10 @@ class Session:
     """One run.
 
     Attributes:
-        systems: the modes, ready to answer.
-        sets: the questions by set.
-        options: what every mode is asked to do.
         meta: machine, versions, command and arguments.
         path: the file; None: nothing is stored.
         records: answers of an earlier part of the run; those to come are added.
         costs: measured costs by mode, for the expected speed-ups.
-        repeats: times every mode answers every question.
     """
 
     systems: Sequence[System]
@@ -42,7 +38,6 @@ class Session:
 
     @property
     def total(self) -> int:
-        """Questions of all sets."""
         return sum(map(len, self.sets.values()))
 
     @property

@@ -18,7 +18,6 @@ class Choice:
     """Turns what the decoder emits into the request's events.
 
     Attributes:
-        sequence: what is decoded.
         reason: how the choice has ended, if it has.
     """
 

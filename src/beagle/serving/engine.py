@@ -213,7 +213,6 @@ class Engine:
         return None
 
     def _choice(self, job: Job) -> Choice:
-        """The request's current choice."""
         assert job.ids is not None
         ids = job.ids[job.current // job.work.n]
         return Choice(self.model.target, job.work, job.current, ids, job.limit)

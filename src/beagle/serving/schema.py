@@ -136,7 +136,6 @@ class Common(Strict):
 
     @property
     def continues(self) -> bool:
-        """Whether the last message of a dialogue is to be continued."""
         return False
 
     @property

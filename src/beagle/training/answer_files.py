@@ -61,11 +61,8 @@ class AnswersManifest:
     """Whose answers a folder holds, and how they were made.
 
     Attributes:
-        target: name of the target.
         weights: digest of its weights, in whatever dtype it is loaded.
-        template: digest of its chat template.
         vocab_size: number of its tokens; up to 65,536 they are stored as uint16, else as int32.
-        end_tokens: ids that end an answer.
         sampling: how the answers were made, to be read by people.
     """
 
@@ -78,7 +75,6 @@ class AnswersManifest:
 
     @classmethod
     def of(cls, target: Target, sampling: dict[str, Any]) -> AnswersManifest:
-        """The manifest of a target's answers, made with these settings."""
         ends = sorted(target.eos_ids)
         return cls(target.name, target.digest, template_digest(target), target.vocab_size, ends, sampling)
 

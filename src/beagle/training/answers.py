@@ -66,7 +66,6 @@ class AnswerGenerator:
     Whether a prompt's answers are sampled, and how, depends on its content and the seed alone.
 
     Attributes:
-        too_long: turns that were passed over since they are too long.
         empty: answers that ended at once.
     """
 

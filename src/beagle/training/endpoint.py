@@ -49,8 +49,6 @@ def fetch_answers(
         endpoint: the server, which must serve this very model: its greedy answers are compared.
         target: the model whose answers they are to be; it encodes the prompts and generates nothing.
         prompts: what is asked; the same content is asked once.
-    Returns:
-        The folder.
     Raises:
         BeagleError: the server is down, gives nothing for ``patience`` seconds, lacks the model, or serves another one;
             or no answer could be used. What has been answered is kept.

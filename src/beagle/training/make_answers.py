@@ -166,7 +166,6 @@ class _Filling:
             return answerable(self.target, todo, self.skip_bad_lines)
 
     def answer(self, todo: list[Prompt]) -> None:
-        """Let the target answer."""
         config, have = self.config, self.store.tokens()
         random.Random(config.seed).shuffle(todo)
         longest = (config.max_prompt_tokens + config.max_new_tokens) * len(todo) * config.max_turns

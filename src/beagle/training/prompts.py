@@ -62,7 +62,6 @@ class Prompt:
 
     @property
     def name(self) -> str:
-        """For messages."""
         return self.source or f"prompt '{self.id}'"
 
     def encode(self, target: Target, answers: Sequence[str] = ()) -> list[int]:

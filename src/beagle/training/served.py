@@ -41,8 +41,6 @@ class Served:
     """Chains of drafts from the beginning of each held-out answer, simulated by the training's code and decoded.
 
     Attributes:
-        prompts: held-out prompts.
-        depth: of the chains.
         simulated: tokens per pass of the walk through the stored answers, with their stored states.
         tau: tokens per pass where the answers are decoded with the exported head.
         step_alpha: of the decoded passes.
@@ -62,7 +60,6 @@ class Served:
         return self.error is not None and self.simulated - self.tau > max(ERRORS * self.error, SHARE * self.simulated)
 
     def lines(self, validation: list[float]) -> list[str]:
-        """For the user."""
         noise = "" if self.error is None else f" ± {self.error:.2f}"
         return [
             f"step-α of validation {_row(validation)}; of {self.prompts} held-out prompts decoded {_row(self.step_alpha)}",
@@ -70,7 +67,6 @@ class Served:
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """For a result file."""
         rounded = {"simulated": round(self.simulated, 3), "tau": round(self.tau, 3)}
         error = None if self.error is None else round(self.error, 4)
         alphas = [round(alpha, 4) for alpha in self.step_alpha]

@@ -203,7 +203,6 @@ ADDRESS = "check the address and that the server runs"
 
 
 def remedy(reason: str) -> str:
-    """What helps if answers can't be used."""
     if "cut the answer" in reason:
         return "raise the server's limits of length and time, or lower answers.max_new_tokens"
     if "no token ids" in reason:

@@ -51,7 +51,6 @@ class Fingerprint:
 
     @property
     def state_size(self) -> int:
-        """Width of the states."""
         return self.hidden_size * (len(self.state_layers) + 1)
 
     @classmethod
@@ -134,7 +133,6 @@ class StateStore:
         return sorted(self.folder.glob(SHARDS))
 
     def done_ids(self) -> set[str]:
-        """Ids of all samples on disk."""
         done: set[str] = set()
         for shard in self.shards():
             done.update(shard_ids(shard))
@@ -229,7 +227,6 @@ def _are_finite(states: Tensor) -> bool:
 
 
 def refuse_without_answers(folder: Path) -> None:
-    """Refuse a folder where nothing is stored."""
     if not any(folder.glob(SHARDS)):
         raise BeagleError(f"'{folder}' holds no answers; make some with `beagle train --prompts FILE --data {folder}`")
 

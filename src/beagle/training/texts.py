@@ -40,8 +40,6 @@ class TextReader:
 
     Attributes:
         left_out: what was passed over, a line each.
-        too_long: turns that were passed over since they are too long.
-        cut: answers that were cut.
     """
 
     def __init__(self, target: Target, config: AnswerConfig) -> None:

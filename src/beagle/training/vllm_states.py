@@ -47,7 +47,6 @@ class StatesServer:
     """A vLLM server that writes hidden states.
 
     Attributes:
-        url: its address, such as ``http://host:8000/v1``.
         folder: where its files are seen from here (its ``shared_storage_path``).
         limit: most bytes of files at once.
         patience: seconds without an answer after which it is given up.
@@ -170,7 +169,6 @@ class VllmStates:
                 )
 
     def _how(self) -> str:
-        """Arguments of vLLM."""
         return states_arguments(self.layers, self.server.folder)
 
     def _served_model(self) -> str:

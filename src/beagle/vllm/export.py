@@ -153,7 +153,6 @@ def embedding_scale(target: Target) -> float:
 
 
 def norm_eps(target: Target) -> float:
-    """Of the target's RMS norms."""
     return float(setting(target.config, "rms_norm_eps") or 1e-6)
 
 

@@ -32,9 +32,7 @@ class Launch:
     Attributes:
         model: folder or hub id of the target, or a ``speculators`` folder, which names it.
         draft: an exported folder, the model itself where that is a ``speculators`` folder; None for no drafts.
-        depth: drafted tokens a step.
         cpu: vLLM's CPU backend will run it.
-        extra: more arguments of vLLM's.
     """
 
     model: str

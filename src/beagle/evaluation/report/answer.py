@@ -48,7 +48,6 @@ def coloured_turns(record: Record) -> list[Text]:
 
 
 def legend() -> Text:
-    """What the grounds mean."""
     text = Text("the target's own ")
     for depth, style in enumerate(TERMINAL[1:], 1):
         text.append(f" {depth}{'+' if depth == len(TERMINAL) - 1 else ''} ", style)

@@ -36,7 +36,6 @@ def has_matplotlib() -> bool:
 
 
 def require_matplotlib() -> None:
-    """Refuse to go on without it."""
     if not has_matplotlib():
         raise BeagleError("plots need matplotlib; install it: pip install 'beagle-decoding[plots]'")
 

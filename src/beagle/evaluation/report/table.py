@@ -15,7 +15,6 @@ class Table:
 
     Attributes:
         title: may be empty.
-        header: a name a column.
         rows: a text for each column.
         note: what a reader must know, below the table.
     """
@@ -32,7 +31,6 @@ class Table:
         return f"{title}{text}\n" + (f"\n{self.note}\n" if self.note else "")
 
     def rich(self) -> Any:
-        """The table for a ``rich`` console."""
         from rich import box
         from rich.table import Table as RichTable
         from rich.text import Text

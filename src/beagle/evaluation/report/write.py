@@ -22,7 +22,6 @@ class Section:
     """One result of a report.
 
     Attributes:
-        title: its heading.
         run: what was run, where and how, a line each.
         command: repeats it; may be empty.
         tables: stand below the plots.
@@ -37,7 +36,6 @@ class Section:
 
 
 def markdown(title: str, sections: Sequence[Section]) -> str:
-    """The report as text."""
     lines = [f"# {title}", ""]
     for section in sections:
         lines += [f"## {section.title}", ""]
@@ -55,8 +53,6 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
 
     Args:
         out: a folder; made if it isn't there.
-    Returns:
-        The path of the report.
     Raises:
         BeagleError: a file is none of these, or the folder can't be written.
     """

@@ -16,15 +16,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from beagle.errors import BeagleError
-
-if TYPE_CHECKING:
-    from torch.distributed import Store
 
 MEETING = timedelta(minutes=10)  # for all ranks to start
 STEP = timedelta(minutes=30)  # for a sum: rank 0 may write a checkpoint before it
@@ -48,7 +46,7 @@ class Ranks:
         count: processes of the run.
     """
 
-    def __init__(self, rank: int = 0, count: int = 1, store: Store | None = None) -> None:
+    def __init__(self, rank: int = 0, count: int = 1, store: dist.Store | None = None) -> None:
         self.rank, self.count = rank, count
         self._store: Any = store
         self._reports: bool | None = None
@@ -95,8 +93,6 @@ class Ranks:
         """
         if not self.divide:
             return
-        import torch.distributed as dist
-
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         with self._together():
             dist.all_reduce(flat)
@@ -114,8 +110,6 @@ class Ranks:
         """
         if self.count == 1:
             return content
-        import torch.distributed as dist
-
         size = torch.tensor([len(content)])
         with self._together():
             dist.broadcast(size, source)
@@ -214,8 +208,6 @@ class Ranks:
 
     def linger(self) -> None:
         """Let the others, whose run this rank has ended, ask whether they report it."""
-        import torch.distributed as dist
-
         if not self.leads:
             return
         end = time.monotonic() + LINGER
@@ -289,8 +281,6 @@ def joined() -> Iterator[Ranks]:
     if not launched():
         yield ALONE
         return
-    import torch.distributed as dist
-
     try:
         store, rank, count = next(dist.rendezvous("env://", timeout=MEETING))
         attempt = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

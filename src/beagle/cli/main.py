@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from beagle.cli import (
     chat,
@@ -89,10 +90,6 @@ def drop_stdout() -> None:
     """Let the interpreter's last flush succeed: what it still holds can't be written."""
     with contextlib.suppress(OSError):  # not a file: a test's
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def escape(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 if __name__ == "__main__":

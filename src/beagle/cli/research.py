@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -178,10 +179,7 @@ def reproduce(
     o.check_writable(out / "reproduce.json")
     named = {"name": target, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     command = command_line()
-
-    def say(line: str) -> None:
-        o.console.print(line, highlight=False)
-
+    say = partial(o.console.print, highlight=False)
     session = Session(out, scale, size, named, decode_dtype, material, data, command, say)
     session.open()
     if again:

@@ -20,7 +20,7 @@ from beagle.decoding.drafts import NOTHING, Drafts
 from beagle.decoding.live_cache import LiveCache, exact_keys
 from beagle.decoding.prefill import Prefill
 from beagle.decoding.prefixes import PrefixCache
-from beagle.decoding.sequence import Emitted, Sequence, SequenceError, Step
+from beagle.decoding.sequence import Emitted, FinishReason, Sequence, SequenceError, Step
 from beagle.decoding.walk import Walk, accept
 from beagle.drafters.base import Drafter, TreePlan
 from beagle.errors import BeagleError
@@ -179,7 +179,7 @@ class Decoder:
         except Exception as error:
             return self._fail(sequence, error)
         sequence.tokens += walk.chosen
-        reason = sequence.finish_reason(walk.ended)
+        reason: FinishReason | None = "stop" if walk.ended else None if sequence.left else "length"
         if reason is not None:
             self.leave(sequence)
         return sequence, Emitted(walk.chosen, len(walk.path) - 1, reason)

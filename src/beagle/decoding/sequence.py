@@ -94,9 +94,6 @@ class Sequence:
     def left(self) -> int:
         return self.max_new_tokens - len(self.tokens)
 
-    def finish_reason(self, ended: bool) -> FinishReason | None:
-        return "stop" if ended else None if self.left else "length"
-
 
 class SequenceError(Exception):
     """What went wrong in one of several sequences."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,16 +17,7 @@ from beagle.training.states import StateStore, key_of, read_shard, shard_ids
 from beagle.training.windows import ROUND, Batch, round_up
 
 SHARDS_TOGETHER = 8  # samples are shuffled across this many shards at a time
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One sample as views into its shard (see ``answers.Sample``)."""
-
-    id: str
-    tokens: Tensor
-    states: Tensor | None
-    answer_from: int
+Stored = Sample  # whose tensors are views into its shard, and whose id is the shard's name and its number there
 
 
 def is_validation(sample_id: str) -> bool:
@@ -87,12 +77,12 @@ def batches(
         yield from (g for g in groups if g)
 
 
-def padded_tokens(group: Sequence[Stored | Sample], target: Target) -> int:
+def padded_tokens(group: Sequence[Sample], target: Target) -> int:
     """Tokens that each sample of a batch is padded to."""
     return min(round_up(max(len(s.tokens) for s in group), ROUND), target.context_limit)
 
 
-def padded(group: Sequence[Stored | Sample], n: int, device: torch.device) -> Tensor:
+def padded(group: Sequence[Sample], n: int, device: torch.device) -> Tensor:
     """Tokens of samples, with zeros behind them, ``[samples, n]``."""
     tokens = torch.zeros(len(group), n, dtype=torch.long)
     for row, sample in zip(tokens, group, strict=True):

@@ -10,6 +10,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def fetch_answers(
         def show(answers: int, tokens: int) -> None:
             progress.update(task, completed=tokens, note=f"{answers} answers, {tokens:,} tokens")
 
-        run = _Run(server, config, found, show, stored, tokens)
+        run = _Run(server, config, found, show, stored, tokens, turns)
         try:
             asyncio.run(run.all(todo))
         finally:
@@ -93,25 +94,23 @@ def _finished(answers: list[StoredAnswer], prompt: Prompt, turns: int) -> bool:
     return len(answers) >= min(len(prompt.turns), turns) or (bool(answers) and not answers[-1].text_ids)
 
 
+@dataclass
 class _Run:
     """Requests to one server, and the answers that are on their way into the folder."""
 
-    def __init__(
-        self,
-        server: Server,
-        config: AnswerConfig,
-        folder: AnswerFolder,
-        show: Callable[[int, int], None],
-        stored: dict[str, list[StoredAnswer]],
-        tokens: int,
-    ) -> None:
-        self.server, self.target, self.config, self.folder = server, server.target, config, folder
-        self.show, self.stored, self.tokens = show, stored, tokens
-        self.turns = config.max_turns if has_template(server.target) else 1
-        self.waiting: list[StoredAnswer] = []
-        self.unusable: Counter[str] = Counter()
-        self.answered = self.too_long = 0
-        self.saved = self.newest = time.monotonic()
+    server: Server
+    config: AnswerConfig
+    folder: AnswerFolder
+    show: Callable[[int, int], None]
+    stored: dict[str, list[StoredAnswer]]
+    tokens: int
+    turns: int
+    waiting: list[StoredAnswer] = field(default_factory=list)
+    unusable: Counter[str] = field(default_factory=Counter)
+    answered: int = 0
+    too_long: int = 0
+    saved: float = field(default_factory=time.monotonic)
+    newest: float = field(default_factory=time.monotonic)
 
     async def all(self, todo: list[Prompt]) -> None:
         """Ask everything; answers that are not saved yet are left in ``waiting``."""
@@ -151,23 +150,23 @@ class _Run:
                         f"'{self.server.endpoint.url}': {count} answers can't be used, more than can; {self.why_none()}"
                     ) from error
             except self.server.openai.APIStatusError as error:
-                raise self.server.refusal(error) from error
+                raise self.server.failure(error) from error
 
     async def _dialogue(self, client: Any, prompt: Prompt) -> None:
         """Its turns that have no answer yet."""
-        key = prompt_key(prompt)
+        target, key = self.server.target, prompt_key(prompt)
         have = self.stored.setdefault(key, [])
         for turn in range(len(have), min(len(prompt.turns), self.turns)):
-            history = [self.target.tokenizer.decode(answer.text_ids, skip_special_tokens=True) for answer in have]
-            ids = prompt.encode(self.target, history)
-            if len(ids) > min(self.config.max_prompt_tokens, self.target.context_limit - 1):
+            history = [target.tokenizer.decode(answer.text_ids, skip_special_tokens=True) for answer in have]
+            ids = prompt.encode(target, history)
+            if len(ids) > min(self.config.max_prompt_tokens, target.context_limit - 1):
                 self.too_long += 1
                 return
             temperature, seed = self.config.drawn(prompt.key, turn)
             # one more than is trained on: the last token is not run, as in ``AnswerGenerator``
-            most = min(self.config.max_new_tokens + 1, self.target.context_limit - len(ids))
+            most = min(self.config.max_new_tokens + 1, target.context_limit - len(ids))
             reply = await self.server.ask(client, prompt, history, ids, most, temperature, seed)
-            tokens, ended = answer_tokens(reply, self.target, ids, most)
+            tokens, ended = answer_tokens(reply, target, ids, most)
             answer = StoredAnswer(key, prompt.id, turn, temperature, ended, len(ids), torch.tensor(tokens))
             have.append(answer)
             self._keep(answer)

@@ -123,10 +123,8 @@ class Server:
                 if "tokenised again" in str(error):
                     continue
                 raise BeagleError(f"'{self.endpoint.url}', {prompt.name}: {error}; {remedy(str(error))}") from error
-            except self.openai.APIStatusError as error:
-                raise await self._named(client, error) from error
             except self.openai.APIError as error:
-                raise self.unreachable(error) from error
+                raise await self._named(client, error) from error
             right += agreeing(self.target, ids, tokens)
             count += len(tokens)
         if count:
@@ -151,8 +149,8 @@ class Server:
 
     async def _named(self, client: Any, error: Any) -> BeagleError:
         """A refusal, with the models that there are where the one asked for is not."""
-        if error.status_code != 404:
-            return self.refusal(error)
+        if not isinstance(error, self.openai.NotFoundError):
+            return self.failure(error)
         try:
             names = [model.id for model in (await client.models.list()).data]
         except Exception:
@@ -162,36 +160,27 @@ class Server:
             f"'{self.endpoint.url}' has no model '{self.endpoint.model}' ({one_line(error)}); name one of: {shown}"
         )
 
-    def refusal(self, error: Any) -> BeagleError:
-        """What a status says."""
-        helps = "put its key into OPENAI_API_KEY" if error.status_code in (401, 403) else "see the server's log"
-        return BeagleError(
-            f"'{self.endpoint.url}' answers with status {error.status_code} ({one_line(error)}); {helps}, then run the "
-            "same command again; nothing is lost"
-        )
-
-    def unreachable(self, error: Any) -> BeagleError:
-        """What a failed connection says."""
-        if isinstance(error, self.openai.APITimeoutError):
+    def failure(self, error: Any) -> BeagleError:
+        """What a status or a failed connection says."""
+        helps = ADDRESS
+        if isinstance(error, self.openai.APIStatusError):
+            what = f"answers with status {error.status_code} ({one_line(error)})"
+            helps = "put its key into OPENAI_API_KEY" if error.status_code in (401, 403) else "see the server's log"
+        elif isinstance(error, self.openai.APITimeoutError):
             what = f"gave no answer in {self.endpoint.patience:g} seconds"
         else:
             what = f"can't be reached ({one_line(error.__cause__ or error)})"
-        return BeagleError(f"'{self.endpoint.url}' {what}; {ADDRESS}, then run the same command again; nothing is lost")
+        return BeagleError(f"'{self.endpoint.url}' {what}; {helps}, then run the same command again; nothing is lost")
 
     async def given_up(self, client: Any, prompt: Prompt) -> BeagleError:
         """Why nothing has come for so long, as far as one more request tells."""
         once = client.with_options(max_retries=0, timeout=min(10.0, self.endpoint.patience))
         try:
             await self.ask(once, prompt, [], prompt.encode(self.target), 1, 0.0, 0)
-        except self.openai.APITimeoutError:
+        except (self.openai.APITimeoutError, self.openai.RateLimitError, UnusableError):  # it is there, but busy
             pass
-        except self.openai.APIStatusError as error:
-            if error.status_code != 429:  # busy
-                return self.refusal(error)
         except self.openai.APIError as error:
-            return self.unreachable(error)
-        except UnusableError:
-            pass
+            return self.failure(error)
         return BeagleError(
             f"'{self.endpoint.url}' gave no answer for {self.endpoint.patience:g} seconds; lower answers.rows (requests "
             "at once) or answers.max_new_tokens, then run the same command again; nothing is lost"

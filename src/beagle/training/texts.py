@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -27,9 +26,7 @@ from beagle.training.dialogues import InseparableError, answered, last_answer
 from beagle.training.prompts import Prompt, has_template, reject
 from beagle.training.recipe import AnswerConfig
 from beagle.training.states import StateStore
-
-if TYPE_CHECKING:
-    from beagle.training.vllm_states import VllmStates
+from beagle.training.vllm_states import VllmStates
 
 PASS_TOKENS = 4096  # padded tokens of a pass, where one text isn't longer
 TOGETHER = 1024  # texts among which those of similar length share passes
@@ -60,8 +57,16 @@ class TextReader:
             asked.setdefault(prompt_key(prompt), prompt)
         answers = folder.read()
         answered = {answer.prompt for answer in answers}
-        self._compare(folder, asked.keys(), answered)
         histories: dict[str, list[str]] = {key: [] for key in asked.keys() & answered}
+        if not histories:
+            raise BeagleError(
+                f"'{folder.folder}' answers none of the {len(asked)} prompts; give the prompts that its answers were made "
+                "from"
+            )
+        if more := len(answered) - len(histories):
+            self.left_out.append(f"{more} prompts of '{folder.folder}' are not among the given ones, and are left out")
+        if less := len(asked) - len(histories):
+            self.left_out.append(f"{less} given prompts have no answer in '{folder.folder}', and are left out")
         for answer in answers:
             if (history := histories.get(answer.prompt)) is None:
                 continue
@@ -142,19 +147,6 @@ class TextReader:
         if len(answer):
             tokens = torch.cat([torch.tensor(ids), answer])
             yield Sample(f"{prompt.key}/{turn}", tokens, None, len(ids) - 1)
-
-    def _compare(self, folder: AnswerFolder, asked: Iterable[str], answered: set[str]) -> None:
-        """Note which prompts have no answer, and which answers no prompt."""
-        keys = set(asked)
-        if not keys & answered:
-            raise BeagleError(
-                f"'{folder.folder}' answers none of the {len(keys)} prompts; give the prompts that its answers were made "
-                "from"
-            )
-        if more := len(answered - keys):
-            self.left_out.append(f"{more} prompts of '{folder.folder}' are not among the given ones, and are left out")
-        if less := len(keys - answered):
-            self.left_out.append(f"{less} given prompts have no answer in '{folder.folder}', and are left out")
 
 
 def store_texts(

@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Condition
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +24,6 @@ from torch import Tensor
 from beagle.errors import BeagleError, first_line
 from beagle.targets.target import Target
 from beagle.training.answers import Sample, refuse_not_finite
-from beagle.training.data import Stored
 from beagle.training.server import Endpoint, Server, one_line
 from beagle.training.state_files import discard, fcntl, wait_for_file, written_file
 from beagle.vllm.export import top_norm
@@ -34,8 +34,6 @@ TRIED = 3  # samples that are asked for before all others, twice each
 MOST_DIFFERENCE = 0.1  # of the trial's states: a median over tokens, relative. bf16 gives 0.02, the next layer 0.2
 HEADER = 4096  # bytes of a file beside the states and the token ids
 AGAIN = "run the same command again; nothing is lost"
-
-One = TypeVar("One", bound=Sample | Stored)
 
 
 class StatesLost(BeagleError):
@@ -58,7 +56,7 @@ class StatesServer:
     patience: float = 300.0
 
 
-class VllmStates:
+class VllmStates(AbstractContextManager["VllmStates"]):
     """States of samples, from a server; see ``StatesServer``.
 
     Attributes:
@@ -97,7 +95,7 @@ class VllmStates:
         self.asked: dict[str, Future[Tensor]] = {}
         self.closed = False
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """Wait for what is under way, so that no file stays."""
         with self.room:
             self.closed = True
@@ -105,13 +103,7 @@ class VllmStates:
         self.pool.shutdown(cancel_futures=True)
         self.client.close()
 
-    def __enter__(self) -> VllmStates:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __call__(self, group: Sequence[One], /) -> list[One]:
+    def __call__(self, group: Sequence[Sample], /) -> list[Sample]:
         """The group with states ``[n, state_size]``; samples that have some keep them.
 
         Raises:
@@ -124,7 +116,7 @@ class VllmStates:
             for sample in group
         ]
 
-    def ahead(self, groups: Iterable[list[One]], share: Callable[[int], slice] = slice) -> Iterator[list[One]]:
+    def ahead(self, groups: Iterable[list[Sample]], share: Callable[[int], slice] = slice) -> Iterator[list[Sample]]:
         """The groups, each given when the next one's states are asked for already.
 
         Args:
@@ -140,7 +132,7 @@ class VllmStates:
             yield group
             group = following
 
-    def trial(self, samples: Sequence[One]) -> None:
+    def trial(self, samples: Sequence[Sample]) -> None:
         """Compare states of a few samples with those that the target gives itself.
 
         Raises:
@@ -174,22 +166,20 @@ class VllmStates:
     def _served_model(self) -> str:
         try:
             return str(self.client.with_options(timeout=10.0).models.list().data[0].id)
-        except self.api.openai.APIStatusError as error:
-            raise self.api.refusal(error) from error
         except self.api.openai.APIError as error:
-            raise self.api.unreachable(error) from error
+            raise self.api.failure(error) from error
         except (IndexError, AttributeError, TypeError) as error:
             raise BeagleError(
                 f"'{self.server.url}' lists no model; give the address of a vLLM server (http://host:8000/v1)"
             ) from error
 
-    def _ask(self, group: Sequence[One]) -> None:
+    def _ask(self, group: Sequence[Sample]) -> None:
         """Ask for the states of these samples, as many at once as may be."""
         for sample in group:
             if sample.states is None and sample.id not in self.asked:
                 self.asked[sample.id] = self.pool.submit(self._states, sample)
 
-    def _states(self, sample: One) -> Tensor:
+    def _states(self, sample: Sample) -> Tensor:
         """States of one sample, whose file is there for a moment."""
         tokens = len(sample.tokens)
         size = tokens * (len(self.layers) * self.target.hidden_size * self.width + 8) + HEADER
@@ -212,7 +202,7 @@ class VllmStates:
                 self.room.notify_all()
         return self._checked(content, sample)
 
-    def _request(self, sample: One) -> Path:
+    def _request(self, sample: Sample) -> Path:
         """The file that the server writes."""
         try:
             reply = self.client.completions.create(
@@ -223,10 +213,8 @@ class VllmStates:
                 f"'{self.server.url}' refuses a sample of {len(sample.tokens)} tokens ({one_line(error)}); serve with a "
                 "larger max_model_len, or lower answers.max_prompt_tokens or max_new_tokens"
             ) from error
-        except self.api.openai.APIStatusError as error:
-            raise StatesLost(str(self.api.refusal(error))) from error
         except self.api.openai.APIError as error:
-            raise StatesLost(str(self.api.unreachable(error))) from error
+            raise StatesLost(str(self.api.failure(error))) from error
         file = written_file(reply.model_dump(warnings=False), self.server.folder)
         if file is None:
             raise BeagleError(
@@ -252,7 +240,7 @@ class VllmStates:
         finally:
             discard(file)
 
-    def _checked(self, content: dict[str, Tensor], sample: One) -> Tensor:
+    def _checked(self, content: dict[str, Tensor], sample: Sample) -> Tensor:
         """The states as ours are: the top one normed, all of them side by side."""
         states, tokens = content.get("hidden_states"), content.get("token_ids")
         if states is None or tokens is None or not torch.equal(tokens.long(), sample.tokens.long()):

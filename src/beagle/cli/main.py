@@ -90,7 +90,3 @@ def drop_stdout() -> None:
     """Let the interpreter's last flush succeed: what it still holds can't be written."""
     with contextlib.suppress(OSError):  # not a file: a test's
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-if __name__ == "__main__":
-    run()

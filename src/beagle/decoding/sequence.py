@@ -111,8 +111,6 @@ def room(target: Target, ids: list[int], max_new_tokens: int, name: str = "the p
     limit = target.context_limit
     if len(ids) >= limit:
         raise BeagleError(f"{name} has {len(ids)} tokens, the context of {target.name} {limit}; shorten the prompt")
-    if max_new_tokens < 1:
-        raise BeagleError("max_new_tokens must be at least 1")
     if target.context_ends and len(ids) + max_new_tokens > limit:
         raise BeagleError(
             f"{name} and its answer may take {len(ids) + max_new_tokens} tokens, {target.name} ends at {limit}, since "

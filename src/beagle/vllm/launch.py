@@ -90,10 +90,7 @@ class Launch:
 
         Args:
             secrets: environment that no list of processes shows.
-        Raises:
-            BeagleError: vLLM isn't installed.
         """
-        require_vllm()
         sys.stdout.flush()
         environment = {**os.environ, **self.environment, **(secrets or {})}
         os.execve(sys.executable, [sys.executable, *self.arguments], environment)

@@ -48,6 +48,11 @@ def largest_gap(result: Result, mode: str) -> str:
     return f"{len(gaps)} of {count}; largest gap {max(gaps):.3f}"
 
 
+def differing(result: Result, mode: str) -> str:
+    m = result["modes"][mode]
+    return f"{round((1 - m['identical']) * m['questions'])} of {m['questions']}"
+
+
 def stage_ratio(result: Result, over: tuple[str, str], under: tuple[str, str]) -> str:
     """Seconds per token of one variant's stage over another's, by seed."""
     seconds = {
@@ -176,9 +181,9 @@ FACTS: dict[str, list[Fact]] = {
         fact("transformers' answers that differ from our plain decoding's", "bench_bf16.json")(
             lambda r: largest_gap(r, "transformers")
         ),
-        fact("the same in exact mode, Beagle", "bench_bf16_exact.json")(
-            lambda r: f"{round((1 - r['modes']['beagle']['identical']) * r['modes']['beagle']['questions'])} of "
-            f"{r['modes']['beagle']['questions']}"
+        fact("the same in exact mode, Beagle", "bench_bf16_exact.json")(lambda r: differing(r, "beagle")),
+        fact("native passes: Beagle with the head alone, with both drafters", "bench_five_sets.json")(
+            lambda r: f"{differing(r, 'head')}, {differing(r, 'beagle')}"
         ),
     ],
     "load": [

@@ -75,7 +75,7 @@ def exact_one(name: str, tokens=range(48)) -> One:
 
 
 def library_of(folder):
-    return native.function(native.library.path(folder, "draft", native.SOURCE))
+    return native.functions(native.library.path(folder, "draft", native.SOURCE))
 
 
 @pytest.fixture(params=list(CASES))
@@ -120,6 +120,20 @@ def test_its_drafts_are_the_eager_ones(both, plan, least):
         for drafter in both:
             drafter.extend([12 + i % 20 for i in range(unread)], states(drafter, unread))
         same(fast.draft(14, plan, least), eager.draft(14, plan, least), share)
+
+
+def test_keys_that_it_remembers_change_no_draft(folder):
+    found = []
+    for forgetful in (False, True):
+        one = native_one(library_of(folder))
+        whole = one.drafter.whole
+        for step in range(12):  # over the end of a block of keys
+            if forgetful:
+                whole._ordered.clear()
+            found.append(one.draft(12, PLANS["wide"]))
+            one.extend([12 + step] * 5, states(one, 5))
+    half = len(found) // 2
+    assert [(d.tokens, d.parents, d.scores) for d in found[:half]] == [(d.tokens, d.parents, d.scores) for d in found[half:]]
 
 
 def test_its_drafts_know_the_sampler_s_noise(both):
@@ -171,7 +185,7 @@ def test_without_tile_registers_it_drafts_the_same(folder, tmp_path):
     path = tmp_path / "draft.so"
     assert native.library.build(path, source) is None
     found = []
-    for draft in (library_of(folder), native.function(path)):
+    for draft in (library_of(folder), native.functions(path)):
         drafter = native_one(draft)
         found.append(drafter.draft(12, PLANS["wide"]))
     same(*found)

@@ -19,6 +19,12 @@ struct Layer {
 
 }  // namespace
 
+// Keys of an answer that are in order, by block and cached head, from one draft to the next.
+struct Ordered {
+  std::vector<Keys> keys;
+  int64_t done = 0;  // the first so many
+};
+
 extern "C" {
 
 struct Head {
@@ -40,6 +46,7 @@ struct Answer {
   bf16* cache;                  // keys, then values [blocks * kv_heads, capacity, head_dim]
   int64_t capacity, keys, slot; // slots that have keys; the root's slot
   const bf16 *cos, *sin;        // [slots, head_dim]
+  Ordered* ordered;
   Matrix lm_head;               // of tokens of the answer's own behind those of the head; out 0: there are none
   const bf16* embeddings;       // theirs
   const int64_t* ids;
@@ -69,7 +76,6 @@ struct Best {
 
 // A thread's own memory.
 struct Scratch {
-  std::vector<Keys> keys;  // of the thread's cached heads
   Halves rows, queries;
   Rows state, values, most, sums;
 };
@@ -87,6 +93,7 @@ class Draft {
     embeddings.resize(head.hidden);
     widen(embeddings.data(), answer.root, head.hidden);
     best.resize(omp_get_max_threads());
+    answer.ordered->keys.resize(head.blocks * head.kv_heads);
     bool more = true;
 #pragma omp parallel
     {
@@ -99,6 +106,7 @@ class Draft {
         more = branch(level, own.n);
       }
     }
+    answer.ordered->done = known();
     return count;
   }
 
@@ -241,9 +249,8 @@ class Draft {
     scratch.values.resize(n * d);
     scratch.most.resize(n);
     scratch.sums.resize(n);
-    scratch.keys.resize(head.blocks * head.kv_heads);
-    Keys& keys = scratch.keys[b * head.kv_heads + g];
-    keys.order(cached(b, g, false), cached(b, g, true), 0, end, d, d, level == 1 ? 0 : known());
+    Keys& keys = answer.ordered->keys[b * head.kv_heads + g];
+    keys.order(cached(b, g, false), cached(b, g, true), 0, end, d, d, level == 1 ? answer.ordered->done : known());
     for (int64_t h = g * group; h < (g + 1) * group; h++) {
       for (int64_t m = 0; m < n; m++)
         rotate(&scratch.queries[m * d], &query[(m * head.heads + h) * d], answer.cos + at, answer.sin + at, d);
@@ -408,6 +415,10 @@ class Draft {
 };
 
 }  // namespace
+
+extern "C" Ordered* beagle_remember() { return new Ordered; }
+
+extern "C" void beagle_forget(Ordered* ordered) { delete ordered; }
 
 // The candidates, parents before children: at most width + (depth - 1) * width * width; how many.
 extern "C" int64_t beagle_draft(const Head* head, const Answer* answer, const Plan* plan, const Found* found) {

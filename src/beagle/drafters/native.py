@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 from pathlib import Path
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, finalize
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class _Answer(Structure):
     _fields_ = [
         ("states", c_void_p), ("rows", c_int64), ("unread", c_int64), ("root", c_void_p), ("cache", c_void_p),
         ("capacity", c_int64), ("keys", c_int64), ("slot", c_int64), ("cos", c_void_p), ("sin", c_void_p),
-        ("lm_head", Matrix), ("embeddings", c_void_p), ("ids", c_void_p),
+        ("ordered", c_void_p), ("lm_head", Matrix), ("embeddings", c_void_p), ("ids", c_void_p),
     ]  # fmt: skip
 
 
@@ -57,6 +57,14 @@ class _Plan(Structure):
 
 class _Found(Structure):
     _fields_ = [("tokens", POINTER(c_int64)), ("parents", POINTER(c_int64)), ("scores", POINTER(c_double))]
+
+
+class Functions(NamedTuple):
+    """Of the library: a draft, and memory of an answer's keys from one draft to the next."""
+
+    draft: Any
+    remember: Any
+    forget: Any
 
 
 class _Own:
@@ -80,17 +88,18 @@ class _Own:
 class NativeDraft:
     """Implements ``WholeDrafts``: one head's weights as the library reads them."""
 
-    def __init__(self, target: Target, head: BeagleHead, draft: Any) -> None:
+    def __init__(self, target: Target, head: BeagleHead, functions: Functions) -> None:
         """
         Args:
             target: that the head drafts for.
             head: one that ``fits``; its weights are copied.
-            draft: the library's function.
+            functions: of the library.
         """
         c = head.config
-        self._draft, self._target, self._draft_vocab = draft, target, head.draft_vocab
+        self._functions, self._target, self._draft_vocab = functions, target, head.draft_vocab
         self._drafted = frozenset(head.draft_vocab.tolist())
         self._own: WeakKeyDictionary[HeadContext, _Own] = WeakKeyDictionary()
+        self._ordered: WeakKeyDictionary[HeadContext, int] = WeakKeyDictionary()  # the library's memory of each answer
         self._kept: list[Any] = []  # what the library's structures point to
         blocks: list[BeagleHead | FurtherBlock] = [head, *(b for b in head.further if isinstance(b, FurtherBlock))]
         layers = [
@@ -151,7 +160,7 @@ class NativeDraft:
         answer = _Answer(
             states.data_ptr(), len(states), unread, embedding.data_ptr(), context.cache.data_ptr(),
             context.cache.shape[2], context.keys, context.length - 1, cos.data_ptr(), sin.data_ptr(),
-            own.matrix, own.embeddings.data_ptr(), own.ids.data_ptr(),
+            self._ordered_of(context), own.matrix, own.embeddings.data_ptr(), own.ids.data_ptr(),
         )  # fmt: skip
         most = width + (plan.depth - 1) * width * width
         tokens, parents, scores = (c_int64 * most)(), (c_int64 * most)(), (c_double * most)()
@@ -159,10 +168,17 @@ class NativeDraft:
             plan.depth, width, least_score(min_expected_tokens), min_expected_tokens,
             None if noise is None else noise.data_ptr(),
         )  # fmt: skip
-        count = self._draft(self._head, answer, shape, _Found(tokens, parents, scores))
+        count = self._functions.draft(self._head, answer, shape, _Found(tokens, parents, scores))
         context.keys += unread
         context.unread = []
         return Draft(tokens[:count], parents[:count], scores[:count])
+
+    def _ordered_of(self, context: HeadContext) -> int:
+        found = self._ordered.get(context)
+        if found is None:
+            found = self._ordered[context] = self._functions.remember()
+            finalize(context, self._functions.forget, found)
+        return found
 
     def _own_tokens(self, context: HeadContext) -> _Own:
         """The answer's own tokens as of now, the newest of them if there are many."""
@@ -188,12 +204,15 @@ class NativeDraft:
         return Matrix() if weight is None else matrix(weight, bias, "int8", self._kept)
 
 
-def function(path: Path) -> Any | None:
-    """The library's function that drafts; None where there is none that works here."""
-    draft = library.function(path, "beagle_draft")
-    if draft is not None:
-        draft.argtypes, draft.restype = [POINTER(kind) for kind in (_Head, _Answer, _Plan, _Found)], c_int64
-    return draft
+def functions(path: Path) -> Functions | None:
+    """What the library does; None where there is none that works here."""
+    draft, remember, forget = (library.function(path, f"beagle_{name}") for name in Functions._fields)
+    if draft is None or remember is None or forget is None:
+        return None
+    draft.argtypes, draft.restype = [POINTER(kind) for kind in (_Head, _Answer, _Plan, _Found)], c_int64
+    remember.argtypes, remember.restype = [], c_void_p
+    forget.argtypes, forget.restype = [c_void_p], None
+    return Functions(draft, remember, forget)
 
 
 def fits(target: Target, head: Block) -> bool:
@@ -220,11 +239,11 @@ def find(folder: Path, target: Target, head: Block) -> NativeDraft | None:
     """
     if aot_cache.compiled_disabled() or not fits(target, head):
         return None
-    draft = function(library.path(folder, "draft", SOURCE))
-    if draft is None:
+    found = functions(library.path(folder, "draft", SOURCE))
+    if found is None:
         return None
     assert isinstance(head, BeagleHead)
-    return NativeDraft(target, head, draft)
+    return NativeDraft(target, head, found)
 
 
 def build(folder: Path) -> str | None:

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from beagle.drafters.norm import RMSNorm
+
 Rotation = tuple[Tensor, Tensor]
 Head = TypeVar("Head", bound="Block")
 
@@ -179,7 +181,7 @@ class Layer(nn.Module):
 
     def _add_mlp(self) -> None:
         c = self.config
-        self.mlp_norm = nn.RMSNorm(c.hidden_size, c.norm_eps)
+        self.mlp_norm = RMSNorm(c.hidden_size, c.norm_eps)
         self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
@@ -199,6 +201,7 @@ class Layer(nn.Module):
 
     def keys_values(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """``[..., n, hidden]`` -> two of ``[..., kv_heads, n, head_dim]``."""
+        x = for_products(x)
         k = self.k_proj(x).unflatten(-1, (self.config.num_kv_heads, -1)).transpose(-3, -2)
         v = self.v_proj(x).unflatten(-1, (self.config.num_kv_heads, -1)).transpose(-3, -2)
         return rotate(k, rotation), v
@@ -214,6 +217,7 @@ class Layer(nn.Module):
 
     def _feed_forward(self, y: Tensor, x: Tensor) -> Tensor:
         """MLP(x) + y, both ``[..., n, hidden]``."""
+        x = for_products(x)
         return y + self.down_proj(self._drop(self.activation(self.gate_proj(x)) * self.up_proj(x)))
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -293,7 +297,7 @@ class Block(Layer, ABC):
         """What ``fuse`` needs, where there is more to read than the top state."""
         c = self.config
         if c.kv_layers:
-            self.layer_norms = nn.ModuleList(nn.RMSNorm(c.hidden_size, c.norm_eps) for _ in c.kv_layers)
+            self.layer_norms = nn.ModuleList(RMSNorm(c.hidden_size, c.norm_eps) for _ in c.kv_layers)
             self.layer_proj = nn.Linear(len(c.kv_layers) * c.hidden_size, c.hidden_size, bias=False)
 
     def fuse(self, states: Tensor) -> Tensor:
@@ -348,6 +352,12 @@ class Rotations:
             cos, sin = self._head.rotation(torch.arange(size, device=self.device), self.dtype)
             known = self._known = cos[0], sin[0]
         return known
+
+
+def for_products(x: Tensor) -> Tensor:
+    """What goes into several products: autocast would make a copy for each of them, which autograd keeps."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def drop(x: Tensor, p: float) -> Tensor:

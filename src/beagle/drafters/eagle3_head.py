@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from beagle.drafters.block import BlockConfig, Rotation, register
 from beagle.drafters.eagle_head import FeatureHead
+from beagle.drafters.norm import RMSNorm
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,13 @@ class Eagle3Head(FeatureHead):
         super().__init__(config)
         d, eps = config.hidden_size, config.norm_eps
         if config.norm_layers:
-            self.layer_norms = nn.ModuleList(nn.RMSNorm(d, eps) for _ in config.kv_layers)
+            self.layer_norms = nn.ModuleList(RMSNorm(d, eps) for _ in config.kv_layers)
         self.layer_proj = nn.Linear(len(config.kv_layers) * d, d, bias=False)
-        self.embedding_norm = nn.RMSNorm(d, eps)
-        self.state_norm = nn.RMSNorm(d, eps)
+        self.embedding_norm = RMSNorm(d, eps)
+        self.state_norm = RMSNorm(d, eps)
         self._add_attention(2 * d)
         self._add_mlp()
-        self.final_norm = nn.RMSNorm(d, eps)
+        self.final_norm = RMSNorm(d, eps)
         self._initialise()
 
     def fuse(self, states: Tensor) -> Tensor:

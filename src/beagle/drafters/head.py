@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beagle.drafters.block import Block, BlockConfig, Layer, LevelView, Rotation, register
+from beagle.drafters.norm import RMSNorm, rms_norm
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class FurtherBlock(Layer):
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__(config)
-        self.query_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
-        self.state_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.query_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.state_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self._add_attention()
         self._add_mlp()
 
@@ -81,8 +81,8 @@ class BeagleHead(Block):
     def __init__(self, config: HeadConfig) -> None:
         super().__init__(config)
         d = config.hidden_size
-        self.embedding_norm = nn.RMSNorm(d, config.norm_eps)
-        self.state_norm = nn.RMSNorm(d, config.norm_eps)
+        self.embedding_norm = RMSNorm(d, config.norm_eps)
+        self.state_norm = RMSNorm(d, config.norm_eps)
         self._add_fusion()
         self._add_attention()
         if config.newest_state == "scale":
@@ -149,11 +149,11 @@ class BeagleHead(Block):
         """Residual, newest state and MLP: ``[..., heads, n, head_dim]`` -> predicted states ``[..., n, hidden]``."""
         y = self._output(attended) + embeddings
         if self.config.newest_state != "none":
-            normed = F.rms_norm(newest, newest.shape[-1:], eps=self.config.norm_eps)
+            normed = rms_norm(newest, self.config.norm_eps)
             y = y + self._drop(self._from_newest(normed))
         x = self.mlp_norm(y)
         if self.config.token_in_mlp:
-            x = x + self.token * F.rms_norm(embeddings, embeddings.shape[-1:], eps=self.config.norm_eps)
+            x = x + self.token * rms_norm(embeddings, self.config.norm_eps)
         return self._feed_forward(y, x)
 
     def _from_newest(self, normed: Tensor) -> Tensor:

@@ -71,8 +71,8 @@ def test_parts_of_the_queries_give_what_all_at_once_do(architecture, stage, monk
     monkeypatch.setattr(windows, "MASK", 2 * 60 * 7)  # seven queries of each sample
     monkeypatch.setattr(windows, "SCORES", 2 * 4 * 60 * 5)
     parts = []
-    again = windows._again
-    monkeypatch.setattr(windows, "_again", lambda *of: parts.append(of[0]) or again(*of))
+    again = windows.again
+    monkeypatch.setattr(windows, "again", lambda *of: parts.append(of[0]) or again(*of))
     other, others = step(*made, stage)
     assert parts.count(windows._attend_part) >= 6
     torch.testing.assert_close(other, loss, rtol=1e-6, atol=1e-6)  # logits are float32

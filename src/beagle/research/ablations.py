@@ -12,8 +12,9 @@ from transformers.activations import ACT2FN
 
 from beagle.drafters.block import BlockConfig, LevelView, register
 from beagle.drafters.head import BeagleHead, HeadConfig
+from beagle.training.own_keys import attend_with_own
 from beagle.training.stages import STAGES, Stages
-from beagle.training.windows import Batch, Part, additive, attend_with_own, bases, early, seeing, span
+from beagle.training.windows import Batch, Part, additive, bases, early, seeing, span
 
 CHOSEN = 2  # experts that answer for a position
 

@@ -6,18 +6,16 @@ of slots <= b. A batch brings ``first`` and ``last``, the slots of each sample t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from beagle.drafters.block import Layer
 from beagle.drafters.head import BeagleHead
+from beagle.training.own_keys import again, attend_by_scores, attend_with_own, fused
 
 MASK = 2**24  # most entries of a mask, and
 SCORES = 2**21  # most scores of queries and keys, of all heads, that exist at a time: more are made part by part
@@ -147,13 +145,12 @@ def late(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset:
     k, v = head.keys_values(keys_from, head.rotation(everywhere[None], keys_from.dtype))
     true = TrueKeys(k, v, base, head.config.num_kv_heads)
     newest = batch.pick(keys_from, base)  # [batch, windows, hidden]
-    own_k: list[Tensor] = []  # of each earlier step, [batch, cached_heads, windows, head_dim]
-    own_v: list[Tensor] = []
+    own: list[list[tuple[Tensor, Tensor]]] = [[] for _ in true.k]  # by block, a key and a value of each earlier step
     out: list[Part] = []
 
     def attend(q: Tensor, heads: slice) -> Tensor:
-        own = [[x[:, heads] for x in of] for of in (own_k, own_v)]
-        return true.attend(head, q, heads, *own)
+        own_k, own_v = zip(*own[true.block(heads)], strict=True) if own[0] else ((), ())
+        return true.attend(head, q, heads, own_k, own_v)
 
     for step in range(1, steps + 1):
         slots = base + step - 1
@@ -161,8 +158,8 @@ def late(head: BeagleHead, batch: Batch, keys_from: Tensor, window: int, offset:
         rotation = head.rotation(slots, embeddings.dtype)
         if step > 1:
             key, value = head.keys_values(newest, rotation)  # of the state predicted for this slot
-            own_k.append(key.to(value.dtype))
-            own_v.append(value)
+            for of, some_k, some_v in zip(own, *true.by_block(key.to(value.dtype), value), strict=True):
+                of.append((some_k, some_v))
         newest = head.predict(attend, rotation, embeddings, newest)
         out.append((newest, slots, slots <= batch.last[:, None]))
     return out
@@ -186,8 +183,16 @@ class TrueKeys:
             heads: of the keys that each query meets.
         """
         k = k.to(v.dtype)  # products copy keys of another dtype, and keys that are not contiguous
-        self.k, self.v = ([part.contiguous() for part in x.split(heads, 1)] for x in (k, v))
-        self.base = base
+        self.heads, self.base = heads, base
+        self.k, self.v = ([part.contiguous() for part in x] for x in self.by_block(k, v))
+
+    def by_block(self, *of: Tensor) -> list[tuple[Tensor, ...]]:
+        """Each of some tensors ``[batch, cached_heads, …]`` as one for each block of the head."""
+        return [x.split(self.heads, 1) for x in of]
+
+    def block(self, heads: slice) -> int:
+        """The one that these of the cached heads belong to."""
+        return (heads.start or 0) // self.heads
 
     @cached_property
     def mask(self) -> Tensor:
@@ -212,11 +217,12 @@ class TrueKeys:
         Returns:
             ``[batch, heads, queries, head_dim]``.
         """
-        block = (heads.start or 0) // self.k[0].shape[1]
+        block = self.block(heads)
         k, v = self.k[block], self.v[block]
         q = q.to(k.dtype)
         scores = SCORES if q.device.type == "cpu" else GPU_SCORES
-        rows = scores // q[:, :, :1, :1].numel() if own_k else MASK // len(q)
+        by_scores = own_k and not fused(q, k)
+        rows = scores // q[:, :, :1, :1].numel() if by_scores else MASK // len(q)
         part = max(1, rows // k.shape[2])  # queries
         if q.shape[2] <= part:
             return _attend_to(head, q, k, v, self.mask, tuple(own_k), tuple(own_v))
@@ -227,21 +233,13 @@ class TrueKeys:
         for some, base, *own in parts:
             end = min(round_up(int(base.max()) + 1, ROUND), k.shape[2])  # no query of the part sees more
             seen = k[:, :, :end], v[:, :, :end]
-            out.append(
-                _again(_attend_part, head, some, *seen, base, tuple(own[: len(own_k)]), tuple(own[len(own_k) :]))
-            )
+            out.append(again(_attend_part, head, some, *seen, base, tuple(own[: len(own_k)]), tuple(own[len(own_k) :])))
         return torch.cat(out, 2)
 
 
 def up_to(base: Tensor, k: Tensor) -> Tensor:
     """The additive mask ``[batch, 1, queries, n]`` of queries that see keys ``[batch, heads, n, head_dim]`` up to ``base``."""
     return additive(torch.arange(k.shape[2], device=k.device) <= base[..., None], k.dtype)[:, None]
-
-
-def _again(attend: Callable[..., Tensor], *of: Any) -> Tensor:
-    """A part of attention whose scores are not kept for the backward pass."""
-    out: Tensor = checkpoint(attend, *of, use_reentrant=False, preserve_rng_state=False)
-    return out
 
 
 def _attend_to(
@@ -256,42 +254,6 @@ def _attend_part(
     head: Layer, q: Tensor, k: Tensor, v: Tensor, base: Tensor, own_k: tuple[Tensor, ...], own_v: tuple[Tensor, ...]
 ) -> Tensor:
     mask = up_to(base, k)
-    return _attend(q, k, v, mask, own_k, own_v) if own_k else head.attend(q, k, v, mask)
-
-
-def attend_with_own(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, own_k: Sequence[Tensor], own_v: Sequence[Tensor]
-) -> Tensor:
-    """Attention over shared true keys and, per query, the predicted keys of its own window.
-
-    As in a fused kernel, the scores of all keys are computed anew in the backward pass and not kept for it.
-
-    Args:
-        q: ``[batch, heads, windows, head_dim]``. k, v: ``[batch, kv_heads, n, head_dim]``.
-        mask: additive, ``[batch, 1, windows, n]``.
-        own_k, own_v: per earlier step ``[batch, kv_heads, windows, head_dim]``.
-    Returns:
-        ``[batch, heads, windows, head_dim]``.
-    """
-    return _again(
-        _attend, q, k, v, mask, tuple(own_k), tuple(own_v)
-    )  # the caller's lists grow before the backward pass
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, own_k: tuple[Tensor, ...], own_v: tuple[Tensor, ...]
-) -> Tensor:
-    """Own keys are taken one by one: a stack of them would be as large as all keys of the windows together."""
-    if (groups := q.shape[1] // k.shape[1]) > 1:
-        k, v, *own = (x.repeat_interleave(groups, 1) for x in (k, v, *own_k, *own_v))
-        own_k, own_v = tuple(own[: len(own_k)]), tuple(own[len(own_k) :])
-    q = q * q.shape[-1] ** -0.5
-    wide = q.to(torch.promote_types(q.dtype, torch.float32))  # these products are summed as wide as a matrix product's
-    scores = torch.stack([(wide * key).sum(-1) for key in own_k], dim=-1)
-    scores = torch.cat([q @ k.transpose(-1, -2) + mask, scores], dim=-1)
-    probs = F.softmax(scores.float(), dim=-1).to(v.dtype)
-    n = k.shape[2]
-    out = probs[..., :n] @ v
-    for i, value in enumerate(own_v, n):
-        out = out + probs[..., i, None] * value
-    return out
+    if own_k and not fused(q, k):
+        return attend_by_scores(q, k, v, mask, own_k, own_v)
+    return _attend_to(head, q, k, v, mask, own_k, own_v)

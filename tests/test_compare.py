@@ -195,6 +195,12 @@ def test_a_fresh_process_measures_its_own_memory(compare, tmp_path):
     assert all(0 < stage["memory_mb"] < 500 for stage in record["stages"].values())
 
 
+def test_memory_is_the_median_of_the_seeds():
+    """One process in three has a heap with holes."""
+    stages = [{"early": {"memory_mb": 90.0}, "late": {"memory_mb": peak}} for peak in (100.0, 180.0, 104.0)]
+    assert Entry("beagle", [{"stages": of} for of in stages]).memory_mb() == 104.0
+
+
 def test_data_of_another_kind_or_changed_meanwhile_is_refused(compare, here, made, tmp_path, monkeypatch):
     shutil.copytree(made / "data", tmp_path / "data")
     manifest = tmp_path / "data" / "manifest.json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 ALPHAS = 5  # steps that validation simulates
@@ -50,8 +50,8 @@ class Entry:
         return fmean(found) if found else None
 
     def memory_mb(self) -> float:
-        """Peak above the process before training, whatever the stage; the highest of the seeds."""
-        return max(max(s["memory_mb"] for s in r["stages"].values()) for r in self.records)
+        """Peak above the process before training, whatever the stage; the median of the seeds, as runs differ by 10%."""
+        return median(max(s["memory_mb"] for s in r["stages"].values()) for r in self.records)
 
     def decoded(self, figure: str, tree: str | None = None) -> float | None:
         """A decoding figure under a tree (default: the first), mean over seeds; None: nothing was decoded."""

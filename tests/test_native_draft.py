@@ -133,7 +133,9 @@ def test_keys_that_it_remembers_change_no_draft(folder):
             found.append(one.draft(12, PLANS["wide"]))
             one.extend([12 + step] * 5, states(one, 5))
     half = len(found) // 2
-    assert [(d.tokens, d.parents, d.scores) for d in found[:half]] == [(d.tokens, d.parents, d.scores) for d in found[half:]]
+    assert [(d.tokens, d.parents, d.scores) for d in found[:half]] == [
+        (d.tokens, d.parents, d.scores) for d in found[half:]
+    ]
 
 
 def test_its_drafts_know_the_sampler_s_noise(both):

@@ -193,7 +193,7 @@ def accepted(run: Result) -> list[str]:
 
 
 def parts(results: list[Result]) -> str:
-    """A compiled pass by sort of operation, milliseconds."""
+    """A native pass by its parts, milliseconds."""
     (result,) = results
     if not result.get("parts"):
         return f"{machine(result)}: this run did not take passes apart.\n"

@@ -148,6 +148,9 @@ FACTS: dict[str, list[Fact]] = {
         fact("time of a one-token pass over its roofline", PROFILE)(
             lambda r: f"{r['passes'][0]['ms'] / r['passes'][0]['floor_ms']:.1f}×"
         ),
+        fact("Qwen2.5-Coder-1.5B: passes of 1 and 16 tokens over theirs", "profile_qwen2.5-coder-1.5b.json")(
+            lambda r: ", ".join(f"{p['ms'] / p['floor_ms']:.2f}×" for p in r["passes"] if p["rows"] in (1, 16))
+        ),
     ],
     "start": [
         fact("from `beagle generate` to the first byte of its answer", START)(

@@ -140,9 +140,7 @@ def measure(
     Chains of a target with a recurrent state are timed behind a rejected draft, of which some tokens run again.
     """
     finish_huge_pages()
-    context = max(1, min(context, target.context_limit - SIZES[-1] - 1))
-    sizes = [n for n in SIZES if context + n <= target.context_limit and (not exact or n <= EXACT_TOKENS)]
-    keys = -(-(context + sizes[-1]) // EXACT_BLOCK) * EXACT_BLOCK
+    context, sizes, keys = timed_sizes(target, context, exact)
     ids = [1 + i % (target.vocab_size - 1) for i in range(context)]
     cache = target.new_cache(1, keys)
     states = target.prefill(torch.tensor([ids], device=target.device), cache)[0]
@@ -179,6 +177,14 @@ def measure(
     spreads = [median(t) / min(t) for t in (*times.values(), drafts)]
     verify = interpolate({n: median(t) for n, t in times.items()})
     return Costs(verify, one, plan.depth, more, steady=median(spreads) <= STEADY)
+
+
+def timed_sizes(target: Target, context: int, exact: bool = False) -> tuple[int, list[int], int]:
+    """Of passes that are timed: tokens before them, as many as asked for if they fit, their own numbers of tokens, and the
+    keys of them all, in whole blocks of exact mode."""
+    context = max(1, min(context, target.context_limit - SIZES[-1] - 1))
+    sizes = [n for n in SIZES if context + n <= target.context_limit and (not exact or n <= EXACT_TOKENS)]
+    return context, sizes, -(-(context + sizes[-1]) // EXACT_BLOCK) * EXACT_BLOCK
 
 
 def still_true(costs: Costs, target: Target) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from beagle.decoding.costs import SIZES, one_tree
+from beagle.decoding.costs import one_tree, timed_sizes
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
 from beagle.drafters.lookup import LookupDrafter
@@ -22,7 +22,6 @@ from beagle.evaluation.run import Sets, run
 from beagle.memory import finish_huge_pages
 from beagle.model import Model
 from beagle.targets.chat import Message
-from beagle.targets.plan import EXACT_BLOCK, EXACT_TOKENS
 from beagle.targets.target import Target
 
 CONTEXT = 256  # tokens before the passes that are timed by their tokens
@@ -62,7 +61,7 @@ class Profile:
         yield from run(self.modes, sets, self.options)
 
     def result(self, records: Sequence[Record]) -> dict[str, Any]:
-        """A side-by-side run's figures, and ``rates``, ``passes`` (by tokens), ``parts`` of compiled ones and, drafting,
+        """A side-by-side run's figures, and ``rates``, ``passes`` (by tokens), ``parts`` of native ones and, drafting,
         ``model`` and ``draft_ms``."""
         costs = {"beagle": self.costs} if self.model.drafter is not None else {}
         result = figures(records, costs)
@@ -75,20 +74,13 @@ class Profile:
             result["model"] = against_model(result)
         result["rates"] = asdict(self.machine)
         result["passes"] = against_roofline(self.model.target, self.machine, self.passes)
-        result["parts"] = breakdown(self.model.target, context_of(self.model.target))
+        result["parts"] = breakdown(self.model.target, timed_sizes(self.model.target, CONTEXT)[0])
         return result
-
-
-def context_of(target: Target) -> int:
-    """Tokens before the passes that are timed."""
-    return max(1, min(CONTEXT, target.context_limit - SIZES[-1] - 1))
 
 
 def passes(target: Target, exact: bool) -> dict[int, Work]:
     """What is timed, by its number of tokens."""
-    context = context_of(target)
-    sizes = [n for n in SIZES if context + n <= target.context_limit and (not exact or n <= EXACT_TOKENS)]
-    keys = -(-(context + sizes[-1]) // EXACT_BLOCK) * EXACT_BLOCK
+    context, sizes, keys = timed_sizes(target, CONTEXT, exact)
     cache = target.new_cache(1, keys)
     target.prefill(torch.ones(1, context, dtype=torch.long, device=target.device), cache)
     return {n: one_tree(target, cache, n, keys if exact else None) for n in sizes}
@@ -96,7 +88,7 @@ def passes(target: Target, exact: bool) -> dict[int, Work]:
 
 def against_roofline(target: Target, machine: Machine, seconds: Mapping[int, float]) -> list[dict[str, float]]:
     """An entry for each timed number of tokens: milliseconds of a pass, its roofline, and what bounds that."""
-    context = context_of(target)
+    context, *_ = timed_sizes(target, CONTEXT)
     out = []
     for tokens, measured in seconds.items():
         least = roofline(target, machine, tokens, context)

@@ -44,9 +44,8 @@ def _reordered(weight: Tensor, bias: Tensor | None) -> Apply:
     return lambda x: F.linear(x, weight, bias)
 
 
-_agreed: set[tuple[object, ...]] = (
-    set()
-)  # products that were compared: the order of a weight depends on its shape alone
+# products that were compared: the order of a weight depends on its shape alone
+_agreed: set[tuple[object, ...]] = set()
 
 
 def _agrees(apply: Callable[..., Tensor], ordered: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

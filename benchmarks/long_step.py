@@ -18,7 +18,8 @@ from beagle.files import write_json
 from beagle.meta import command_line, describe
 from beagle.ranks import ALONE
 from beagle.targets.loading import load_target
-from beagle.training.data import Stored, padded_tokens
+from beagle.training.answers import Sample
+from beagle.training.data import padded_tokens
 from beagle.training.gradients import Draw, Gradients
 from beagle.training.recipe import read_recipe
 from beagle.training.stages import lm_head_rows
@@ -44,7 +45,7 @@ def main() -> None:
     weight, bias = lm_head_rows(target, head.draft_vocab)
     random = torch.Generator().manual_seed(SEED)
     tokens = torch.randint(target.vocab_size, (given.samples, given.tokens), generator=random)
-    group = [Stored(f"s/{i}", row, None, 0) for i, row in enumerate(tokens)]
+    group = [Sample(f"s/{i}", row, None, 0) for i, row in enumerate(tokens)]
     found = {}
     for stage in ("early", "late"):
         before, began = reset_peak_memory(), time.perf_counter()

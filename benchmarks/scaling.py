@@ -28,8 +28,9 @@ from beagle.meta import command_line, describe, redact_paths
 from beagle.research.training_log import expected_length, read_log
 from beagle.targets.loading import load_target
 from beagle.targets.target import Target
+from beagle.training.answers import Sample
 from beagle.training.config import TrainConfig
-from beagle.training.data import Stored, samples
+from beagle.training.data import samples
 from beagle.training.recipe import Recipe, read_recipe
 from beagle.training.stages import step_alpha
 from beagle.training.states import StateStore
@@ -79,7 +80,7 @@ def part_of(store: StateStore, tokens: float) -> tuple[Part, int]:
     raise BeagleError(f"'{store.folder}' holds {found:,} tokens of answers, not {tokens:,.0f}; give a smaller --run")
 
 
-def held_out(store: StateStore) -> list[list[Stored]]:
+def held_out(store: StateStore) -> list[list[Sample]]:
     """Held-out answers from all over the store, of every length, in groups of similar length."""
     found = samples(store.shards(), validation=True)
     found = sorted(found[:: max(1, math.ceil(len(found) / HELD_OUT))], key=lambda s: len(s.tokens))
@@ -99,7 +100,7 @@ def settings(recipe: TrainConfig, millions: float, loss: str) -> TrainConfig:
     )
 
 
-def scored(alphas: Sequence[float], drafts: Sequence[int], held: list[list[Stored]]) -> dict[str, Any]:
+def scored(alphas: Sequence[float], drafts: Sequence[int], held: list[list[Sample]]) -> dict[str, Any]:
     """What a head got on the held-out answers; ``drafts`` are those that each α is a share of."""
     length = round(expected_length(alphas), 4)
     answers = sum(len(group) for group in held)
@@ -109,7 +110,7 @@ def scored(alphas: Sequence[float], drafts: Sequence[int], held: list[list[Store
     }
 
 
-def train(target: Target, store: StateStore, held: list[list[Stored]], recipe: Recipe, name: str, out: Path) -> None:
+def train(target: Target, store: StateStore, held: list[list[Sample]], recipe: Recipe, name: str, out: Path) -> None:
     """Train one head; head, log and record end in ``out``."""
     size, _, loss = name.partition("/")
     config = settings(recipe.train, float(size), loss)
@@ -135,7 +136,7 @@ def train(target: Target, store: StateStore, held: list[list[Stored]], recipe: R
     write_json(out / "record.json", record)
 
 
-def score(target: Target, store: StateStore, held: list[list[Stored]], name: str, out: Path) -> None:
+def score(target: Target, store: StateStore, held: list[list[Sample]], name: str, out: Path) -> None:
     """A head that all of the store has trained; its record ends in ``out``."""
     head = load_head(find_head(name, target.name), target).float()  # as it trained, and as states come
     about = {"head": redact_paths(name), "answer_tokens": sum(answer_tokens(shard) for shard in store.shards())}

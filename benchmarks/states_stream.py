@@ -21,7 +21,7 @@ from beagle.errors import run_script
 from beagle.files import write_json
 from beagle.meta import command_line, describe
 from beagle.targets.loading import load_target
-from beagle.training.data import Stored
+from beagle.training.answers import Sample
 from beagle.training.vllm_states import StatesServer, VllmStates
 
 GROUP = 4  # samples that are asked for together; the next group is under way beside them
@@ -67,7 +67,7 @@ def main() -> None:
         watch.start()
         groups = (
             [
-                Stored(f"s/{at + i}", torch.randint(target.vocab_size, (given.tokens,), generator=draw), None, 0)
+                Sample(f"s/{at + i}", torch.randint(target.vocab_size, (given.tokens,), generator=draw), None, 0)
                 for i in range(GROUP)
             ]
             for at in count(0, GROUP)

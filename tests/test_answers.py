@@ -14,7 +14,7 @@ from beagle.model import Model
 from beagle.targets.target import Target
 from beagle.training import states as states_module
 from beagle.training.answers import AnswerGenerator, Sample
-from beagle.training.data import Stored, batches, collate, frequent_tokens, is_validation, samples
+from beagle.training.data import batches, collate, frequent_tokens, is_validation, samples
 from beagle.training.prompts import Prompt
 from beagle.training.recipe import AnswerConfig
 from beagle.training.states import Fingerprint, StateStore, read_shard, shard_ids
@@ -239,7 +239,7 @@ def test_batches_cover_every_training_sample_once(target, tmp_path, monkeypatch)
 def test_padding_stays_within_the_context(target, monkeypatch, limit, length):
     """A target with learned positions has no place for more."""
     monkeypatch.setattr(target, "context_limit", limit)
-    batch = collate([Stored("a", torch.ones(21, dtype=torch.long), None, 3)], target)
+    batch = collate([Sample("a", torch.ones(21, dtype=torch.long), None, 3)], target)
     assert batch.states.shape == batch.embeddings.shape == (1, length, target.hidden_size)
 
 

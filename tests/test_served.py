@@ -16,7 +16,7 @@ from beagle.drafters.load import DraftSpec, load_drafter
 from beagle.model import Model
 from beagle.targets.target import Target
 from beagle.training import served as module
-from beagle.training.data import Stored
+from beagle.training.answers import Sample
 from beagle.training.served import Served, measure_served, simulate
 from beagle.training.stages import step_alpha
 from conftest import SCALES, tiny_head, tiny_target
@@ -24,12 +24,12 @@ from conftest import SCALES, tiny_head, tiny_target
 SEEDS = {"beagle": 1, "eagle": 0, "eagle3": 0}  # of targets that repeat themselves, so that drafts are right
 
 
-def stored(target: Target, prompt: list[int], new: int = 30) -> Stored:
+def stored(target: Target, prompt: list[int], new: int = 30) -> Sample:
     """A greedy answer with its states, its last token not run, as training data have it."""
     answer = Model(target).generate(prompt, max_new_tokens=new + 1).token_ids
     tokens = torch.tensor([*prompt, *answer[:-1]])
     states = target.prefill(tokens[None], target.new_cache(1, len(tokens)))[0]
-    return Stored(f"{prompt}", tokens, states, len(prompt) - 1)
+    return Sample(f"{prompt}", tokens, states, len(prompt) - 1)
 
 
 @pytest.fixture(params=SEEDS)

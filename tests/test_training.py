@@ -23,7 +23,7 @@ from beagle.training import stages
 from beagle.training import trainer as trainer_module
 from beagle.training.answers import AnswerGenerator, Sample
 from beagle.training.config import TrainConfig
-from beagle.training.data import Stored, batches, collate, samples
+from beagle.training.data import batches, collate, samples
 from beagle.training.prompts import Prompt
 from beagle.training.recipe import AnswerConfig
 from beagle.training.stages import stage_loss, step_alpha
@@ -181,7 +181,7 @@ def test_step_alpha_is_that_of_chain_drafts(target, whole):
     truth = [0, *target.logits(states).argmax(-1).tolist()]  # truth[i]: the token after i - 1 others
     assert truth[3:-1] == tokens[3:]
     whole.head.eval()
-    found, drafts = step_alpha(whole.head, target, [[Stored("0", torch.tensor(tokens), states, 2)]], 4)
+    found, drafts = step_alpha(whole.head, target, [[Sample("0", torch.tensor(tokens), states, 2)]], 4)
     drafter = One(HeadDrafter(target, copy.deepcopy(whole.head)))
     tried, right = [0] * 4, [0] * 4
     for base in range(2, len(tokens) - 1):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from beagle.errors import BeagleError
 from beagle.model import Model
-from beagle.training.data import Stored
+from beagle.training.answers import Sample
 from beagle.training.states import read_shard
 from beagle.training.vllm_states import HEADER, StatesLost, StatesServer, VllmStates
 from conftest import tiny_model, tiny_target
@@ -228,9 +228,9 @@ def target():
     return tiny_target(state_layers=(1,))
 
 
-def many(count: int, length: int = 40) -> list[Stored]:
+def many(count: int, length: int = 40) -> list[Sample]:
     draw = torch.Generator().manual_seed(0)
-    return [Stored(f"s/{i}", torch.randint(3, 64, (length,), generator=draw), None, 3) for i in range(count)]
+    return [Sample(f"s/{i}", torch.randint(3, 64, (length,), generator=draw), None, 3) for i in range(count)]
 
 
 def test_files_stay_below_the_limit(target, stub):
@@ -256,7 +256,7 @@ def test_states_are_exact_and_the_top_one_is_normed(target, stub):
 
 
 def test_a_sample_that_has_states_keeps_them(target, stub):
-    sample = Stored("s/0", torch.tensor([3, 4, 5]), torch.ones(3, 64), 1)
+    sample = Sample("s/0", torch.tensor([3, 4, 5]), torch.ones(3, 64), 1)
     with VllmStates(StatesServer(stub.url, stub.folder), target) as states:
         assert states([sample]) == [sample]
         assert list(states.ahead([[sample]])) == [[sample]]

@@ -16,7 +16,7 @@ from processes import Server, free_port
 
 from beagle.drafters.checkpoint import find_head, load_head
 from beagle.targets.loading import DEFAULT_TARGET, load_target, resolve
-from beagle.training.data import Stored
+from beagle.training.answers import Sample
 from beagle.training.stages import step_alpha
 from beagle.training.vllm_states import StatesServer, VllmStates
 from conftest import REAL_CACHE
@@ -72,18 +72,18 @@ def server(target, tmp_path_factory):
         yield process.url, folder
 
 
-def samples(target, count: int) -> list[Stored]:
+def samples(target, count: int) -> list[Sample]:
     """Dialogues of various lengths, as the answers of a training are."""
     found = []
     for i in range(count):
         text = " ".join(f"Question {i}, part {j}: what is {i * 7 + j} times {j + 3}?" for j in range(1 + i % 12))
         messages = [{"role": "user", "content": text}, {"role": "assistant", "content": f"It is {i * i}, I think."}]
         ids = target.tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
-        found.append(Stored(f"s/{i}", torch.tensor(ids), None, len(ids) - 12))
+        found.append(Sample(f"s/{i}", torch.tensor(ids), None, len(ids) - 12))
     return found
 
 
-def parts(target, sample: Stored) -> torch.Tensor:
+def parts(target, sample: Sample) -> torch.Tensor:
     """The target's own states of a sample, ``[tokens, layers, hidden]``."""
     ids = sample.tokens[None]
     states = target.prefill(ids, target.new_cache(1, ids.shape[1]))[0].float()
@@ -178,7 +178,7 @@ def test_a_head_trained_on_them_drafts_as_well(true, server, tmp_path, beagle, c
     for messages in dialogues(range(60, 90)):
         ids = true.tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
         start = true.tokenizer.apply_chat_template(messages[:1], return_dict=True, add_generation_prompt=True)
-        sample = Stored("held", torch.tensor(ids), None, len(start["input_ids"]))
+        sample = Sample("held", torch.tensor(ids), None, len(start["input_ids"]))
         held_out.append(replace(sample, states=parts(true, sample).flatten(1)))
 
     def measured(name: str, folder: Path) -> tuple[list[float], list[int]]:

@@ -17,7 +17,6 @@ from beagle.training.states import StateStore, key_of, read_shard, shard_ids
 from beagle.training.windows import ROUND, Batch, round_up
 
 SHARDS_TOGETHER = 8  # samples are shuffled across this many shards at a time
-Stored = Sample  # whose tensors are views into its shard, and whose id is the shard's name and its number there
 
 
 def is_validation(sample_id: str) -> bool:
@@ -25,9 +24,12 @@ def is_validation(sample_id: str) -> bool:
     return zlib.crc32(key_of(sample_id).encode()) % 40 == 0
 
 
-def samples(shards: list[Path], *, validation: bool, with_states: bool = True) -> list[Stored]:
-    """Samples of some shards that are long enough to bear a loss; ``with_states`` as of ``read_shard``."""
-    out: list[Stored] = []
+def samples(shards: list[Path], *, validation: bool, with_states: bool = True) -> list[Sample]:
+    """Samples of some shards that are long enough to bear a loss; ``with_states`` as of ``read_shard``.
+
+    Their tensors are views into their shard, and an id is the shard's name and the sample's number there.
+    """
+    out: list[Sample] = []
     for path in shards:
         content = read_shard(path, with_states=with_states)
         offsets = content["offsets"].tolist()
@@ -36,7 +38,7 @@ def samples(shards: list[Path], *, validation: bool, with_states: bool = True) -
             if b - a - 2 >= first and is_validation(name) == validation:
                 tokens = content["tokens"][a:b].long()
                 states = content["states"][a:b] if "states" in content else None
-                out.append(Stored(f"{path.name}/{i}", tokens, states, first))
+                out.append(Sample(f"{path.name}/{i}", tokens, states, first))
     return out
 
 
@@ -50,7 +52,7 @@ def nothing_to_train_on(store: StateStore) -> str:
 
 def batches(
     store: StateStore, *, tokens: int, seed: int, epoch: int, with_states: bool = True
-) -> Iterator[list[Stored]]:
+) -> Iterator[list[Sample]]:
     """One epoch of training batches of about ``tokens`` tokens each, padding kept small.
 
     Args:
@@ -65,8 +67,8 @@ def batches(
         pool = samples(shards[at : at + SHARDS_TOGETHER], validation=False, with_states=with_states)
         shuffle.shuffle(pool)
         pool.sort(key=lambda s: len(s.tokens) // 24)  # stable: shuffled inside a length class
-        group: list[Stored] = []
-        groups: list[list[Stored]] = []
+        group: list[Sample] = []
+        groups: list[list[Sample]] = []
         for sample in pool:
             if group and (len(group) + 1) * max(len(s.tokens) for s in (sample, *group)) > tokens:
                 groups.append(group)
@@ -90,7 +92,7 @@ def padded(group: Sequence[Sample], n: int, device: torch.device) -> Tensor:
     return tokens.to(device)
 
 
-def collate(group: Sequence[Stored], target: Target, columns: Tensor | None = None, n: int | None = None) -> Batch:
+def collate(group: Sequence[Sample], target: Target, columns: Tensor | None = None, n: int | None = None) -> Batch:
     """Pad a group and look its embeddings up, in fp32; run the target where no states are stored.
 
     Args:

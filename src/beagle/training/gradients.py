@@ -12,8 +12,9 @@ from beagle.drafters.block import Block, Layer
 from beagle.errors import BeagleError
 from beagle.ranks import Ranks
 from beagle.targets.target import Target
+from beagle.training.answers import Sample
 from beagle.training.config import TrainConfig
-from beagle.training.data import Stored, collate
+from beagle.training.data import collate
 from beagle.training.stages import STAGES, Fill, LMHeadWeights, count_slots, part_loss
 
 
@@ -66,7 +67,7 @@ class Gradients:
         self.layers = [module for module in head.modules() if isinstance(module, Layer)]
         self.parameters = list(head.parameters())
 
-    def __call__(self, group: Sequence[Stored], lm_head: LMHeadWeights, draw: Draw) -> Tensor:
+    def __call__(self, group: Sequence[Sample], lm_head: LMHeadWeights, draw: Draw) -> Tensor:
         """The loss of a batch, without the regression; its gradients are on the head then, the same on all ranks.
 
         Args:
@@ -89,7 +90,7 @@ class Gradients:
         most = max(1, self.config.micro_batch_tokens // n) if self.config.micro_batch_tokens else samples
         return [slice(at, min(at + most, mine.stop)) for at in range(mine.start, mine.stop, most)]
 
-    def _in_parts(self, group: Sequence[Stored], parts: list[slice], lm_head: LMHeadWeights, draw: Draw) -> Tensor:
+    def _in_parts(self, group: Sequence[Sample], parts: list[slice], lm_head: LMHeadWeights, draw: Draw) -> Tensor:
         first = torch.tensor([s.answer_from for s in group])
         last = torch.tensor([len(s.tokens) - 2 for s in group])
         longest = int((last - first).max()) + 1
@@ -109,7 +110,7 @@ class Gradients:
 
     def _part(
         self,
-        group: Sequence[Stored],
+        group: Sequence[Sample],
         lm_head: LMHeadWeights,
         draw: Draw,
         longest: int | None = None,

@@ -19,7 +19,7 @@ from beagle.drafters.checkpoint import load_head, save_head
 from beagle.drafters.head_drafter import HeadDrafter
 from beagle.model import Model
 from beagle.targets.target import Target
-from beagle.training.data import Stored
+from beagle.training.answers import Sample
 from beagle.training.stages import draft_chains
 
 DEPTH = 5  # of the chains, as in validation
@@ -73,7 +73,7 @@ class Served:
         return {**asdict(self), **rounded, "step_alpha": alphas, "error": error, "falls_short": self.falls_short}
 
 
-def measure_served(trained: Block, folder: Path, target: Target, held_out: list[Stored]) -> Served | None:
+def measure_served(trained: Block, folder: Path, target: Target, held_out: list[Sample]) -> Served | None:
     """Decode held-out prompts with the exported head, and compare with the trained one in its training's code.
 
     Returns:
@@ -90,7 +90,7 @@ def measure_served(trained: Block, folder: Path, target: Target, held_out: list[
     return Served(len(some), DEPTH, _ratio(simulated), total.tau, total.step_alpha, _error(simulated, decoded))
 
 
-def shortened(held_out: list[Stored], most: int = PROMPTS) -> list[Stored]:
+def shortened(held_out: list[Sample], most: int = PROMPTS) -> list[Sample]:
     """Some held-out samples, spread over all, with the beginnings of their answers."""
     some = held_out[:: max(1, -(-len(held_out) // most))]
     ends = [sample.answer_from + 1 + TOKENS for sample in some]
@@ -100,7 +100,7 @@ def shortened(held_out: list[Stored], most: int = PROMPTS) -> list[Stored]:
     ]
 
 
-def decode(folder: Path, target: Target, samples: list[Stored]) -> list[Stats]:
+def decode(folder: Path, target: Target, samples: list[Sample]) -> list[Stats]:
     """The samples' prompts answered greedily, as long as the samples are, with chains of an exported head's drafts.
 
     Of the tokens that the head was trained to draft alone: native drafts have the answer's own, too.
@@ -114,7 +114,7 @@ def decode(folder: Path, target: Target, samples: list[Stored]) -> list[Stats]:
     return found
 
 
-def tau_of(folder: Path, target: Target, held_out: list[Stored], most: int = PROMPTS) -> float | None:
+def tau_of(folder: Path, target: Target, held_out: list[Sample], most: int = PROMPTS) -> float | None:
     """Tokens per pass of up to ``most`` held-out prompts with an exported head; None: there are none."""
     total = pooled(decode(folder, target, shortened(held_out, most)))
     return total.tau if total.passes else None
@@ -123,7 +123,7 @@ def tau_of(folder: Path, target: Target, held_out: list[Stored], most: int = PRO
 class EachMinute:
     """Shows τ on a few held-out prompts, now and after each minute of training."""
 
-    def __init__(self, head: Block, target: Target, held_out: list[Stored], show: Callable[[str], None]) -> None:
+    def __init__(self, head: Block, target: Target, held_out: list[Sample], show: Callable[[str], None]) -> None:
         self.head, self.target, self.held_out, self.show = head, target, held_out, show
         self.trained = 0.0
         self._measure()
@@ -147,7 +147,7 @@ class EachMinute:
             self.show(f"after {self.trained / 60:.1f} minutes of training: τ {tau:.2f} on {few} held-out prompts")
 
 
-def simulate(head: Block, target: Target, group: list[Stored]) -> list[tuple[int, int]]:
+def simulate(head: Block, target: Target, group: list[Sample]) -> list[tuple[int, int]]:
     """Tokens after the first, and passes, of each answer if chains drafted by the training's code led through it."""
     longest = max(len(sample.tokens) for sample in group)
     accepted = torch.zeros(len(group), longest, dtype=torch.long)

@@ -17,13 +17,14 @@ from beagle.drafters.head import BeagleHead
 from beagle.ranks import ALONE, Ranks
 from beagle.targets.target import Target
 from beagle.training import unrolled, windows
+from beagle.training.answers import Sample
 from beagle.training.config import TrainConfig
-from beagle.training.data import Stored, collate
+from beagle.training.data import collate
 from beagle.training.losses import dpace_weights, regression, slot_losses, total
 from beagle.training.windows import Batch, Part, slot_counts
 
 Fill = Callable[
-    [Sequence[Stored]], list[Stored]
+    [Sequence[Sample]], list[Sample]
 ]  # gives samples states that are neither stored nor the target's to make
 LMHeadWeights = tuple[Tensor, Tensor | None]  # weight [draft_vocab, hidden], bias [draft_vocab]
 
@@ -122,7 +123,7 @@ def count_slots(head: Block, first: Tensor, last: Tensor, config: TrainConfig, *
 
 @torch.no_grad()
 def step_alpha(
-    head: Block, target: Target, groups: list[list[Stored]], steps: int, ranks: Ranks = ALONE, fill: Fill = list
+    head: Block, target: Target, groups: list[list[Sample]], steps: int, ranks: Ranks = ALONE, fill: Fill = list
 ) -> tuple[list[float], list[int]]:
     """α_1 … α_steps of chain drafts from every slot of the validation samples, teacher-forced.
 
@@ -141,7 +142,7 @@ def step_alpha(
 
 @torch.no_grad()
 def draft_chains(
-    head: Block, target: Target, group: list[Stored], steps: int
+    head: Block, target: Target, group: list[Sample], steps: int
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """Chains of drafts from every slot of some samples, teacher-forced, a part of the slots at a time.
 

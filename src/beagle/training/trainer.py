@@ -26,8 +26,9 @@ from beagle.meta import redact_paths
 from beagle.ranks import ALONE, RankLost, Ranks
 from beagle.targets.loading import pick_dtype
 from beagle.targets.target import Target
+from beagle.training.answers import Sample
 from beagle.training.config import TrainConfig
-from beagle.training.data import Stored, batches, frequent_tokens, nothing_to_train_on, padded_tokens, samples
+from beagle.training.data import batches, frequent_tokens, nothing_to_train_on, padded_tokens, samples
 from beagle.training.energy import EnergyMeter
 from beagle.training.folder import CHECKPOINT, COLUMNS, append_log, cut_log, identity, read_progress
 from beagle.training.gradients import Draw, Gradients
@@ -144,7 +145,7 @@ class Trainer:
             out.mkdir(parents=True, exist_ok=True)
         self._resume()
 
-    def _same_on_all_ranks(self, first: list[list[Stored]]) -> list[list[Stored]]:
+    def _same_on_all_ranks(self, first: list[list[Sample]]) -> list[list[Sample]]:
         """The batches of the first epoch, which every rank must see alike.
 
         Raises:
@@ -243,7 +244,7 @@ class Trainer:
         self.head.train()
         return alphas
 
-    def _one(self, group: list[Stored]) -> float:
+    def _one(self, group: list[Sample]) -> float:
         began = time.perf_counter()
         self.energy.lap()
         c = self.config

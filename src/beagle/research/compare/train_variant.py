@@ -21,8 +21,8 @@ from beagle.research.compare.memory_meter import MemoryMeter
 from beagle.research.training_log import expected_length, read_log
 from beagle.targets.loading import load_target
 from beagle.targets.target import Target
+from beagle.training.answers import Sample
 from beagle.training.config import TrainConfig
-from beagle.training.data import Stored
 from beagle.training.states import StateStore
 from beagle.training.trainer import Trainer
 
@@ -118,7 +118,7 @@ class Measured(Trainer):
     def done(self, step: int) -> float:
         return super().done(step) if self.budget is None else min(1.0, self.seconds / self.budget)
 
-    def _one(self, group: list[Stored]) -> float:
+    def _one(self, group: list[Sample]) -> float:
         stage = "early" if self.step < self.early_steps else "late"
         tokens, seconds, cpu = self.tokens, self.seconds, time.process_time()
         self.meter.peak = -math.inf

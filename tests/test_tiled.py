@@ -51,6 +51,22 @@ def test_its_int8_products_are_those_of_whole_numbers(kernel, outputs, vectors, 
     assert (ours == pytorchs).float().mean() > 0.99  # but for the rounding of products with a fused sum
 
 
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 32), (32, 32), (80, 96), (576, 1536)])
+@pytest.mark.parametrize("rare", [0.0, 0.01, 1.0])
+def test_twelve_bits_hold_every_weight(kernel, outputs, inputs, rare):
+    random = torch.Generator().manual_seed(0)
+    weight = drawn(outputs, inputs)
+    others = torch.randint(-(2**15), 2**15, weight.shape, generator=random).to(torch.int16).view(torch.bfloat16)
+    others = torch.where(others.isfinite(), others, 0)
+    small = torch.finfo(torch.bfloat16).smallest_normal  # the processor takes less for nothing
+    others = torch.where(others.abs() < small, 0, others)
+    weight = torch.where(torch.rand(weight.shape, generator=random) < rare, others, weight)
+    packed, one = tiled.half(weight), torch.eye(inputs).bfloat16()
+    assert torch.equal(tiled.apply(weight, None)(one), weight.T)
+    if rare == 0:
+        assert packed.nbytes < weight.numel() * 1.5 + 16 + 2 * outputs + 64
+
+
 def test_a_vectors_product_does_not_depend_on_the_others(kernel):
     weight, x = drawn(96, 576), drawn(40, 576)
     apply = tiled.apply(weight, None)
@@ -168,6 +184,8 @@ def test_a_compiled_pass_uses_it_and_gives_the_eager_states(kernel, monkeypatch)
     found = compiled.find(kernel, model(), None)
     target, eager = (Target(model(), tiny_tokenizer(), "tiny") for _ in range(2))
     target.use(found)  # compares
+    assert target.pass_bytes == target.pass_weights * 3 // 2
+    assert eager.pass_bytes == eager.pass_weights * 2
     monkeypatch.setattr(target, "eager", None)
     states = []
     for each in (target, eager):

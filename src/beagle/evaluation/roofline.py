@@ -64,8 +64,11 @@ def reading(size: int, device: torch.device) -> tuple[int, list[Work]]:
     half, halves = matrix.view(torch.bfloat16), torch.ones(2 * columns, dtype=torch.bfloat16, device=device)
     vector = torch.ones(columns, device=device)
     works: list[Work] = [matrix.sum, lambda: torch.mv(matrix, vector), lambda: torch.mv(half, halves)]
-    if tiled.fits(half):
-        works.append(lambda: torch.ops.beagle.tiled_linear(halves[None], half, None))
+    whole = matrix.view(torch.int8)
+    if tiled.fits(whole):
+        fours, scales = halves.repeat(1, 2), torch.ones(len(whole))
+        sums = torch.zeros(len(whole), dtype=torch.int32)
+        works.append(lambda: torch.ops.beagle.tiled_linear_int8(fours, whole, scales, sums, None))
     return matrix.nbytes, works
 
 

@@ -29,6 +29,7 @@ from beagle.targets.family import (
 )
 from beagle.targets.head_transform import move_transform
 from beagle.targets.layers import Layers, key_of, remember, remembered
+from beagle.targets.linears import tiled
 from beagle.targets.linears.packed import keep_read_linears, pack_linears
 from beagle.targets.linears.quantized import BITS, check_kind, quantize_linears
 from beagle.targets.lm_head import LMHead
@@ -96,14 +97,14 @@ class Target(Passes):
         model.eval().requires_grad_(False)
         self.digest = weights_digest(model)
         self._lm_head = LMHead(self.head, self.config, name, pack)
-        self.pass_weights, self.pass_bytes = weights_of_a_pass(self.base, self.head, self.embed)
+        self.pass_weights, self._weight_bytes = weights_of_a_pass(self.base, self.head, self.embed)
         if quantize or pack:
             with probe.tokens_alone(name):
                 keep_read_linears(self.base)
         self.unquantized = quantize_linears(self.base, quantize) if quantize else []  # layers whose shape can't be
         if quantize:
             of_head = rows.numel() if isinstance(rows, Tensor) else 0
-            self.pass_bytes = ((self.pass_weights - of_head) * BITS[quantize] + of_head * BITS["int8"]) // 8
+            self._weight_bytes = ((self.pass_weights - of_head) * BITS[quantize] + of_head * BITS["int8"]) // 8
         if pack:
             pack_linears(self.base)
         self.layers = self._looked_at(probes)
@@ -131,6 +132,12 @@ class Target(Passes):
                 model.set_attn_implementation(NAME)
             found.mark(self.base)
         return found
+
+    @property
+    def pass_bytes(self) -> int:
+        """Of weights, that a pass reads; our CPU kernel keeps bf16 weights in less than 16 bits."""
+        packed = self.compiled is not None and self.quantize is None and tiled.used(self.dtype) is not None
+        return self.pass_weights * tiled.BITS // 8 if packed else self._weight_bytes
 
     @property
     def has_exact(self) -> bool:

@@ -13,15 +13,20 @@ void* data(AtenTensorHandle tensor) {
   return out;
 }
 
-// y [rows, out] like x [rows, in], for a weight [out, …]; shape becomes rows, out, in.
-AOTITorchError new_output(AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* y, int64_t* shape) {
-  int64_t *sizes, *outputs;
+int64_t outputs(AtenTensorHandle weight) {
+  int64_t* sizes;
+  aoti_torch_get_sizes(weight, &sizes);
+  return sizes[0];
+}
+
+// y [rows, out] like x [rows, in]; shape becomes rows, out, in.
+AOTITorchError new_output(AtenTensorHandle x, int64_t out, AtenTensorHandle* y, int64_t* shape) {
+  int64_t* sizes;
   int32_t type;
   aoti_torch_get_dtype(x, &type);
   aoti_torch_get_sizes(x, &sizes);
-  aoti_torch_get_sizes(weight, &outputs);
   shape[0] = sizes[0];
-  shape[1] = outputs[0];
+  shape[1] = out;
   shape[2] = sizes[1];
   const int64_t strides[2] = {shape[1], 1};
   return aoti_torch_empty_strided(2, shape, strides, type, aoti_torch_device_type_cpu(), 0, y);
@@ -83,15 +88,30 @@ void largest(const void* x, void* values, int64_t* places, int64_t rows, int64_t
   }
 }
 
-// y [rows, out] = x [rows, in] · weight + bias [out] or null; the weight in tiles, 64-byte aligned; in a multiple of
-// 32, out of 16.
+// How often each pair of blocks of a bf16 weight [out, in] has each high byte, counts [pairs, 256] of zeros.
+void count_high_bytes(const void* weight, int32_t* counts, int64_t in, int64_t out) {
+#pragma omp parallel for
+  for (int64_t p = 0; p < (out / OUT + 1) / 2; p++)
+    count_high(static_cast<const bf16*>(weight), p, counts + 256 * p, in, out);
+}
+
+// A bf16 weight [out, in] as half.h describes it, into zeros that have their table and their numbers of patches.
+void pack_weight(const void* weight, void* to, int64_t in, int64_t out) {
+#pragma omp parallel for
+  for (int64_t p = 0; p < (out / OUT + 1) / 2; p++)
+    pack_half(static_cast<const bf16*>(weight), p, static_cast<uint8_t*>(to), in, out);
+}
+
+// y [rows, out] = x [rows, in] · weight + bias [out] or null; the weight as half.h describes it; in a multiple of 32,
+// out of 16.
 void tiled_linear(const void* x, const void* weight, const void* bias, void* y, int64_t rows, int64_t in, int64_t out) {
+  const HalfWeight packed(weight, in, out);
   const int64_t blocks = out / OUT, pairs = (blocks + 1) / 2;
   const int threads = int(std::min<int64_t>(omp_get_max_threads(), pairs));
 #pragma omp parallel num_threads(threads)
   {
     const int64_t i = omp_get_thread_num(), n = omp_get_num_threads();
-    share(static_cast<const bf16*>(weight), static_cast<const bf16*>(x), static_cast<bf16*>(y),
+    share(packed, static_cast<const bf16*>(x), static_cast<bf16*>(y),
           static_cast<const bf16*>(bias), rows, in, out, pairs * i / n * 2, std::min(pairs * (i + 1) / n * 2, blocks));
   }
 }
@@ -129,11 +149,12 @@ void tiled_linear_int4(const void* x, const void* weight, const void* bias, void
   }
 }
 
-// The same three for graphs that inductor compiled: weight [out, in], in int4 [out, in * 5 / 8] bytes; y new.
+// The same three for graphs that inductor compiled: weight [out, in], in int4 [out, in * 5 / 8] bytes, in bf16 all of its
+// bytes; y new.
 AOTITorchError aoti_torch_cpu_tiled_linear(AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias,
-                                           AtenTensorHandle* y) {
+                                           int64_t out, AtenTensorHandle* y) {
   int64_t shape[3];
-  AOTITorchError error = new_output(x, weight, y, shape);
+  AOTITorchError error = new_output(x, out, y, shape);
   if (!error) tiled_linear(data(x), data(weight), bias ? data(*bias) : nullptr, data(*y), shape[0], shape[2], shape[1]);
   return error;
 }
@@ -141,7 +162,7 @@ AOTITorchError aoti_torch_cpu_tiled_linear(AtenTensorHandle x, AtenTensorHandle 
 AOTITorchError aoti_torch_cpu_tiled_linear_int8(AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle scales,
                                                 AtenTensorHandle sums, AtenTensorHandle* bias, AtenTensorHandle* y) {
   int64_t shape[3];
-  AOTITorchError error = new_output(x, weight, y, shape);
+  AOTITorchError error = new_output(x, outputs(weight), y, shape);
   if (!error)
     tiled_linear_int8(data(x), data(weight), static_cast<const float*>(data(scales)),
                       static_cast<const int32_t*>(data(sums)), bias ? data(*bias) : nullptr, data(*y), shape[0],
@@ -152,7 +173,7 @@ AOTITorchError aoti_torch_cpu_tiled_linear_int8(AtenTensorHandle x, AtenTensorHa
 AOTITorchError aoti_torch_cpu_tiled_linear_int4(AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias,
                                                 AtenTensorHandle* y) {
   int64_t shape[3];
-  AOTITorchError error = new_output(x, weight, y, shape);
+  AOTITorchError error = new_output(x, outputs(weight), y, shape);
   if (!error)
     tiled_linear_int4(data(x), data(weight), bias ? data(*bias) : nullptr, data(*y), shape[0], shape[2], shape[1]);
   return error;

@@ -28,7 +28,7 @@ struct Thread {
 enum Kind : int64_t { HALF, INT8, INT4 };
 
 struct Matrix {
-  const void* weight;   // [out, in] in tiles of its kind
+  const void* weight;   // [out, in] as its kind lies, see half.h, products.h
   const float* scales;  // [out], of int8
   const int32_t* sums;  // [out], of int8
   const bf16* bias;     // [out] or null
@@ -54,7 +54,7 @@ class Inputs {
   Range multiply(const Matrix& m, const bf16* x, int64_t rows, bf16* y, const Thread& own) const {
     const Range range = own.outputs(m.out);
     const int64_t from = range.from / OUT, to = range.to / OUT;
-    if (m.kind == HALF) share(static_cast<const bf16*>(m.weight), x, y, m.bias, rows, m.in, m.out, from, to);
+    if (m.kind == HALF) share(HalfWeight(m.weight, m.in, m.out), x, y, m.bias, rows, m.in, m.out, from, to);
     if (m.kind == INT8)
       share_whole(static_cast<const int8_t*>(m.weight), whole, y, m.scales, m.sums, m.bias, rows, m.in, m.out, from, to);
     if (m.kind == INT4) share_int4(static_cast<const uint8_t*>(m.weight), groups, y, m.bias, rows, m.in, m.out, from, to);

@@ -34,7 +34,7 @@ def matrix(weight: Tensor, bias: Tensor | None, kind: str | None, kept: list[Any
         ordered = tiled.tiled(whole)
         scales, sums = pointer(own, kept), pointer(whole.sum(1, dtype=torch.int32), kept)
     else:
-        ordered = tiled.tiled_int4(*int4_weight(weight)) if kind == "int4" else tiled.tiled(weight)
+        ordered = tiled.tiled_int4(*int4_weight(weight)) if kind == "int4" else tiled.half(weight)
     out, inputs = weight.shape
     own_bias = None if bias is None else pointer(bias, kept)
     return Matrix(pointer(ordered, kept), scales, sums, own_bias, inputs, out, KINDS[kind])

@@ -18,10 +18,11 @@ from beagle.targets.linears import library
 
 OUT = 16  # outputs of a tile
 IN = {torch.bfloat16: 32, torch.int8: 64, torch.uint8: 64}  # what a weight's inputs are a multiple of; uint8: int4
+BITS = 12  # of memory a bf16 weight
 SOURCE = Path(__file__).with_name("kernel.cpp")
 SHIMS = (  # how compiled graphs call it
     "AOTITorchError aoti_torch_cpu_tiled_linear("
-    "AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, AtenTensorHandle* y)",
+    "AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, int64_t out, AtenTensorHandle* y)",
     "AOTITorchError aoti_torch_cpu_tiled_linear_int8(AtenTensorHandle x, AtenTensorHandle weight, "
     "AtenTensorHandle scales, AtenTensorHandle sums, AtenTensorHandle* bias, AtenTensorHandle* y)",
     "AOTITorchError aoti_torch_cpu_tiled_linear_int4("
@@ -34,13 +35,17 @@ CLEARLY = 1.25  # of times: passes and drafts in C++ gain from the kernel beside
 
 _kernel: Any = None  # the library, once it is loaded
 _operators = torch.library.Library("beagle", "DEF")  # for tracing: what a graph calls
-_operators.define("tiled_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_operators.define("tiled_linear(Tensor x, Tensor weight, Tensor? bias, int out) -> Tensor")
 _operators.define("tiled_linear_int8(Tensor x, Tensor weight, Tensor scales, Tensor sums, Tensor? bias) -> Tensor")
 _operators.define("tiled_linear_int4(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _operators.define("attend(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor")
 
 
 @torch.library.register_fake("beagle::tiled_linear", lib=_operators)
+def _half_shape(x: Tensor, weight: Tensor, bias: Tensor | None, out: int) -> Tensor:
+    return x.new_empty(x.shape[0], out)
+
+
 @torch.library.register_fake("beagle::tiled_linear_int8", lib=_operators)
 @torch.library.register_fake("beagle::tiled_linear_int4", lib=_operators)
 def _shape(x: Tensor, weight: Tensor, *others: Tensor | None) -> Tensor:
@@ -48,10 +53,10 @@ def _shape(x: Tensor, weight: Tensor, *others: Tensor | None) -> Tensor:
 
 
 @torch.library.impl(_operators, "tiled_linear", "CPU")
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out = _shape(x, weight)
-    _kernel.tiled_linear(*_pointers(x, weight, bias, out), x.shape[0], x.shape[1], weight.shape[0])
-    return out
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: int) -> Tensor:
+    y = _half_shape(x, weight, bias, out)
+    _kernel.tiled_linear(*_pointers(x, weight, bias, y), x.shape[0], x.shape[1], out)
+    return y
 
 
 @torch.library.impl(_operators, "tiled_linear_int8", "CPU")
@@ -173,6 +178,9 @@ def load(folder: Path) -> bool:
                 function.restype = None
             kernel.attend.argtypes = [ctypes.c_void_p] * 9 + [ctypes.c_double]
             kernel.attend.restype = None
+            for function in (kernel.count_high_bytes, kernel.pack_weight):
+                function.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2
+                function.restype = None
             kernel.largest.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2
             kernel.largest.restype = None
         except (OSError, AttributeError):
@@ -217,10 +225,10 @@ def _is_kept() -> bool:
     table = torch.ones(576 // 32, 1536, 2, dtype=torch.bfloat16)
     ours = [tiled_int4(whole, table[..., 0].T, table[..., 1].T) for _ in weights]
     theirs = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole.int(), 1) for _ in weights]
-    ordered = [tiled(weight) for weight in weights]
+    ordered = [half(weight) for weight in weights]
     multiply, multiply_int4 = torch.ops.mkldnn._linear_pointwise, torch.ops.aten._weight_int4pack_mm_for_cpu
     return _keeps_up(
-        lambda x: [_product(x, weight, None) for weight in ordered],
+        lambda x: [_product(x, weight, None, 1536) for weight in ordered],
         lambda x: [multiply(x, weight, None, "none", [], "") for weight in packed],
     ) and _keeps_up(
         lambda x: [_product_int4(x, weight, None) for weight in ours],
@@ -255,11 +263,27 @@ def fits(weight: Tensor) -> bool:
     )
 
 
-def tiled(weight: Tensor) -> Tensor:
-    """A weight ``[out, in]`` in the kernel's order, same shape: tiles ``[out / 16, …]`` of 1 KiB each, as of ``kernel.cpp``."""
+def half(weight: Tensor) -> Tensor:
+    """A bf16 weight ``[out, in]`` that ``fits`` in 12 bits a number, without loss, as of ``half.h``: bytes ``[…]``."""
     out, inputs = weight.shape
-    together = 4 if weight.dtype == torch.int8 else 2  # inputs of an output, one after the other
-    tiles = weight.detach().view(out // OUT, OUT, inputs // (16 * together), 16, together)
+    weight = weight.detach().contiguous()
+    counts = torch.zeros(-(-out // (2 * OUT)), 256, dtype=torch.int32)
+    _kernel.count_high_bytes(*_pointers(weight, counts), inputs, out)
+    table = counts.sum(0).topk(16).indices
+    patches = counts.sum(1) - counts[:, table].sum(1)
+    before = torch.cat([patches.new_zeros(1), patches.cumsum(0)])
+    tiles, patch = out * inputs * BITS // 8, 8  # bytes of all; of one
+    packed = torch.zeros(tiles + 16 + 4 * len(before) + patch * int(before[-1]), dtype=torch.uint8)
+    packed[tiles : tiles + 16] = table.to(torch.uint8)
+    packed[tiles + 16 : tiles + 16 + 4 * len(before)] = before.to(torch.int32).view(torch.uint8)
+    _kernel.pack_weight(*_pointers(weight, packed), inputs, out)
+    return packed
+
+
+def tiled(weight: Tensor) -> Tensor:
+    """An int8 weight ``[out, in]`` in the kernel's order, same shape: tiles ``[out / 16, …]`` of 1 KiB each, as of ``tiles.h``."""
+    out, inputs = weight.shape
+    tiles = weight.view(out // OUT, OUT, inputs // 64, 16, 4)
     return tiles.permute(0, 2, 3, 1, 4).contiguous().view(out, inputs)
 
 
@@ -282,10 +306,10 @@ def tiled_int4(whole: Tensor, scales: Tensor, middles: Tensor) -> Tensor:
 
 def apply(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """``x [..., in] -> x @ weight.T + bias [..., out]`` of a bf16 weight that ``fits``."""
-    ordered = tiled(weight)
+    packed, outputs = half(weight), len(weight)
 
     def product(x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.beagle.tiled_linear(x.reshape(-1, x.shape[-1]).contiguous(), ordered, bias)
+        out: Tensor = torch.ops.beagle.tiled_linear(x.reshape(-1, x.shape[-1]).contiguous(), packed, bias, outputs)
         return out.view(*x.shape[:-1], -1)
 
     return product

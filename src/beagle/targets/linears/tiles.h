@@ -1,0 +1,70 @@
+// Tiles of weights, 1 KiB each, as products of a few vectors read them; see half.h, products.h.
+//
+// A tile is 16 outputs by 32 inputs of bf16, inputs in pairs, [16 pairs][16 outputs][2]; or 16 outputs by 64 inputs of int8,
+// inputs in fours, [16 fours][16 outputs][4].
+
+#pragma once
+
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+using bf16 = uint16_t;
+
+constexpr int64_t OUT = 16, IN = 32;  // outputs and bf16 inputs of a tile
+constexpr int64_t TILE = 1024;        // bytes
+constexpr int64_t AHEAD = 2 * TILE;   // bytes that are prefetched ahead of their use
+
+void prefetch(const void* line) { _mm_prefetch(static_cast<const char*>(line) + AHEAD, _MM_HINT_T0); }
+
+// For weights that are unpacked before they are multiplied: farther ahead, into the second cache.
+void prefetch_far(const void* line) { _mm_prefetch(static_cast<const char*>(line) + 4 * AHEAD, _MM_HINT_T1); }
+
+void prefetch_tile(const void* tile) {
+  for (int64_t i = 0; i < TILE; i += 64) prefetch(static_cast<const char*>(tile) + i);
+}
+
+// 16 sums of one vector, with their bias, rounded to bf16.
+void store(bf16* y, __m512 sums, const bf16* bias) {
+  if (bias) {
+    __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bias));
+    sums = _mm512_add_ps(sums, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16)));
+  }
+  __m256bh out = _mm512_cvtneps_pbh(sums);
+  std::memcpy(y, &out, 32);
+}
+
+#ifdef __AMX_BF16__
+
+// Linux lets a process use the tiles' registers only after it asked for them.
+bool has_tiles() {
+  static const bool asked = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+  return asked;
+}
+
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Tiles 0 to 3 are sums, 4 and 5 vectors, 6 and 7 weights; 1, 3 and 5 belong to the second of two groups of vectors.
+void shape_tiles(int64_t first, int64_t second) {
+  TileShapes shapes;
+  for (int i = 0; i < 8; i++) {
+    shapes.rows[i] = i >= 6 ? 16 : (i & 1) ? second : first;
+    shapes.bytes[i] = 64;
+  }
+  _tile_loadconfig(&shapes);
+}
+
+#endif
+
+}  // namespace

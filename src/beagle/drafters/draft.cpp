@@ -101,9 +101,9 @@ class Draft {
       read(own);
       for (int64_t level = 1; more; level++) {
         run(level, own);
-#pragma omp barrier
-#pragma omp single
-        more = branch(level, own.n);
+        meeting.wait(own);
+        if (own.i == 0) more = branch(level, own.n);
+        meeting.wait(own);
       }
     }
     answer.ordered->done = known();
@@ -128,6 +128,7 @@ class Draft {
   std::vector<Halves> kv;                  // keys and values of new slots [slots, 2 * kv_heads * head_dim], by block
   Halves product, query, attended, gate, up, logits, own_logits;
   std::vector<std::vector<Best>> best;     // [threads][nodes]
+  Meeting meeting;
 
   // Normed rows of x, in the thread's own memory.
   const bf16* norm(const Rows& x, const float* weight, int64_t rows) const {
@@ -140,9 +141,9 @@ class Draft {
 
   // One thread makes room, the others wait for it.
   template <typename Resize>
-  static void prepare(const Resize& resize) {
-#pragma omp single
-    resize();
+  void prepare(const Resize& resize, const Thread& own) {
+    if (own.i == 0) resize();
+    meeting.wait(own);
   }
 
   // The answer's states as the head reads them.
@@ -151,7 +152,7 @@ class Draft {
     prepare([&] {
       fused.resize(answer.rows * d);
       product.resize(answer.rows * d);
-    });
+    }, own);
     Range range = own.outputs(d);
     if (wide) {
       scratch.rows.resize(answer.rows * wide);
@@ -170,9 +171,8 @@ class Draft {
         if (wide) sum = _mm512_add_ps(sum, Whole::load(&product[m * d + k]));
         _mm512_storeu_ps(&fused[m * d + k], sum);
       }
-#pragma omp barrier
-#pragma omp single
-    newest.assign(fused.end() - d, fused.end());
+    meeting.wait(own);
+    if (own.i == 0) newest.assign(fused.end() - d, fused.end());
   }
 
   void run(int64_t level, const Thread& own) {
@@ -187,7 +187,7 @@ class Draft {
       logits.resize(n * head.tokens);
       own_logits.resize(n * answer.lm_head.out);
       states.resize(n * d);
-    });
+    }, own);
     for (int64_t b = 0; slots && b < head.blocks; b++) {
       const Layer& layer = head.block[b];
       multiply(layer.key_value, norm(level == 1 ? fused : newest, layer.state_norm, slots), slots, kv[b].data(), own);
@@ -195,17 +195,17 @@ class Draft {
     for (int64_t b = 0; b < head.blocks; b++) {
       const Layer& layer = head.block[b];
       multiply(layer.query, norm(b ? states : embeddings, layer.query_norm, n), n, query.data(), own);
-#pragma omp barrier
+      meeting.wait(own);
       const Range kv_heads = own.of(head.kv_heads);
       for (int64_t g = kv_heads.from; g < kv_heads.to; g++) {
         remember(level, b, g, slots);
         attend(level, b, g, n);
       }
-#pragma omp barrier
+      meeting.wait(own);
       add_attended(b, n, own);
-#pragma omp barrier
+      meeting.wait(own);
       feed_forward(b, n, own);
-#pragma omp barrier
+    meeting.wait(own);
     }
     scratch.rows.resize(n * d);
     for (int64_t k = 0; k < n * d; k += 16) to_half(&scratch.rows[k], _mm512_loadu_ps(&states[k]));
@@ -294,7 +294,7 @@ class Draft {
     inputs.multiply(layer.up, scratch.rows.data(), n, up.data(), own);
     for (int64_t m = 0; m < n; m++)
       activate(&gate[m * layer.gate.out + inner.from], &up[m * layer.gate.out + inner.from], inner.to - inner.from);
-#pragma omp barrier
+    meeting.wait(own);
     const Range range = multiply(layer.down, gate.data(), n, product.data(), own);
     for (int64_t m = 0; m < n; m++)
       for (int64_t k = m * d + range.from; k < m * d + range.to; k += 16)

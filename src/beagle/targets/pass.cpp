@@ -108,6 +108,7 @@ class Pass {
   Halves query;  // [kv_heads, rows, group, head_dim]
   Inputs inputs;
   Chunks chunks;
+  Meeting meeting;
   double last;  // when the first thread came to its present part
 
   void spent(Part part, const Thread& own) {
@@ -120,7 +121,7 @@ class Pass {
   // After a part, threads wait for each other.
   void meet(Part part, const Thread& own) {
     spent(part, own);
-#pragma omp barrier
+    meeting.wait(own);
     spent(WAITING, own);
   }
 
@@ -180,19 +181,17 @@ class Pass {
     const int64_t d = model.head_dim, wide = layer.query_key_value.out;
     norm(layer.attention_norm, layer.query_key_value, own);
     multiply(layer.query_key_value, normed_rows, product, own);
+    if (own.i == 0) {
+      chunks.k = tokens.cache[2 * l];
+      chunks.v = tokens.cache[2 * l + 1];
+    }
     meet(PRODUCTS, own);
     const Range heads = own.of((model.heads + 2 * model.kv_heads) * tokens.rows);
     for (int64_t i = heads.from; i < heads.to; i++) {
       const int64_t h = i / tokens.rows, m = i % tokens.rows;
       place(l, h, m, &product[m * wide + h * d]);
     }
-    spent(OTHERS, own);
-#pragma omp single
-    {
-      chunks.k = tokens.cache[2 * l];
-      chunks.v = tokens.cache[2 * l + 1];
-    }
-    spent(WAITING, own);
+    meet(OTHERS, own);
     const int64_t n = tokens.rows;
     const Range shared = own.of(chunks.tasks()), paths = own.of(model.kv_heads * n), rows = own.of(chunks.all_rows());
     for (int64_t t = shared.from; t < shared.to; t++) chunks.sum(t, query.data());

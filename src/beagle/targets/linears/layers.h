@@ -2,6 +2,9 @@
 
 #pragma once
 
+#include <atomic>
+#include <thread>
+
 #include "attention.h"
 
 namespace {
@@ -23,6 +26,28 @@ struct Thread {
     const Range pairs = of((out / OUT + 1) / 2);
     return {std::min(2 * OUT * pairs.from, out), std::min(2 * OUT * pairs.to, out)};
   }
+};
+
+// Where the threads of a region wait for each other. They spin as long as an ordinary wait takes; longer ones come from a
+// busy machine, where two of them may share a core: then the others go first.
+class Meeting {
+ public:
+  void wait(const Thread& own) {
+    const int64_t before = met.load(std::memory_order_acquire);
+    if (came.fetch_add(1, std::memory_order_acq_rel) + 1 == own.n) {
+      came.store(0, std::memory_order_relaxed);
+      met.store(before + 1, std::memory_order_release);
+      return;
+    }
+    for (int64_t spins = 0; met.load(std::memory_order_acquire) == before; spins++)
+      if (spins < SPINS) _mm_pause();
+      else std::this_thread::yield();
+  }
+
+ private:
+  static constexpr int64_t SPINS = 1000;
+  alignas(64) std::atomic<int64_t> came{0};
+  alignas(64) std::atomic<int64_t> met{0};
 };
 
 enum Kind : int64_t { HALF, INT8, INT4 };

@@ -245,22 +245,22 @@ class Draft {
   void attend(int64_t level, int64_t b, int64_t g, int64_t n) {
     const int64_t d = head.head_dim, group = head.heads / head.kv_heads, at = (answer.slot + level - 1) * d;
     const int64_t end = known() + appended;
-    scratch.queries.resize(n * d);
-    scratch.values.resize(n * d);
-    scratch.most.resize(n);
-    scratch.sums.resize(n);
+    const int64_t rows = group * n;  // read the keys together: by head, then by node
+    scratch.queries.resize(rows * d);
+    scratch.values.resize(rows * d);
+    scratch.most.resize(rows);
+    scratch.sums.resize(rows);
     Keys& keys = answer.ordered->keys[b * head.kv_heads + g];
     keys.order(cached(b, g, false), cached(b, g, true), 0, end, d, d, level == 1 ? answer.ordered->done : known());
-    for (int64_t h = g * group; h < (g + 1) * group; h++) {
-      for (int64_t m = 0; m < n; m++)
-        rotate(&scratch.queries[m * d], &query[(m * head.heads + h) * d], answer.cos + at, answer.sin + at, d);
-      const Queries queries{scratch.queries.data(), n, d, appended ? mask.data() : nullptr, end};
-      keys.attend(queries, 1 / std::sqrt(float(d)), scratch.most.data(), scratch.sums.data(), scratch.values.data());
-      for (int64_t m = 0; m < n; m++)
-        for (int64_t k = 0; k < d; k += 16)
-          to_half(&attended[(m * head.heads + h) * d + k],
-                  _mm512_div_ps(_mm512_loadu_ps(&scratch.values[m * d + k]), _mm512_set1_ps(scratch.sums[m])));
-    }
+    const auto place = [&](int64_t r) { return (r % n * head.heads + g * group + r / n) * d; };
+    for (int64_t r = 0; r < rows; r++)
+      rotate(&scratch.queries[r * d], &query[place(r)], answer.cos + at, answer.sin + at, d);
+    const Queries queries{scratch.queries.data(), rows, d, appended ? mask.data() : nullptr, end, n};
+    keys.attend(queries, 1 / std::sqrt(float(d)), scratch.most.data(), scratch.sums.data(), scratch.values.data());
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t k = 0; k < d; k += 16)
+        to_half(&attended[place(r) + k],
+                _mm512_div_ps(_mm512_loadu_ps(&scratch.values[r * d + k]), _mm512_set1_ps(scratch.sums[r])));
   }
 
   // Attention's output and the residual, and in the first block the newest state.

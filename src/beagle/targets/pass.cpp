@@ -222,7 +222,7 @@ class Pass {
       std::memcpy(&own.keys[i * d], k + at, 2 * d);
       std::memcpy(&own.values[i * d], v + at, 2 * d);
     }
-    const Queries queries{&query[(head * tokens.rows + m) * group * d], group, d, nullptr, 0};
+    const Queries queries{&query[(head * tokens.rows + m) * group * d], group, d, nullptr, 0, group};
     scratch.near.append(own.keys.data(), own.values.data(), whole, near);
     chunks.sum(scratch.near, head, chunks.shared(), queries, m * group);
     if (near == count) return;

@@ -65,8 +65,9 @@ __m512i interleaved(int from) {
 struct Queries {
   const bf16* x;  // [rows, width]
   int64_t rows, width;
-  const bf16* mask;    // added to the scores of all keys [rows, mask_width], or null
+  const bf16* mask;    // added to the scores of all keys [mask_rows, mask_width], over and over; or null
   int64_t mask_width;  // 0: one for all rows
+  int64_t mask_rows;
 };
 
 // Keys and values that were put beside each other, in whole blocks of memory.
@@ -268,7 +269,7 @@ class Keys {
     for (int64_t r = 0; r < rows; r++) {
       float* s = &scores[r * all];
       bf16* own = &weights[r * all];
-      const bf16* mask = q.mask ? q.mask + (from + r) * q.mask_width + first : nullptr;
+      const bf16* mask = q.mask ? q.mask + (from + r) % q.mask_rows * q.mask_width + first : nullptr;
       const __m512 times = _mm512_set1_ps(scale * LOG2E);
       __m512 largest = _mm512_set1_ps(-std::numeric_limits<float>::max());
       const auto masked = [&](int64_t t, __mmask16 there) {
@@ -339,7 +340,7 @@ class Chunks {
     const int64_t head = task / shared(), j = task % shared(), from = j * CHUNK, b = head / heads, h = head % heads;
     chunk.order(k + b * of_k.batch + h * of_k.head, v + b * of_v.batch + h * of_v.head, from, std::min(from + CHUNK, keys), in, out);
     const bf16* added = mask ? mask + b * of_mask.batch + h * of_mask.head : nullptr;
-    sum(chunk, head, j, {q + head * rows * in, rows, in, added, of_mask.row}, 0);
+    sum(chunk, head, j, {q + head * rows * in, rows, in, added, of_mask.row, rows}, 0);
   }
 
   // Some rows of a head, from one on, over a chunk of keys.

@@ -22,6 +22,7 @@ from beagle.drafters.head import BeagleHead, FurtherBlock
 from beagle.targets import aot_cache
 from beagle.targets.linears import library, tiled
 from beagle.targets.linears.matrix import Matrix, matrix, pointer
+from beagle.targets.native import table_of
 from beagle.targets.target import Target
 
 SOURCE = Path(__file__).with_name("draft.cpp")
@@ -97,6 +98,7 @@ class NativeDraft:
         """
         c = head.config
         self._functions, self._target, self._draft_vocab = functions, target, head.draft_vocab
+        self._table = table_of(target.embed)
         self._drafted = frozenset(head.draft_vocab.tolist())
         self._own: WeakKeyDictionary[HeadContext, _Own] = WeakKeyDictionary()
         self._ordered: WeakKeyDictionary[HeadContext, int] = WeakKeyDictionary()  # the library's memory of each answer
@@ -151,7 +153,7 @@ class NativeDraft:
             write_unread([context])
         unread = sum(len(tokens) for tokens, _ in context.unread)
         states = torch.cat([state for _, state in context.unread]) if unread else context.newest.contiguous()
-        embedding = context.embed(torch.tensor([root]))
+        embedding = context.embed(torch.tensor([root]))[0] if self._table is None else self._table[root]
         width = plan.width
         context.reserve(context.length + 2 + plan.depth * width)
         cos, sin = context.rotations.span(0, context.length + plan.depth)

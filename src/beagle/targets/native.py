@@ -50,8 +50,8 @@ class _Model(Structure):
 
 class _Tokens(Structure):
     _fields_ = [
-        ("rows", c_int64), ("done", c_int64), ("parents", POINTER(c_int64)), ("embeddings", c_void_p), ("states", c_void_p),
-        ("cos", c_void_p), ("sin", c_void_p), ("context", c_int64), ("head_size", c_int64), ("cache", POINTER(c_void_p)),
+        ("rows", c_int64), ("done", c_int64), ("parents", POINTER(c_int64)), ("embeddings", c_void_p), ("ids", c_void_p),
+        ("states", c_void_p), ("cos", c_void_p), ("sin", c_void_p), ("context", c_int64), ("head_size", c_int64), ("cache", POINTER(c_void_p)),
         ("seconds", POINTER(c_double)),
     ]  # fmt: skip
 
@@ -72,6 +72,7 @@ class NativePass:
         base: Any = base_of(model)
         self.others: FastRunner | None = None
         self._embed: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+        self._table = table_of(self._embed)
         self._run, self._rotary = run, base.rotary_emb
         self._angles: tuple[Tensor, Tensor] | None = None
         self._kept: list[Any] = []  # what the library's structures point to
@@ -105,15 +106,15 @@ class NativePass:
             return self.others(tokens, plan)
         assert isinstance(plan.slots, slice)
         assert plan.tree is not None
-        embeddings = self._embed(tokens).contiguous()
+        embeddings, ids = (self._table, tokens) if self._table is not None else (self._embed(tokens).contiguous(), None)
         states = embeddings.new_empty(*tokens.shape, self._state_size)
         cos, sin = self._rotations(plan)
         nodes, rows = len(plan.tree.parents), tokens.shape[1]
         self._run(
             self._model,
             _Tokens(
-                rows, nodes - rows, (c_int64 * nodes)(*plan.tree.parents), embeddings.data_ptr(), states.data_ptr(),
-                cos.data_ptr(), sin.data_ptr(), plan.slots.stop - nodes, plan.layers[0].stride(1),
+                rows, nodes - rows, (c_int64 * nodes)(*plan.tree.parents), embeddings.data_ptr(),
+                None if ids is None else ids.data_ptr(), states.data_ptr(), cos.data_ptr(), sin.data_ptr(), plan.slots.stop - nodes, plan.layers[0].stride(1),
                 (c_void_p * len(plan.layers))(*(tensor.data_ptr() for tensor in plan.layers)), self._seconds,
             ),
         )  # fmt: skip
@@ -157,6 +158,17 @@ class NativePass:
         biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
         bias = torch.cat(biases) if biases else None
         return matrix(torch.cat([linear.weight for linear in linears]), bias, quantize, self._kept)
+
+
+def table_of(embed: nn.Module) -> Tensor | None:
+    """The rows ``[vocabulary, hidden]`` that C++ can look up itself; None: the module does more than that."""
+    weight = embed._parameters.get("weight")
+    plain = (
+        type(embed) is nn.Embedding
+        and embed.max_norm is None
+        and not ("forward" in vars(embed) or embed._forward_hooks or embed._forward_pre_hooks)
+    )
+    return weight.detach() if plain and weight is not None and weight.is_contiguous() else None
 
 
 def fits(model: nn.Module) -> bool:

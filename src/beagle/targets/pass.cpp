@@ -33,7 +33,8 @@ struct Model {
 struct Tokens {
   int64_t rows, done;          // nodes of a tree, and those before them, which an earlier pass has run
   const int64_t* parents;      // [done + rows], of the root -1
-  const bf16* embeddings;      // [rows, hidden]
+  const bf16* embeddings;      // [rows, hidden], or of the whole vocabulary
+  const int64_t* ids;          // [rows], which rows of the vocabulary; or null
   bf16* states;                // [rows, (taps + 1) * hidden]
   const bf16 *cos, *sin;       // [positions, head_dim]
   int64_t context, head_size;  // slots before the root's, numbers of a head in the cache
@@ -62,7 +63,7 @@ class Pass {
     const int64_t n = tokens.rows, d = model.hidden;
     const int64_t wide = (model.heads + 2 * model.kv_heads) * model.head_dim;
     x.resize(n * d);
-    widen(x.data(), tokens.embeddings, n * d);
+    for (int64_t m = 0; m < n; m++) widen(&x[m * d], tokens.embeddings + (tokens.ids ? tokens.ids[m] : m) * d, d);
     normed_rows.resize(n * d);
     product.resize(n * std::max(d, wide));
     query.resize(n * model.heads * model.head_dim);

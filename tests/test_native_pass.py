@@ -115,6 +115,23 @@ def test_outputs_of_other_layers_come_with_the_top_states(folder):
         assert gap(part, right) < 1.5 * gap(eager, right) < 0.06
 
 
+def test_embeddings_that_do_more_than_look_up_are_asked(folder):
+    fast, _, _ = three(folder, "llama")
+    usual, _ = states_of(fast, TREES["tree"])
+    embed = fast.embed
+    embed.register_forward_hook(lambda module, ids, rows: 2 * rows)
+    assert native.table_of(embed) is None
+    asked = fast.compiled.runner
+    assert asked._table is not None
+    asked._table = native.table_of(embed)
+    others, _ = states_of(fast, TREES["tree"])
+    embed._forward_hooks.clear()
+    asked._table = None
+    same, _ = states_of(fast, TREES["tree"])
+    assert torch.equal(same, usual)
+    assert not torch.equal(others, usual)
+
+
 @pytest.mark.parametrize("context", [5, 120, 128, 200])
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 def test_a_token_of_a_tree_gets_the_bits_that_it_gets_alone(folder, quantize, context):

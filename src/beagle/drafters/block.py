@@ -337,15 +337,16 @@ class Rotations:
 
     def __call__(self, slots: Tensor, end: int) -> Rotation:
         """Of ``slots [..., n]``, all below ``end``: cosines and sines, ``[..., 1, n, head_dim]``."""
-        cos, sin = (of[slots].unsqueeze(-3) for of in self._up_to(end))
+        cos, sin = (of[slots].unsqueeze(-3) for of in self.up_to(end))
         return cos, sin
 
     def span(self, begin: int, end: int) -> Rotation:
         """Of the slots from ``begin`` to before ``end``: views, ``[1, n, head_dim]``."""
-        cos, sin = self._up_to(end)
+        cos, sin = self.up_to(end)
         return cos[None, begin:end], sin[None, begin:end]
 
-    def _up_to(self, end: int) -> Rotation:
+    def up_to(self, end: int) -> Rotation:
+        """Of the first slots, at least ``end`` of them: ``[slots, head_dim]``."""
         known = self._known
         if known is None or len(known[0]) < end:
             size = max(512, 2 * end)

@@ -152,11 +152,12 @@ class NativeDraft:
         if sum(len(tokens) for tokens, _ in context.unread) > MOST_UNREAD:
             write_unread([context])
         unread = sum(len(tokens) for tokens, _ in context.unread)
-        states = torch.cat([state for _, state in context.unread]) if unread else context.newest.contiguous()
+        pieces = [state for _, state in context.unread] if unread else [context.newest]
+        states = pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces)
         embedding = context.embed(torch.tensor([root]))[0] if self._table is None else self._table[root]
         width = plan.width
         context.reserve(context.length + 2 + plan.depth * width)
-        cos, sin = context.rotations.span(0, context.length + plan.depth)
+        cos, sin = context.rotations.up_to(context.length + plan.depth)
         noise = None if noise is None else noise[0].float().contiguous()
         own = self._own_tokens(context)
         answer = _Answer(
@@ -185,7 +186,7 @@ class NativeDraft:
     def _own_tokens(self, context: HeadContext) -> _Own:
         """The answer's own tokens as of now, the newest of them if there are many."""
         own = self._own.setdefault(context, _Own())
-        fresh = {*context.tokens[own.seen :]} - self._drafted - {*own.tokens}
+        fresh = {token for token in context.tokens[own.seen :] if token not in self._drafted} - {*own.tokens}
         own.seen = len(context.tokens)
         if fresh:
             own.tokens = (own.tokens + sorted(fresh))[-MOST_OWN:]

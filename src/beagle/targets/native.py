@@ -130,7 +130,10 @@ class NativePass:
         return dict(zip(PARTS, seconds, strict=True))
 
     def _is_own(self, plan: Plan) -> bool:
-        return plan.kind == "tree" and plan.positions.shape[1] <= MAX_TREE_TOKENS and len(plan.layers[0]) == 1
+        if plan.kind != "tree" or len(plan.layers[0]) != 1:
+            return False
+        assert isinstance(plan.slots, slice)
+        return plan.slots.stop - plan.slots.start <= MAX_TREE_TOKENS
 
     def _rotations(self, plan: Plan) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the first positions, ``[positions, head_dim]``, at least those that the cache has room for."""

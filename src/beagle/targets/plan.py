@@ -91,7 +91,7 @@ class Plan:
 
     Attributes:
         kind: ``prompt``, ``tree``, ``trees`` (of several sequences) or ``exact`` (a tree in exact mode).
-        positions: of RoPE, ``[1, tokens]``.
+        positions: of RoPE, ``[1, tokens]``; those of a tree are made when they are first asked for, as masks.
         slots: slots of the cache where fresh keys go.
         layers: the cache's keys and values of each layer in turn, ``[batch, kv_heads, capacity, head_dim]``; written
             in place.
@@ -110,7 +110,7 @@ class Plan:
     """
 
     kind: Kind
-    positions: Tensor
+    made_positions: Tensor | Callable[[], Tensor]
     slots: slice | Tensor
     layers: list[Tensor]
     keys: int
@@ -123,6 +123,12 @@ class Plan:
     paths: list[Paths] = field(default_factory=list)
     chains: Chains | None = None
     named_layer: int | None = None
+
+    @property
+    def positions(self) -> Tensor:
+        if callable(self.made_positions):
+            self.made_positions = self.made_positions()
+        return self.made_positions
 
     @property
     def masks(self) -> Masks:
@@ -185,21 +191,24 @@ def of_tree(cache: KVCache, tree: TreeShape, windows: Windows, done: int = 0) ->
         tree: each node sees the context, its ancestors and itself.
     """
     start, n, device = cache.length, len(tree.parents), cache.device
-    positions = start + torch.tensor(tree.depths(), device=device)
     end = _whole_blocks(start + n, cache)
-    queries = positions[done:]
+
+    def positions() -> Tensor:
+        return start + torch.tensor(tree.depths(), device=device)
 
     def masks() -> Masks:
+        all_positions = positions()
+        queries = all_positions[done:]
         visible = torch.zeros(1, 1, n - done, end, dtype=torch.bool, device=device)
         visible[..., :start] = True
         visible[..., start : start + n] = tree.ancestors()[done:].to(device)
         keys = torch.arange(end, device=device)
-        keys[start : start + n] = positions
+        keys[start : start + n] = all_positions
         return _masks(visible, queries[:, None], keys, windows, cache.dtype)
 
     slots = slice(start + done, start + n)
     chains = cache.chains([start], [n - done], done=done)
-    return Plan("tree", queries[None], slots, cache.tensors, end, masks, tree, chains=chains)
+    return Plan("tree", lambda: positions()[None, done:], slots, cache.tensors, end, masks, tree, chains=chains)
 
 
 def _whole_blocks(slots: int, cache: KVCache) -> int:

@@ -137,7 +137,7 @@ class Target(Passes):
     def pass_bytes(self) -> int:
         """Of weights, that a pass reads; our CPU kernel keeps bf16 weights in less than 16 bits."""
         packed = self.compiled is not None and self.quantize is None and tiled.used(self.dtype) is not None
-        return self.pass_weights * tiled.BITS // 8 if packed else self._weight_bytes
+        return self.pass_weights * tiled.HALF_BITS // 8 if packed else self._weight_bytes
 
     @property
     def has_exact(self) -> bool:

@@ -18,7 +18,7 @@ from beagle.targets.linears import library
 
 OUT = 16  # outputs of a tile
 IN = {torch.bfloat16: 32, torch.int8: 64, torch.uint8: 64}  # what a weight's inputs are a multiple of; uint8: int4
-BITS = 12  # of memory a bf16 weight
+HALF_BITS = 12  # of memory a bf16 weight
 SOURCE = Path(__file__).with_name("kernel.cpp")
 SHIMS = (  # how compiled graphs call it
     "AOTITorchError aoti_torch_cpu_tiled_linear("
@@ -272,7 +272,7 @@ def half(weight: Tensor) -> Tensor:
     table = counts.sum(0).topk(16).indices
     patches = counts.sum(1) - counts[:, table].sum(1)
     before = torch.cat([patches.new_zeros(1), patches.cumsum(0)])
-    tiles, patch = out * inputs * BITS // 8, 8  # bytes of all; of one
+    tiles, patch = out * inputs * HALF_BITS // 8, 8  # bytes of all; of one
     packed = torch.zeros(tiles + 16 + 4 * len(before) + patch * int(before[-1]), dtype=torch.uint8)
     packed[tiles : tiles + 16] = table.to(torch.uint8)
     packed[tiles + 16 : tiles + 16 + 4 * len(before)] = before.to(torch.int32).view(torch.uint8)

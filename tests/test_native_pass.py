@@ -126,6 +126,9 @@ def test_embeddings_that_do_more_than_look_up_are_asked(folder):
     asked._table = native.table_of(embed)
     others, _ = states_of(fast, TREES["tree"])
     embed._forward_hooks.clear()
+    assert native.table_of(embed) is not None
+    assert native.table_of(torch.nn.Embedding(8, 64)) is None  # not bf16
+    assert native.table_of(torch.nn.Embedding(8, 64, max_norm=1.0).bfloat16()) is None
     asked._table = None
     same, _ = states_of(fast, TREES["tree"])
     assert torch.equal(same, usual)

@@ -23,7 +23,7 @@ from beagle.targets.family import base_of
 from beagle.targets.layers import Layers
 from beagle.targets.linears import library, tiled
 from beagle.targets.linears.matrix import Matrix, matrix, pointer
-from beagle.targets.linears.packed import is_plain
+from beagle.targets.linears.packed import is_plain, is_untouched
 from beagle.targets.plan import Kind, Plan
 from beagle.targets.runner import FastRunner
 
@@ -51,8 +51,8 @@ class _Model(Structure):
 class _Tokens(Structure):
     _fields_ = [
         ("rows", c_int64), ("done", c_int64), ("parents", POINTER(c_int64)), ("embeddings", c_void_p), ("ids", c_void_p),
-        ("states", c_void_p), ("cos", c_void_p), ("sin", c_void_p), ("context", c_int64), ("head_size", c_int64), ("cache", POINTER(c_void_p)),
-        ("seconds", POINTER(c_double)),
+        ("states", c_void_p), ("cos", c_void_p), ("sin", c_void_p), ("context", c_int64), ("head_size", c_int64),
+        ("cache", POINTER(c_void_p)), ("seconds", POINTER(c_double)),
     ]  # fmt: skip
 
 
@@ -114,7 +114,8 @@ class NativePass:
             self._model,
             _Tokens(
                 rows, nodes - rows, (c_int64 * nodes)(*plan.tree.parents), embeddings.data_ptr(),
-                None if ids is None else ids.data_ptr(), states.data_ptr(), cos.data_ptr(), sin.data_ptr(), plan.slots.stop - nodes, plan.layers[0].stride(1),
+                None if ids is None else ids.data_ptr(), states.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+                plan.slots.stop - nodes, plan.layers[0].stride(1),
                 (c_void_p * len(plan.layers))(*(tensor.data_ptr() for tensor in plan.layers)), self._seconds,
             ),
         )  # fmt: skip
@@ -164,14 +165,11 @@ class NativePass:
 
 
 def table_of(embed: nn.Module) -> Tensor | None:
-    """The rows ``[vocabulary, hidden]`` that C++ can look up itself; None: the module does more than that."""
-    weight = embed._parameters.get("weight")
-    plain = (
-        type(embed) is nn.Embedding
-        and embed.max_norm is None
-        and not ("forward" in vars(embed) or embed._forward_hooks or embed._forward_pre_hooks)
-    )
-    return weight.detach() if plain and weight is not None and weight.is_contiguous() else None
+    """The bf16 rows ``[vocabulary, hidden]`` that C++ can look up itself; None: the module does more than that."""
+    if type(embed) is not nn.Embedding or embed.max_norm is not None or not is_untouched(embed):
+        return None
+    weight = embed.weight.detach()
+    return weight if weight.dtype == torch.bfloat16 and weight.is_contiguous() else None
 
 
 def fits(model: nn.Module) -> bool:

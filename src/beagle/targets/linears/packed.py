@@ -73,12 +73,14 @@ class PackedLinear(nn.Module):
 
 
 def is_plain(module: nn.Module | None) -> TypeGuard[nn.Linear]:
-    """Whether a module is PyTorch's linear layer and no more: a checkpoint that is quantised has weights or a forward of
-    its own in some."""
-    return (
-        type(module) is nn.Linear
-        and type(module._parameters.get("weight")) is nn.Parameter
-        and not ("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
+    """Whether a module is PyTorch's linear layer and no more."""
+    return type(module) is nn.Linear and is_untouched(module)
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether a module has a plain weight and its class's forward: a checkpoint that is quantised has others in some."""
+    return type(module._parameters.get("weight")) is nn.Parameter and not (
+        "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
     )
 
 

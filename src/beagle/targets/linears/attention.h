@@ -72,7 +72,7 @@ struct Queries {
 
 // Keys and values that were put beside each other, in whole blocks of memory.
 struct Gathered {
-  std::vector<bf16> keys, values;
+  Lined<bf16> keys, values;
 
   void resize(int64_t count, int64_t in, int64_t out) {
     const int64_t room = (count + BLOCK - 1) / BLOCK * BLOCK;
@@ -144,11 +144,11 @@ class Keys {
 
  private:
   int64_t first, count, in, out, blocks;
-  std::vector<uint32_t> ordered;  // [blocks, 2, in / 2, 16 keys] pairs of inputs
-  std::vector<uint32_t> paired;   // [blocks, BLOCK / 2, out] pairs of keys
-  std::vector<bf16> weights;
+  Lined<uint32_t> ordered;  // [blocks, 2, in / 2, 16 keys] pairs of inputs
+  Lined<uint32_t> paired;   // [blocks, BLOCK / 2, out] pairs of keys
+  Lined<bf16> weights;
   Gathered last;
-  std::vector<float> scores;  // [rows, keys], as the weights
+  Lined<float> scores;  // [rows, keys], as the weights
 
   int64_t width() const { return blocks * BLOCK; }
 
@@ -368,7 +368,7 @@ class Chunks {
   }
 
  private:
-  std::vector<float> most, sums, parts;  // [batch, heads, chunks, rows], of parts [..., out]
+  Lined<float> most, sums, parts;  // [batch, heads, chunks, rows], of parts [..., out]
 
   int64_t first(int64_t head) const { return head * (shared() + own) * rows; }
 };

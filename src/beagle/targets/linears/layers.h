@@ -9,8 +9,8 @@
 
 namespace {
 
-using Rows = std::vector<float>;
-using Halves = std::vector<bf16>;
+using Rows = Lined<float>;
+using Halves = Lined<bf16>;
 
 struct Range {
   int64_t from, to;

@@ -22,8 +22,8 @@ constexpr float FINE = 254;     // steps of the fine vector in one of the coarse
 
 // Vectors as whole numbers, x = scale * (coarse + fine / FINE), in groups of up to 8: their coarse ones, their fine ones.
 struct Whole {
-  std::vector<int8_t> bytes;
-  std::vector<float> scales;
+  Lined<int8_t> bytes;
+  Lined<float> scales;
 
   void make_room(int64_t rows, int64_t in) {
     if (bytes.size() < size_t(2 * rows * in)) bytes.resize(2 * rows * in);
@@ -107,8 +107,8 @@ void vnni(const int8_t* w, const Whole& x, bf16* y, const float* scales, const i
 
 // Vectors in groups of inputs, as int8 with a scale each.
 struct Groups {
-  std::vector<int8_t> bytes;         // [rows][in]
-  std::vector<float> scales, sums;  // [rows][in / IN], of sums the scale times that of a group's bytes
+  Lined<int8_t> bytes;         // [rows][in]
+  Lined<float> scales, sums;  // [rows][in / IN], of sums the scale times that of a group's bytes
 
   void make_room(int64_t rows, int64_t in) {
     if (bytes.size() < size_t(rows * in)) bytes.resize(rows * in);

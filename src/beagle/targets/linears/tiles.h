@@ -12,11 +12,32 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <vector>
 
 namespace {
 
 using bf16 = uint16_t;
+
+constexpr int64_t LINE = 64;  // bytes of a line of the cache, and of a row of a tile
+
+// Memory that begins with a line: a tile whose rows cross lines takes six times as long to load.
+template <typename T>
+struct Lines {
+  using value_type = T;
+
+  Lines() = default;
+  template <typename U>
+  Lines(const Lines<U>&) {}
+
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(LINE))); }
+  void deallocate(T* memory, size_t) { ::operator delete(memory, std::align_val_t(LINE)); }
+  bool operator==(const Lines&) const { return true; }
+  bool operator!=(const Lines&) const { return false; }
+};
+
+template <typename T>
+using Lined = std::vector<T, Lines<T>>;
 
 constexpr int64_t OUT = 16, IN = 32;  // outputs and bf16 inputs of a tile
 constexpr int64_t TILE = 1024;        // bytes

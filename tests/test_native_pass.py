@@ -77,7 +77,7 @@ def three(folder, family, quantize=None, layers=(), **options):
 
 def cache_of(target, context):
     ids = torch.randint(1, target.vocab_size, (1, context), generator=torch.Generator().manual_seed(0))
-    cache = target.new_cache(1, context + 20)
+    cache = target.new_cache(1, context + 64)
     target.prefill(ids, cache)
     return cache
 
@@ -135,18 +135,31 @@ def test_embeddings_that_do_more_than_look_up_are_asked(folder):
     assert not torch.equal(others, usual)
 
 
-@pytest.mark.parametrize("context", [5, 120, 128, 200])
-@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
-def test_a_token_of_a_tree_gets_the_bits_that_it_gets_alone(folder, quantize, context):
+def branching(nodes):
+    """A tree with many paths, some of them long."""
+    draw = torch.Generator().manual_seed(nodes)
+    reach = [int(torch.randint(1, 5, (), generator=draw)) for _ in range(nodes)]
+    return TreeShape([-1, *(max(0, node - reach[node]) for node in range(1, nodes))])
+
+
+OVER_THE_END = TreeShape([-1, 0, 0, 0, 1, 2, 1, 4, 6, 5, 7, 10, 11, 8, 12, 14, 15]), (3, 9, 13, 16)  # of a chunk of keys
+MANY_PATHS = branching(60), range(7, 60, 4)  # more than have room in one block
+STAR = TreeShape([-1] + [0] * 40), (1, 20, 40)  # more than have a place of their parity
+
+
+@pytest.mark.parametrize(
+    ("quantize", "tree"),
+    [(None, OVER_THE_END), ("int8", OVER_THE_END), ("int4", OVER_THE_END), (None, MANY_PATHS), (None, STAR)],
+)
+@pytest.mark.parametrize("context", [5, 31, 120, 128, 200])
+def test_a_token_of_a_tree_gets_the_bits_that_it_gets_alone(folder, quantize, tree, context):
+    shape, leaves = tree
     fast, _, _ = three(folder, "qwen3", quantize)
-    shape = TreeShape(
-        [-1, 0, 0, 0, 1, 2, 1, 4, 6, 5, 7, 10, 11, 8, 12, 14, 15]
-    )  # paths over the end of a chunk of keys
     together, _ = states_of(fast, shape, context)
     depths = shape.depths()
     threads = torch.get_num_threads()
     try:
-        for leaf in (3, 9, 13, 16):
+        for leaf in leaves:
             path = torch.where(shape.ancestors()[leaf])[0].tolist()
             cache = cache_of(fast, context)
             for node in path:

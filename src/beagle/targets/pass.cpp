@@ -7,12 +7,14 @@
 //
 // A token of a tree gets the bits that it would get alone, behind its path. So drafts change no bit of an answer: keys that
 // a token sees are summed in the order of their positions, in chunks that begin at the same positions always. Whole chunks
-// of the context are shared by all tokens. What is behind them is put together for each token: the rest of the context,
-// then the token's path, whose slots are not beside each other.
+// of the context are shared by all tokens. What is behind them is put together for tokens whose paths share it (paths.h).
 
 #include <omp.h>
 
+#include <optional>
+
 #include "layers.h"
+#include "paths.h"
 
 extern "C" {
 
@@ -51,7 +53,7 @@ enum Part { PRODUCTS, ATTENTION, OTHERS, WAITING };
 struct Scratch {
   Keys near, far;  // those of the first chunk of them, and of the second
   Gathered behind;
-  int64_t head;  // whose context is in order in `near`
+  int64_t head, sheet;  // which are in order in them
 };
 thread_local Scratch scratch;
 
@@ -73,6 +75,7 @@ class Pass {
     inputs.make_room(n, std::max({d, model.heads * model.head_dim, model.layer[0].gate.out}));
     find_paths();
     base = tokens.context / CHUNK * CHUNK;
+    sheets.emplace(paths, tokens.context, base, group);
     chunks.batch = 1, chunks.heads = model.kv_heads, chunks.rows = n * group;
     chunks.keys = base, chunks.in = chunks.out = model.head_dim, chunks.scale = float(model.scale);
     chunks.of_k = chunks.of_v = {0, tokens.head_size, 0};
@@ -109,6 +112,7 @@ class Pass {
   Halves query;  // [kv_heads, rows, group, head_dim]
   Inputs inputs;
   Chunks chunks;
+  std::optional<Sheets> sheets;
   Meeting meeting;
   double last;  // when the first thread came to its present part
 
@@ -193,11 +197,11 @@ class Pass {
       place(l, h, m, &product[m * wide + h * d]);
     }
     meet(OTHERS, own);
-    const int64_t n = tokens.rows;
-    const Range shared = own.of(chunks.tasks()), paths = own.of(model.kv_heads * n), rows = own.of(chunks.all_rows());
+    const int64_t n = tokens.rows, tasks = sheets->tasks.size();
+    const Range shared = own.of(chunks.tasks()), paths = own.of(model.kv_heads * tasks), rows = own.of(chunks.all_rows());
     for (int64_t t = shared.from; t < shared.to; t++) chunks.sum(t, query.data());
     scratch.head = -1;
-    for (int64_t i = paths.from; i < paths.to; i++) sum_path(i / n, i % n);
+    for (int64_t i = paths.from; i < paths.to; i++) sum_paths(i / tasks, sheets->tasks[i % tasks]);
     meet(ATTENTION, own);
     for (int64_t r = rows.from; r < rows.to; r++) {
       const int64_t m = r / group % n, h = r / (group * n) * group + r % group;
@@ -208,27 +212,40 @@ class Pass {
     add(layer.output, attended, own);
   }
 
-  // A token's queries of a cached head over the keys that only it sees all of.
-  void sum_path(int64_t head, int64_t m) {
-    const int64_t d = model.head_dim, behind = tokens.context - base, whole = behind / BLOCK * BLOCK, rest = behind - whole;
+  // Some tokens' queries of a cached head over the keys behind the shared chunks.
+  void sum_paths(int64_t head, const Task& task) {
+    const int64_t d = model.head_dim;
+    const Sheet& sheet = sheets->sheets[task.sheet];
+    const int64_t places = sheet.slots.size(), near = sheets->places_near(sheet);
+    if (scratch.head != head || scratch.sheet != task.sheet) gather(head, task.sheet);
+    Queries queries{&query[(head * tokens.rows + task.first) * group * d], task.tokens * group, d, nullptr, 0, 0};
+    queries.path_rows = group;
+    queries.paths = &sheets->near[task.first];
+    chunks.sum(scratch.near, head, chunks.shared(), queries, task.first * group);
+    if (near == places) return;
+    queries.paths = &sheets->far[task.first];
+    chunks.sum(scratch.far, head, chunks.shared() + 1, queries, task.first * group);
+  }
+
+  // A sheet's keys of a cached head in order.
+  void gather(int64_t head, int64_t number) {
+    const int64_t d = model.head_dim;
     const bf16 *k = chunks.k + head * tokens.head_size, *v = chunks.v + head * tokens.head_size;
-    if (scratch.head != head) scratch.near.order(k, v, base, base + whole, d, d);
+    const Sheet& sheet = sheets->sheets[number];
+    const int64_t places = sheet.slots.size(), near = sheets->places_near(sheet);
+    if (scratch.head != head) scratch.near.order(k, v, base, base + sheets->before(), d, d);
     scratch.head = head;
-    const std::vector<int64_t>& path = paths[m];
-    const int64_t count = rest + path.size(), near = std::min(count, CHUNK - whole);
+    scratch.sheet = number;
     Gathered& own = scratch.behind;
-    own.resize(count, d, d);
-    for (int64_t i = 0; i < count; i++) {
-      const int64_t at = (i < rest ? base + whole + i : tokens.context + path[i - rest]) * d;
-      std::memcpy(&own.keys[i * d], k + at, 2 * d);
-      std::memcpy(&own.values[i * d], v + at, 2 * d);
+    own.keys.assign(places * d, 0);  // no weight makes a NaN nothing
+    own.values.assign(places * d, 0);
+    for (int64_t i = 0; i < places; i++) {
+      if (sheet.slots[i] < 0) continue;
+      std::memcpy(&own.keys[i * d], k + sheet.slots[i] * d, 2 * d);
+      std::memcpy(&own.values[i * d], v + sheet.slots[i] * d, 2 * d);
     }
-    const Queries queries{&query[(head * tokens.rows + m) * group * d], group, d, nullptr, 0, group};
-    scratch.near.append(own.keys.data(), own.values.data(), whole, near);
-    chunks.sum(scratch.near, head, chunks.shared(), queries, m * group);
-    if (near == count) return;
-    scratch.far.order(own.keys.data() + near * d, own.values.data() + near * d, 0, count - near, d, d);
-    chunks.sum(scratch.far, head, chunks.shared() + 1, queries, m * group);
+    scratch.near.append(own.keys.data(), own.values.data(), sheets->before(), near);
+    if (near < places) scratch.far.order(own.keys.data() + near * d, own.values.data() + near * d, 0, places - near, d, d);
   }
 
   // A head's part of a token's product to where attention finds it.

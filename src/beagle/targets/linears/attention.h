@@ -61,6 +61,20 @@ __m512i interleaved(int from) {
   return _mm512_load_si512(index);
 }
 
+// A block of keys in the order of one query, which lie among others in memory.
+struct alignas(64) Places {
+  int32_t place[BLOCK] = {};  // of each of the query's keys
+  int16_t key[BLOCK] = {};    // of each place, where it is one of the query's
+  uint32_t seen = 0;          // which places those are
+};
+
+// What a query sees of some keys: the first blocks as they are, then some of each block's.
+struct Path {
+  int64_t count;  // of keys that it sees
+  int64_t whole;  // blocks as they are
+  std::vector<Places> blocks;
+};
+
 // The queries of one cached head.
 struct Queries {
   const bf16* x;  // [rows, width]
@@ -68,6 +82,8 @@ struct Queries {
   const bf16* mask;    // added to the scores of all keys [mask_rows, mask_width], over and over; or null
   int64_t mask_width;  // 0: one for all rows
   int64_t mask_rows;
+  const Path* paths = nullptr;  // each of so many rows, or null: all rows see all keys
+  int64_t path_rows = 1;
 };
 
 // Keys and values that were put beside each other, in whole blocks of memory.
@@ -265,10 +281,13 @@ class Keys {
   // Scores to weights.
   void soften(const Queries& q, int64_t from, int64_t rows, float scale, float* most, float* sums) {
     constexpr float LOG2E = 1.44269504f;
-    const int64_t whole = count / 16 * 16, last_place = count - whole, all = width();
+    const int64_t all = width();
     for (int64_t r = 0; r < rows; r++) {
       float* s = &scores[r * all];
       bf16* own = &weights[r * all];
+      const Path* path = q.paths ? q.paths + (from + r) / q.path_rows : nullptr;
+      const int64_t seen = path ? path->count : count, whole = seen / 16 * 16;
+      if (path) to_query(*path, s);
       const bf16* mask = q.mask ? q.mask + (from + r) % q.mask_rows * q.mask_width + first : nullptr;
       const __m512 times = _mm512_set1_ps(scale * LOG2E);
       __m512 largest = _mm512_set1_ps(-std::numeric_limits<float>::max());
@@ -285,7 +304,7 @@ class Keys {
         largest = _mm512_max_ps(largest, x);
         _mm512_storeu_ps(s + t, x);
       }
-      const __mmask16 last = (1 << last_place) - 1;
+      const __mmask16 last = (1 << (seen - whole)) - 1;
       if (last) {
         const __m512 x = score(whole, last);
         largest = _mm512_mask_max_ps(largest, last, largest, x);
@@ -301,6 +320,27 @@ class Keys {
       }
       most[r] = top / LOG2E;
       sums[r] = _mm512_reduce_add_ps(sum);
+      if (path) to_memory(*path, own);
+    }
+  }
+
+  // Scores from the order of memory to that of a query's keys, and weights back.
+  static void to_query(const Path& path, float* s) {
+    s += path.whole * BLOCK;
+    for (const Places& places : path.blocks) {
+      const __m512 low = _mm512_loadu_ps(s), high = _mm512_loadu_ps(s + 16);
+      for (int64_t t = 0; t < BLOCK; t += 16)
+        _mm512_storeu_ps(s + t, _mm512_permutex2var_ps(low, _mm512_load_si512(places.place + t), high));
+      s += BLOCK;
+    }
+  }
+
+  static void to_memory(const Path& path, bf16* own) {
+    own += path.whole * BLOCK;
+    for (const Places& places : path.blocks) {
+      const __m512i keys = _mm512_load_si512(places.key), halves = _mm512_loadu_si512(own);
+      _mm512_storeu_si512(own, _mm512_maskz_permutexvar_epi16(places.seen, keys, halves));
+      own += BLOCK;
     }
   }
 };

@@ -113,6 +113,7 @@ class Pass {
   Inputs inputs;
   Chunks chunks;
   std::optional<Sheets> sheets;
+  Shares shares{omp_get_max_threads()};
   Meeting meeting;
   double last;  // when the first thread came to its present part
 
@@ -158,8 +159,8 @@ class Pass {
     meet(OTHERS, own);
   }
 
-  Range multiply(const Matrix& matrix, const Halves& rows, Halves& out, const Thread& own) const {
-    return inputs.multiply(matrix, rows.data(), tokens.rows, out.data(), own);
+  Range multiply(Shaped& shaped, const Matrix& matrix, int64_t pair, const Halves& rows, Halves& out) const {
+    return inputs.multiply(shaped, matrix, pair, rows.data(), tokens.rows, out.data());
   }
 
   static __m512 rounded(__m512 sum) {
@@ -167,17 +168,20 @@ class Pass {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)half), 16));
   }
 
-  // A share of a product is added to the residual.
+  // A product is added to the residual.
   void add(const Matrix& matrix, const Halves& rows, const Thread& own) {
     const int64_t d = model.hidden;
     if (matrix.kind != HALF) {
       inputs.take(matrix.kind, rows.data(), tokens.rows, matrix.in, own.of(tokens.rows));
       meet(OTHERS, own);
     }
-    const Range range = multiply(matrix, rows, product, own);
-    for (int64_t m = 0; m < tokens.rows; m++)
-      for (int64_t k = m * d + range.from; k < m * d + range.to; k += 16)
-        _mm512_storeu_ps(&x[k], rounded(_mm512_add_ps(_mm512_loadu_ps(&x[k]), Whole::load(&product[k]))));
+    Shaped shaped;
+    shares.each(pairs_of(matrix.out), own, [&](int64_t pair) {
+      const Range range = multiply(shaped, matrix, pair, rows, product);
+      for (int64_t m = 0; m < tokens.rows; m++)
+        for (int64_t k = m * d + range.from; k < m * d + range.to; k += 16)
+          _mm512_storeu_ps(&x[k], rounded(_mm512_add_ps(_mm512_loadu_ps(&x[k]), Whole::load(&product[k]))));
+    });
     meet(PRODUCTS, own);
   }
 
@@ -185,7 +189,10 @@ class Pass {
     const Layer& layer = model.layer[l];
     const int64_t d = model.head_dim, wide = layer.query_key_value.out;
     norm(layer.attention_norm, layer.query_key_value, own);
-    multiply(layer.query_key_value, normed_rows, product, own);
+    {
+      Shaped shaped;
+      shares.each(pairs_of(wide), own, [&](int64_t pair) { multiply(shaped, layer.query_key_value, pair, normed_rows, product); });
+    }
     if (own.i == 0) {
       chunks.k = tokens.cache[2 * l];
       chunks.v = tokens.cache[2 * l + 1];
@@ -269,12 +276,14 @@ class Pass {
 
   void feed_forward(const Layer& layer, const Thread& own) {
     norm(layer.mlp_norm, layer.gate, own);
-    const Range range = multiply(layer.gate, normed_rows, gate, own);
-    multiply(layer.up, normed_rows, up, own);
-    spent(PRODUCTS, own);
-    for (int64_t m = 0; m < tokens.rows; m++)
-      activate(&gate[m * layer.gate.out + range.from], &up[m * layer.gate.out + range.from], range.to - range.from);
-    meet(OTHERS, own);
+    Shaped shaped;
+    shares.each(pairs_of(layer.gate.out), own, [&](int64_t pair) {
+      const Range range = multiply(shaped, layer.gate, pair, normed_rows, gate);
+      multiply(shaped, layer.up, pair, normed_rows, up);
+      for (int64_t m = 0; m < tokens.rows; m++)
+        activate(&gate[m * layer.gate.out + range.from], &up[m * layer.gate.out + range.from], range.to - range.from);
+    });
+    meet(PRODUCTS, own);
     add(layer.down, gate, own);
   }
 };

@@ -153,30 +153,25 @@ void tiles(const HalfWeight& w, int64_t block, const bf16* x, bf16* y, const bf1
 
 #endif
 
-// Blocks of 16 outputs, of one thread; the first is the first of a pair.
-void share(const HalfWeight& w, const bf16* x, bf16* y, const bf16* bias, int64_t rows, int64_t in, int64_t out,
-           int64_t from, int64_t to) {
-  int64_t shaped = 0;
-  for (int64_t b = from; b < to; b += 2) {
-    const bf16* added = bias ? bias + b * OUT : nullptr;
-    const bool both = to - b > 1;
+// A pair of blocks, or a last block alone; y [rows, out].
+void multiply_pair(Shaped& shaped, const HalfWeight& w, int64_t pair, const bf16* x, bf16* y, const bf16* bias, int64_t rows,
+                   int64_t in, int64_t out) {
+  const int64_t block = 2 * pair;
+  const bool both = out / OUT - block > 1;
+  y += block * OUT;
+  if (bias) bias += block * OUT;
 #ifdef __AMX_BF16__
-    if (has_tiles()) {
-      for (int64_t m = 0; m < rows; m += 32) {  // the weights of two blocks stay in the cache
-        const int64_t some = std::min<int64_t>(rows - m, 32);
-        if (some != shaped) shape_tiles(std::min<int64_t>(some, 16), some > 16 ? some - 16 : 1);
-        shaped = some;
-        auto run = some > 16 ? (both ? tiles<2, true> : tiles<1, true>) : (both ? tiles<2, false> : tiles<1, false>);
-        run(w, b, x + m * in, y + m * out + b * OUT, added, some, in, out);
-      }
-      continue;
+  if (has_tiles()) {
+    for (int64_t m = 0; m < rows; m += 32) {  // the weights of two blocks stay in the cache
+      const int64_t some = std::min<int64_t>(rows - m, 32);
+      shaped.of(std::min<int64_t>(some, 16), some > 16 ? some - 16 : 1);
+      auto run = some > 16 ? (both ? tiles<2, true> : tiles<1, true>) : (both ? tiles<2, false> : tiles<1, false>);
+      run(w, block, x + m * in, y + m * out, bias, some, in, out);
     }
-#endif
-    (both ? avx<2> : avx<1>)(w, b, x, y + b * OUT, added, rows, in, out);
+    return;
   }
-#ifdef __AMX_BF16__
-  if (shaped) _tile_release();  // other libraries shape them for themselves
 #endif
+  (both ? avx<2> : avx<1>)(w, block, x, y, bias, rows, in, out);
 }
 
 // How often a pair of blocks has each high byte, counts [256]; weight [out, in].

@@ -3,7 +3,7 @@
 #include <omp.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
-#include "attention.h"
+#include "layers.h"
 
 namespace {
 
@@ -30,6 +30,20 @@ AOTITorchError new_output(AtenTensorHandle x, int64_t out, AtenTensorHandle* y, 
   shape[2] = sizes[1];
   const int64_t strides[2] = {shape[1], 1};
   return aoti_torch_empty_strided(2, shape, strides, type, aoti_torch_device_type_cpu(), 0, y);
+}
+
+// Threads take what a product's rows become each for itself: waiting for another takes longer.
+void multiply(const Matrix& m, const void* x, int64_t rows, void* y) {
+  const bf16* from = static_cast<const bf16*>(x);
+  const int64_t pairs = pairs_of(m.out), threads = std::min<int64_t>(omp_get_max_threads(), pairs);
+  Shares shares(threads);
+#pragma omp parallel num_threads(int(threads))
+  {
+    const Inputs& inputs = taken(m.kind, from, rows, m.in);
+    Shaped shaped;
+    shares.each(pairs, {omp_get_thread_num(), omp_get_num_threads()},
+                [&](int64_t pair) { inputs.multiply(shaped, m, pair, from, rows, static_cast<bf16*>(y)); });
+  }
 }
 
 }  // namespace
@@ -105,48 +119,19 @@ void pack_weight(const void* weight, void* to, int64_t in, int64_t out) {
 // y [rows, out] = x [rows, in] · weight + bias [out] or null; the weight as half.h describes it; in a multiple of 32,
 // out of 16.
 void tiled_linear(const void* x, const void* weight, const void* bias, void* y, int64_t rows, int64_t in, int64_t out) {
-  const HalfWeight packed(weight, in, out);
-  const int64_t blocks = out / OUT, pairs = (blocks + 1) / 2;
-  const int threads = int(std::min<int64_t>(omp_get_max_threads(), pairs));
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t i = omp_get_thread_num(), n = omp_get_num_threads();
-    share(packed, static_cast<const bf16*>(x), static_cast<bf16*>(y),
-          static_cast<const bf16*>(bias), rows, in, out, pairs * i / n * 2, std::min(pairs * (i + 1) / n * 2, blocks));
-  }
+  multiply({weight, nullptr, nullptr, static_cast<const bf16*>(bias), in, out, HALF}, x, rows, y);
 }
 
 // The same with int8 weights, which `scales [out]` scale and whose sums are `sums [out]`; in a multiple of 64.
 void tiled_linear_int8(const void* x, const void* weight, const float* scales, const int32_t* sums, const void* bias,
                        void* y, int64_t rows, int64_t in, int64_t out) {
-  const int64_t blocks = out / OUT, pairs = (blocks + 1) / 2;
-  const int threads = int(std::min<int64_t>(omp_get_max_threads(), pairs));
-#pragma omp parallel num_threads(threads)
-  {
-    thread_local Whole whole;
-    whole.make_room(rows, in);
-    whole.of(static_cast<const bf16*>(x), rows, in, 0, rows);  // each thread for itself: waiting for another takes longer
-    const int64_t i = omp_get_thread_num(), n = omp_get_num_threads();
-    share_whole(static_cast<const int8_t*>(weight), whole, static_cast<bf16*>(y), scales, sums,
-                static_cast<const bf16*>(bias), rows, in, out, pairs * i / n * 2,
-                std::min(pairs * (i + 1) / n * 2, blocks));
-  }
+  multiply({weight, scales, sums, static_cast<const bf16*>(bias), in, out, INT8}, x, rows, y);
 }
 
 // The same with int4 weights; in a multiple of 64.
 void tiled_linear_int4(const void* x, const void* weight, const void* bias, void* y, int64_t rows, int64_t in,
                        int64_t out) {
-  const int64_t blocks = out / OUT;
-  const int threads = int(std::min<int64_t>(omp_get_max_threads(), blocks));
-#pragma omp parallel num_threads(threads)
-  {
-    thread_local Groups groups;
-    groups.make_room(rows, in);
-    groups.of(static_cast<const bf16*>(x), in, 0, rows);
-    const int64_t i = omp_get_thread_num(), n = omp_get_num_threads();
-    share_int4(static_cast<const uint8_t*>(weight), groups, static_cast<bf16*>(y),
-               static_cast<const bf16*>(bias), rows, in, out, blocks * i / n, blocks * (i + 1) / n);
-  }
+  multiply({weight, nullptr, nullptr, static_cast<const bf16*>(bias), in, out, INT4}, x, rows, y);
 }
 
 // The same three for graphs that inductor compiled: weight [out, in], in int4 [out, in * 5 / 8] bytes, in bf16 all of its

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <memory>
 #include <thread>
 
 #include "attention.h"
@@ -16,16 +17,44 @@ struct Range {
   int64_t from, to;
 };
 
+// Blocks of 16 outputs are read in pairs.
+int64_t pairs_of(int64_t out) { return (out / OUT + 1) / 2; }
+
+Range outputs_of(Range pairs, int64_t out) { return {std::min(2 * OUT * pairs.from, out), std::min(2 * OUT * pairs.to, out)}; }
+
 struct Thread {
   int64_t i, n;
 
   Range of(int64_t count) const { return {count * i / n, count * (i + 1) / n}; }
 
-  // Outputs of a product: pairs of blocks, which are read together.
-  Range outputs(int64_t out) const {
-    const Range pairs = of((out / OUT + 1) / 2);
-    return {std::min(2 * OUT * pairs.from, out), std::min(2 * OUT * pairs.to, out)};
+  // Outputs of a product.
+  Range outputs(int64_t out) const { return outputs_of(of(pairs_of(out)), out); }
+};
+
+// Pairs of blocks that threads take one by one: first their own share, then what others have left. Cores are not equally fast
+// where others use their memory or their time.
+class Shares {
+ public:
+  explicit Shares(int64_t threads) : left(new Left[threads]) {}
+
+  // All threads come to this as often; between two times they meet.
+  template <typename Work>
+  void each(int64_t pairs, const Thread& own, const Work& work) {
+    const int64_t turn = left[own.i].turn++ % 2;
+    left[own.i].next[1 - turn].store(0, std::memory_order_relaxed);
+    for (int64_t i = 0; i < own.n; i++) {
+      const Thread other{(own.i + i) % own.n, own.n};
+      const Range range = other.of(pairs);
+      for (int64_t k; (k = range.from + left[other.i].next[turn].fetch_add(1, std::memory_order_relaxed)) < range.to;) work(k);
+    }
   }
+
+ private:
+  struct alignas(LINE) Left {
+    std::atomic<int64_t> next[2] = {};  // this time's, and the next one's
+    int64_t turn = 0;
+  };
+  std::unique_ptr<Left[]> left;
 };
 
 // Where the threads of a region wait for each other. They spin as long as an ordinary wait takes; longer ones come from a
@@ -75,15 +104,22 @@ class Inputs {
     if (kind == INT4) groups.of(x, in, some.from, some.to);
   }
 
-  // A thread's share of the outputs of a product, y [rows, out].
-  Range multiply(const Matrix& m, const bf16* x, int64_t rows, bf16* y, const Thread& own) const {
-    const Range range = own.outputs(m.out);
-    const int64_t from = range.from / OUT, to = range.to / OUT;
-    if (m.kind == HALF) share(HalfWeight(m.weight, m.in, m.out), x, y, m.bias, rows, m.in, m.out, from, to);
+  // A pair of blocks of a product's outputs, y [rows, out]; which outputs those are.
+  Range multiply(Shaped& shaped, const Matrix& m, int64_t pair, const bf16* x, int64_t rows, bf16* y) const {
+    if (m.kind == HALF) multiply_pair(shaped, HalfWeight(m.weight, m.in, m.out), pair, x, y, m.bias, rows, m.in, m.out);
     if (m.kind == INT8)
-      share_whole(static_cast<const int8_t*>(m.weight), whole, y, m.scales, m.sums, m.bias, rows, m.in, m.out, from, to);
-    if (m.kind == INT4) share_int4(static_cast<const uint8_t*>(m.weight), groups, y, m.bias, rows, m.in, m.out, from, to);
-    return range;
+      multiply_pair_int8(shaped, static_cast<const int8_t*>(m.weight), pair, whole, y, m.scales, m.sums, m.bias, rows, m.in, m.out);
+    if (m.kind == INT4)
+      multiply_pair_int4(static_cast<const uint8_t*>(m.weight), pair, groups, y, m.bias, rows, m.in, m.out);
+    return outputs_of({pair, pair + 1}, m.out);
+  }
+
+  // A thread's share of them.
+  Range multiply(const Matrix& m, const bf16* x, int64_t rows, bf16* y, const Thread& own) const {
+    Shaped shaped;
+    const Range pairs = own.of(pairs_of(m.out));
+    for (int64_t pair = pairs.from; pair < pairs.to; pair++) multiply(shaped, m, pair, x, rows, y);
+    return outputs_of(pairs, m.out);
   }
 
  private:

@@ -247,41 +247,37 @@ void whole_tiles(const int8_t* w, const Whole& x, int64_t from, bf16* y, const f
 
 #endif
 
-// As `share`, for int4 weights: a group's sums end too soon for AMX to pay.
-void share_int4(const uint8_t* w, const Groups& x, bf16* y, const bf16* bias, int64_t rows, int64_t in, int64_t out,
-                int64_t from, int64_t to) {
-  for (int64_t b = from; b < to; b++)
+// As `multiply_pair`, for int4 weights: a group's sums end too soon for AMX to pay.
+void multiply_pair_int4(const uint8_t* w, int64_t pair, const Groups& x, bf16* y, const bf16* bias, int64_t rows, int64_t in,
+                        int64_t out) {
+  for (int64_t b = 2 * pair; b < std::min(2 * pair + 2, out / OUT); b++)
     int4(w + b * in / IN * GROUP, x, y + b * OUT, bias ? bias + b * OUT : nullptr, rows, in, out);
 }
 
-// As `share`, for int8 weights.
-void share_whole(const int8_t* w, const Whole& x, bf16* y, const float* scales, const int32_t* sums, const bf16* bias,
-                 int64_t rows, int64_t in, int64_t out, int64_t from, int64_t to) {
-  int64_t shaped = 0;
-  for (int64_t b = from; b < to; b += 2) {
-    const int8_t* weights = w + b * in * OUT;
-    const bf16* added = bias ? bias + b * OUT : nullptr;
-    const bool both = to - b > 1;
+// As `multiply_pair`, for int8 weights.
+void multiply_pair_int8(Shaped& shaped, const int8_t* w, int64_t pair, const Whole& x, bf16* y, const float* scales,
+                        const int32_t* sums, const bf16* bias, int64_t rows, int64_t in, int64_t out) {
+  const int64_t block = 2 * pair;
+  const bool both = out / OUT - block > 1;
+  w += block * in * OUT;
+  y += block * OUT;
+  scales += block * OUT;
+  sums += block * OUT;
+  if (bias) bias += block * OUT;
 #ifdef __AMX_BF16__
-    if (has_tiles()) {
-      for (int64_t m = 0; m < rows; m += 16) {
-        const int64_t some = std::min<int64_t>(rows - m, 16);
-        if (some != shaped) shape_tiles(2 * std::min<int64_t>(some, 8), some > 8 ? 2 * (some - 8) : 1);
-        shaped = some;
-        auto run = some > 8 ? (both ? whole_tiles<true, true> : whole_tiles<false, true>)
-                            : (both ? whole_tiles<true, false> : whole_tiles<false, false>);
-        run(weights, x, m, y + m * out + b * OUT, scales + b * OUT, added, some, in, out);
-      }
-      continue;
+  if (has_tiles()) {
+    for (int64_t m = 0; m < rows; m += 16) {
+      const int64_t some = std::min<int64_t>(rows - m, 16);
+      shaped.of(2 * std::min<int64_t>(some, 8), some > 8 ? 2 * (some - 8) : 1);
+      auto run = some > 8 ? (both ? whole_tiles<true, true> : whole_tiles<false, true>)
+                          : (both ? whole_tiles<true, false> : whole_tiles<false, false>);
+      run(w, x, m, y + m * out, scales, bias, some, in, out);
     }
-#endif
-    for (int j = 0; j < 1 + both; j++)
-      vnni(weights + j * in * OUT, x, y + (b + j) * OUT, scales + (b + j) * OUT, sums + (b + j) * OUT,
-           added ? added + j * OUT : nullptr, rows, in, out);
+    return;
   }
-#ifdef __AMX_BF16__
-  if (shaped) _tile_release();
 #endif
+  for (int j = 0; j < 1 + both; j++)
+    vnni(w + j * in * OUT, x, y + j * OUT, scales + j * OUT, sums + j * OUT, bias ? bias + j * OUT : nullptr, rows, in, out);
 }
 
 }  // namespace

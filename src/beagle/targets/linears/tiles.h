@@ -76,15 +76,35 @@ struct alignas(64) TileShapes {
   uint8_t rows[16] = {};
 };
 
-// Tiles 0 to 3 are sums, 4 and 5 vectors, 6 and 7 weights; 1, 3 and 5 belong to the second of two groups of vectors.
-void shape_tiles(int64_t first, int64_t second) {
-  TileShapes shapes;
-  for (int i = 0; i < 8; i++) {
-    shapes.rows[i] = i >= 6 ? 16 : (i & 1) ? second : first;
-    shapes.bytes[i] = 64;
+// Tiles 0 to 3 are sums, 4 and 5 vectors, 6 and 7 weights; 1, 3 and 5 belong to the second of two groups of vectors. They
+// keep their shape from product to product, and have none in the end: other libraries shape them for themselves.
+class Shaped {
+ public:
+  Shaped() = default;
+  Shaped(const Shaped&) = delete;
+
+  ~Shaped() {
+    if (first) _tile_release();
   }
-  _tile_loadconfig(&shapes);
-}
+
+  void of(int64_t rows, int64_t more) {
+    if (rows == first && more == second) return;
+    first = rows, second = more;
+    TileShapes shapes;
+    for (int i = 0; i < 8; i++) {
+      shapes.rows[i] = i >= 6 ? 16 : (i & 1) ? more : rows;
+      shapes.bytes[i] = 64;
+    }
+    _tile_loadconfig(&shapes);
+  }
+
+ private:
+  int64_t first = 0, second = 0;
+};
+
+#else
+
+struct Shaped {};
 
 #endif
 

@@ -256,7 +256,8 @@ class Draft {
     for (int64_t r = 0; r < rows; r++)
       rotate(&scratch.queries[r * d], &query[place(r)], answer.cos + at, answer.sin + at, d);
     const Queries queries{scratch.queries.data(), rows, d, appended ? mask.data() : nullptr, end, n};
-    keys.attend(queries, 1 / std::sqrt(float(d)), scratch.most.data(), scratch.sums.data(), scratch.values.data());
+    Shaped shaped;
+    keys.attend(shaped, queries, 1 / std::sqrt(float(d)), scratch.most.data(), scratch.sums.data(), scratch.values.data());
     for (int64_t r = 0; r < rows; r++)
       for (int64_t k = 0; k < d; k += 16)
         to_half(&attended[place(r) + k],

@@ -84,10 +84,11 @@ class Pass {
 #pragma omp parallel
     {
       const Thread own{omp_get_thread_num(), omp_get_num_threads()};
+      Shaped shaped;
       if (own.i == 0) last = omp_get_wtime();
       for (int64_t l = 0, tap = 0; l < model.layers; l++) {
-        attend(l, own);
-        feed_forward(model.layer[l], own);
+        attend(shaped, l, own);
+        feed_forward(shaped, model.layer[l], own);
         if (tap < model.taps && model.tap[tap] == l + 1) {
           const Range rows = own.of(n);
           for (int64_t m = rows.from; m < rows.to; m++) give(m, tap, &x[m * d]);
@@ -169,13 +170,12 @@ class Pass {
   }
 
   // A product is added to the residual.
-  void add(const Matrix& matrix, const Halves& rows, const Thread& own) {
+  void add(Shaped& shaped, const Matrix& matrix, const Halves& rows, const Thread& own) {
     const int64_t d = model.hidden;
     if (matrix.kind != HALF) {
       inputs.take(matrix.kind, rows.data(), tokens.rows, matrix.in, own.of(tokens.rows));
       meet(OTHERS, own);
     }
-    Shaped shaped;
     shares.each(pairs_of(matrix.out), own, [&](int64_t pair) {
       const Range range = multiply(shaped, matrix, pair, rows, product);
       for (int64_t m = 0; m < tokens.rows; m++)
@@ -185,14 +185,11 @@ class Pass {
     meet(PRODUCTS, own);
   }
 
-  void attend(int64_t l, const Thread& own) {
+  void attend(Shaped& shaped, int64_t l, const Thread& own) {
     const Layer& layer = model.layer[l];
     const int64_t d = model.head_dim, wide = layer.query_key_value.out;
     norm(layer.attention_norm, layer.query_key_value, own);
-    {
-      Shaped shaped;
-      shares.each(pairs_of(wide), own, [&](int64_t pair) { multiply(shaped, layer.query_key_value, pair, normed_rows, product); });
-    }
+    shares.each(pairs_of(wide), own, [&](int64_t pair) { multiply(shaped, layer.query_key_value, pair, normed_rows, product); });
     if (own.i == 0) {
       chunks.k = tokens.cache[2 * l];
       chunks.v = tokens.cache[2 * l + 1];
@@ -206,9 +203,9 @@ class Pass {
     meet(OTHERS, own);
     const int64_t n = tokens.rows, tasks = sheets->tasks.size();
     const Range shared = own.of(chunks.tasks()), paths = own.of(model.kv_heads * tasks), rows = own.of(chunks.all_rows());
-    for (int64_t t = shared.from; t < shared.to; t++) chunks.sum(t, query.data());
+    for (int64_t t = shared.from; t < shared.to; t++) chunks.sum(shaped, t, query.data());
     scratch.head = -1;
-    for (int64_t i = paths.from; i < paths.to; i++) sum_paths(i / tasks, sheets->tasks[i % tasks]);
+    for (int64_t i = paths.from; i < paths.to; i++) sum_paths(shaped, i / tasks, sheets->tasks[i % tasks]);
     meet(ATTENTION, own);
     for (int64_t r = rows.from; r < rows.to; r++) {
       const int64_t m = r / group % n, h = r / (group * n) * group + r % group;
@@ -216,11 +213,11 @@ class Pass {
       chunks.merge(r, all, &attended[(m * model.heads + h) * d]);
     }
     meet(ATTENTION, own);
-    add(layer.output, attended, own);
+    add(shaped, layer.output, attended, own);
   }
 
   // Some tokens' queries of a cached head over the keys behind the shared chunks.
-  void sum_paths(int64_t head, const Task& task) {
+  void sum_paths(Shaped& shaped, int64_t head, const Task& task) {
     const int64_t d = model.head_dim;
     const Sheet& sheet = sheets->sheets[task.sheet];
     const int64_t places = sheet.slots.size(), near = sheets->places_near(sheet);
@@ -228,10 +225,10 @@ class Pass {
     Queries queries{&query[(head * tokens.rows + task.first) * group * d], task.tokens * group, d, nullptr, 0, 0};
     queries.path_rows = group;
     queries.paths = &sheets->near[task.first];
-    chunks.sum(scratch.near, head, chunks.shared(), queries, task.first * group);
+    chunks.sum(shaped, scratch.near, head, chunks.shared(), queries, task.first * group);
     if (near == places) return;
     queries.paths = &sheets->far[task.first];
-    chunks.sum(scratch.far, head, chunks.shared() + 1, queries, task.first * group);
+    chunks.sum(shaped, scratch.far, head, chunks.shared() + 1, queries, task.first * group);
   }
 
   // A sheet's keys of a cached head in order.
@@ -274,9 +271,8 @@ class Pass {
     rotate(to, part, tokens.cos + position(m) * d, tokens.sin + position(m) * d, d);
   }
 
-  void feed_forward(const Layer& layer, const Thread& own) {
+  void feed_forward(Shaped& shaped, const Layer& layer, const Thread& own) {
     norm(layer.mlp_norm, layer.gate, own);
-    Shaped shaped;
     shares.each(pairs_of(layer.gate.out), own, [&](int64_t pair) {
       const Range range = multiply(shaped, layer.gate, pair, normed_rows, gate);
       multiply(shaped, layer.up, pair, normed_rows, up);
@@ -284,7 +280,7 @@ class Pass {
         activate(&gate[m * layer.gate.out + range.from], &up[m * layer.gate.out + range.from], range.to - range.from);
     });
     meet(PRODUCTS, own);
-    add(layer.down, gate, own);
+    add(shaped, layer.down, gate, own);
   }
 };
 

@@ -132,23 +132,17 @@ class Keys {
 
   // Of each query its largest score, the sum of exp(score - largest), and the sum of values with these weights
   // [rows, out].
-  void attend(const Queries& q, float scale, float* most, float* sums, float* y) {
+  void attend(Shaped& shaped, const Queries& q, float scale, float* most, float* sums, float* y) {
     for (int64_t r = 0; r < q.rows; r += 16) {
       const int64_t rows = std::min<int64_t>(q.rows - r, 16);
       scores.resize(rows * blocks * BLOCK);
       weights.resize(scores.size());
 #ifdef __AMX_BF16__
       if (has_tiles()) {
-        TileShapes shapes;  // 0 to 3 are sums, 4 queries or weights, 5 to 7 keys or values
-        for (int i = 0; i < 8; i++) {
-          shapes.rows[i] = i > 4 ? 16 : rows;
-          shapes.bytes[i] = 64;
-        }
-        _tile_loadconfig(&shapes);
+        shaped.of(rows, rows);
         score_tiles(q.x + r * q.width, q.width);
         soften(q, r, rows, scale, most + r, sums + r);
         add_tiles(y + r * out);
-        _tile_release();
         continue;
       }
 #endif
@@ -195,7 +189,8 @@ class Keys {
   }
 
 #ifdef __AMX_BF16__
-  // Several sums grow side by side: a product takes as long as four of them.
+  // Queries or weights are in tile 4, keys or values in 6 and 7. Several sums grow side by side: a product takes as long as
+  // four of them.
   void score_tiles(const bf16* x, int64_t stride) {
     for (int64_t half = 0; half < 2 * blocks; half += 4) {
       const uint32_t* to = &ordered[half * in * 8];
@@ -203,15 +198,15 @@ class Keys {
       zero_tiles();
       for (int64_t c = 0; c < in; c += 32, to += 256) {
         _tile_loadd(4, x + c, 2 * stride);
-        _tile_loadd(5, to, 64);
-        _tile_dpbf16ps(0, 4, 5);
-        _tile_loadd(6, to + in * 8, 64);
-        _tile_dpbf16ps(1, 4, 6);
+        _tile_loadd(6, to, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, to + in * 8, 64);
+        _tile_dpbf16ps(1, 4, 7);
         if (!more) continue;
-        _tile_loadd(7, to + 2 * in * 8, 64);
-        _tile_dpbf16ps(2, 4, 7);
-        _tile_loadd(5, to + 3 * in * 8, 64);
-        _tile_dpbf16ps(3, 4, 5);
+        _tile_loadd(6, to + 2 * in * 8, 64);
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_loadd(7, to + 3 * in * 8, 64);
+        _tile_dpbf16ps(3, 4, 7);
       }
       _tile_stored(0, &scores[half * 16], 4 * width());
       _tile_stored(1, &scores[half * 16 + 16], 4 * width());
@@ -228,14 +223,14 @@ class Keys {
       for (int64_t b = 0; b < blocks; b++) {
         const uint32_t* from = &paired[b * BLOCK / 2 * out + c];
         _tile_loadd(4, &weights[b * BLOCK], 2 * width());
-        _tile_loadd(5, from, 4 * out);
-        _tile_dpbf16ps(0, 4, 5);
-        if (some > 1) _tile_loadd(6, from + 16, 4 * out);
-        if (some > 1) _tile_dpbf16ps(1, 4, 6);
-        if (some > 2) _tile_loadd(7, from + 32, 4 * out);
-        if (some > 2) _tile_dpbf16ps(2, 4, 7);
-        if (some > 3) _tile_loadd(5, from + 48, 4 * out);
-        if (some > 3) _tile_dpbf16ps(3, 4, 5);
+        _tile_loadd(6, from, 4 * out);
+        _tile_dpbf16ps(0, 4, 6);
+        if (some > 1) _tile_loadd(7, from + 16, 4 * out);
+        if (some > 1) _tile_dpbf16ps(1, 4, 7);
+        if (some > 2) _tile_loadd(6, from + 32, 4 * out);
+        if (some > 2) _tile_dpbf16ps(2, 4, 6);
+        if (some > 3) _tile_loadd(7, from + 48, 4 * out);
+        if (some > 3) _tile_dpbf16ps(3, 4, 7);
       }
       _tile_stored(0, y + c, 4 * out);
       if (some > 1) _tile_stored(1, y + c + 16, 4 * out);
@@ -375,18 +370,18 @@ class Chunks {
   }
 
   // One chunk of one head; q [batch, heads, rows, in].
-  void sum(int64_t task, const bf16* q) {
+  void sum(Shaped& shaped, int64_t task, const bf16* q) {
     thread_local Keys chunk;
     const int64_t head = task / shared(), j = task % shared(), from = j * CHUNK, b = head / heads, h = head % heads;
     chunk.order(k + b * of_k.batch + h * of_k.head, v + b * of_v.batch + h * of_v.head, from, std::min(from + CHUNK, keys), in, out);
     const bf16* added = mask ? mask + b * of_mask.batch + h * of_mask.head : nullptr;
-    sum(chunk, head, j, {q + head * rows * in, rows, in, added, of_mask.row, rows}, 0);
+    sum(shaped, chunk, head, j, {q + head * rows * in, rows, in, added, of_mask.row, rows}, 0);
   }
 
   // Some rows of a head, from one on, over a chunk of keys.
-  void sum(Keys& chunk, int64_t head, int64_t j, const Queries& q, int64_t from) {
+  void sum(Shaped& shaped, Keys& chunk, int64_t head, int64_t j, const Queries& q, int64_t from) {
     const int64_t at = first(head) + j * rows + from;
-    chunk.attend(q, scale, &most[at], &sums[at], &parts[at * out]);
+    chunk.attend(shaped, q, scale, &most[at], &sums[at], &parts[at * out]);
   }
 
   // One row's sums of its first chunks; y [out].

@@ -64,7 +64,10 @@ void attend(const void* q, const void* k, const void* v, const void* mask, void*
 #pragma omp parallel num_threads(threads)
   {
     const int64_t i = omp_get_thread_num(), n = omp_get_num_threads(), tasks = all.tasks(), rows = all.all_rows();
-    for (int64_t t = tasks * i / n; t < tasks * (i + 1) / n; t++) all.sum(t, static_cast<const bf16*>(q));
+    {
+      Shaped shaped;
+      for (int64_t t = tasks * i / n; t < tasks * (i + 1) / n; t++) all.sum(shaped, t, static_cast<const bf16*>(q));
+    }
 #pragma omp barrier
     for (int64_t r = rows * i / n; r < rows * (i + 1) / n; r++) all.merge(r, all.shared(), static_cast<bf16*>(y) + r * all.out);
   }

@@ -142,7 +142,10 @@ def branching(nodes):
     return TreeShape([-1, *(max(0, node - reach[node]) for node in range(1, nodes))])
 
 
-OVER_THE_END = TreeShape([-1, 0, 0, 0, 1, 2, 1, 4, 6, 5, 7, 10, 11, 8, 12, 14, 15]), (3, 9, 13, 16)  # of a chunk of keys
+OVER_THE_END = (
+    TreeShape([-1, 0, 0, 0, 1, 2, 1, 4, 6, 5, 7, 10, 11, 8, 12, 14, 15]),
+    (3, 9, 13, 16),
+)  # of a chunk of keys
 MANY_PATHS = branching(60), range(7, 60, 4)  # more than have room in one block
 STAR = TreeShape([-1] + [0] * 40), (1, 20, 40)  # more than have a place of their parity
 

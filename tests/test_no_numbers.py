@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from beagle.decoding.sampling import Sampler
-from beagle.decoding.walk import Walk, accept
+from beagle.decoding.walk import Verdict, Walk, accept
 from beagle.drafters.base import Draft, TreePlan
 from beagle.errors import BeagleError
 from beagle.integrations.transformers import speculate
@@ -103,7 +103,7 @@ def test_other_nodes_of_a_tree_may_be_no_numbers():
     logits[1] = torch.nan
     for count in (1, 2):  # alone, and beside another sequence
         walks = [Walk(draft, Sampler(), first=3 * i, position=1, left=5) for i in range(count)]
-        accept(walks, logits.repeat(count, 1))
+        accept(walks, Verdict(logits.repeat(count, 1)))
         for walk in walks:
             assert (walk.path, walk.chosen, walk.ended, walk.error) == ([0, 2], [8, 3], False, None)
 

@@ -9,7 +9,8 @@ from torch import nn
 from beagle.targets import compiled
 from beagle.targets.linears import tiled
 from beagle.targets.linears.packed import packed
-from beagle.targets.linears.quantized import VectorQuantizer, dequantized, quantized
+from beagle.targets.linears.product import Int8Product, Product
+from beagle.targets.linears.quantized import VectorQuantizer, dequantized, int8_weight, quantized
 from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
 from conftest import tiny_model, tiny_tokenizer
@@ -62,14 +63,14 @@ def test_twelve_bits_hold_every_weight(kernel, outputs, inputs, rare):
     others = torch.where(others.abs() < small, 0, others)
     weight = torch.where(torch.rand(weight.shape, generator=random) < rare, others, weight)
     packed, one = tiled.half(weight), torch.eye(inputs).bfloat16()
-    assert torch.equal(tiled.apply(weight, None)(one), weight.T)
+    assert torch.equal(Product(weight, None)(one), weight.T)
     if rare == 0:
         assert packed.nbytes < weight.numel() * 1.5 + 16 + 2 * outputs + 64
 
 
 def test_a_vectors_product_does_not_depend_on_the_others(kernel):
     weight, x = drawn(96, 576), drawn(40, 576)
-    apply = tiled.apply(weight, None)
+    apply = Product(weight, None)
     assert torch.equal(apply(x), torch.cat([apply(x[i : i + 1]) for i in range(40)]))
 
 
@@ -169,6 +170,34 @@ def test_the_largest_of_a_row_is_the_first_of_its_kind(kernel, n):
     assert torch.equal(places, (x == values[:, None]).int().argmax(-1))
     x[4, n - 1] = torch.nan
     assert tiled.largest(x)[0].isnan().tolist() == [False] * 4 + [True] + [False] * 2
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+def test_what_is_no_number_stays_none_in_a_product(kernel, kind):
+    weight, x = drawn(48, 128), drawn(3, 128)
+    x[1, 70] = torch.nan
+    product = quantized(weight, None, kind, VectorQuantizer()) if kind else Product(weight, None)
+    assert product(x).isnan().all(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("rows", [1, 9, 40])
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_the_largest_of_a_product_is_that_of_its_rows(kernel, kind, rows):
+    weight, x = drawn(16 * 131, 64), drawn(rows, 64)
+    weight[700:703] = weight[1900:1903]  # the first of equal ones
+    bias = torch.zeros(len(weight)).bfloat16()
+    bias[[701, 1901]] = 400.0
+    product = Product(weight, bias)
+    if kind:
+        scales, whole = int8_weight(weight)
+        product = Int8Product(whole, scales, bias)
+    values, places = product.largest(x)
+    expected = tiled.largest(product(x))
+    assert torch.equal(values, expected[0])
+    assert torch.equal(places, expected[1])
+    assert (places == 701).all()
+    x[0, 3] = torch.nan
+    assert product.largest(x)[0].isnan().nonzero().tolist() == [[0]]
 
 
 def test_weights_that_are_no_whole_tiles_are_left_to_pytorch(kernel):
@@ -280,7 +309,7 @@ def test_it_is_kept_only_where_none_of_its_products_is_slower(kernel, monkeypatc
 @torch.no_grad()
 def test_a_chains_states_are_those_of_single_tokens(kernel, monkeypatch):
     """By this kernel's products, and by attention over whole blocks of keys."""
-    monkeypatch.setattr("beagle.targets.linears.packed._reordered", tiled.apply)
+    monkeypatch.setattr("beagle.targets.linears.packed._reordered", Product)
     model = tiny_model("llama", hidden_size=64, intermediate_size=96).bfloat16()
     target = Target(model, tiny_tokenizer(), "tiny")
     ids = torch.randint(1, target.vocab_size, (60,), generator=torch.Generator().manual_seed(0))

@@ -17,7 +17,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from beagle.drafters.base import Draft, Drafter, TreePlan
 from beagle.files import write_json
@@ -208,8 +207,8 @@ def one_tree(target: Target, cache: KVCache, nodes: int, exact_keys: int | None 
 
     def run() -> list[int]:
         if exact_keys is None:
-            return likeliest(target.logits(target.verify(cache, tokens, shape)))
-        return likeliest(target.exact_logits(target.verify_exact(cache, tokens, shape, exact_keys)))
+            return target.likeliest(target.verify(cache, tokens, shape))[1].tolist()
+        return tiled.largest(target.exact_logits(target.verify_exact(cache, tokens, shape, exact_keys)))[1].tolist()
 
     return run
 
@@ -218,11 +217,7 @@ def several_trees(target: Target, cache: KVCache, sizes: list[int]) -> Callable[
     """``one_tree`` of several sequences that share the pass."""
     tokens = torch.ones(sum(sizes), dtype=torch.long, device=target.device)
     shapes = [_shape(target, nodes) for nodes in sizes]
-    return lambda: likeliest(target.logits(target.verify_trees(cache, tokens, shapes)))
-
-
-def likeliest(logits: Tensor) -> list[int]:
-    return tiled.largest(logits)[1].tolist()
+    return lambda: target.likeliest(target.verify_trees(cache, tokens, shapes))[1].tolist()
 
 
 def _shape(target: Target, nodes: int) -> TreeShape:

@@ -21,9 +21,10 @@ from beagle.decoding.live_cache import LiveCache, exact_keys
 from beagle.decoding.prefill import Prefill
 from beagle.decoding.prefixes import PrefixCache
 from beagle.decoding.sequence import Emitted, FinishReason, Sequence, SequenceError, Step
-from beagle.decoding.walk import Walk, accept
+from beagle.decoding.walk import Verdict, Walk, accept
 from beagle.drafters.base import Drafter, TreePlan
 from beagle.errors import BeagleError
+from beagle.targets.linears import tiled
 from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
 
@@ -152,7 +153,7 @@ class Decoder:
         began = time.perf_counter()
         root = TreeShape([-1])
         walks = [Walk(NOTHING, one.sampler, first=i, position=0, left=1) for i, one in enumerate(sequences)]
-        accept(walks, logits)
+        accept(walks, Verdict(logits))
         emitted = []
         for i, (one, own, walk) in enumerate(zip(sequences, states, walks, strict=True)):
             step = Step([one.ids[-1]], root, own[-1:], logits[i : i + 1], [0]) if one.watch else None
@@ -197,12 +198,12 @@ class Decoder:
             self._grow(sizes)
             shapes = [draft.tree() for draft in drafts]
             trees = [[one.tokens[-1], *draft.tokens] for one, draft in zip(sequences, drafts, strict=True)]
-            states, logits = self._verify(sequences, trees, shapes)
+            states, verdict = self._verify(sequences, trees, shapes)
             verified_at = clock()
             walks = []
             for one, draft, first in zip(sequences, drafts, accumulate(sizes[:-1], initial=0), strict=True):
                 walks.append(Walk(draft, one.sampler, first=first, position=len(one.tokens), left=one.left))
-            accept(walks, logits)
+            accept(walks, verdict)
         except SequenceError as failed:
             return [self._fail(failed.sequence, failed.error)]
         except Exception as error:  # of the pass that they share
@@ -211,7 +212,9 @@ class Decoder:
         emitted = []
         keeps = self._keep_states or self._drafter is not None
         for i, (one, own, walk) in enumerate(zip(sequences, states.split(sizes), walks, strict=True)):
-            step = Step(trees[i], shapes[i], own, logits.split(sizes)[i], walk.path) if one.watch else None
+            step = None
+            if one.watch and verdict.logits is not None:
+                step = Step(trees[i], shapes[i], own, verdict.logits.split(sizes)[i], walk.path)
             accepted = own[walk.path] if keeps else own  # a copy: the pass's states need not stay
             emitted.append(self._take(one, walk, [trees[i][0], *walk.chosen[:-1]], accepted, step))
             if one.error is None:
@@ -226,8 +229,8 @@ class Decoder:
 
     def _verify(
         self, sequences: list[Sequence], trees: list[list[int]], shapes: list[TreeShape]
-    ) -> tuple[Tensor, Tensor]:
-        """Hidden states ``[tokens, hidden]`` and logits ``[tokens, vocabulary]`` of all trees, end to end."""
+    ) -> tuple[Tensor, Verdict]:
+        """Hidden states ``[tokens, hidden]`` of all trees, end to end, and the verdict on them."""
         target = self.target
         if self._exact:
             found = []
@@ -239,16 +242,21 @@ class Decoder:
                 except Exception as error:
                     raise SequenceError(one, error) from error
             states, logits = found[0] if len(found) == 1 else [torch.cat(part) for part in zip(*found, strict=True)]
+            verdict = Verdict(logits)
         else:
             tokens = torch.tensor([token for tree in trees for token in tree], device=target.device)
             if len(self.live) == 1:
                 states = target.verify(self._cache.of(0), tokens, shapes[0])
             else:
                 states = target.verify_trees(self._cache.whole, tokens, shapes)
-            logits = target.logits(states)
+            largest_only = all(one.sampler.greedy and one.watch is None for one in sequences)
+            if largest_only and tiled.used(target.dtype) is not None:
+                verdict = Verdict(None, target.likeliest(states))
+            else:
+                verdict = Verdict(target.logits(states))
         if target.device.type == "cuda":
             torch.cuda.synchronize(target.device)  # acceptance waits for the logits anyhow: time them where they belong
-        return states, logits
+        return states, verdict
 
     def _grow(self, sizes: list[int]) -> None:
         """Room for trees of these sizes; where there is no memory for it, the longest sequence is to blame."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -68,16 +69,29 @@ class Walk:
         self.error, self.active = error, False
 
 
-def accept(walks: Sequence[Walk], logits: Tensor) -> None:
-    """Walk all trees of a pass to their ends, side by side. What goes wrong in one walk ends that walk alone.
+@dataclass(frozen=True)
+class Verdict:
+    """What the target says of the nodes of a pass.
 
-    Args:
-        logits: ``[tokens, vocabulary]`` of the pass.
+    Attributes:
+        logits: ``[tokens, vocabulary]``; None where their largest ones are all that is needed.
+        likeliest: the largest logit of each node and its token, where they were asked for.
     """
+
+    logits: Tensor | None
+    likeliest: tuple[Tensor, Tensor] | None = None
+
+
+def accept(walks: Sequence[Walk], verdict: Verdict) -> None:
+    """Walk all trees of a pass to their ends, side by side. What goes wrong in one walk ends that walk alone."""
+    logits, likeliest = verdict.logits, verdict.likeliest
     greedy = [walk for walk in walks if walk.sampler.greedy]
-    if greedy and (len(walks) > 1 or logits.is_cuda or tiled.used(logits.dtype)):  # at once; else what is asked for
-        _accept_greedy(greedy, logits)
+    if likeliest is None and logits is not None and greedy and (len(walks) > 1 or logits.is_cuda):
+        likeliest = tiled.largest(logits)  # at once; else what is asked for
+    if likeliest is not None:
+        _accept_greedy(greedy, *likeliest)
     while active := [walk for walk in walks if walk.active]:
+        assert logits is not None
         for walk, token in zip(active, _choose_together(active, logits), strict=True):
             try:
                 walk.take(walk.sampler.choose(logits[walk.index], walk.position) if token is None else token)
@@ -94,12 +108,12 @@ def _choose_together(walks: Sequence[Walk], logits: Tensor) -> Sequence[int | No
     return [None] * len(walks)
 
 
-def _accept_greedy(walks: Sequence[Walk], logits: Tensor) -> None:
-    largest, tokens = (found.tolist() for found in tiled.largest(logits))
+def _accept_greedy(walks: Sequence[Walk], largest: Tensor, tokens: Tensor) -> None:
+    values, ids = largest.tolist(), tokens.tolist()
     for walk in walks:
         while walk.active:
             try:
-                walk.sampler.check(largest[walk.index])
-                walk.take(tokens[walk.index])
+                walk.sampler.check(values[walk.index])
+                walk.take(ids[walk.index])
             except Exception as error:
                 walk.fail(error)

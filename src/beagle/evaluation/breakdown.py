@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from beagle.targets.cache import KVCache
-from beagle.targets.linears import tiled
 from beagle.targets.native import NativePass
 from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
@@ -44,7 +43,7 @@ def _turn(target: Target, runner: NativePass, cache: KVCache, n: int) -> dict[st
     began = time.perf_counter()
     inside = runner.seconds(lambda: states.append(target.verify(cache, tokens, shape)))
     verified = time.perf_counter()
-    tiled.largest(target.logits(states[0]))[1].tolist()
+    target.likeliest(states[0])[1].tolist()
     ended = time.perf_counter()
     around = {"": ended - began, "lm_head_": ended - verified, "python_": verified - began - sum(inside.values())}
     return around | {f"{part}_": seconds for part, seconds in inside.items()}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from beagle.targets.chains import Chains
+from beagle.targets.linears import tiled
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,9 @@ class KVCache:
         if not sequences:
             return
         for stack in self._stacks.values():
+            if self.batch == 1 and stack.is_cpu and tiled.loaded():
+                tiled.move_slots(stack, sources, places)
+                continue
             where, to, source_index = torch.tensor([sequences, places, sources], device=stack.device)
             stack[:, where, :, to] = stack[:, where, :, source_index]
 

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from beagle.errors import BeagleError
 from beagle.targets.devices import present
+from beagle.targets.linears import tiled
 from beagle.targets.linears.packed import is_plain, packed
+from beagle.targets.linears.product import Int8Product, Product
 from beagle.targets.linears.quantized import VectorQuantizer, quantized
 
 
@@ -63,6 +65,13 @@ class LMHead:
         if self._softcap is not None:
             out = torch.tanh(out / self._softcap) * self._softcap
         return out
+
+    def likeliest(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest logit of each of ``states [rows, hidden]`` and the first token that has it."""
+        plain = self._scale == 1.0 and self._softcap is None
+        if plain and isinstance(self._apply, Product | Int8Product):
+            return self._apply.largest(states)
+        return tiled.largest(self(states))
 
     def rows(self, index: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Weight ``[rows, hidden]`` and bias ``[rows]`` for some tokens (all if None).

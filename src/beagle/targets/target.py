@@ -207,6 +207,11 @@ class Target(Passes):
         """Of hidden states ``[..., state_size]``, or top states ``[..., hidden]``: ``[..., vocabulary]`` in the model's dtype."""
         return self._lm_head(states[..., -self.hidden_size :])
 
+    @torch.no_grad()
+    def likeliest(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest logit of each of ``states [tokens, state_size]`` and the first token that has it, both ``[tokens]``."""
+        return self._lm_head.likeliest(states[..., -self.hidden_size :])
+
     def columns(self, layers: Sequence[int]) -> Tensor | None:
         """What of a hidden state a draft head reads.
 

@@ -153,12 +153,12 @@ void tiles(const HalfWeight& w, int64_t block, const bf16* x, bf16* y, const bf1
 
 #endif
 
-// A pair of blocks, or a last block alone; y [rows, out].
+// A pair of blocks, or a last block alone, of out / 16; y points to their first output of the first row, rows are `stride`
+// apart.
 void multiply_pair(Shaped& shaped, const HalfWeight& w, int64_t pair, const bf16* x, bf16* y, const bf16* bias, int64_t rows,
-                   int64_t in, int64_t out) {
+                   int64_t in, int64_t out, int64_t stride) {
   const int64_t block = 2 * pair;
   const bool both = out / OUT - block > 1;
-  y += block * OUT;
   if (bias) bias += block * OUT;
 #ifdef __AMX_BF16__
   if (has_tiles()) {
@@ -166,12 +166,12 @@ void multiply_pair(Shaped& shaped, const HalfWeight& w, int64_t pair, const bf16
       const int64_t some = std::min<int64_t>(rows - m, 32);
       shaped.of(std::min<int64_t>(some, 16), some > 16 ? some - 16 : 1);
       auto run = some > 16 ? (both ? tiles<2, true> : tiles<1, true>) : (both ? tiles<2, false> : tiles<1, false>);
-      run(w, block, x + m * in, y + m * out, bias, some, in, out);
+      run(w, block, x + m * in, y + m * stride, bias, some, in, stride);
     }
     return;
   }
 #endif
-  (both ? avx<2> : avx<1>)(w, block, x, y, bias, rows, in, out);
+  (both ? avx<2> : avx<1>)(w, block, x, y, bias, rows, in, stride);
 }
 
 // How often a pair of blocks has each high byte, counts [256]; weight [out, in].

@@ -32,19 +32,62 @@ AOTITorchError new_output(AtenTensorHandle x, int64_t out, AtenTensorHandle* y, 
   return aoti_torch_empty_strided(2, shape, strides, type, aoti_torch_device_type_cpu(), 0, y);
 }
 
-// Threads take what a product's rows become each for itself: waiting for another takes longer.
-void multiply(const Matrix& m, const void* x, int64_t rows, void* y) {
-  const bf16* from = static_cast<const bf16*>(x);
+// A product, pair of blocks by pair. Threads take what its rows become each for itself: waiting for another takes longer.
+template <typename Work>
+void multiply(const Matrix& m, const bf16* x, int64_t rows, const Work& work) {
   const int64_t pairs = pairs_of(m.out), threads = std::min<int64_t>(omp_get_max_threads(), pairs);
   Shares shares(threads);
 #pragma omp parallel num_threads(int(threads))
   {
-    const Inputs& inputs = taken(m.kind, from, rows, m.in);
+    const Thread own{omp_get_thread_num(), omp_get_num_threads()};
+    const Inputs& inputs = taken(m.kind, x, rows, m.in);
     Shaped shaped;
-    shares.each(pairs, {omp_get_thread_num(), omp_get_num_threads()},
-                [&](int64_t pair) { inputs.multiply(shaped, m, pair, from, rows, static_cast<bf16*>(y)); });
+    shares.each(pairs, own, [&](int64_t pair) { work(own.i, inputs, shaped, pair); });
   }
 }
+
+void multiply(const Matrix& m, const void* x, int64_t rows, void* y) {
+  const bf16* from = static_cast<const bf16*>(x);
+  multiply(m, from, rows, [&](int64_t, const Inputs& inputs, Shaped& shaped, int64_t pair) {
+    inputs.multiply(shaped, m, pair, from, rows, static_cast<bf16*>(y));
+  });
+}
+
+// The largest of some numbers, and the first place where it is.
+struct Largest {
+  __m512 most = _mm512_set1_ps(-std::numeric_limits<float>::infinity());  // by lanes
+  __m512i places = _mm512_set1_epi32(std::numeric_limits<int32_t>::max());
+  __mmask16 none = 0;  // no numbers
+
+  // 16 more, or the first of them, whose places begin at one; in any order.
+  void see(const bf16* x, int64_t from, __mmask16 there = 0xffff) {
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i at = _mm512_add_epi32(_mm512_set1_epi32(int32_t(from)), lanes);
+    const __m512 all = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, x)), 16));
+    none |= _mm512_mask_cmp_ps_mask(there, all, all, _CMP_UNORD_Q);
+    const __mmask16 same = _mm512_mask_cmplt_epi32_mask(_mm512_mask_cmp_ps_mask(there, all, most, _CMP_EQ_OQ), at, places);
+    const __mmask16 above = _mm512_mask_cmp_ps_mask(there, all, most, _CMP_GT_OQ) | same;
+    most = _mm512_mask_mov_ps(most, above, all);
+    places = _mm512_mask_mov_epi32(places, above, at);
+  }
+
+  void see(const Largest& other) {
+    const __mmask16 same = _mm512_mask_cmplt_epi32_mask(_mm512_cmp_ps_mask(other.most, most, _CMP_EQ_OQ), other.places, places);
+    const __mmask16 above = _mm512_cmp_ps_mask(other.most, most, _CMP_GT_OQ) | same;
+    most = _mm512_mask_mov_ps(most, above, other.most);
+    places = _mm512_mask_mov_epi32(places, above, other.places);
+    none |= other.none;
+  }
+
+  // NaN where one of them is, and some place then.
+  void give(bf16* value, int64_t* place, int64_t n) const {
+    const float largest = _mm512_reduce_max_ps(most);
+    const __mmask16 there = _mm512_cmp_ps_mask(most, _mm512_set1_ps(largest), _CMP_EQ_OQ);
+    *place = std::min(int64_t(_mm512_mask_reduce_min_epi32(there, places)), n - 1);
+    const __m256bh half = _mm512_cvtneps_pbh(_mm512_set1_ps(none ? std::numeric_limits<float>::quiet_NaN() : largest));
+    std::memcpy(value, &half, 2);
+  }
+};
 
 }  // namespace
 
@@ -73,36 +116,21 @@ void attend(const void* q, const void* k, const void* v, const void* mask, void*
   }
 }
 
-// The largest of each row [rows, n], the first of them if there are more, and where it is; NaN if one of them is.
+// The largest of each row [rows, n] and the first place where it is; NaN if one of them is.
 void largest(const void* x, void* values, int64_t* places, int64_t rows, int64_t n) {
 #pragma omp parallel for
   for (int64_t r = 0; r < rows; r++) {
     const bf16* row = static_cast<const bf16*>(x) + r * n;
-    const __m512i ones = _mm512_set1_epi32(1);
-    __m512 most = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-    __m512i at = _mm512_setzero_si512(), step = _mm512_setzero_si512();
-    __mmask16 none = 0;  // no numbers
-    for (int64_t k = 0; k < n; k += 16, step = _mm512_add_epi32(step, ones)) {
-      const __mmask16 there = n - k < 16 ? (1 << (n - k)) - 1 : 0xffff;
-      const __m256i halves = _mm256_mask_loadu_epi16(_mm256_set1_epi16(int16_t(0xff80)), there, row + k);
-      const __m512 all = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-      none |= _mm512_cmp_ps_mask(all, all, _CMP_UNORD_Q);
-      const __mmask16 above = _mm512_cmp_ps_mask(all, most, _CMP_GT_OQ);
-      most = _mm512_mask_mov_ps(most, above, all);
-      at = _mm512_mask_mov_epi32(at, above, step);
-    }
-    alignas(64) float lanes[16];
-    alignas(64) int32_t steps[16];
-    _mm512_store_ps(lanes, most);
-    _mm512_store_si512(steps, at);
-    int best = 0;
-    for (int i = 1; i < 16; i++)
-      if (lanes[i] > lanes[best] || (lanes[i] == lanes[best] && steps[i] < steps[best])) best = i;
-    places[r] = std::min(int64_t(steps[best]) * 16 + best, n - 1);
-    const float value = none ? std::numeric_limits<float>::quiet_NaN() : lanes[best];
-    const __m256bh half = _mm512_cvtneps_pbh(_mm512_set1_ps(value));
-    std::memcpy(static_cast<bf16*>(values) + r, &half, 2);
+    Largest found;
+    for (int64_t k = 0; k < n; k += 16) found.see(row + k, k, n - k < 16 ? (1 << (n - k)) - 1 : 0xffff);
+    found.give(static_cast<bf16*>(values) + r, places + r, n);
   }
+}
+
+// Slots of a cache [heads, slots, bytes], one after another to where they belong.
+void move_slots(char* cache, const int64_t* from, const int64_t* to, int64_t moves, int64_t heads, int64_t slots, int64_t bytes) {
+  for (int64_t h = 0; h < heads; h++, cache += slots * bytes)
+    for (int64_t i = 0; i < moves; i++) std::memcpy(cache + to[i] * bytes, cache + from[i] * bytes, bytes);
 }
 
 // How often each pair of blocks of a bf16 weight [out, in] has each high byte, counts [pairs, 256] of zeros.
@@ -135,6 +163,27 @@ void tiled_linear_int8(const void* x, const void* weight, const float* scales, c
 void tiled_linear_int4(const void* x, const void* weight, const void* bias, void* y, int64_t rows, int64_t in,
                        int64_t out) {
   multiply({weight, nullptr, nullptr, static_cast<const bf16*>(bias), in, out, INT4}, x, rows, y);
+}
+
+// `largest` of the rows of a product, as of the three above by its kind, that is not kept.
+void largest_of_product(const void* x, const void* weight, const float* scales, const int32_t* sums, const void* bias,
+                        void* values, int64_t* places, int64_t rows, int64_t in, int64_t out, int64_t kind) {
+  const Matrix m{weight, scales, sums, static_cast<const bf16*>(bias), in, out, Kind(kind)};
+  const bf16* from = static_cast<const bf16*>(x);
+  Lined<Largest> found(omp_get_max_threads() * rows);
+  multiply(m, from, rows, [&](int64_t thread, const Inputs& inputs, Shaped& shaped, int64_t pair) {
+    thread_local Halves part;
+    part.resize(rows * 2 * OUT);
+    const Range range = inputs.multiply(shaped, m, pair, from, rows, part.data(), 2 * OUT);
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t k = range.from; k < range.to; k += OUT)
+        found[thread * rows + r].see(&part[r * 2 * OUT + k - range.from], k);
+  });
+  for (int64_t r = 0; r < rows; r++) {
+    Largest& row = found[r];
+    for (size_t i = rows + r; i < found.size(); i += rows) row.see(found[i]);
+    row.give(static_cast<bf16*>(values) + r, places + r, out);
+  }
 }
 
 // The same three for graphs that inductor compiled: weight [out, in], in int4 [out, in * 5 / 8] bytes, in bf16 all of its

@@ -104,14 +104,20 @@ class Inputs {
     if (kind == INT4) groups.of(x, in, some.from, some.to);
   }
 
-  // A pair of blocks of a product's outputs, y [rows, out]; which outputs those are.
-  Range multiply(Shaped& shaped, const Matrix& m, int64_t pair, const bf16* x, int64_t rows, bf16* y) const {
-    if (m.kind == HALF) multiply_pair(shaped, HalfWeight(m.weight, m.in, m.out), pair, x, y, m.bias, rows, m.in, m.out);
+  // A pair of blocks of a product's outputs; y points to the first of them, rows are `stride` apart. Which outputs those are.
+  Range multiply(Shaped& shaped, const Matrix& m, int64_t pair, const bf16* x, int64_t rows, bf16* y, int64_t stride) const {
+    if (m.kind == HALF) multiply_pair(shaped, HalfWeight(m.weight, m.in, m.out), pair, x, y, m.bias, rows, m.in, m.out, stride);
     if (m.kind == INT8)
-      multiply_pair_int8(shaped, static_cast<const int8_t*>(m.weight), pair, whole, y, m.scales, m.sums, m.bias, rows, m.in, m.out);
+      multiply_pair_int8(shaped, static_cast<const int8_t*>(m.weight), pair, whole, y, m.scales, m.sums, m.bias, rows, m.in,
+                         m.out, stride);
     if (m.kind == INT4)
-      multiply_pair_int4(static_cast<const uint8_t*>(m.weight), pair, groups, y, m.bias, rows, m.in, m.out);
+      multiply_pair_int4(static_cast<const uint8_t*>(m.weight), pair, groups, y, m.bias, rows, m.in, m.out, stride);
     return outputs_of({pair, pair + 1}, m.out);
+  }
+
+  // The same in place, y [rows, out].
+  Range multiply(Shaped& shaped, const Matrix& m, int64_t pair, const bf16* x, int64_t rows, bf16* y) const {
+    return multiply(shaped, m, pair, x, rows, y + 2 * OUT * pair, m.out);
   }
 
   // A thread's share of them.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beagle.targets.linears import tiled
+from beagle.targets.linears.product import Product
 
 Apply = Callable[[Tensor], Tensor]
 PACKED_DTYPES = (torch.bfloat16, torch.float16)  # fp32 products take plain weights at full speed
@@ -26,7 +27,7 @@ def packed(weight: Tensor, bias: Tensor | None = None) -> Apply:
         weight: ``[out, in]``.
         bias: ``[out]`` or None.
     """
-    return tiled.apply(weight, bias) if tiled.fits(weight) else _reordered(weight, bias)
+    return Product(weight, bias) if tiled.fits(weight) else _reordered(weight, bias)
 
 
 def _reordered(weight: Tensor, bias: Tensor | None) -> Apply:
@@ -99,7 +100,7 @@ def tile_linears(module: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if is_plain(child) and tiled.fits(child.weight):
                 bias = None if child.bias is None else child.bias.detach()
-                setattr(parent, name, PackedLinear(child, tiled.apply(child.weight, bias)))
+                setattr(parent, name, PackedLinear(child, Product(child.weight, bias)))
 
 
 class ReadLinear(nn.Linear):

@@ -34,9 +34,9 @@ struct Whole {
   void of(const bf16* x, int64_t rows, int64_t in, int64_t from, int64_t to) {
     x += from * in;
     for (int64_t m = from; m < to; m++, x += in) {
-      __m512 most = _mm512_setzero_ps();
-      for (int64_t k = 0; k < in; k += 16) most = _mm512_max_ps(most, _mm512_abs_ps(load(x + k)));
-      scales[m] = std::max(_mm512_reduce_max_ps(most), 1e-12f) / 127;
+      __m512i most = _mm512_setzero_si512();
+      for (int64_t k = 0; k < in; k += 16) most = _mm512_max_epi32(most, size(load(x + k)));
+      scales[m] = step_of(most);
       const __m512 scale = _mm512_set1_ps(scales[m]);
       const int64_t first = m / 8 * 8, size = std::min<int64_t>(rows - first, 8);
       int8_t *coarse = &bytes[(first + m) * in], *fine = coarse + size * in;
@@ -48,6 +48,17 @@ struct Whole {
         store(fine + k, _mm512_cvtps_epi32(rest));
       }
     }
+  }
+
+  // Sizes of numbers as whole numbers that have the same order, NaN above all others.
+  static __m512i size(__m512 x) { return _mm512_castps_si512(_mm512_abs_ps(x)); }
+
+  // For vectors with such largest sizes; NaN where one of them is, and so is what is multiplied with it.
+  static float step_of(__m512i most) {
+    const int32_t bits = _mm512_reduce_max_epi32(most);
+    float largest;
+    std::memcpy(&largest, &bits, 4);
+    return std::max(largest, 1e-12f) / 127;
   }
 
   static __m512 load(const bf16* x) {
@@ -122,8 +133,7 @@ struct Groups {
     int8_t* to = bytes.data() + first_row * in;
     for (int64_t g = first_row * in / IN; g < last_row * in / IN; g++, x += IN, to += IN) {
       const __m512 low = Whole::load(x), high = Whole::load(x + 16);
-      const __m512 most = _mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high));
-      scales[g] = std::max(_mm512_reduce_max_ps(most), 1e-12f) / 127;
+      scales[g] = Whole::step_of(_mm512_max_epi32(Whole::size(low), Whole::size(high)));
       const __m512 steps = _mm512_set1_ps(1 / scales[g]);
       const __m512i first = _mm512_cvtps_epi32(_mm512_mul_ps(low, steps));
       const __m512i second = _mm512_cvtps_epi32(_mm512_mul_ps(high, steps));
@@ -249,18 +259,17 @@ void whole_tiles(const int8_t* w, const Whole& x, int64_t from, bf16* y, const f
 
 // As `multiply_pair`, for int4 weights: a group's sums end too soon for AMX to pay.
 void multiply_pair_int4(const uint8_t* w, int64_t pair, const Groups& x, bf16* y, const bf16* bias, int64_t rows, int64_t in,
-                        int64_t out) {
-  for (int64_t b = 2 * pair; b < std::min(2 * pair + 2, out / OUT); b++)
-    int4(w + b * in / IN * GROUP, x, y + b * OUT, bias ? bias + b * OUT : nullptr, rows, in, out);
+                        int64_t out, int64_t stride) {
+  for (int64_t b = 2 * pair; b < std::min(2 * pair + 2, out / OUT); b++, y += OUT)
+    int4(w + b * in / IN * GROUP, x, y, bias ? bias + b * OUT : nullptr, rows, in, stride);
 }
 
 // As `multiply_pair`, for int8 weights.
 void multiply_pair_int8(Shaped& shaped, const int8_t* w, int64_t pair, const Whole& x, bf16* y, const float* scales,
-                        const int32_t* sums, const bf16* bias, int64_t rows, int64_t in, int64_t out) {
+                        const int32_t* sums, const bf16* bias, int64_t rows, int64_t in, int64_t out, int64_t stride) {
   const int64_t block = 2 * pair;
   const bool both = out / OUT - block > 1;
   w += block * in * OUT;
-  y += block * OUT;
   scales += block * OUT;
   sums += block * OUT;
   if (bias) bias += block * OUT;
@@ -271,13 +280,13 @@ void multiply_pair_int8(Shaped& shaped, const int8_t* w, int64_t pair, const Who
       shaped.of(2 * std::min<int64_t>(some, 8), some > 8 ? 2 * (some - 8) : 1);
       auto run = some > 8 ? (both ? whole_tiles<true, true> : whole_tiles<false, true>)
                           : (both ? whole_tiles<true, false> : whole_tiles<false, false>);
-      run(w, x, m, y + m * out, scales, bias, some, in, out);
+      run(w, x, m, y + m * stride, scales, bias, some, in, stride);
     }
     return;
   }
 #endif
   for (int j = 0; j < 1 + both; j++)
-    vnni(w + j * in * OUT, x, y + j * OUT, scales + j * OUT, sums + j * OUT, bias ? bias + j * OUT : nullptr, rows, in, out);
+    vnni(w + j * in * OUT, x, y + j * OUT, scales + j * OUT, sums + j * OUT, bias ? bias + j * OUT : nullptr, rows, in, stride);
 }
 
 }  // namespace

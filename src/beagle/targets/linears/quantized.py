@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from beagle.errors import BeagleError
 from beagle.targets.linears import tiled
 from beagle.targets.linears.packed import Apply, PackedLinear, is_plain
+from beagle.targets.linears.product import Int4Product, Int8Product
 
 KINDS = ("int8", "int4")
 GROUP = 32
@@ -111,7 +112,7 @@ def _fits(weight: Tensor, kind: str) -> bool:
 def _int8(weight: Tensor, bias: Tensor | None, quantizer: VectorQuantizer) -> Apply:
     scales, whole = int8_weight(weight)
     if weight.dtype == torch.bfloat16 and tiled.fits(whole):
-        return tiled.apply_int8(whole, scales, bias)
+        return Int8Product(whole, scales, bias)
     turned = whole.t()
     cuda = weight.device.type == "cuda"
 
@@ -141,7 +142,7 @@ def _int4(weight: Tensor, bias: Tensor | None) -> Apply:
     outputs, inputs = weight.shape
     whole, scales, middles = int4_weight(weight)
     if weight.dtype == torch.bfloat16 and tiled.fits(whole):
-        return tiled.apply_int4(whole, scales, middles, bias)
+        return Int4Product(whole, scales, middles, bias)
     table = torch.stack([scales, middles], dim=-1).transpose(0, 1).contiguous()  # [groups, out, 2]
     if weight.device.type == "cpu":
         ordered = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole.int(), 1)

@@ -123,6 +123,33 @@ def largest(x: Tensor) -> tuple[Tensor, Tensor]:
     return values, places
 
 
+def largest_of_product(
+    x: Tensor, weight: Tensor, scales: Tensor | None, sums: Tensor | None, bias: Tensor | None, out: int
+) -> tuple[Tensor, Tensor]:
+    """``largest`` of a product's rows, which are not kept.
+
+    Args:
+        x: bf16 ``[rows, in]``.
+        weight: as of ``half``, or of ``tiled`` where there are ``scales``.
+        scales: of an int8 weight, fp32 ``[out]``.
+        sums: of its rows, int32 ``[out]``.
+        bias: bf16 ``[out]`` or None.
+        out: outputs of the product.
+    """
+    values, places = x.new_empty(len(x)), torch.empty(len(x), dtype=torch.int64)
+    pointers = _pointers(x, weight, scales, sums, bias, values, places)
+    _kernel.largest_of_product(*pointers, *x.shape, out, int(scales is not None))
+    return values, places
+
+
+def move_slots(cache: Tensor, sources: list[int], places: list[int]) -> None:
+    """Move slots of a contiguous cache on a CPU, ``[..., slots, dim]``, one after another to places before their own."""
+    both = [(ctypes.c_int64 * len(sources))(*of) for of in (sources, places)]
+    slots, dim = cache.shape[-2:]
+    heads = cache.numel() // (slots * dim)
+    _kernel.move_slots(cache.data_ptr(), *both, len(sources), heads, slots, dim * cache.element_size())
+
+
 def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernel computes attention of such queries, keys and values."""
     in_one_piece = all(tensor.stride()[2:] == (tensor.shape[3], 1) for tensor in (k, v))
@@ -183,6 +210,10 @@ def load(folder: Path) -> bool:
                 function.restype = None
             kernel.largest.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2
             kernel.largest.restype = None
+            kernel.largest_of_product.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 4
+            kernel.largest_of_product.restype = None
+            kernel.move_slots.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4
+            kernel.move_slots.restype = None
         except (OSError, AttributeError):
             return False
         _kernel = kernel
@@ -302,37 +333,3 @@ def tiled_int4(whole: Tensor, scales: Tensor, middles: Tensor) -> Tensor:
     nibbles = (split[:, :, :, 0] | split[:, :, :, 1] << 4).reshape(blocks, groups, -1)
     steps = torch.stack([scales, middles], -1).view(torch.uint8).view(blocks, OUT, groups, 4).transpose(1, 2)
     return torch.cat([nibbles, steps.reshape(blocks, groups, -1)], -1).view(out, -1)
-
-
-def apply(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """``x [..., in] -> x @ weight.T + bias [..., out]`` of a bf16 weight that ``fits``."""
-    packed, outputs = half(weight), len(weight)
-
-    def product(x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.beagle.tiled_linear(x.reshape(-1, x.shape[-1]).contiguous(), packed, bias, outputs)
-        return out.view(*x.shape[:-1], -1)
-
-    return product
-
-
-def apply_int8(weight: Tensor, scales: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """The same of an int8 weight that ``fits`` with ``scales [out]`` in fp32; ``x`` and ``bias`` are bf16."""
-    ordered, sums = tiled(weight), weight.sum(1, dtype=torch.int32)
-
-    def product(x: Tensor) -> Tensor:
-        vectors = x.reshape(-1, x.shape[-1]).contiguous()
-        out: Tensor = torch.ops.beagle.tiled_linear_int8(vectors, ordered, scales, sums, bias)
-        return out.view(*x.shape[:-1], -1)
-
-    return product
-
-
-def apply_int4(whole: Tensor, scales: Tensor, middles: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """The same of an int4 weight as of ``tiled_int4`` that ``fits``; ``x`` and ``bias`` are bf16."""
-    ordered = tiled_int4(whole, scales, middles)
-
-    def product(x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.beagle.tiled_linear_int4(x.reshape(-1, x.shape[-1]).contiguous(), ordered, bias)
-        return out.view(*x.shape[:-1], -1)
-
-    return product

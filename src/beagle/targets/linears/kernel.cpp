@@ -4,6 +4,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include "attention.h"
+#include "choice.h"
 
 namespace {
 
@@ -60,31 +61,26 @@ void attend(const void* q, const void* k, const void* v, const void* mask, void*
 void largest(const void* x, void* values, int64_t* places, int64_t rows, int64_t n) {
 #pragma omp parallel for
   for (int64_t r = 0; r < rows; r++) {
-    const bf16* row = static_cast<const bf16*>(x) + r * n;
-    const __m512i ones = _mm512_set1_epi32(1);
-    __m512 most = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-    __m512i at = _mm512_setzero_si512(), step = _mm512_setzero_si512();
-    __mmask16 none = 0;  // no numbers
-    for (int64_t k = 0; k < n; k += 16, step = _mm512_add_epi32(step, ones)) {
-      const __mmask16 there = n - k < 16 ? (1 << (n - k)) - 1 : 0xffff;
-      const __m256i halves = _mm256_mask_loadu_epi16(_mm256_set1_epi16(int16_t(0xff80)), there, row + k);
-      const __m512 all = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-      none |= _mm512_cmp_ps_mask(all, all, _CMP_UNORD_Q);
-      const __mmask16 above = _mm512_cmp_ps_mask(all, most, _CMP_GT_OQ);
-      most = _mm512_mask_mov_ps(most, above, all);
-      at = _mm512_mask_mov_epi32(at, above, step);
-    }
-    alignas(64) float lanes[16];
-    alignas(64) int32_t steps[16];
-    _mm512_store_ps(lanes, most);
-    _mm512_store_si512(steps, at);
-    int best = 0;
-    for (int i = 1; i < 16; i++)
-      if (lanes[i] > lanes[best] || (lanes[i] == lanes[best] && steps[i] < steps[best])) best = i;
-    places[r] = std::min(int64_t(steps[best]) * 16 + best, n - 1);
-    const float value = none ? std::numeric_limits<float>::quiet_NaN() : lanes[best];
-    const __m256bh half = _mm512_cvtneps_pbh(_mm512_set1_ps(value));
+    const Largest found = largest_of(static_cast<const bf16*>(x) + r * n, n);
+    places[r] = found.place;
+    const __m128bh half = _mm_cvtneps_pbh(_mm_set1_ps(found.value));
     std::memcpy(static_cast<bf16*>(values) + r, &half, 2);
+  }
+}
+
+// Gumbel noise of tokens [n] with each of some keys, out [keys, n].
+void gumbel(const int64_t* keys, const int64_t* tokens, float* out, int64_t rows, int64_t n) {
+  for (int64_t r = 0; r < rows; r++) fill_noise(keys[r], tokens, out + r * n, n);
+}
+
+// The token that is drawn from each row of logits [rows, n] with its key's noise, and the row's largest logit.
+void draw(const void* logits, const int64_t* keys, float* values, int64_t* places, int64_t rows, int64_t n,
+          double temperature) {
+#pragma omp parallel for if (rows > 1)
+  for (int64_t r = 0; r < rows; r++) {
+    const Largest found = drawn(static_cast<const bf16*>(logits) + r * n, n, keys[r], temperature);
+    values[r] = found.value;
+    places[r] = found.place;
   }
 }
 

@@ -29,7 +29,8 @@ model.generate("Hello", max_new_tokens=8)
 print("ready", flush=True)
 for line in sys.stdin:
     asked = json.loads(line)
-    answer = model.generate(asked["question"], max_new_tokens=asked["tokens"], draft=asked["draft"])
+    answer = model.generate(asked["question"], max_new_tokens=asked["tokens"], draft=asked["draft"],
+        temperature=options["temperature"])
     s = answer.stats
     print(json.dumps({"tokens": s.tokens, "tau": s.tau, "tokens_per_second": s.tokens_per_second,
         "prefill": s.prefill_seconds, "other": s.other_seconds + s.accept_seconds, "decode": s.decode_seconds,
@@ -47,10 +48,11 @@ def main() -> None:
     parser.add_argument("--suite", default="quick")
     parser.add_argument("--questions", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
     caches = dict(item.split("=", 1) for item in arguments.cache)
-    options = json.dumps({"target": arguments.target, "draft": arguments.draft, "dtype": arguments.dtype})
+    options = json.dumps({name: getattr(arguments, name) for name in ("target", "draft", "dtype", "temperature")})
     workers: dict[str, subprocess.Popen[str]] = {}
     for item in arguments.source:
         name, folder = item.split("=", 1)

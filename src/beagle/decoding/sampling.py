@@ -15,7 +15,7 @@ from transformers import (
     SequenceBiasLogitsProcessor,
 )
 
-from beagle.decoding.noise import Noise
+from beagle.decoding.noise import draw, gumbel, noise_key
 from beagle.decoding.sampling_params import SamplingParams
 from beagle.drafters.base import LevelNoise
 from beagle.errors import BeagleError
@@ -91,7 +91,6 @@ class Sampler:
         self._processors = processors(self.sampling, len(prompt), self._ends)
         self._context = torch.tensor([list(prompt)], dtype=torch.int64) if self._processors else None
         self.greedy = not self.sampling.temperature and not self._processors
-        self._noise = Noise(self.sampling.seed)
 
     def noise(self, position: int) -> LevelNoise | None:
         """What a draft adds to its logits, whose first level takes ``position`` of the answer; None if nothing is drawn."""
@@ -99,8 +98,8 @@ class Sampler:
             return None
         scale = min(self.sampling.temperature, MOST_NOISE)
 
-        def scaled(level: int, size: int, device: torch.device) -> Tensor:
-            return self._noise.at(position + level - 1, size, device) * scale
+        def scaled(levels: Sequence[int], tokens: Tensor) -> Tensor:
+            return gumbel([self.key(position + level - 1) for level in levels], tokens).mul_(scale)
 
         return scaled
 
@@ -140,10 +139,9 @@ class Sampler:
         """
         return choose_all([self], logits[None], [position])[0]
 
-    def drawn(self, position: int, size: int, device: torch.device) -> Tensor:
-        """Noise of each token at ``position``, ``[size]``; earlier positions are not asked for again."""
-        self._noise.forget(position)
-        return self._noise.at(position, size, device)
+    def key(self, position: int) -> int:
+        """Of the noise at ``position``, see ``noise.gumbel``."""
+        return noise_key(self.sampling.seed, position)
 
     def check(self, largest: float) -> None:
         """
@@ -186,13 +184,10 @@ def choose_all(samplers: Sequence[Sampler], logits: Tensor, positions: Sequence[
         if not by.temperature:
             largest, tokens = tiled.largest(own)
         else:
-            largest = own.amax(-1)
-            scores = (own.double() - largest[:, None]) / by.temperature
-            if by.top_k or by.top_p < 1 or by.min_p:  # some tokens can't be chosen, however they are drawn
-                scores = scores.masked_fill(samplers[group[0]].probabilities(own) == 0, -torch.inf)
-            for score, i in zip(scores, group, strict=True):
-                score += samplers[i].drawn(positions[i], len(score), score.device)
-            tokens = scores.argmax(-1)
+            limited = by.top_k or by.top_p < 1 or by.min_p  # some tokens can't be chosen, however they are drawn
+            impossible = samplers[group[0]].probabilities(own) == 0 if limited else None
+            keys = [samplers[i].key(positions[i]) for i in group]
+            largest, tokens = draw(own, keys, by.temperature, impossible)
         for i, token, value in zip(group, tokens.tolist(), largest.tolist(), strict=True):
             samplers[i].check(value)
             chosen[i] = token

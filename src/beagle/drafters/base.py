@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from beagle.targets.shape import TreeShape
@@ -137,15 +136,14 @@ def best_first(
 class LevelNoise(Protocol):
     """What the target's sampler adds to its logits at the positions that a draft's candidates would take."""
 
-    def __call__(self, level: int, size: int, device: torch.device) -> Tensor:
+    def __call__(self, levels: Sequence[int], tokens: Tensor) -> Tensor:
         """
         Args:
-            level: of the draft, from 1.
-            size: tokens of the target's vocabulary.
-            device: where the noise is wanted.
+            levels: of the draft, from 1.
+            tokens: ids, int64 ``[tokens]``, where the noise is wanted.
 
         Returns:
-            Noise of each token in units of logits, fp32 ``[size]``.
+            Noise of each token at each level in units of logits, fp32 ``[levels, tokens]``.
         """
 
 

@@ -175,24 +175,19 @@ class Level:
     parents: Tensor
 
 
-def level_noise(contexts: Sequence[HeadContext], depth: int, draft_vocab: Tensor, size: int) -> Tensor | None:
+def level_noise(contexts: Sequence[HeadContext], depth: int, draft_vocab: Tensor) -> Tensor | None:
     """Noise of the contexts' next drafts, ``[contexts, depth, draft vocabulary]``; None where no answer is sampled.
 
     Args:
         contexts: greedy ones among them have no noise.
         depth: levels.
         draft_vocab: token ids of the target, ``[draft vocabulary]``.
-        size: tokens of the target's vocabulary.
     """
     if all(context.noise is None for context in contexts):
         return None
-    device = draft_vocab.device
-    found = torch.zeros(len(contexts), depth, len(draft_vocab), device=device)
-    for own, context in zip(found, contexts, strict=True):
-        if context.noise is not None:
-            for level in range(1, depth + 1):
-                torch.index_select(context.noise(level, size, device), 0, draft_vocab, out=own[level - 1])
-    return found
+    levels, none = range(1, depth + 1), torch.zeros(1, 1, device=draft_vocab.device).expand(depth, len(draft_vocab))
+    found = [none if context.noise is None else context.noise(levels, draft_vocab) for context in contexts]
+    return found[0][None] if len(found) == 1 else torch.stack(found)
 
 
 def least_score(min_expected_tokens: float) -> float:

@@ -59,7 +59,6 @@ class HeadDrafter(Drafter[HeadContext]):
         pack_linears(head)  # what is left
         self.head = head
         self.device = target.device
-        self.vocab_size = target.vocab_size
         self.lm_head, bias = target.head_rows(head.draft_vocab if trimmed else None)
         whole = quantized(self.lm_head, bias, "int8", VectorQuantizer()) if target.quantize else None
         self.rotations = Rotations(head, self.lm_head.dtype, self.device)
@@ -84,11 +83,11 @@ class HeadDrafter(Drafter[HeadContext]):
         if self.whole is not None and len(contexts) == 1:
             noise = None
             if contexts[0].noise is not None:
-                noise = level_noise(contexts, plan.depth, self.whole.vocabulary(contexts[0]), self.vocab_size)
+                noise = level_noise(contexts, plan.depth, self.whole.vocabulary(contexts[0]))
             found = self.whole(contexts[0], roots[0], plan, min_expected_tokens, noise)
             if found is not None:
                 return [best_first(found.tokens, found.parents, found.scores, plan.nodes or MAX_NODES, least)]
-        noise = level_noise(contexts, plan.depth, self.head.draft_vocab, self.vocab_size)
+        noise = level_noise(contexts, plan.depth, self.head.draft_vocab)
         write_unread(contexts)
         width = max(plan.width, len(STATIC_PATHS))
         beams = Beams.of_contexts(self.head, contexts, self.rotations, plan.depth, width)

@@ -111,7 +111,7 @@ class SmallModelDrafter(Drafter[SmallModelContext]):
         for level in range(1, depth + 1):
             logits = self.small.logits(states)[:, : self.vocab_size].float()
             if context.noise is not None:
-                logits = logits + context.noise(level, self.vocab_size, logits.device)
+                logits = logits + context.noise([level], torch.arange(self.vocab_size, device=logits.device))
             log_q = F.log_softmax(logits, dim=-1)
             best, index = log_q.topk(min(width, self.vocab_size), dim=-1)  # [beam, width]
             first = len(tokens)

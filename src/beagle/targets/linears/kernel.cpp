@@ -3,6 +3,7 @@
 #include <omp.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include "choice.h"
 #include "layers.h"
 
 namespace {
@@ -53,41 +54,11 @@ void multiply(const Matrix& m, const void* x, int64_t rows, void* y) {
   });
 }
 
-// The largest of some numbers, and the first place where it is.
-struct Largest {
-  __m512 most = _mm512_set1_ps(-std::numeric_limits<float>::infinity());  // by lanes
-  __m512i places = _mm512_set1_epi32(std::numeric_limits<int32_t>::max());
-  __mmask16 none = 0;  // no numbers
-
-  // 16 more, or the first of them, whose places begin at one; in any order.
-  void see(const bf16* x, int64_t from, __mmask16 there = 0xffff) {
-    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i at = _mm512_add_epi32(_mm512_set1_epi32(int32_t(from)), lanes);
-    const __m512 all = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, x)), 16));
-    none |= _mm512_mask_cmp_ps_mask(there, all, all, _CMP_UNORD_Q);
-    const __mmask16 same = _mm512_mask_cmplt_epi32_mask(_mm512_mask_cmp_ps_mask(there, all, most, _CMP_EQ_OQ), at, places);
-    const __mmask16 above = _mm512_mask_cmp_ps_mask(there, all, most, _CMP_GT_OQ) | same;
-    most = _mm512_mask_mov_ps(most, above, all);
-    places = _mm512_mask_mov_epi32(places, above, at);
-  }
-
-  void see(const Largest& other) {
-    const __mmask16 same = _mm512_mask_cmplt_epi32_mask(_mm512_cmp_ps_mask(other.most, most, _CMP_EQ_OQ), other.places, places);
-    const __mmask16 above = _mm512_cmp_ps_mask(other.most, most, _CMP_GT_OQ) | same;
-    most = _mm512_mask_mov_ps(most, above, other.most);
-    places = _mm512_mask_mov_epi32(places, above, other.places);
-    none |= other.none;
-  }
-
-  // NaN where one of them is, and some place then.
-  void give(bf16* value, int64_t* place, int64_t n) const {
-    const float largest = _mm512_reduce_max_ps(most);
-    const __mmask16 there = _mm512_cmp_ps_mask(most, _mm512_set1_ps(largest), _CMP_EQ_OQ);
-    *place = std::min(int64_t(_mm512_mask_reduce_min_epi32(there, places)), n - 1);
-    const __m256bh half = _mm512_cvtneps_pbh(_mm512_set1_ps(none ? std::numeric_limits<float>::quiet_NaN() : largest));
-    std::memcpy(value, &half, 2);
-  }
-};
+void give(const Largest& found, void* values, int64_t* places, int64_t row) {
+  places[row] = found.place;
+  const __m128bh half = _mm_cvtneps_pbh(_mm_set1_ps(found.value));
+  std::memcpy(static_cast<bf16*>(values) + row, &half, 2);
+}
 
 }  // namespace
 
@@ -107,10 +78,8 @@ void attend(const void* q, const void* k, const void* v, const void* mask, void*
 #pragma omp parallel num_threads(threads)
   {
     const int64_t i = omp_get_thread_num(), n = omp_get_num_threads(), tasks = all.tasks(), rows = all.all_rows();
-    {
-      Shaped shaped;
-      for (int64_t t = tasks * i / n; t < tasks * (i + 1) / n; t++) all.sum(shaped, t, static_cast<const bf16*>(q));
-    }
+    Shaped shaped;
+    for (int64_t t = tasks * i / n; t < tasks * (i + 1) / n; t++) all.sum(shaped, t, static_cast<const bf16*>(q));
 #pragma omp barrier
     for (int64_t r = rows * i / n; r < rows * (i + 1) / n; r++) all.merge(r, all.shared(), static_cast<bf16*>(y) + r * all.out);
   }
@@ -119,11 +88,22 @@ void attend(const void* q, const void* k, const void* v, const void* mask, void*
 // The largest of each row [rows, n] and the first place where it is; NaN if one of them is.
 void largest(const void* x, void* values, int64_t* places, int64_t rows, int64_t n) {
 #pragma omp parallel for
+  for (int64_t r = 0; r < rows; r++) give(largest_of(static_cast<const bf16*>(x) + r * n, n), values, places, r);
+}
+
+// Gumbel noise of tokens [n] with each of some keys, out [keys, n].
+void gumbel(const int64_t* keys, const int64_t* tokens, float* out, int64_t rows, int64_t n) {
+  for (int64_t r = 0; r < rows; r++) fill_noise(keys[r], tokens, out + r * n, n);
+}
+
+// The token that is drawn from each row of logits [rows, n] with its key's noise, and the row's largest logit.
+void draw(const void* logits, const int64_t* keys, float* values, int64_t* places, int64_t rows, int64_t n,
+          double temperature) {
+#pragma omp parallel for if (rows > 1)
   for (int64_t r = 0; r < rows; r++) {
-    const bf16* row = static_cast<const bf16*>(x) + r * n;
-    Largest found;
-    for (int64_t k = 0; k < n; k += 16) found.see(row + k, k, n - k < 16 ? (1 << (n - k)) - 1 : 0xffff);
-    found.give(static_cast<bf16*>(values) + r, places + r, n);
+    const Largest found = drawn(static_cast<const bf16*>(logits) + r * n, n, keys[r], temperature);
+    values[r] = found.value;
+    places[r] = found.place;
   }
 }
 
@@ -170,19 +150,18 @@ void largest_of_product(const void* x, const void* weight, const float* scales, 
                         void* values, int64_t* places, int64_t rows, int64_t in, int64_t out, int64_t kind) {
   const Matrix m{weight, scales, sums, static_cast<const bf16*>(bias), in, out, Kind(kind)};
   const bf16* from = static_cast<const bf16*>(x);
-  Lined<Largest> found(omp_get_max_threads() * rows);
+  Lined<Search> found(omp_get_max_threads() * rows);
   multiply(m, from, rows, [&](int64_t thread, const Inputs& inputs, Shaped& shaped, int64_t pair) {
     thread_local Halves part;
     part.resize(rows * 2 * OUT);
     const Range range = inputs.multiply(shaped, m, pair, from, rows, part.data(), 2 * OUT);
     for (int64_t r = 0; r < rows; r++)
       for (int64_t k = range.from; k < range.to; k += OUT)
-        found[thread * rows + r].see(&part[r * 2 * OUT + k - range.from], k);
+        found[thread * rows + r].see(some_of(&part[r * 2 * OUT], k - range.from, 2 * OUT), k);
   });
   for (int64_t r = 0; r < rows; r++) {
-    Largest& row = found[r];
-    for (size_t i = rows + r; i < found.size(); i += rows) row.see(found[i]);
-    row.give(static_cast<bf16*>(values) + r, places + r, out);
+    for (size_t i = rows + r; i < found.size(); i += rows) found[r].see(found[i]);
+    give(found[r].found(out), values, places, r);
   }
 }
 

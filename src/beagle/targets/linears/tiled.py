@@ -160,6 +160,11 @@ def _pointers(*tensors: Tensor | None) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
+def kernel() -> Any:
+    """The library, or None."""
+    return _kernel
+
+
 def loaded() -> bool:
     """Whether the kernel is at hand."""
     return _kernel is not None
@@ -208,8 +213,11 @@ def load(folder: Path) -> bool:
             for function in (kernel.count_high_bytes, kernel.pack_weight):
                 function.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2
                 function.restype = None
-            kernel.largest.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2
-            kernel.largest.restype = None
+            for function in (kernel.largest, kernel.gumbel):
+                function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2
+                function.restype = None
+            kernel.draw.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2 + [ctypes.c_double]
+            kernel.draw.restype = None
             kernel.largest_of_product.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 4
             kernel.largest_of_product.restype = None
             kernel.move_slots.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4

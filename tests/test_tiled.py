@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from beagle.targets import compiled
+from beagle.targets.cache import KVCache, LayerShape
 from beagle.targets.linears import tiled
 from beagle.targets.linears.packed import packed
 from beagle.targets.linears.product import Int8Product, Product
@@ -198,6 +199,29 @@ def test_the_largest_of_a_product_is_that_of_its_rows(kernel, kind, rows):
     assert (places == 701).all()
     x[0, 3] = torch.nan
     assert product.largest(x)[0].isnan().nonzero().tolist() == [[0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_accepted_slots_are_moved_as_pytorch_moves_them(kernel, monkeypatch, dtype):
+    def filled(batch):
+        cache = KVCache([LayerShape(2, 8, 16)] * 3, batch=batch, capacity=32, dtype=dtype, device=torch.device("cpu"))
+        for tensor in cache.tensors:
+            tensor.copy_(torch.arange(tensor.numel()).view_as(tensor) % 251)
+        return cache
+
+    ours, part, theirs = filled(1), filled(2), filled(1)
+    several = filled(2)
+    view = part.sequence(1)  # its slots lie apart
+    for cache in (ours, view):
+        cache.lengths = [5]
+        cache.compact([0, 2, 3, 7])
+    monkeypatch.setattr(tiled, "_kernel", None)
+    theirs.lengths, several.lengths = [5], [0, 5]
+    theirs.compact([0, 2, 3, 7])
+    several.compact_sequences([[], [0, 2, 3, 7]])
+    for mine, right in ((ours, theirs), (part, several)):
+        assert all(torch.equal(a, b) for a, b in zip(mine.tensors, right.tensors, strict=True))
+    assert ours.lengths == view.lengths == [9]
 
 
 def test_weights_that_are_no_whole_tiles_are_left_to_pytorch(kernel):

@@ -122,7 +122,7 @@ class KVCache:
         if not sequences:
             return
         for stack in self._stacks.values():
-            if self.batch == 1 and stack.is_cpu and tiled.loaded():
+            if self.batch == 1 and stack.is_cpu and stack.is_contiguous() and tiled.loaded():
                 tiled.move_slots(stack, sources, places)
                 continue
             where, to, source_index = torch.tensor([sequences, places, sources], device=stack.device)

@@ -192,6 +192,7 @@ class Keys {
   // Queries or weights are in tile 4, keys or values in 6 and 7. Several sums grow side by side: a product takes as long as
   // four of them.
   void score_tiles(const bf16* x, int64_t stride) {
+    written();
     for (int64_t half = 0; half < 2 * blocks; half += 4) {
       const uint32_t* to = &ordered[half * in * 8];
       const bool more = half + 2 < 2 * blocks;
@@ -217,6 +218,7 @@ class Keys {
   }
 
   void add_tiles(float* y) const {
+    written();
     for (int64_t c = 0; c < out; c += 64) {
       const int64_t some = (out - c) / 16;
       zero_tiles();

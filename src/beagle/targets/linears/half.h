@@ -130,6 +130,7 @@ void tiles(const HalfWeight& w, int64_t block, const bf16* x, bf16* y, const bf1
   _tile_zero(3);
   for (int64_t s = 0; s < in / IN; s++, x += IN) {
     weights.step(s + 1);
+    written();
     _tile_loadd(4, x, in * 2);
     if (MORE) _tile_loadd(5, x + 16 * in, in * 2);
     _tile_loadd(6, weights.tile(s, 0), 64);

@@ -223,6 +223,7 @@ template <bool BOTH, bool MORE>
 void whole_tiles(const int8_t* w, const Whole& x, int64_t from, bf16* y, const float* scales, const bf16* bias,
                  int64_t rows, int64_t in, int64_t out) {
   const int8_t *bytes = &x.bytes[2 * from * in], *second = w + in * OUT;
+  written();
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);

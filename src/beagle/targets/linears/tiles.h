@@ -76,6 +76,10 @@ struct alignas(64) TileShapes {
   uint8_t rows[16] = {};
 };
 
+// Memory that tiles or their shapes are loaded from is written by now: GCC's intrinsics don't say that they read it, so it may
+// leave that for later.
+inline void written() { __asm__ volatile("" : : : "memory"); }
+
 // Tiles 0 to 3 are sums, 4 and 5 vectors, 6 and 7 weights; 1, 3 and 5 belong to the second of two groups of vectors. They
 // keep their shape from product to product, and have none in the end: other libraries shape them for themselves.
 class Shaped {
@@ -95,6 +99,7 @@ class Shaped {
       shapes.rows[i] = i >= 6 ? 16 : (i & 1) ? more : rows;
       shapes.bytes[i] = 64;
     }
+    written();
     _tile_loadconfig(&shapes);
   }
 

@@ -174,6 +174,20 @@ def test_a_token_of_a_tree_gets_the_bits_that_it_gets_alone(folder, quantize, tr
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("context", [100, 120])
+def test_a_token_that_is_no_number_spoils_its_own_path_alone(folder, context):
+    fast, _, _ = three(folder, "llama")
+    shape = TreeShape([-1, 0, 0, 1, 2, *range(4, 16)])  # two paths, one of them over the end of a chunk of keys
+    fast.compiled.runner._table[4] = torch.nan  # node 1
+    together, _ = states_of(fast, shape, context)
+    assert together.isnan().any(1).nonzero().flatten().tolist() == [1, 3]
+    cache = cache_of(fast, context)
+    for node in (0, 2, *range(4, 17)):
+        alone = fast.verify(cache, torch.tensor([3 + node]), TREES["token"])
+        cache.lengths = [cache.lengths[0] + 1]
+        assert torch.equal(alone[0].float(), together[node])
+
+
 def test_exact_mode_takes_the_same_passes(folder):
     fast, _, _ = three(folder, "llama")
     cache, shape, tokens = cache_of(fast, 100), TREES["tree"], torch.arange(3, 10)

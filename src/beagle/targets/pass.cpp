@@ -53,7 +53,8 @@ enum Part { PRODUCTS, ATTENTION, OTHERS, WAITING };
 struct Scratch {
   Keys near, far;  // those of the first chunk of them, and of the second
   Gathered behind;
-  int64_t head, sheet;  // which are in order in them
+  std::vector<uint32_t> left_out;  // of each block of them, the places whose values are no numbers
+  int64_t head, sheet;             // which are in order in them
 };
 thread_local Scratch scratch;
 
@@ -226,9 +227,18 @@ class Pass {
     queries.path_rows = group;
     queries.paths = &sheets->near[task.first];
     chunks.sum(shaped, scratch.near, head, chunks.shared(), queries, task.first * group);
+    spoil(head, chunks.shared(), task, sheets->near, 0);
     if (near == places) return;
     queries.paths = &sheets->far[task.first];
     chunks.sum(shaped, scratch.far, head, chunks.shared() + 1, queries, task.first * group);
+    spoil(head, chunks.shared() + 1, task, sheets->far, near / BLOCK);
+  }
+
+  // Tokens of a task that see in a chunk what was left out, whose blocks begin with one.
+  void spoil(int64_t head, int64_t chunk, const Task& task, const std::vector<Path>& paths, int64_t block) {
+    for (int64_t m = task.first; m < task.first + task.tokens; m++)
+      for (size_t b = 0; b < paths[m].blocks.size(); b++)
+        if (scratch.left_out[block + b] & paths[m].blocks[b].seen) chunks.spoil(head, chunk, m * group, group);
   }
 
   // A sheet's keys of a cached head in order.
@@ -241,12 +251,17 @@ class Pass {
     scratch.head = head;
     scratch.sheet = number;
     Gathered& own = scratch.behind;
-    own.keys.assign(places * d, 0);  // no weight makes a NaN nothing
+    own.keys.assign(places * d, 0);
     own.values.assign(places * d, 0);
+    scratch.left_out.assign(places / BLOCK, 0);
     for (int64_t i = 0; i < places; i++) {
-      if (sheet.slots[i] < 0) continue;
-      std::memcpy(&own.keys[i * d], k + sheet.slots[i] * d, 2 * d);
-      std::memcpy(&own.values[i * d], v + sheet.slots[i] * d, 2 * d);
+      const int64_t slot = sheet.slots[i];
+      if (slot < 0) continue;
+      std::memcpy(&own.keys[i * d], k + slot * d, 2 * d);
+      if (sheet.tokens > 1 && slot >= tokens.context && !is_finite(v + slot * d, d))
+        scratch.left_out[i / BLOCK] |= uint32_t(1) << i % BLOCK;
+      else
+        std::memcpy(&own.values[i * d], v + slot * d, 2 * d);
     }
     scratch.near.append(own.keys.data(), own.values.data(), sheets->before(), near);
     if (near < places) scratch.far.order(own.keys.data() + near * d, own.values.data() + near * d, 0, places - near, d, d);

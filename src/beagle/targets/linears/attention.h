@@ -386,6 +386,11 @@ class Chunks {
     chunk.attend(shaped, q, scale, &most[at], &sums[at], &parts[at * out]);
   }
 
+  // What some rows of a head get of a chunk is no number.
+  void spoil(int64_t head, int64_t j, int64_t from, int64_t some) {
+    std::fill_n(&sums[first(head) + j * rows + from], some, std::numeric_limits<float>::quiet_NaN());
+  }
+
   // One row's sums of its first chunks; y [out].
   void merge(int64_t row, int64_t chunks, bf16* y) {
     const int64_t at = first(row / rows) + row % rows;  // its place in the first of them

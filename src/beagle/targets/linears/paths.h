@@ -5,6 +5,8 @@
 // to the blocks before, and a key of weight 0 adds nothing. So the nodes of several paths share a block, where each node lies
 // in the block of its position, at an even or odd place as its position is, behind its ancestors. A sheet is tokens whose paths
 // have room in the same blocks. Without AMX each token has a sheet of its own.
+//
+// A weight of 0 makes no NaN nothing: values that are no numbers are left out of a block, and spoil those who see them alone.
 
 #pragma once
 
@@ -24,6 +26,14 @@ struct Sheet {
 struct Task {
   int64_t sheet, first, tokens;
 };
+
+// Whether all of a value are numbers, d of them.
+bool is_finite(const bf16* value, int64_t d) {
+  const __m512i exponent = _mm512_set1_epi16(0x7f80);
+  for (int64_t k = 0; k < d; k += 32)
+    if (_mm512_cmpeq_epi16_mask(_mm512_and_si512(_mm512_loadu_si512(value + k), exponent), exponent)) return false;
+  return true;
+}
 
 class Sheets {
  public:

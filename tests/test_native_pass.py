@@ -174,6 +174,26 @@ def test_a_token_of_a_tree_gets_the_bits_that_it_gets_alone(folder, quantize, tr
         torch.set_num_threads(threads)
 
 
+def test_without_tile_registers_tokens_get_their_bits_too(folder, tmp_path):
+    source = tmp_path / "pass.cpp"  # as on a CPU that has none
+    source.write_text("#include <immintrin.h>\n#undef __AMX_BF16__\n" + native.SOURCE.read_text())
+    assert native.library.build(tmp_path / "pass.so", source) is None
+    fast, _, _ = three(folder, "qwen3")
+    (shape, leaves), context = MANY_PATHS, 120
+    usual, _ = states_of(fast, shape, context)
+    plain = native.library.function(tmp_path / "pass.so", "beagle_pass")
+    plain.argtypes, plain.restype = fast.compiled.runner._run.argtypes, None
+    fast.compiled.runner._run = plain
+    together, _ = states_of(fast, shape, context)
+    assert gap(together, usual) < 0.02
+    for leaf in leaves:
+        cache = cache_of(fast, context)
+        for node in torch.where(shape.ancestors()[leaf])[0].tolist():
+            alone = fast.verify(cache, torch.tensor([3 + node]), TREES["token"])
+            cache.lengths = [cache.lengths[0] + 1]
+            assert torch.equal(alone[0].float(), together[node])
+
+
 @pytest.mark.parametrize("context", [100, 120])
 def test_a_token_that_is_no_number_spoils_its_own_path_alone(folder, context):
     fast, _, _ = three(folder, "llama")

@@ -1,5 +1,6 @@
 """Our CPU kernel for products and attention of few vectors."""
 
+import math
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ from beagle.targets import compiled
 from beagle.targets.cache import KVCache, LayerShape
 from beagle.targets.linears import tiled
 from beagle.targets.linears.packed import packed
-from beagle.targets.linears.product import Int8Product, Product
+from beagle.targets.linears.product import Int8Product, Near, Product
 from beagle.targets.linears.quantized import VectorQuantizer, dequantized, int8_weight, quantized
 from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
@@ -193,12 +194,88 @@ def test_the_largest_of_a_product_is_that_of_its_rows(kernel, kind, rows):
         scales, whole = int8_weight(weight)
         product = Int8Product(whole, scales, bias)
     values, places = product.largest(x)
-    expected = tiled.largest(product(x))
-    assert torch.equal(values, expected[0])
-    assert torch.equal(places, expected[1])
-    assert (places == 701).all()
+    assert (values, places) == lists(tiled.largest(product(x)))
+    assert places == [701] * rows
+    assert product.largest(drawn(rows, 100)[:, 36:]) == lists(tiled.largest(product(drawn(rows, 100)[:, 36:])))
     x[0, 3] = torch.nan
-    assert product.largest(x)[0].isnan().nonzero().tolist() == [[0]]
+    assert [math.isnan(value) for value in product.largest(x)[0]] == [True] + [False] * (rows - 1)
+
+
+def lists(pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[list[float], list[int]]:
+    return pair[0].tolist(), pair[1].tolist()
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("huge", [1.0, 300.0])
+@pytest.mark.parametrize("rows", [1, 9, 32, 33])
+def test_a_shortlist_leaves_the_largest_in(kernel, rows, huge, alike):
+    """Outputs may be closer to each other than int8 tells them apart, or equal once they are rounded."""
+    outputs, inputs = 16 * 131, 192
+    weight = (alike * drawn(1, inputs).float() + (1 - alike) * drawn(outputs, inputs).float()).bfloat16()
+    x = drawn(rows, inputs)
+    x[:, 5] *= huge  # as states of models have it
+    for bias in (None, drawn(outputs)):
+        whole, listed = Product(weight, bias), Product(weight, bias)
+        listed.near = Near.of(weight)
+        assert listed.largest(x) == whole.largest(x) == lists(tiled.largest(whole(x)))
+
+
+def test_a_shortlist_has_what_its_bound_does_not_leave_out(kernel):
+    """An output that int8 puts below others is the largest: a small weight beside a huge one that the vector doesn't see."""
+    weight, x = torch.zeros(16 * 131, 128).bfloat16(), torch.zeros(1, 128).bfloat16()
+    x[0, :64] = 1.0
+    weight[:, 100] = 1000.0  # a step of int8 is 8
+    weight[1500, :64] = 3.5
+    weight[10, 0] = 4.0
+    assert int8_weight(weight)[1][[10, 1500], :64].sum(1).tolist() == [1, 0]
+    product = Product(weight, None)
+    product.near = Near.of(weight)
+    assert product.largest(x) == ([224.0], [1500])
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 64), (80, 192)])
+def test_a_shortlist_s_weight_is_the_int8_one(kernel, outputs, inputs):
+    weight = drawn(outputs, inputs)
+    weight[3] = 0.0
+    ordered, scales, sums, left = tiled.near(weight)
+    own, whole = int8_weight(weight)
+    assert torch.equal(ordered, tiled.tiled(whole))
+    assert torch.equal(scales, own)
+    assert sums.tolist() == whole.sum(1).tolist()
+    rest = (weight.float() - whole * own[:, None]).norm(dim=1)
+    assert ((rest <= left) & (left <= 1.01 * rest + 1e-3 * weight.float().norm(dim=1))).all()
+
+
+def test_a_shortlist_counts_all_that_int8_leaves(kernel):
+    """The vector points where an output's weights are off, and another output is just above what int8 says of it."""
+    weight = torch.zeros(16 * 131, 128).bfloat16()
+    weight[1500] = drawn(128)
+    scales, whole = int8_weight(weight[1500:1501])
+    said = (whole * scales[:, None])[0]
+    rest = weight[1500].float() - said
+    x = (64 * rest / rest.norm()).bfloat16()
+    at = x.abs().argmax()
+    weight[10, at] = (said @ x.float() + 0.6 * 64 * rest.norm()) / x[at]
+    bias = torch.full((len(weight),), -1000.0).bfloat16()
+    bias[[10, 1500]] = 0.0
+    product = Product(weight, bias)
+    assert product.largest(x[None])[1] == [1500]
+    product.near = Near.of(weight)
+    assert product.largest(x[None])[1] == [1500]
+
+
+@pytest.mark.parametrize("what", ["vector", "weight", "infinite vector", "infinite weight"])
+def test_a_shortlist_hides_no_nan(kernel, what):
+    weight, x = drawn(16 * 131, 128), drawn(3, 128)
+    of = x[1] if "vector" in what else weight[2000]
+    of[70] = torch.inf if "infinite" in what else torch.nan
+    whole, listed = Product(weight, None), Product(weight, None)
+    listed.near = Near.of(weight)
+    (values, places), expected = listed.largest(x), whole.largest(x)
+    assert torch.equal(torch.tensor(values).nan_to_num(-1.0), torch.tensor(expected[0]).nan_to_num(-1.0))
+    assert [p for p, v in zip(places, values, strict=True) if v == v] == [
+        p for p, v in zip(*reversed(expected), strict=True) if v == v
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -237,7 +314,8 @@ def test_a_compiled_pass_uses_it_and_gives_the_eager_states(kernel, monkeypatch)
     found = compiled.find(kernel, model(), None)
     target, eager = (Target(model(), tiny_tokenizer(), "tiny") for _ in range(2))
     target.use(found)  # compares
-    assert target.pass_bytes == target.pass_weights * 3 // 2
+    of_head = target.model.lm_head.weight.numel()
+    assert target.pass_bytes == (target.pass_weights - of_head) * 3 // 2 + of_head
     assert eager.pass_bytes == eager.pass_weights * 2
     monkeypatch.setattr(target, "eager", None)
     states = []

@@ -207,7 +207,7 @@ def one_tree(target: Target, cache: KVCache, nodes: int, exact_keys: int | None 
 
     def run() -> list[int]:
         if exact_keys is None:
-            return target.likeliest(target.verify(cache, tokens, shape))[1].tolist()
+            return target.likeliest(target.verify(cache, tokens, shape))[1]
         return tiled.largest(target.exact_logits(target.verify_exact(cache, tokens, shape, exact_keys)))[1].tolist()
 
     return run
@@ -217,7 +217,7 @@ def several_trees(target: Target, cache: KVCache, sizes: list[int]) -> Callable[
     """``one_tree`` of several sequences that share the pass."""
     tokens = torch.ones(sum(sizes), dtype=torch.long, device=target.device)
     shapes = [_shape(target, nodes) for nodes in sizes]
-    return lambda: target.likeliest(target.verify_trees(cache, tokens, shapes))[1].tolist()
+    return lambda: target.likeliest(target.verify_trees(cache, tokens, shapes))[1]
 
 
 def _shape(target: Target, nodes: int) -> TreeShape:

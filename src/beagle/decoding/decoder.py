@@ -211,11 +211,13 @@ class Decoder:
         self._cache.whole.compact_sequences([walk.path for walk in walks])
         emitted = []
         keeps = self._keep_states or self._drafter is not None
-        for i, (one, own, walk) in enumerate(zip(sequences, states.split(sizes), walks, strict=True)):
+        each = [states] if count == 1 else states.split(sizes)
+        for i, (one, own, walk) in enumerate(zip(sequences, each, walks, strict=True)):
             step = None
             if one.watch and verdict.logits is not None:
                 step = Step(trees[i], shapes[i], own, verdict.logits.split(sizes)[i], walk.path)
-            accepted = own[walk.path] if keeps else own  # a copy: the pass's states need not stay
+            # a copy: the pass's states need not stay
+            accepted = own.index_select(0, torch.tensor(walk.path, device=own.device)) if keeps else own
             emitted.append(self._take(one, walk, [trees[i][0], *walk.chosen[:-1]], accepted, step))
             if one.error is None:
                 one.stats.note_pass(len(walk.path) - 1, len(walk.chosen), sizes[i] - 1)

@@ -79,7 +79,7 @@ class Verdict:
     """
 
     logits: Tensor | None
-    likeliest: tuple[Tensor, Tensor] | None = None
+    likeliest: tuple[list[float], list[int]] | None = None
 
 
 def accept(walks: Sequence[Walk], verdict: Verdict) -> None:
@@ -87,7 +87,8 @@ def accept(walks: Sequence[Walk], verdict: Verdict) -> None:
     logits, likeliest = verdict.logits, verdict.likeliest
     greedy = [walk for walk in walks if walk.sampler.greedy]
     if likeliest is None and logits is not None and greedy and (len(walks) > 1 or logits.is_cuda):
-        likeliest = tiled.largest(logits)  # at once; else what is asked for
+        values, tokens = tiled.largest(logits)  # at once; else what is asked for
+        likeliest = values.tolist(), tokens.tolist()
     if likeliest is not None:
         _accept_greedy(greedy, *likeliest)
     while active := [walk for walk in walks if walk.active]:
@@ -108,12 +109,11 @@ def _choose_together(walks: Sequence[Walk], logits: Tensor) -> Sequence[int | No
     return [None] * len(walks)
 
 
-def _accept_greedy(walks: Sequence[Walk], largest: Tensor, tokens: Tensor) -> None:
-    values, ids = largest.tolist(), tokens.tolist()
+def _accept_greedy(walks: Sequence[Walk], largest: list[float], tokens: list[int]) -> None:
     for walk in walks:
         while walk.active:
             try:
-                walk.sampler.check(values[walk.index])
-                walk.take(ids[walk.index])
+                walk.sampler.check(largest[walk.index])
+                walk.take(tokens[walk.index])
             except Exception as error:
                 walk.fail(error)

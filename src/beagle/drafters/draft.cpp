@@ -107,7 +107,7 @@ class Draft {
       }
     }
     answer.ordered->done = known();
-    return count;
+    return leave_out();
   }
 
  private:
@@ -129,6 +129,21 @@ class Draft {
   Halves product, query, attended, gate, up, logits, own_logits;
   std::vector<std::vector<Best>> best;     // [threads][nodes]
   Meeting meeting;
+
+  // Candidates that are worth verifying move to the front; how many. A parent is worth as much as its children.
+  int64_t leave_out() const {
+    std::vector<int64_t> place(count);
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; i++) {
+      if (plan.enough > 0 && !(found.scores[i] >= plan.least)) continue;
+      const int64_t parent = found.parents[i];
+      place[i] = kept;
+      found.tokens[kept] = found.tokens[i];
+      found.parents[kept] = parent < 0 ? -1 : place[parent];
+      found.scores[kept++] = found.scores[i];
+    }
+    return kept;
+  }
 
   // Normed rows of x, in the thread's own memory.
   const bf16* norm(const Rows& x, const float* weight, int64_t rows) const {
@@ -421,7 +436,8 @@ extern "C" Ordered* beagle_remember() { return new Ordered; }
 
 extern "C" void beagle_forget(Ordered* ordered) { delete ordered; }
 
-// The candidates, parents before children: at most width + (depth - 1) * width * width; how many.
+// The candidates, parents before children, without those below `least` if `enough` is above 0: how many; for a while there may
+// be width + (depth - 1) * width * width.
 extern "C" int64_t beagle_draft(const Head* head, const Answer* answer, const Plan* plan, const Found* found) {
   return Draft(*head, *answer, *plan, *found).grow();
 }

@@ -32,7 +32,7 @@ class WholeDrafts(Protocol):
         min_expected_tokens: float = 0.0,
         noise: Tensor | None = None,
     ) -> Draft | None:
-        """All candidates that were scored, parents before children; None where it can't.
+        """The candidates, parents before children; those below ``least_score`` may be missing. None where it can't.
 
         Arguments are those of ``grow``; noise is that of ``vocabulary``.
         """

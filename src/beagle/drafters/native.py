@@ -185,10 +185,12 @@ class NativeDraft:
 
     def _own_tokens(self, context: HeadContext) -> _Own:
         """The answer's own tokens as of now, the newest of them if there are many."""
-        own = self._own.setdefault(context, _Own())
-        fresh = {token for token in context.tokens[own.seen :] if token not in self._drafted} - {*own.tokens}
+        own = self._own.get(context)
+        if own is None:
+            own = self._own[context] = _Own()
+        new = [token for token in context.tokens[own.seen :] if token not in self._drafted]
         own.seen = len(context.tokens)
-        if fresh:
+        if new and (fresh := {*new} - {*own.tokens}):
             own.tokens = (own.tokens + sorted(fresh))[-MOST_OWN:]
             filling = -len(own.tokens) % 16
             own.ids = torch.tensor(own.tokens + own.tokens[:1] * filling)

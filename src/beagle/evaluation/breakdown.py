@@ -43,7 +43,7 @@ def _turn(target: Target, runner: NativePass, cache: KVCache, n: int) -> dict[st
     began = time.perf_counter()
     inside = runner.seconds(lambda: states.append(target.verify(cache, tokens, shape)))
     verified = time.perf_counter()
-    target.likeliest(states[0])[1].tolist()
+    target.likeliest(states[0])[1]
     ended = time.perf_counter()
     around = {"": ended - began, "lm_head_": ended - verified, "python_": verified - began - sum(inside.values())}
     return around | {f"{part}_": seconds for part, seconds in inside.items()}

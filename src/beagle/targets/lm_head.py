@@ -12,7 +12,7 @@ from beagle.errors import BeagleError
 from beagle.targets.devices import present
 from beagle.targets.linears import tiled
 from beagle.targets.linears.packed import is_plain, packed
-from beagle.targets.linears.product import Int8Product, Product
+from beagle.targets.linears.product import Int8Product, Near, Product
 from beagle.targets.linears.quantized import VectorQuantizer, quantized
 
 
@@ -57,6 +57,13 @@ class LMHead:
             self._apply = apply
         return apply is not None
 
+    def shorten(self) -> bool:
+        """Let ``likeliest`` leave out most of the weight from now on; False: it reads all of it."""
+        if not isinstance(self._apply, Product):
+            return False
+        self._apply.near = Near.of(self._head.weight.detach())
+        return self._apply.near is not None
+
     def __call__(self, states: Tensor) -> Tensor:
         """``[..., hidden]`` to ``[..., vocabulary]``, in the model's dtype."""
         out: Tensor = self._apply(states)
@@ -66,12 +73,13 @@ class LMHead:
             out = torch.tanh(out / self._softcap) * self._softcap
         return out
 
-    def likeliest(self, states: Tensor) -> tuple[Tensor, Tensor]:
+    def likeliest(self, states: Tensor) -> tuple[list[float], list[int]]:
         """The largest logit of each of ``states [rows, hidden]`` and the first token that has it."""
         plain = self._scale == 1.0 and self._softcap is None
         if plain and isinstance(self._apply, Product | Int8Product):
             return self._apply.largest(states)
-        return tiled.largest(self(states))
+        values, tokens = tiled.largest(self(states))
+        return values.tolist(), tokens.tolist()
 
     def rows(self, index: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Weight ``[rows, hidden]`` and bias ``[rows]`` for some tokens (all if None).

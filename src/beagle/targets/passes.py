@@ -110,7 +110,8 @@ class Passes:
         """One pass: ids ``[batch, tokens]`` to hidden states ``[batch, tokens, state_size]``."""
         fast = self.compiled
         runner = fast if fast is not None and fast.takes(plan) else self.eager
-        return runner(tokens, plan).to(self.dtype)  # some recurrent models give fp32 ones whatever their weights are
+        states = runner(tokens, plan)
+        return states if states.dtype == self.dtype else states.to(self.dtype)  # some recurrent models give fp32 always
 
     def prefill(self, ids: Tensor, cache: KVCache) -> Tensor:
         """Run prompts of one length, and commit them: a long one piece by piece, so that no mask grows with n².

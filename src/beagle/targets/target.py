@@ -98,13 +98,14 @@ class Target(Passes):
         self.digest = weights_digest(model)
         self._lm_head = LMHead(self.head, self.config, name, pack)
         self.pass_weights, self._weight_bytes = weights_of_a_pass(self.base, self.head, self.embed)
+        self._of_head = rows.numel() if isinstance(rows, Tensor) else 0
         if quantize or pack:
             with probe.tokens_alone(name):
                 keep_read_linears(self.base)
         self.unquantized = quantize_linears(self.base, quantize) if quantize else []  # layers whose shape can't be
         if quantize:
-            of_head = rows.numel() if isinstance(rows, Tensor) else 0
-            self._weight_bytes = ((self.pass_weights - of_head) * BITS[quantize] + of_head * BITS["int8"]) // 8
+            in_layers = self.pass_weights - self._of_head
+            self._weight_bytes = (in_layers * BITS[quantize] + self._of_head * BITS["int8"]) // 8
         if pack:
             pack_linears(self.base)
         self.layers = self._looked_at(probes)
@@ -114,6 +115,7 @@ class Target(Passes):
         self.state_layers = tuple(state_layers)
         self.state_size = self.hidden_size * (len(self.state_layers) + 1)
         tap(self.base, self.state_layers, self.layer_count, name)
+        self._shortened = pack and not quantize and self._lm_head.shorten()
         if quantize and not self._lm_head.quantize():  # after the probe, which compares with the model's own
             self.unquantized.append("LM head")
 
@@ -135,9 +137,12 @@ class Target(Passes):
 
     @property
     def pass_bytes(self) -> int:
-        """Of weights, that a pass reads; our CPU kernel keeps bf16 weights in less than 16 bits."""
+        """Of weights, that a greedy pass reads; our CPU kernel keeps bf16 weights in less than 16 bits."""
         packed = self.compiled is not None and self.quantize is None and tiled.used(self.dtype) is not None
-        return self.pass_weights * tiled.HALF_BITS // 8 if packed else self._weight_bytes
+        if not packed:
+            return self._weight_bytes
+        of_head = BITS["int8"] if self._shortened else tiled.HALF_BITS
+        return ((self.pass_weights - self._of_head) * tiled.HALF_BITS + self._of_head * of_head) // 8
 
     @property
     def has_exact(self) -> bool:
@@ -208,8 +213,8 @@ class Target(Passes):
         return self._lm_head(states[..., -self.hidden_size :])
 
     @torch.no_grad()
-    def likeliest(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """The largest logit of each of ``states [tokens, state_size]`` and the first token that has it, both ``[tokens]``."""
+    def likeliest(self, states: Tensor) -> tuple[list[float], list[int]]:
+        """The largest logit of each of ``states [tokens, state_size]`` and the first token that has it."""
         return self._lm_head.likeliest(states[..., -self.hidden_size :])
 
     def columns(self, layers: Sequence[int]) -> Tensor | None:

@@ -5,6 +5,7 @@
 
 #include "choice.h"
 #include "layers.h"
+#include "shortlist.h"
 
 namespace {
 
@@ -33,23 +34,24 @@ AOTITorchError new_output(AtenTensorHandle x, int64_t out, AtenTensorHandle* y, 
   return aoti_torch_empty_strided(2, shape, strides, type, aoti_torch_device_type_cpu(), 0, y);
 }
 
-// A product, pair of blocks by pair. Threads take what its rows become each for itself: waiting for another takes longer.
+// So many of a product's pairs of blocks. Threads take what its rows become each for itself: waiting for another takes longer.
 template <typename Work>
-void multiply(const Matrix& m, const bf16* x, int64_t rows, const Work& work) {
-  const int64_t pairs = pairs_of(m.out), threads = std::min<int64_t>(omp_get_max_threads(), pairs);
+void multiply(const Matrix& m, const bf16* x, int64_t rows, int64_t pairs, const Work& work) {
+  const int64_t threads = std::min<int64_t>(omp_get_max_threads(), pairs);
+  if (pairs == 0) return;
   Shares shares(threads);
 #pragma omp parallel num_threads(int(threads))
   {
     const Thread own{omp_get_thread_num(), omp_get_num_threads()};
     const Inputs& inputs = taken(m.kind, x, rows, m.in);
     Shaped shaped;
-    shares.each(pairs, own, [&](int64_t pair) { work(own.i, inputs, shaped, pair); });
+    shares.each(pairs, own, [&](int64_t i) { work(own.i, inputs, shaped, i); });
   }
 }
 
 void multiply(const Matrix& m, const void* x, int64_t rows, void* y) {
   const bf16* from = static_cast<const bf16*>(x);
-  multiply(m, from, rows, [&](int64_t, const Inputs& inputs, Shaped& shaped, int64_t pair) {
+  multiply(m, from, rows, pairs_of(m.out), [&](int64_t, const Inputs& inputs, Shaped& shaped, int64_t pair) {
     inputs.multiply(shaped, m, pair, from, rows, static_cast<bf16*>(y));
   });
 }
@@ -58,6 +60,57 @@ void give(const Largest& found, void* values, int64_t* places, int64_t row) {
   places[row] = found.place;
   const __m128bh half = _mm_cvtneps_pbh(_mm_set1_ps(found.value));
   std::memcpy(static_cast<bf16*>(values) + row, &half, 2);
+}
+
+// The largest of each row, seen by several threads.
+class Searches {
+ public:
+  explicit Searches(int64_t rows) : rows(rows), found(omp_get_max_threads() * rows) {}
+
+  // Some outputs of all rows, which lie beside each other.
+  void see(int64_t thread, const Halves& part, Range range) {
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t k = range.from; k < range.to; k += OUT)
+        found[thread * rows + r].see(some_of(&part[r * 2 * OUT], k - range.from, 2 * OUT), k);
+  }
+
+  void give(float* values, int64_t* places, int64_t outputs) {
+    for (int64_t r = 0; r < rows; r++) {
+      for (size_t i = rows + r; i < found.size(); i += rows) found[r].see(found[i]);
+      const Largest largest = found[r].found(outputs);
+      values[r] = largest.value;
+      places[r] = largest.place;
+    }
+  }
+
+ private:
+  const int64_t rows;
+  Lined<Search> found;  // [threads, rows]
+};
+
+// The pairs of blocks that may have the largest output of some row.
+std::vector<int64_t> shortlisted(const Matrix& near, const float* left, const bf16* x, int64_t rows) {
+  const int64_t threads = omp_get_max_threads();
+  std::vector<float> sizes(rows);
+  for (int64_t r = 0; r < rows; r++) sizes[r] = size_of(x + r * near.in, near.in);
+  std::vector<Shortlist> lists(threads * rows);
+  multiply(near, x, rows, pairs_of(near.out), [&](int64_t thread, const Inputs& inputs, Shaped& shaped, int64_t pair) {
+    thread_local Halves part;
+    part.resize(rows * 2 * OUT);
+    const Range range = inputs.multiply(shaped, near, pair, x, rows, part.data(), 2 * OUT);
+    for (int64_t r = 0; r < rows; r++)
+      lists[thread * rows + r].see(&part[r * 2 * OUT], left + range.from, range.to - range.from, sizes[r], pair);
+  });
+  std::vector<char> marks(pairs_of(near.out));
+  for (int64_t r = 0; r < rows; r++) {
+    float least = -std::numeric_limits<float>::infinity();
+    for (int64_t i = 0; i < threads; i++) least = std::max(least, lists[i * rows + r].at_least());
+    for (int64_t i = 0; i < threads; i++) lists[i * rows + r].mark(least, marks);
+  }
+  std::vector<int64_t> pairs;
+  for (size_t pair = 0; pair < marks.size(); pair++)
+    if (marks[pair]) pairs.push_back(pair);
+  return pairs;
 }
 
 }  // namespace
@@ -127,6 +180,13 @@ void pack_weight(const void* weight, void* to, int64_t in, int64_t out) {
     pack_half(static_cast<const bf16*>(weight), p, static_cast<uint8_t*>(to), in, out);
 }
 
+// What stands beside a bf16 weight [out, in], see shortlist.h: int8 tiles, scales, sums and bounds [out].
+void pack_near_weight(const void* weight, int8_t* near, float* scales, int32_t* sums, float* left, int64_t in, int64_t out) {
+#pragma omp parallel for
+  for (int64_t o = 0; o < out; o++)
+    pack_near(static_cast<const bf16*>(weight) + o * in, o, in, near, scales + o, sums + o, left + o);
+}
+
 // y [rows, out] = x [rows, in] · weight + bias [out] or null; the weight as half.h describes it; in a multiple of 32,
 // out of 16.
 void tiled_linear(const void* x, const void* weight, const void* bias, void* y, int64_t rows, int64_t in, int64_t out) {
@@ -145,24 +205,30 @@ void tiled_linear_int4(const void* x, const void* weight, const void* bias, void
   multiply({weight, nullptr, nullptr, static_cast<const bf16*>(bias), in, out, INT4}, x, rows, y);
 }
 
-// `largest` of the rows of a product, as of the three above by its kind, that is not kept.
+// The largest of each row of a product, x [rows, `stride`] of which `in` are its vectors, and the first place where it is; NaN
+// if one of them is. The weight is that of one of the three above, by its kind. A bf16 weight may have an int8 one beside
+// it, `near`, and what that leaves of each output, `left [out]`, see shortlist.h; else they are null.
 void largest_of_product(const void* x, const void* weight, const float* scales, const int32_t* sums, const void* bias,
-                        void* values, int64_t* places, int64_t rows, int64_t in, int64_t out, int64_t kind) {
-  const Matrix m{weight, scales, sums, static_cast<const bf16*>(bias), in, out, Kind(kind)};
-  const bf16* from = static_cast<const bf16*>(x);
-  Lined<Search> found(omp_get_max_threads() * rows);
-  multiply(m, from, rows, [&](int64_t thread, const Inputs& inputs, Shaped& shaped, int64_t pair) {
+                        const void* near, const float* left, float* values, int64_t* places, int64_t rows, int64_t stride,
+                        int64_t in, int64_t out, int64_t kind) {
+  const bf16* own_bias = static_cast<const bf16*>(bias);
+  Halves from(rows * in);
+  for (int64_t r = 0; r < rows; r++) std::memcpy(&from[r * in], static_cast<const bf16*>(x) + r * stride, 2 * in);
+  std::vector<int64_t> pairs;
+  if (near) {
+    pairs = shortlisted({near, scales, sums, own_bias, in, out, INT8}, left, from.data(), rows);
+  } else {
+    pairs.resize(pairs_of(out));
+    for (size_t i = 0; i < pairs.size(); i++) pairs[i] = i;
+  }
+  const Matrix m{weight, scales, sums, own_bias, in, out, Kind(kind)};
+  Searches searches(rows);
+  multiply(m, from.data(), rows, pairs.size(), [&](int64_t thread, const Inputs& inputs, Shaped& shaped, int64_t i) {
     thread_local Halves part;
     part.resize(rows * 2 * OUT);
-    const Range range = inputs.multiply(shaped, m, pair, from, rows, part.data(), 2 * OUT);
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t k = range.from; k < range.to; k += OUT)
-        found[thread * rows + r].see(some_of(&part[r * 2 * OUT], k - range.from, 2 * OUT), k);
+    searches.see(thread, part, inputs.multiply(shaped, m, pairs[i], from.data(), rows, part.data(), 2 * OUT));
   });
-  for (int64_t r = 0; r < rows; r++) {
-    for (size_t i = rows + r; i < found.size(); i += rows) found[r].see(found[i]);
-    give(found[r].found(out), values, places, r);
-  }
+  searches.give(values, places, out);
 }
 
 // The same three for graphs that inductor compiled: weight [out, in], in int4 [out, in * 5 / 8] bytes, in bf16 all of its

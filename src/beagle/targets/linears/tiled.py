@@ -124,22 +124,33 @@ def largest(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def largest_of_product(
-    x: Tensor, weight: Tensor, scales: Tensor | None, sums: Tensor | None, bias: Tensor | None, out: int
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None,
+    sums: Tensor | None,
+    bias: Tensor | None,
+    out: int,
+    near: Tensor | None = None,
+    left: Tensor | None = None,
+) -> tuple[list[float], list[int]]:
     """``largest`` of a product's rows, which are not kept.
 
     Args:
-        x: bf16 ``[rows, in]``.
-        weight: as of ``half``, or of ``tiled`` where there are ``scales``.
+        x: bf16 ``[rows, in]``, each row in one piece.
+        weight: as of ``half``, or of ``tiled`` where there are ``scales`` and nothing is ``near``.
         scales: of an int8 weight, fp32 ``[out]``.
         sums: of its rows, int32 ``[out]``.
         bias: bf16 ``[out]`` or None.
         out: outputs of the product.
+        near: an int8 weight beside one of ``half``, as of ``tiled``; scales and sums are its own.
+        left: how far an output may be from that of ``near`` for a vector of size 1, fp32 ``[out]``.
     """
-    values, places = x.new_empty(len(x)), torch.empty(len(x), dtype=torch.int64)
-    pointers = _pointers(x, weight, scales, sums, bias, values, places)
-    _kernel.largest_of_product(*pointers, *x.shape, out, int(scales is not None))
-    return values, places
+    rows, inputs = x.shape
+    values, places = (ctypes.c_float * rows)(), (ctypes.c_int64 * rows)()
+    kind = int(scales is not None and near is None)
+    pointers = _pointers(x, weight, scales, sums, bias, near, left)
+    _kernel.largest_of_product(*pointers, values, places, rows, x.stride(0), inputs, out, kind)
+    return values[:], places[:]
 
 
 def move_slots(cache: Tensor, sources: list[int], places: list[int]) -> None:
@@ -213,12 +224,14 @@ def load(folder: Path) -> bool:
             for function in (kernel.count_high_bytes, kernel.pack_weight):
                 function.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2
                 function.restype = None
+            kernel.pack_near_weight.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 2
+            kernel.pack_near_weight.restype = None
             for function in (kernel.largest, kernel.gumbel):
                 function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2
                 function.restype = None
             kernel.draw.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2 + [ctypes.c_double]
             kernel.draw.restype = None
-            kernel.largest_of_product.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 4
+            kernel.largest_of_product.argtypes = [ctypes.c_void_p] * 9 + [ctypes.c_int64] * 5
             kernel.largest_of_product.restype = None
             kernel.move_slots.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4
             kernel.move_slots.restype = None
@@ -317,6 +330,22 @@ def half(weight: Tensor) -> Tensor:
     packed[tiles + 16 : tiles + 16 + 4 * len(before)] = before.to(torch.int32).view(torch.uint8)
     _kernel.pack_weight(*_pointers(weight, packed), inputs, out)
     return packed
+
+
+def near(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What stands beside a bf16 weight ``[out, in]`` of an int8 weight's shape, as of ``shortlist.h``.
+
+    Returns:
+        The int8 weight as of ``tiled``; its scales, the sums of its rows, and most that an output can be off for a vector of size
+        1, each ``[out]``.
+    """
+    weight, count = weight.detach().contiguous(), len(weight)
+    found = (
+        torch.empty(weight.shape, dtype=torch.int8), torch.empty(count),
+        torch.empty(count, dtype=torch.int32), torch.empty(count),
+    )  # fmt: skip
+    _kernel.pack_near_weight(*_pointers(weight, *found), weight.shape[1], count)
+    return found
 
 
 def tiled(weight: Tensor) -> Tensor:

@@ -1,0 +1,95 @@
+// The largest output of a product, for CPUs, without reading all of its bf16 weight.
+//
+// An int8 weight beside it takes two thirds of the bytes and gives every output within a bound: what int8 leaves of an
+// output's weights, times the size of the vector. Outputs that can't be the largest within their bounds are left out, the others
+// computed from the bf16 weight. So what is found has the bits of the whole product, and it is the first place of the largest.
+
+#pragma once
+
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "choice.h"
+#include "layers.h"
+
+namespace {
+
+// How far an output may be from what int8 says, as a share of it: bf16 rounds by half of that at most.
+constexpr float ROUNDING = 1 / 256.f;
+
+float size_of(const bf16* x, int64_t n) {
+  __m512 squares = _mm512_setzero_ps();
+  for (int64_t k = 0; k < n; k += 16) {
+    const __m512 some = Whole::load(x + k);
+    squares = _mm512_fmadd_ps(some, some, squares);
+  }
+  return std::sqrt(_mm512_reduce_add_ps(squares));
+}
+
+// An output's weights in int8, in the tiles of its block, with their scale and sum; and how far an output may be from what they
+// say, of a vector of size 1.
+void pack_near(const bf16* row, int64_t output, int64_t in, int8_t* near, float* scale, int32_t* sum, float* left) {
+  __m512i most = _mm512_setzero_si512(), total = most;
+  for (int64_t k = 0; k < in; k += 16) most = _mm512_max_epi32(most, Whole::size(Whole::load(row + k)));
+  *scale = Whole::step_of(most);
+  const __m512 step = _mm512_set1_ps(*scale);
+  __m512 squares = _mm512_setzero_ps();
+  int8_t* to = near + output / OUT * OUT * in + output % OUT * 4;  // four inputs of the output, in every line one
+  for (int64_t k = 0; k < in; k += 16) {
+    const __m512 exact = Whole::load(row + k);
+    const __m512i whole = _mm512_cvtps_epi32(_mm512_div_ps(exact, step));
+    const __m512 rest = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(whole), step, exact);
+    total = _mm512_add_epi32(total, whole);
+    squares = _mm512_fmadd_ps(rest, rest, squares);
+    alignas(16) int8_t bytes[16];
+    Whole::store(bytes, whole);
+    for (int64_t i = 0; i < 16; i += 4) std::memcpy(to + (k + i) * OUT, bytes + i, 4);
+  }
+  *sum = _mm512_reduce_add_epi32(total);
+  const float rest = std::sqrt(_mm512_reduce_add_ps(squares)), all = size_of(row, in) + rest;
+  // besides: sums in fp32 are off by 2^-24 a step at most; vectors in int8 by half a fine step, 1 / (2 * FINE) of a coarse one,
+  // which is a 127th of their largest entry
+  const float others = in * 0x1p-23f + std::sqrt(float(in)) / (127 * 2 * FINE) * 1.02f;
+  *left = 1.001f * (rest + others * all);
+}
+
+float rounded_to_half(float x) {
+  bf16 half[16];
+  to_half(half, _mm512_set1_ps(x));
+  return _mm512_cvtss_f32(Whole::load(half));
+}
+
+// Which outputs of one row may be its largest, as one thread sees them.
+class Shortlist {
+ public:
+  // Some outputs of a pair of blocks: what int8 says, and what it leaves of a vector of size 1.
+  void see(const bf16* near, const float* left, int64_t n, float size, int64_t pair) {
+    for (int64_t k = 0; k < n; k += 16) {
+      const __m512 x = Whole::load(near + k);
+      const __m512 bound = _mm512_fmadd_ps(_mm512_abs_ps(x), _mm512_set1_ps(ROUNDING),
+                                           _mm512_mul_ps(_mm512_loadu_ps(left + k), _mm512_set1_ps(size)));
+      const __m512 high = _mm512_add_ps(x, bound), low = _mm512_sub_ps(x, bound);
+      const __mmask16 may = _mm512_cmp_ps_mask(high, _mm512_set1_ps(least), _CMP_NLT_UQ);  // NaN may
+      if (!may) continue;
+      const bool none = _mm512_cmp_ps_mask(high, high, _CMP_UNORD_Q);
+      pairs.push_back({none ? std::numeric_limits<float>::infinity() : _mm512_reduce_max_ps(high), pair});
+      if (!none) least = std::max(least, _mm512_reduce_max_ps(low));
+    }
+  }
+
+  // What the largest is at least.
+  float at_least() const { return least; }
+
+  // Marks the pairs that have outputs which may be as large as that.
+  void mark(float largest, std::vector<char>& marks) const {
+    for (const auto& [high, pair] : pairs)
+      if (!(rounded_to_half(high) < rounded_to_half(largest))) marks[pair] = 1;
+  }
+
+ private:
+  float least = -std::numeric_limits<float>::infinity();
+  std::vector<std::pair<float, int64_t>> pairs;  // with the most that one of their outputs can be
+};
+
+}  // namespace

@@ -129,7 +129,7 @@ def test_keys_that_it_remembers_change_no_draft(folder):
         whole = one.drafter.whole
         for step in range(12):  # over the end of a block of keys
             if forgetful:
-                whole._ordered.clear()
+                whole._memories.clear()
             found.append(one.draft(12, PLANS["wide"]))
             one.extend([12 + step] * 5, states(one, 5))
     half = len(found) // 2

@@ -210,14 +210,12 @@ class Decoder:
             return [self._fail(one, error) for one in sequences]
         self._cache.whole.compact_sequences([walk.path for walk in walks])
         emitted = []
-        keeps = self._keep_states or self._drafter is not None
         each = [states] if count == 1 else states.split(sizes)
         for i, (one, own, walk) in enumerate(zip(sequences, each, walks, strict=True)):
             step = None
             if one.watch and verdict.logits is not None:
                 step = Step(trees[i], shapes[i], own, verdict.logits.split(sizes)[i], walk.path)
-            # a copy: the pass's states need not stay
-            accepted = own.index_select(0, torch.tensor(walk.path, device=own.device)) if keeps else own
+            accepted = self._states_of(walk.path, own)
             emitted.append(self._take(one, walk, [trees[i][0], *walk.chosen[:-1]], accepted, step))
             if one.error is None:
                 one.stats.note_pass(len(walk.path) - 1, len(walk.chosen), sizes[i] - 1)
@@ -228,6 +226,13 @@ class Decoder:
             one.stats.accept_seconds += (accepted_at - verified_at) / count
             one.stats.decode_seconds += (accepted_at - began) / count
         return emitted
+
+    def _states_of(self, path: list[int], states: Tensor) -> Tensor:
+        """Of accepted nodes ``[path, hidden]``; where they are kept, in memory of their own: the pass's states need not stay."""
+        is_first = path[-1] == len(path) - 1
+        if is_first and not self._keep_states:
+            return states[: len(path)]
+        return states.index_select(0, torch.tensor(path, device=states.device))
 
     def _verify(
         self, sequences: list[Sequence], trees: list[list[int]], shapes: list[TreeShape]

@@ -11,9 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from beagle.drafters.base import Draft, TreePlan
+from beagle.drafters.base import Draft, TreePlan, best_first
 from beagle.drafters.context import HeadContext, write_unread
 from beagle.drafters.grow import least_score
+from beagle.limits import MAX_NODES
 
 Graph = Callable[[list[Tensor]], list[Tensor]]  # a ``LevelOutput``, as a list
 MOST_UNREAD = 64  # slots whose keys the root's graph writes; large products make more at once
@@ -91,7 +92,7 @@ class CompiledDraft:
             tokens = [draft.tokens[i] for i in beam]
             states, logits, sums = self._run_below(context, tokens, newest, level, known, appended, seen)
             appended += len(beam) if self._appends else 0
-        return draft
+        return best_first(draft.tokens, draft.parents, draft.scores, plan.nodes or MAX_NODES, least)
 
     def _run_root(self, context: HeadContext, root: int, unread: int) -> list[Tensor]:
         """The root's level; what is unread is read."""

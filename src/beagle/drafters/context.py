@@ -21,7 +21,6 @@ class HeadContext(DraftContext):
         tokens: of the answer so far, the prompt included.
         length: how many they are.
         keys: slots whose keys are in the cache.
-        newest: hidden state of the newest token, ``[1, state_size]``; ``[0, state_size]`` before the prompt.
         cache: keys and values, ``[2, cached_heads, capacity, head_dim]``.
         unread: what the slots behind ``keys`` are made of: tokens, and states ``[n, state_size]``.
     """
@@ -43,7 +42,7 @@ class HeadContext(DraftContext):
         self.head, self.embed, self.rotations, self._columns = head, embed, rotations, columns
         self.tokens: list[int] = []
         self.length = self.keys = 0
-        self.newest = torch.zeros(0, c.state_size, dtype=rotations.dtype, device=rotations.device)
+        self._states = torch.zeros(0, c.state_size, dtype=rotations.dtype, device=rotations.device)  # the last ones
         self.cache = torch.zeros(2, c.cached_heads, 0, c.head_dim, dtype=rotations.dtype, device=rotations.device)
         self.unread: list[tuple[list[int], Tensor]] = []
 
@@ -54,9 +53,14 @@ class HeadContext(DraftContext):
         self.unread.append(self.head.known(tokens, states, self.newest))
         self.tokens += tokens
         self.length += len(tokens)
-        self.newest = states[-1:]
+        self._states = states
         if prompt:
             write_unread([self])
+
+    @property
+    def newest(self) -> Tensor:
+        """Hidden state of the newest token, ``[1, state_size]``; ``[0, state_size]`` before the prompt."""
+        return self._states[-1:]
 
     def write(self, k: Tensor, v: Tensor, at: int) -> None:
         """Keys and values ``[cached_heads, n, head_dim]`` of the slots from ``at`` on."""

@@ -12,6 +12,8 @@
 
 namespace {
 
+constexpr bf16 UNSEEN = 0xff80;  // -infinity
+
 struct Layer {
   const float *query_norm, *state_norm, *mlp_norm;  // [hidden]
   Matrix query, key_value, output, gate, up, down;
@@ -19,10 +21,39 @@ struct Layer {
 
 }  // namespace
 
-// Keys of an answer that are in order, by block and cached head, from one draft to the next.
-struct Ordered {
-  std::vector<Keys> keys;
-  int64_t done = 0;  // the first so many
+// Tokens of one answer that its head's vocabulary lacks: names in the prompt, say. A draft may have them, too.
+struct Own {
+  int64_t count = 0;
+  Lined<int8_t> weight;  // of the LM head, in whole blocks; what fills up the last has logits of minus infinity
+  std::vector<float> scales;
+  std::vector<int32_t> sums;
+  Halves bias, embeddings;
+  std::vector<int64_t> ids;
+
+  void add(int64_t token, const bf16* row, bf16 own_bias, const bf16* embedding, int64_t hidden) {
+    const int64_t room = (count / OUT + 1) * OUT;
+    weight.resize(room * hidden);
+    scales.resize(room);
+    sums.resize(room);
+    bias.resize(room, UNSEEN);
+    embeddings.resize(room * hidden);
+    ids.resize(room, token);
+    pack_int8(row, count, hidden, weight.data(), &scales[count], &sums[count]);
+    bias[count] = own_bias;
+    std::memcpy(&embeddings[count * hidden], embedding, 2 * hidden);
+    ids[count++] = token;
+  }
+
+  Matrix lm_head(int64_t hidden) const {
+    return {weight.data(), scales.data(), sums.data(), bias.data(), hidden, int64_t(ids.size()), INT8};
+  }
+};
+
+// What is kept of an answer from one draft to the next.
+struct Memory {
+  std::vector<Keys> keys;  // in order, by block and cached head
+  int64_t done = 0;        // the first so many
+  Own own;
 };
 
 extern "C" {
@@ -46,18 +77,16 @@ struct Answer {
   bf16* cache;                  // keys, then values [blocks * kv_heads, capacity, head_dim]
   int64_t capacity, keys, slot; // slots that have keys; the root's slot
   const bf16 *cos, *sin;        // [slots, head_dim]
-  Ordered* ordered;
-  Matrix lm_head;               // of tokens of the answer's own behind those of the head; out 0: there are none
-  const bf16* embeddings;       // theirs
-  const int64_t* ids;
+  Memory* memory;
 };
 
 struct Plan {
-  int64_t depth, width;
+  int64_t depth, width, most;
   double least, enough;  // as of `grow`
   const float* noise;    // [depth, tokens, the answer's own among them] or null
 };
 
+// The `most` best candidates.
 struct Found {
   int64_t *tokens, *parents;
   double* scores;
@@ -65,8 +94,6 @@ struct Found {
 }
 
 namespace {
-
-constexpr bf16 UNSEEN = 0xff80;  // -infinity
 
 // What a node's row of logits comes to in one thread's share of the tokens.
 struct Best {
@@ -83,17 +110,17 @@ thread_local Scratch scratch;
 
 class Draft {
  public:
-  Draft(const Head& head, const Answer& answer, const Plan& plan, const Found& found)
-      : head(head), answer(answer), plan(plan), found(found), kv(head.blocks) {}
+  Draft(const Head& head, const Answer& answer, const Plan& plan)
+      : head(head), answer(answer), own_head(answer.memory->own.lm_head(head.hidden)), plan(plan), kv(head.blocks) {}
 
-  int64_t grow() {
+  int64_t grow(const Found& found) {
     nodes = {-1};
     scores = {0.0};
     seen = {{}};
     embeddings.resize(head.hidden);
     widen(embeddings.data(), answer.root, head.hidden);
     best.resize(omp_get_max_threads());
-    answer.ordered->keys.resize(head.blocks * head.kv_heads);
+    answer.memory->keys.resize(head.blocks * head.kv_heads);
     bool more = true;
 #pragma omp parallel
     {
@@ -106,17 +133,23 @@ class Draft {
         meeting.wait(own);
       }
     }
-    answer.ordered->done = known();
-    return leave_out();
+    answer.memory->done = known();
+    return give(found);
   }
 
  private:
   const Head& head;
   const Answer& answer;
+  const Matrix own_head;
   const Plan& plan;
-  const Found& found;
 
-  int64_t count = 0;                       // candidates so far
+  struct Candidate {
+    int64_t token;   // its number in the vocabulary of the head, or behind it among the answer's own
+    int64_t node;    // its parent among its level's nodes
+    int64_t parent;  // its parent among candidates
+    double score;
+  };
+  std::vector<Candidate> found;            // so far
   int64_t appended = 0;                    // keys of nodes behind those of the answer
   std::vector<int64_t> nodes;              // of the level: candidates
   std::vector<double> scores;              // theirs
@@ -130,19 +163,22 @@ class Draft {
   std::vector<std::vector<Best>> best;     // [threads][nodes]
   Meeting meeting;
 
-  // Candidates that are worth verifying move to the front; how many. A parent is worth as much as its children.
-  int64_t leave_out() const {
-    std::vector<int64_t> place(count);
-    int64_t kept = 0;
-    for (int64_t i = 0; i < count; i++) {
-      if (plan.enough > 0 && !(found.scores[i] >= plan.least)) continue;
-      const int64_t parent = found.parents[i];
-      place[i] = kept;
-      found.tokens[kept] = found.tokens[i];
-      found.parents[kept] = parent < 0 ? -1 : place[parent];
-      found.scores[kept++] = found.scores[i];
+  // The best that are worth verifying, whose parents are; how many.
+  int64_t give(const Found& to) const {
+    std::vector<int64_t> order;
+    for (size_t i = 0; i < found.size(); i++)
+      if (found[i].score >= plan.least) order.push_back(i);  // NaN is not
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return found[a].score > found[b].score; });
+    if (int64_t(order.size()) > plan.most) order.resize(plan.most);
+    std::vector<int64_t> place(found.size());
+    for (size_t i = 0; i < order.size(); i++) {
+      const Candidate& of = found[order[i]];
+      place[order[i]] = i;
+      to.tokens[i] = of.token < head.tokens ? head.ids[of.token] : answer.memory->own.ids[of.token - head.tokens];
+      to.parents[i] = of.parent < 0 ? -1 : place[of.parent];
+      to.scores[i] = of.score;
     }
-    return kept;
+    return order.size();
   }
 
   // Normed rows of x, in the thread's own memory.
@@ -200,7 +236,7 @@ class Draft {
       gate.resize(n * head.block[0].gate.out);
       up.resize(gate.size());
       logits.resize(n * head.tokens);
-      own_logits.resize(n * answer.lm_head.out);
+      own_logits.resize(n * own_head.out);
       states.resize(n * d);
     }, own);
     for (int64_t b = 0; slots && b < head.blocks; b++) {
@@ -227,12 +263,12 @@ class Draft {
     const Inputs& inputs = taken(head.lm_head.kind, scratch.rows.data(), n, d);
     const Range range = inputs.multiply(head.lm_head, scratch.rows.data(), n, logits.data(), own);
     Range more{0, 0};
-    if (answer.lm_head.out) more = inputs.multiply(answer.lm_head, scratch.rows.data(), n, own_logits.data(), own);
+    if (own_head.out) more = inputs.multiply(own_head, scratch.rows.data(), n, own_logits.data(), own);
     best[own.i].resize(n);
     for (int64_t m = 0; m < n; m++) {
-      const float* noise = plan.noise ? plan.noise + (level - 1) * (head.tokens + answer.lm_head.out) : nullptr;
+      const float* noise = plan.noise ? plan.noise + (level - 1) * (head.tokens + own_head.out) : nullptr;
       const Logits parts[2] = {{&logits[m * head.tokens], noise, 0, range},
-                               {own_logits.data() + m * answer.lm_head.out, noise ? noise + head.tokens : nullptr, head.tokens, more}};
+                               {own_logits.data() + m * own_head.out, noise ? noise + head.tokens : nullptr, head.tokens, more}};
       scan(parts, best[own.i][m]);
     }
   }
@@ -265,8 +301,8 @@ class Draft {
     scratch.values.resize(rows * d);
     scratch.most.resize(rows);
     scratch.sums.resize(rows);
-    Keys& keys = answer.ordered->keys[b * head.kv_heads + g];
-    keys.order(cached(b, g, false), cached(b, g, true), 0, end, d, d, level == 1 ? answer.ordered->done : known());
+    Keys& keys = answer.memory->keys[b * head.kv_heads + g];
+    keys.order(cached(b, g, false), cached(b, g, true), 0, end, d, d, level == 1 ? answer.memory->done : known());
     const auto place = [&](int64_t r) { return (r % n * head.heads + g * group + r / n) * d; };
     for (int64_t r = 0; r < rows; r++)
       rotate(&scratch.queries[r * d], &query[place(r)], answer.cos + at, answer.sin + at, d);
@@ -359,8 +395,7 @@ class Draft {
 
   // The level's candidates, and the nodes of the next one; whether there is one.
   bool branch(int64_t level, int64_t threads) {
-    const int64_t first = count, n = nodes.size();
-    std::vector<Candidate> drafted;
+    const int64_t first = found.size(), n = nodes.size();
     for (int64_t m = 0; m < n; m++) {
       std::vector<std::pair<float, int64_t>> tokens;
       float most = -INFINITY, sum = 0;
@@ -374,36 +409,27 @@ class Draft {
       const double total = most + std::log(sum);
       std::stable_sort(tokens.begin(), tokens.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
       const int64_t children = std::min<int64_t>(plan.width, tokens.size());  // fewer than that: some logits are no numbers
-      for (int64_t i = 0; i < children; i++, count++) {
+      for (int64_t i = 0; i < children; i++)
         // rounding may put the log of a probability near 1 above 0, and a child before its parent
-        found.scores[count] = scores[m] + std::min(tokens[i].first - total, 0.0);
-        const int64_t token = tokens[i].second;
-        found.tokens[count] = token < head.tokens ? head.ids[token] : answer.ids[token - head.tokens];
-        found.parents[count] = nodes[m];
-        drafted.push_back({token, m});
-      }
+        found.push_back({tokens[i].second, m, nodes[m], scores[m] + std::min(tokens[i].first - total, 0.0)});
     }
     if (level == plan.depth) return false;
-    std::vector<int64_t> order(count - first);
+    std::vector<int64_t> order(found.size() - first);
     std::iota(order.begin(), order.end(), first);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return found.scores[a] > found.scores[b]; });
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return found[a].score > found[b].score; });
     if (int64_t(order.size()) > plan.width) order.resize(plan.width);
     if (plan.enough > 0) {
       double expected = 0;
       size_t worth = 0;
-      for (; worth < order.size() && found.scores[order[worth]] >= plan.least; worth++) expected += std::exp(found.scores[order[worth]]);
+      for (; worth < order.size() && found[order[worth]].score >= plan.least; worth++) expected += std::exp(found[order[worth]].score);
       if (expected < plan.enough) return false;
       order.resize(worth);
     }
-    descend(first, order, drafted);
+    descend(order);
     return !order.empty();
   }
 
-  struct Candidate {
-    int64_t token, node;  // its number in the vocabulary, and its parent among the level's nodes
-  };
-
-  void descend(int64_t first, const std::vector<int64_t>& order, const std::vector<Candidate>& drafted) {
+  void descend(const std::vector<int64_t>& order) {
     const int64_t d = head.hidden, n = order.size();
     std::vector<std::vector<int64_t>> above = std::move(seen);
     seen.clear();
@@ -412,12 +438,12 @@ class Draft {
     nodes = order;
     scores.clear();
     for (int64_t i = 0; i < n; i++) {
-      const auto [token, parent] = drafted[order[i] - first];
-      std::copy_n(&states[parent * d], d, &newest[i * d]);
-      const bf16* row = token < head.tokens ? head.embeddings + token * d : answer.embeddings + (token - head.tokens) * d;
-      widen(&embeddings[i * d], row, d);
-      scores.push_back(found.scores[order[i]]);
-      seen.push_back(above[parent]);
+      const auto [token, node, parent, score] = found[order[i]];
+      std::copy_n(&states[node * d], d, &newest[i * d]);
+      const bf16* own = answer.memory->own.embeddings.data();
+      widen(&embeddings[i * d], token < head.tokens ? head.embeddings + token * d : own + (token - head.tokens) * d, d);
+      scores.push_back(score);
+      seen.push_back(above[node]);
       seen.back().push_back(appended + i);
     }
     appended += n;
@@ -432,12 +458,20 @@ class Draft {
 
 }  // namespace
 
-extern "C" Ordered* beagle_remember() { return new Ordered; }
+extern "C" Memory* beagle_remember() { return new Memory; }
 
-extern "C" void beagle_forget(Ordered* ordered) { delete ordered; }
+extern "C" void beagle_forget(Memory* memory) { delete memory; }
 
-// The candidates, parents before children, without those below `least` if `enough` is above 0: how many; for a while there may
-// be width + (depth - 1) * width * width.
+// Tokens of an answer's own behind those that it has: rows and biases [tokens] of the LM head, biases or null, and embeddings.
+extern "C" void beagle_own(Memory* memory, const int64_t* tokens, const bf16* rows, const bf16* biases, const bf16* embeddings,
+                           int64_t count, int64_t hidden) {
+  for (int64_t i = 0; i < count; i++)
+    memory->own.add(tokens[i], rows + i * hidden, biases ? biases[i] : bf16(0), embeddings + i * hidden, hidden);
+}
+
+extern "C" void beagle_disown(Memory* memory) { memory->own = {}; }
+
+// The best candidates, parents before children; how many.
 extern "C" int64_t beagle_draft(const Head* head, const Answer* answer, const Plan* plan, const Found* found) {
-  return Draft(*head, *answer, *plan, *found).grow();
+  return Draft(*head, *answer, *plan).grow(*found);
 }

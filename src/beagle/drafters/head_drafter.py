@@ -8,11 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from beagle.drafters.base import STATIC_PATHS, Draft, Drafter, TreePlan, best_first
+from beagle.drafters.base import STATIC_PATHS, Draft, Drafter, TreePlan
 from beagle.drafters.block import Block, Rotations
 from beagle.drafters.context import HeadContext, write_unread
 from beagle.drafters.grow import Beams, EagerLevels, grow, least_score, level_noise, ranked_drafts
-from beagle.limits import MAX_NODES
 from beagle.targets.linears.packed import pack_linears, packed, tile_linears
 from beagle.targets.linears.quantized import VectorQuantizer, quantize_linears, quantized
 from beagle.targets.target import Target
@@ -32,7 +31,7 @@ class WholeDrafts(Protocol):
         min_expected_tokens: float = 0.0,
         noise: Tensor | None = None,
     ) -> Draft | None:
-        """The candidates, parents before children; those below ``least_score`` may be missing. None where it can't.
+        """What of the tree is worth verifying, best first, as of ``best_first``; None where it can't.
 
         Arguments are those of ``grow``; noise is that of ``vocabulary``.
         """
@@ -79,14 +78,13 @@ class HeadDrafter(Drafter[HeadContext]):
     ) -> list[Draft]:
         if min_expected_tokens > 1 and len(contexts) > 1:  # of one context it may be a busy hour's measurement
             return [Draft([], [], []) for _ in contexts]
-        least = least_score(min_expected_tokens)
         if self.whole is not None and len(contexts) == 1:
             noise = None
             if contexts[0].noise is not None:
                 noise = level_noise(contexts, plan.depth, self.whole.vocabulary(contexts[0]))
             found = self.whole(contexts[0], roots[0], plan, min_expected_tokens, noise)
             if found is not None:
-                return [best_first(found.tokens, found.parents, found.scores, plan.nodes or MAX_NODES, least)]
+                return [found]
         noise = level_noise(contexts, plan.depth, self.head.draft_vocab)
         write_unread(contexts)
         width = max(plan.width, len(STATIC_PATHS))
@@ -94,4 +92,4 @@ class HeadDrafter(Drafter[HeadContext]):
         tokens = torch.tensor(roots, device=self.device)[:, None]
         newest = torch.stack([context.newest for context in contexts])
         levels = grow(self.eager, beams, tokens, newest, plan, min_expected_tokens, noise)
-        return ranked_drafts(levels, len(contexts), plan, least)
+        return ranked_drafts(levels, len(contexts), plan, least_score(min_expected_tokens))

@@ -19,10 +19,12 @@ from beagle.drafters.block import Block
 from beagle.drafters.context import HeadContext, write_unread
 from beagle.drafters.grow import least_score
 from beagle.drafters.head import BeagleHead, FurtherBlock
+from beagle.limits import MAX_NODES
 from beagle.targets import aot_cache
 from beagle.targets.linears import library, tiled
 from beagle.targets.linears.matrix import Matrix, matrix, pointer
-from beagle.targets.native import table_of
+from beagle.targets.linears.tiled import OUT
+from beagle.targets.native import row_of, table_of
 from beagle.targets.target import Target
 
 SOURCE = Path(__file__).with_name("draft.cpp")
@@ -48,12 +50,15 @@ class _Answer(Structure):
     _fields_ = [
         ("states", c_void_p), ("rows", c_int64), ("unread", c_int64), ("root", c_void_p), ("cache", c_void_p),
         ("capacity", c_int64), ("keys", c_int64), ("slot", c_int64), ("cos", c_void_p), ("sin", c_void_p),
-        ("ordered", c_void_p), ("lm_head", Matrix), ("embeddings", c_void_p), ("ids", c_void_p),
+        ("memory", c_void_p),
     ]  # fmt: skip
 
 
 class _Plan(Structure):
-    _fields_ = [("depth", c_int64), ("width", c_int64), ("least", c_double), ("enough", c_double), ("noise", c_void_p)]
+    _fields_ = [
+        *((name, c_int64) for name in ("depth", "width", "most")),
+        ("least", c_double), ("enough", c_double), ("noise", c_void_p),
+    ]  # fmt: skip
 
 
 class _Found(Structure):
@@ -61,29 +66,28 @@ class _Found(Structure):
 
 
 class Functions(NamedTuple):
-    """Of the library: a draft, and memory of an answer's keys from one draft to the next."""
+    """Of the library: a draft, and what it keeps of an answer from one draft to the next."""
 
     draft: Any
     remember: Any
     forget: Any
+    own: Any
+    disown: Any
 
 
-class _Own:
-    """Tokens of one answer that its head's vocabulary lacks: names in the prompt, say. A draft may have them, too.
+class _Memory:
+    """What is kept of an answer.
 
     Attributes:
-        ids: theirs, in multiples of 16, int64; those that fill up have a logit of minus infinity.
-        matrix: LM head.
-        embeddings: bf16 ``[tokens, hidden]``.
+        library: the library's part of it.
+        seen: tokens of the answer that were looked at.
+        own: those that the head's vocabulary lacks: names in the prompt, say. A draft may have them, too.
     """
 
-    def __init__(self) -> None:
-        self.seen = 0  # tokens of the answer
-        self.tokens: list[int] = []
-        self.ids = torch.zeros(0, dtype=torch.int64)
-        self.embeddings = torch.zeros(0)
-        self.matrix = Matrix()
-        self.kept: list[Tensor] = []  # what the matrix points to
+    def __init__(self, library: int) -> None:
+        self.library = library
+        self.seen = 0
+        self.own: list[int] = []
 
 
 class NativeDraft:
@@ -100,8 +104,7 @@ class NativeDraft:
         self._functions, self._target, self._draft_vocab = functions, target, head.draft_vocab
         self._table = table_of(target.embed)
         self._drafted = frozenset(head.draft_vocab.tolist())
-        self._own: WeakKeyDictionary[HeadContext, _Own] = WeakKeyDictionary()
-        self._ordered: WeakKeyDictionary[HeadContext, int] = WeakKeyDictionary()  # the library's memory of each answer
+        self._memories: WeakKeyDictionary[HeadContext, _Memory] = WeakKeyDictionary()
         self._kept: list[Any] = []  # what the library's structures point to
         blocks: list[BeagleHead | FurtherBlock] = [head, *(b for b in head.further if isinstance(b, FurtherBlock))]
         layers = [
@@ -136,8 +139,9 @@ class NativeDraft:
         )  # fmt: skip
 
     def vocabulary(self, context: HeadContext) -> Tensor:
-        own = self._own_tokens(context)
-        return torch.cat([self._draft_vocab, own.ids]) if own.tokens else self._draft_vocab
+        own = self._memory_of(context).own
+        filled = own + own[:1] * (-len(own) % OUT)  # as the library fills its blocks
+        return torch.cat([self._draft_vocab, torch.tensor(filled)]) if own else self._draft_vocab
 
     def __call__(
         self,
@@ -154,21 +158,21 @@ class NativeDraft:
         unread = sum(len(tokens) for tokens, _ in context.unread)
         pieces = [state for _, state in context.unread] if unread else [context.newest]
         states = pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces)
-        embedding = context.embed(torch.tensor([root]))[0] if self._table is None else self._table[root]
-        width = plan.width
-        context.reserve(context.length + 2 + plan.depth * width)
+        table = self._table
+        embedding = table if table is not None else context.embed(torch.tensor([root]))
+        context.reserve(context.length + 2 + plan.depth * plan.width)
         cos, sin = context.rotations.up_to(context.length + plan.depth)
         noise = None if noise is None else noise[0].float().contiguous()
-        own = self._own_tokens(context)
         answer = _Answer(
-            states.data_ptr(), len(states), unread, embedding.data_ptr(), context.cache.data_ptr(),
-            context.cache.shape[2], context.keys, context.length - 1, cos.data_ptr(), sin.data_ptr(),
-            self._ordered_of(context), own.matrix, own.embeddings.data_ptr(), own.ids.data_ptr(),
+            states.data_ptr(), len(states), unread,
+            row_of(embedding, 0 if table is None else root),
+            context.cache.data_ptr(), context.cache.shape[2], context.keys, context.length - 1,
+            cos.data_ptr(), sin.data_ptr(), self._memory_of(context).library,
         )  # fmt: skip
-        most = width + (plan.depth - 1) * width * width
+        most = plan.nodes or MAX_NODES
         tokens, parents, scores = (c_int64 * most)(), (c_int64 * most)(), (c_double * most)()
         shape = _Plan(
-            plan.depth, width, least_score(min_expected_tokens), min_expected_tokens,
+            plan.depth, plan.width, most, least_score(min_expected_tokens), min_expected_tokens,
             None if noise is None else noise.data_ptr(),
         )  # fmt: skip
         count = self._functions.draft(self._head, answer, shape, _Found(tokens, parents, scores))
@@ -176,31 +180,26 @@ class NativeDraft:
         context.unread = []
         return Draft(tokens[:count], parents[:count], scores[:count])
 
-    def _ordered_of(self, context: HeadContext) -> int:
-        found = self._ordered.get(context)
-        if found is None:
-            found = self._ordered[context] = self._functions.remember()
-            finalize(context, self._functions.forget, found)
-        return found
-
-    def _own_tokens(self, context: HeadContext) -> _Own:
-        """The answer's own tokens as of now, the newest of them if there are many."""
-        own = self._own.get(context)
-        if own is None:
-            own = self._own[context] = _Own()
-        new = [token for token in context.tokens[own.seen :] if token not in self._drafted]
-        own.seen = len(context.tokens)
-        if new and (fresh := {*new} - {*own.tokens}):
-            own.tokens = (own.tokens + sorted(fresh))[-MOST_OWN:]
-            filling = -len(own.tokens) % 16
-            own.ids = torch.tensor(own.tokens + own.tokens[:1] * filling)
-            weight, bias = self._target.head_rows(own.ids)
-            bias = weight.new_zeros(len(weight)) if bias is None else bias.clone()
-            bias[len(own.tokens) :] = -torch.inf
-            own.kept = []
-            own.matrix = matrix(weight, bias, "int8", own.kept)
-            own.embeddings = self._target.embed(own.ids).contiguous()
-        return own
+    def _memory_of(self, context: HeadContext) -> _Memory:
+        """As of now, with the newest own tokens if there are many."""
+        memory = self._memories.get(context)
+        if memory is None:
+            memory = self._memories[context] = _Memory(self._functions.remember())
+            finalize(context, self._functions.forget, memory.library)
+        lacking = [token for token in context.tokens[memory.seen :] if token not in self._drafted]
+        memory.seen = len(context.tokens)
+        if lacking and (fresh := sorted({*lacking} - {*memory.own})):
+            memory.own += fresh
+            if len(memory.own) > MOST_OWN:
+                fresh = memory.own = memory.own[-MOST_OWN:]
+                self._functions.disown(memory.library)
+            ids = torch.tensor(fresh)
+            rows, biases = self._target.head_rows(ids)
+            embeddings = self._target.embed(ids).contiguous()
+            pointers = [tensor.data_ptr() for tensor in (ids, rows, embeddings)]
+            pointers.insert(2, 0 if biases is None else biases.data_ptr())
+            self._functions.own(memory.library, *pointers, *rows.shape)
+        return memory
 
     def _floats(self, tensor: Tensor | None) -> int | None:
         return None if tensor is None else pointer(tensor.float(), self._kept)
@@ -211,13 +210,19 @@ class NativeDraft:
 
 def functions(path: Path) -> Functions | None:
     """What the library does; None where there is none that works here."""
-    draft, remember, forget = (library.function(path, f"beagle_{name}") for name in Functions._fields)
-    if draft is None or remember is None or forget is None:
+    found = [library.function(path, f"beagle_{name}") for name in Functions._fields]
+    if None in found:
         return None
-    draft.argtypes, draft.restype = [POINTER(kind) for kind in (_Head, _Answer, _Plan, _Found)], c_int64
-    remember.argtypes, remember.restype = [], c_void_p
-    forget.argtypes, forget.restype = [c_void_p], None
-    return Functions(draft, remember, forget)
+    functions = Functions(*found)
+    functions.draft.argtypes, functions.draft.restype = (
+        [POINTER(kind) for kind in (_Head, _Answer, _Plan, _Found)],
+        c_int64,
+    )
+    functions.remember.argtypes, functions.remember.restype = [], c_void_p
+    functions.own.argtypes, functions.own.restype = [c_void_p] * 5 + [c_int64] * 2, None
+    for function in (functions.forget, functions.disown):
+        function.argtypes, function.restype = [c_void_p], None
+    return functions
 
 
 def fits(target: Target, head: Block) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,7 @@ class NativePass:
         self._table = table_of(self._embed)
         self._run, self._rotary = run, base.rotary_emb
         self._angles: tuple[Tensor, Tensor] | None = None
+        self._cache: tuple[ref[Tensor], Any] | None = None  # of the last pass: its first tensor, the addresses of all
         self._kept: list[Any] = []  # what the library's structures point to
         self._seconds: Any = None  # where the library adds up its parts
         first = base.layers[0]
@@ -115,8 +117,7 @@ class NativePass:
             _Tokens(
                 rows, nodes - rows, (c_int64 * nodes)(*plan.tree.parents), embeddings.data_ptr(),
                 None if ids is None else ids.data_ptr(), states.data_ptr(), cos.data_ptr(), sin.data_ptr(),
-                plan.slots.stop - nodes, plan.layers[0].stride(1),
-                (c_void_p * len(plan.layers))(*(tensor.data_ptr() for tensor in plan.layers)), self._seconds,
+                plan.slots.stop - nodes, plan.layers[0].stride(1), self._addresses(plan.layers), self._seconds,
             ),
         )  # fmt: skip
         return states
@@ -135,6 +136,13 @@ class NativePass:
             return False
         assert isinstance(plan.slots, slice)
         return plan.slots.stop - plan.slots.start <= MAX_TREE_TOKENS
+
+    def _addresses(self, layers: list[Tensor]) -> Any:
+        """Of a cache's tensors, which are asked for once."""
+        known = self._cache  # another thread may put its own there
+        if known is None or known[0]() is not layers[0]:
+            known = self._cache = ref(layers[0]), (c_void_p * len(layers))(*(tensor.data_ptr() for tensor in layers))
+        return known[1]
 
     def _rotations(self, plan: Plan) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the first positions, ``[positions, head_dim]``, at least those that the cache has room for."""
@@ -170,6 +178,12 @@ def table_of(embed: nn.Module) -> Tensor | None:
         return None
     weight = embed.weight.detach()
     return weight if weight.dtype == torch.bfloat16 and weight.is_contiguous() else None
+
+
+def row_of(table: Tensor, i: int) -> int:
+    """The address of a row ``[hidden]``."""
+    address: int = table.data_ptr()
+    return address + i * table.stride(0) * table.element_size()
 
 
 def fits(model: nn.Module) -> bool:

@@ -105,7 +105,6 @@ class Passes:
             grown.copy_sequence(i, cache, i)
         return grown
 
-    @torch.no_grad()
     def run(self, tokens: Tensor, plan: Plan) -> Tensor:
         """One pass: ids ``[batch, tokens]`` to hidden states ``[batch, tokens, state_size]``."""
         fast = self.compiled

@@ -212,7 +212,6 @@ class Target(Passes):
         """Of hidden states ``[..., state_size]``, or top states ``[..., hidden]``: ``[..., vocabulary]`` in the model's dtype."""
         return self._lm_head(states[..., -self.hidden_size :])
 
-    @torch.no_grad()
     def likeliest(self, states: Tensor) -> tuple[list[float], list[int]]:
         """The largest logit of each of ``states [tokens, state_size]`` and the first token that has it."""
         return self._lm_head.likeliest(states[..., -self.hidden_size :])

@@ -183,8 +183,10 @@ void pack_weight(const void* weight, void* to, int64_t in, int64_t out) {
 // What stands beside a bf16 weight [out, in], see shortlist.h: int8 tiles, scales, sums and bounds [out].
 void pack_near_weight(const void* weight, int8_t* near, float* scales, int32_t* sums, float* left, int64_t in, int64_t out) {
 #pragma omp parallel for
-  for (int64_t o = 0; o < out; o++)
-    pack_near(static_cast<const bf16*>(weight) + o * in, o, in, near, scales + o, sums + o, left + o);
+  for (int64_t o = 0; o < out; o++) {
+    const bf16* row = static_cast<const bf16*>(weight) + o * in;
+    left[o] = bound_of(row, in, pack_int8(row, o, in, near, scales + o, sums + o));
+  }
 }
 
 // y [rows, out] = x [rows, in] · weight + bias [out] or null; the weight as half.h describes it; in a multiple of 32,

@@ -13,6 +13,8 @@
 
 #pragma once
 
+#include <cmath>
+
 #include "half.h"
 
 namespace {
@@ -70,6 +72,28 @@ struct Whole {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(whole));
   }
 };
+
+// An output's weights in int8, in the tiles of its block, with their scale and sum; the size of what they leave.
+float pack_int8(const bf16* row, int64_t output, int64_t in, int8_t* tiles, float* scale, int32_t* sum) {
+  __m512i most = _mm512_setzero_si512(), total = most;
+  for (int64_t k = 0; k < in; k += 16) most = _mm512_max_epi32(most, Whole::size(Whole::load(row + k)));
+  *scale = Whole::step_of(most);
+  const __m512 step = _mm512_set1_ps(*scale);
+  __m512 squares = _mm512_setzero_ps();
+  int8_t* to = tiles + output / OUT * OUT * in + output % OUT * 4;  // in every line four inputs of the output
+  for (int64_t k = 0; k < in; k += 16) {
+    const __m512 exact = Whole::load(row + k);
+    const __m512i whole = _mm512_cvtps_epi32(_mm512_div_ps(exact, step));
+    const __m512 rest = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(whole), step, exact);
+    total = _mm512_add_epi32(total, whole);
+    squares = _mm512_fmadd_ps(rest, rest, squares);
+    alignas(16) int8_t bytes[16];
+    Whole::store(bytes, whole);
+    for (int64_t i = 0; i < 16; i += 4) std::memcpy(to + (k + i) * OUT, bytes + i, 4);
+  }
+  *sum = _mm512_reduce_add_epi32(total);
+  return std::sqrt(_mm512_reduce_add_ps(squares));
+}
 
 // 16 outputs of one vector from its sums.
 void finish(bf16* y, __m512i coarse, __m512i fine, const float* scales, float scale, const bf16* bias) {

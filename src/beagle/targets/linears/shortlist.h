@@ -27,31 +27,13 @@ float size_of(const bf16* x, int64_t n) {
   return std::sqrt(_mm512_reduce_add_ps(squares));
 }
 
-// An output's weights in int8, in the tiles of its block, with their scale and sum; and how far an output may be from what they
-// say, of a vector of size 1.
-void pack_near(const bf16* row, int64_t output, int64_t in, int8_t* near, float* scale, int32_t* sum, float* left) {
-  __m512i most = _mm512_setzero_si512(), total = most;
-  for (int64_t k = 0; k < in; k += 16) most = _mm512_max_epi32(most, Whole::size(Whole::load(row + k)));
-  *scale = Whole::step_of(most);
-  const __m512 step = _mm512_set1_ps(*scale);
-  __m512 squares = _mm512_setzero_ps();
-  int8_t* to = near + output / OUT * OUT * in + output % OUT * 4;  // four inputs of the output, in every line one
-  for (int64_t k = 0; k < in; k += 16) {
-    const __m512 exact = Whole::load(row + k);
-    const __m512i whole = _mm512_cvtps_epi32(_mm512_div_ps(exact, step));
-    const __m512 rest = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(whole), step, exact);
-    total = _mm512_add_epi32(total, whole);
-    squares = _mm512_fmadd_ps(rest, rest, squares);
-    alignas(16) int8_t bytes[16];
-    Whole::store(bytes, whole);
-    for (int64_t i = 0; i < 16; i += 4) std::memcpy(to + (k + i) * OUT, bytes + i, 4);
-  }
-  *sum = _mm512_reduce_add_epi32(total);
-  const float rest = std::sqrt(_mm512_reduce_add_ps(squares)), all = size_of(row, in) + rest;
-  // besides: sums in fp32 are off by 2^-24 a step at most; vectors in int8 by half a fine step, 1 / (2 * FINE) of a coarse one,
-  // which is a 127th of their largest entry
+// How far an output may be from what its weights in int8 say, of a vector of size 1; `rest` is the size of what they leave.
+//
+// Besides, sums in fp32 are off by 2^-24 a step at most; vectors in int8 by half a fine step, 1 / (2 * FINE) of a coarse one,
+// which is a 127th of their largest entry.
+float bound_of(const bf16* row, int64_t in, float rest) {
   const float others = in * 0x1p-23f + std::sqrt(float(in)) / (127 * 2 * FINE) * 1.02f;
-  *left = 1.001f * (rest + others * all);
+  return 1.001f * (rest + others * (size_of(row, in) + rest));
 }
 
 float rounded_to_half(float x) {

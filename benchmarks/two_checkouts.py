@@ -24,7 +24,7 @@ WORKER = """
 import json, sys
 import beagle
 options = json.loads(sys.argv[1])
-model = beagle.load(options["target"], draft=options["draft"], dtype=options["dtype"])
+model = beagle.load(options["target"], draft=options["draft"], dtype=options["dtype"], quantize=options["quantize"])
 model.generate("Hello", max_new_tokens=8)
 print("ready", flush=True)
 for line in sys.stdin:
@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--target", default="smollm2-135m")
     parser.add_argument("--draft", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantize", choices=("int8", "int4"))
     parser.add_argument("--suite", default="quick")
     parser.add_argument("--questions", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=96)
@@ -52,7 +53,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
     caches = dict(item.split("=", 1) for item in arguments.cache)
-    options = json.dumps({name: getattr(arguments, name) for name in ("target", "draft", "dtype", "temperature")})
+    options = json.dumps(
+        {name: getattr(arguments, name) for name in ("target", "draft", "dtype", "quantize", "temperature")}
+    )
     workers: dict[str, subprocess.Popen[str]] = {}
     for item in arguments.source:
         name, folder = item.split("=", 1)

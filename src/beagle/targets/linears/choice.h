@@ -29,6 +29,7 @@ class Search {
  public:
   // 16 more, whose places begin at one.
   void see(__m512 x, int64_t from) {
+    if (!_mm512_cmp_ps_mask(x, most, _CMP_NLT_UQ)) return;  // NaN is no less
     const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     none |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
     take(x, _mm512_add_epi32(_mm512_set1_epi32(int32_t(from)), lanes));

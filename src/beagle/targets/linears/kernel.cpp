@@ -71,7 +71,7 @@ class Searches {
   void see(int64_t thread, const Halves& part, Range range) {
     for (int64_t r = 0; r < rows; r++)
       for (int64_t k = range.from; k < range.to; k += OUT)
-        found[thread * rows + r].see(some_of(&part[r * 2 * OUT], k - range.from, 2 * OUT), k);
+        found[thread * rows + r].see(Whole::load(&part[r * 2 * OUT + k - range.from]), k);
   }
 
   void give(float* values, int64_t* places, int64_t outputs) {

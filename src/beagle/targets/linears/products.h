@@ -20,6 +20,7 @@
 namespace {
 
 constexpr int64_t GROUP = 320;  // bytes of 32 inputs of 16 outputs in int4
+constexpr int64_t STEPS_AHEAD = 2;
 constexpr float FINE = 254;     // steps of the fine vector in one of the coarse one
 
 // Vectors as whole numbers, x = scale * (coarse + fine / FINE), in groups of up to 8: their coarse ones, their fine ones.
@@ -242,6 +243,12 @@ void int4(const uint8_t* w, const Groups& x, bf16* y, const bf16* bias, int64_t 
 
 #ifdef __AMX_BF16__
 
+// What a pair of blocks, or a last one, reads some steps behind a place; at its end the next pair's beginning.
+const int8_t* next_tile(const int8_t* w, int64_t k, int64_t in, bool both) {
+  k += STEPS_AHEAD * 2 * IN;
+  return k < in ? w + k * OUT : w + (k - in + (both ? 2 : 1) * in) * OUT;
+}
+
 // As `tiles`; MORE: over 8 vectors, up to 16.
 template <bool BOTH, bool MORE>
 void whole_tiles(const int8_t* w, const Whole& x, int64_t from, bf16* y, const float* scales, const bf16* bias,
@@ -253,14 +260,15 @@ void whole_tiles(const int8_t* w, const Whole& x, int64_t from, bf16* y, const f
   _tile_zero(2);
   _tile_zero(3);
   for (int64_t k = 0; k < in; k += 2 * IN) {
-    prefetch_tile(w + k * OUT);
+    const int8_t* ahead = next_tile(w, k, in, BOTH);
+    prefetch_tile(ahead);
+    if (BOTH) prefetch_tile(ahead + in * OUT);
     _tile_loadd(4, bytes + k, in);
     if (MORE) _tile_loadd(5, bytes + 16 * in + k, in);
     _tile_loadd(6, w + k * OUT, 64);
     _tile_dpbssd(0, 4, 6);
     if (MORE) _tile_dpbssd(1, 5, 6);
     if (BOTH) {
-      prefetch_tile(second + k * OUT);
       _tile_loadd(7, second + k * OUT, 64);
       _tile_dpbssd(2, 4, 7);
       if (MORE) _tile_dpbssd(3, 5, 7);

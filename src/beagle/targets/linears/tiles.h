@@ -49,7 +49,7 @@ void prefetch(const void* line) { _mm_prefetch(static_cast<const char*>(line) + 
 void prefetch_far(const void* line) { _mm_prefetch(static_cast<const char*>(line) + 4 * AHEAD, _MM_HINT_T1); }
 
 void prefetch_tile(const void* tile) {
-  for (int64_t i = 0; i < TILE; i += 64) prefetch(static_cast<const char*>(tile) + i);
+  for (int64_t i = 0; i < TILE; i += LINE) _mm_prefetch(static_cast<const char*>(tile) + i, _MM_HINT_T0);
 }
 
 // 16 sums of one vector, with their bias, rounded to bf16.

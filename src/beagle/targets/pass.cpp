@@ -203,10 +203,13 @@ class Pass {
     }
     meet(OTHERS, own);
     const int64_t n = tokens.rows, tasks = sheets->tasks.size();
-    const Range shared = own.of(chunks.tasks()), paths = own.of(model.kv_heads * tasks), rows = own.of(chunks.all_rows());
-    for (int64_t t = shared.from; t < shared.to; t++) chunks.sum(shaped, t, query.data());
+    const Range rows = own.of(chunks.all_rows());
     scratch.head = -1;
-    for (int64_t i = paths.from; i < paths.to; i++) sum_paths(shaped, i / tasks, sheets->tasks[i % tasks]);
+    shares.each(chunks.tasks() + model.kv_heads * tasks, own, [&](int64_t t) {
+      if (t < chunks.tasks()) return chunks.sum(shaped, t, query.data());
+      t -= chunks.tasks();
+      sum_paths(shaped, t / tasks, sheets->tasks[t % tasks]);
+    });
     meet(ATTENTION, own);
     for (int64_t r = rows.from; r < rows.to; r++) {
       const int64_t m = r / group % n, h = r / (group * n) * group + r % group;

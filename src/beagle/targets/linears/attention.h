@@ -13,6 +13,7 @@
 namespace {
 
 constexpr int64_t BLOCK = 32;  // keys that are put in order together
+constexpr float LOG2E = 1.44269504f;
 
 void to_half(bf16* y, __m512 x) {
   const __m256bh out = _mm512_cvtneps_pbh(x);
@@ -133,22 +134,32 @@ class Keys {
   // Of each query its largest score, the sum of exp(score - largest), and the sum of values with these weights
   // [rows, out].
   void attend(Shaped& shaped, const Queries& q, float scale, float* most, float* sums, float* y) {
-    for (int64_t r = 0; r < q.rows; r += 16) {
-      const int64_t rows = std::min<int64_t>(q.rows - r, 16);
-      scores.resize(rows * blocks * BLOCK);
+    constexpr int64_t TOGETHER = 4;  // tiles of queries: what one step leaves is not read at once by the next
+    const int64_t tiles = (q.rows + 15) / 16, size = (q.rows + tiles - 1) / tiles;  // alike: new shapes take long
+    for (int64_t first_row = 0; first_row < q.rows; first_row += TOGETHER * size) {
+      const int64_t rows = std::min(q.rows - first_row, TOGETHER * size);
+      scores.resize(rows * width());
       weights.resize(scores.size());
+      const bf16* x = q.x + first_row * q.width;
+      float* to = y + first_row * out;
 #ifdef __AMX_BF16__
       if (has_tiles()) {
-        shaped.of(rows, rows);
-        score_tiles(q.x + r * q.width, q.width);
-        soften(q, r, rows, scale, most + r, sums + r);
-        add_tiles(y + r * out);
+        const auto each = [&](const auto& work) {
+          for (int64_t r = 0; r < rows; r += size) {
+            const int64_t some = std::min(rows - r, size);
+            shaped.of(some, some);
+            work(r);
+          }
+        };
+        each([&](int64_t r) { score_tiles(x + r * q.width, q.width, &scores[r * width()]); });
+        soften(q, first_row, rows, scale, most + first_row, sums + first_row);
+        each([&](int64_t r) { add_tiles(&weights[r * width()], to + r * out); });
         continue;
       }
 #endif
-      score(q.x + r * q.width, q.width, rows);
-      soften(q, r, rows, scale, most + r, sums + r);
-      add(y + r * out, rows);
+      score(x, q.width, rows);
+      soften(q, first_row, rows, scale, most + first_row, sums + first_row);
+      add(to, rows);
     }
   }
 
@@ -191,7 +202,7 @@ class Keys {
 #ifdef __AMX_BF16__
   // Queries or weights are in tile 4, keys or values in 6 and 7. Several sums grow side by side: a product takes as long as
   // four of them.
-  void score_tiles(const bf16* x, int64_t stride) {
+  void score_tiles(const bf16* x, int64_t stride, float* to_scores) const {
     written();
     for (int64_t half = 0; half < 2 * blocks; half += 4) {
       const uint32_t* to = &ordered[half * in * 8];
@@ -209,22 +220,22 @@ class Keys {
         _tile_loadd(7, to + 3 * in * 8, 64);
         _tile_dpbf16ps(3, 4, 7);
       }
-      _tile_stored(0, &scores[half * 16], 4 * width());
-      _tile_stored(1, &scores[half * 16 + 16], 4 * width());
+      _tile_stored(0, to_scores + half * 16, 4 * width());
+      _tile_stored(1, to_scores + half * 16 + 16, 4 * width());
       if (!more) continue;
-      _tile_stored(2, &scores[half * 16 + 32], 4 * width());
-      _tile_stored(3, &scores[half * 16 + 48], 4 * width());
+      _tile_stored(2, to_scores + half * 16 + 32, 4 * width());
+      _tile_stored(3, to_scores + half * 16 + 48, 4 * width());
     }
   }
 
-  void add_tiles(float* y) const {
+  void add_tiles(const bf16* own, float* y) const {
     written();
     for (int64_t c = 0; c < out; c += 64) {
       const int64_t some = (out - c) / 16;
       zero_tiles();
       for (int64_t b = 0; b < blocks; b++) {
         const uint32_t* from = &paired[b * BLOCK / 2 * out + c];
-        _tile_loadd(4, &weights[b * BLOCK], 2 * width());
+        _tile_loadd(4, own + b * BLOCK, 2 * width());
         _tile_loadd(6, from, 4 * out);
         _tile_dpbf16ps(0, 4, 6);
         if (some > 1) _tile_loadd(7, from + 16, 4 * out);
@@ -277,7 +288,6 @@ class Keys {
 
   // Scores to weights.
   void soften(const Queries& q, int64_t from, int64_t rows, float scale, float* most, float* sums) {
-    constexpr float LOG2E = 1.44269504f;
     const int64_t all = width();
     for (int64_t r = 0; r < rows; r++) {
       float* s = &scores[r * all];
@@ -296,25 +306,19 @@ class Keys {
         const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(s + t), times);
         return mask ? _mm512_add_ps(x, masked(t, there)) : x;
       };
-      for (int64_t t = 0; t < whole; t += 16) {
-        const __m512 x = score(t, 0xffff);
-        largest = _mm512_max_ps(largest, x);
-        _mm512_storeu_ps(s + t, x);
-      }
+      for (int64_t t = 0; t < whole; t += 16) largest = _mm512_max_ps(largest, score(t, 0xffff));
       const __mmask16 last = (1 << (seen - whole)) - 1;
-      if (last) {
-        const __m512 x = score(whole, last);
-        largest = _mm512_mask_max_ps(largest, last, largest, x);
-        _mm512_storeu_ps(s + whole, x);
-      }
+      if (last) largest = _mm512_mask_max_ps(largest, last, largest, score(whole, last));
       const float top = _mm512_reduce_max_ps(largest);
       __m512 sum = _mm512_setzero_ps();
-      for (int64_t t = 0; t < all; t += 16) {
-        const __mmask16 there = t < whole ? 0xffff : t == whole ? last : 0;
-        const __m512 x = _mm512_maskz_mov_ps(there, power(_mm512_sub_ps(_mm512_loadu_ps(s + t), _mm512_set1_ps(top))));
+      const auto weigh = [&](int64_t t, __mmask16 there) {
+        const __m512 x = _mm512_maskz_mov_ps(there, power(_mm512_sub_ps(score(t, there), _mm512_set1_ps(top))));
         sum = _mm512_add_ps(sum, x);
         to_half(own + t, x);
-      }
+      };
+      for (int64_t t = 0; t < whole; t += 16) weigh(t, 0xffff);
+      if (last) weigh(whole, last);
+      std::fill(own + (seen + 15) / 16 * 16, own + all, bf16(0));
       most[r] = top / LOG2E;
       sums[r] = _mm512_reduce_add_ps(sum);
       if (path) to_memory(*path, own);
@@ -393,19 +397,25 @@ class Chunks {
 
   // One row's sums of its first chunks; y [out].
   void merge(int64_t row, int64_t chunks, bf16* y) {
+    thread_local Lined<float> shares;
+    shares.resize(chunks);
     const int64_t at = first(row / rows) + row % rows;  // its place in the first of them
-    float top = most[at], sum = 0;
+    float top = most[at];
     for (int64_t j = 1; j < chunks; j++) top = std::max(top, most[at + j * rows]);
-    for (int64_t j = 0; j < chunks; j++) {
-      float& share = most[at + j * rows];
-      share = std::exp(share - top);
-      sum += share * sums[at + j * rows];
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t j = 0; j < chunks; j += 16) {
+      const __mmask16 there = chunks - j < 16 ? (1 << (chunks - j)) - 1 : 0xffff;
+      const __m512 less = _mm512_sub_ps(every_row(most, at + j * rows, there), _mm512_set1_ps(top));
+      const __m512 share = _mm512_maskz_mov_ps(there, power(_mm512_mul_ps(less, _mm512_set1_ps(LOG2E))));
+      _mm512_mask_storeu_ps(&shares[j], there, share);
+      sum = _mm512_fmadd_ps(share, every_row(sums, at + j * rows, there), sum);
     }
+    const __m512 all = _mm512_set1_ps(_mm512_reduce_add_ps(sum));
     for (int64_t c = 0; c < out; c += 16) {
       __m512 total = _mm512_setzero_ps();
       for (int64_t j = 0; j < chunks; j++)
-        total = _mm512_fmadd_ps(_mm512_set1_ps(most[at + j * rows]), _mm512_loadu_ps(&parts[(at + j * rows) * out + c]), total);
-      to_half(y + c, _mm512_div_ps(total, _mm512_set1_ps(sum)));
+        total = _mm512_fmadd_ps(_mm512_set1_ps(shares[j]), _mm512_loadu_ps(&parts[(at + j * rows) * out + c]), total);
+      to_half(y + c, _mm512_div_ps(total, all));
     }
   }
 
@@ -413,6 +423,13 @@ class Chunks {
   Lined<float> most, sums, parts;  // [batch, heads, chunks, rows], of parts [..., out]
 
   int64_t first(int64_t head) const { return head * (shared() + own) * rows; }
+
+  // Of up to 16 chunks in turn, from a place on.
+  __m512 every_row(const Lined<float>& of, int64_t from, __mmask16 there) const {
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i places = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(int32_t(rows)));
+    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), there, places, &of[from], 4);
+  }
 };
 
 }  // namespace

@@ -29,6 +29,15 @@ __m512 power(__m512 x) {
   return _mm512_scalef_ps(_mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1)), whole);
 }
 
+__m512 exponential(__m512 x) {
+  x = _mm512_min_ps(_mm512_set1_ps(88), _mm512_max_ps(_mm512_set1_ps(-87), x));  // in this order NaN stays NaN
+  const __m512 twos = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+  const __m512 rest = _mm512_fnmadd_ps(twos, _mm512_set1_ps(0.693147181f), x);
+  __m512 sum = _mm512_set1_ps(1.f / 120);
+  for (float term : {1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f}) sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(term));
+  return _mm512_scalef_ps(sum, twos);
+}
+
 // 16 rows of 16 words become columns.
 void transpose(__m512i* r) {
   __m512i t[16];
@@ -406,7 +415,7 @@ class Chunks {
     for (int64_t j = 0; j < chunks; j += 16) {
       const __mmask16 there = chunks - j < 16 ? (1 << (chunks - j)) - 1 : 0xffff;
       const __m512 less = _mm512_sub_ps(every_row(most, at + j * rows, there), _mm512_set1_ps(top));
-      const __m512 share = _mm512_maskz_mov_ps(there, power(_mm512_mul_ps(less, _mm512_set1_ps(LOG2E))));
+      const __m512 share = _mm512_maskz_mov_ps(there, exponential(less));
       _mm512_mask_storeu_ps(&shares[j], there, share);
       sum = _mm512_fmadd_ps(share, every_row(sums, at + j * rows, there), sum);
     }

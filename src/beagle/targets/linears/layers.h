@@ -145,15 +145,6 @@ Range multiply(const Matrix& m, const bf16* x, int64_t rows, bf16* y, const Thre
   return taken(m.kind, x, rows, m.in).multiply(m, x, rows, y, own);
 }
 
-__m512 exponential(__m512 x) {
-  x = _mm512_min_ps(_mm512_set1_ps(88), _mm512_max_ps(_mm512_set1_ps(-87), x));  // in this order NaN stays NaN
-  const __m512 twos = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-  const __m512 rest = _mm512_fnmadd_ps(twos, _mm512_set1_ps(0.693147181f), x);
-  __m512 sum = _mm512_set1_ps(1.f / 120);
-  for (float term : {1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f}) sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(term));
-  return _mm512_scalef_ps(sum, twos);
-}
-
 float scale_of(const float* x, int64_t n, double eps) {
   __m512 squares = _mm512_setzero_ps();
   for (int64_t k = 0; k < n; k += 16) squares = _mm512_fmadd_ps(_mm512_loadu_ps(x + k), _mm512_loadu_ps(x + k), squares);

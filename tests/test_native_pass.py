@@ -230,6 +230,15 @@ def test_a_tree_that_grows_level_by_level_gets_the_same_bits(folder):
     assert torch.equal(torch.cat(parts).float(), together)
 
 
+def test_each_cache_is_read_and_written_in_turn(folder):
+    fast, *_ = three(folder, "llama")
+    contexts, shape = (20, 40), TREES["tree"]
+    alone = [states_of(fast, shape, context)[0] for context in contexts]
+    caches = [cache_of(fast, context) for context in contexts]
+    for cache, expected in [*zip(caches, alone, strict=True)] * 2:
+        assert torch.equal(fast.verify(cache, torch.arange(3, 10), shape).float(), expected)
+
+
 def test_parts_of_a_pass_add_up(folder):
     fast, _, _ = three(folder, "llama")
     for parts in breakdown(fast, 40):

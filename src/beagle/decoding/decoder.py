@@ -229,9 +229,8 @@ class Decoder:
 
     def _states_of(self, path: list[int], states: Tensor) -> Tensor:
         """Of accepted nodes ``[path, hidden]``; where they are kept, in memory of their own: the pass's states need not stay."""
-        is_first = path[-1] == len(path) - 1
-        if is_first and not self._keep_states:
-            return states[: len(path)]
+        if not self._keep_states and path[-1] == len(path) - 1:
+            return states[: len(path)]  # they come first
         return states.index_select(0, torch.tensor(path, device=states.device))
 
     def _verify(

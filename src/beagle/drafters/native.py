@@ -187,18 +187,19 @@ class NativeDraft:
             memory = self._memories[context] = _Memory(self._functions.remember())
             finalize(context, self._functions.forget, memory.library)
         lacking = [token for token in context.tokens[memory.seen :] if token not in self._drafted]
-        memory.seen = len(context.tokens)
         if lacking and (fresh := sorted({*lacking} - {*memory.own})):
-            memory.own += fresh
-            if len(memory.own) > MOST_OWN:
-                fresh = memory.own = memory.own[-MOST_OWN:]
+            own = memory.own + fresh
+            if len(own) > MOST_OWN:
+                fresh = own = own[-MOST_OWN:]
+                memory.own = []
                 self._functions.disown(memory.library)
             ids = torch.tensor(fresh)
             rows, biases = self._target.head_rows(ids)
             embeddings = self._target.embed(ids).contiguous()
-            pointers = [tensor.data_ptr() for tensor in (ids, rows, embeddings)]
-            pointers.insert(2, 0 if biases is None else biases.data_ptr())
+            pointers = [0 if of is None else of.data_ptr() for of in (ids, rows, biases, embeddings)]
             self._functions.own(memory.library, *pointers, *rows.shape)
+            memory.own = own
+        memory.seen = len(context.tokens)
         return memory
 
     def _floats(self, tensor: Tensor | None) -> int | None:
@@ -213,16 +214,13 @@ def functions(path: Path) -> Functions | None:
     found = [library.function(path, f"beagle_{name}") for name in Functions._fields]
     if None in found:
         return None
-    functions = Functions(*found)
-    functions.draft.argtypes, functions.draft.restype = (
-        [POINTER(kind) for kind in (_Head, _Answer, _Plan, _Found)],
-        c_int64,
-    )
-    functions.remember.argtypes, functions.remember.restype = [], c_void_p
-    functions.own.argtypes, functions.own.restype = [c_void_p] * 5 + [c_int64] * 2, None
-    for function in (functions.forget, functions.disown):
+    made = Functions(*found)
+    made.draft.argtypes, made.draft.restype = [POINTER(kind) for kind in (_Head, _Answer, _Plan, _Found)], c_int64
+    made.remember.argtypes, made.remember.restype = [], c_void_p
+    made.own.argtypes, made.own.restype = [c_void_p] * 5 + [c_int64] * 2, None
+    for function in (made.forget, made.disown):
         function.argtypes, function.restype = [c_void_p], None
-    return functions
+    return made
 
 
 def fits(target: Target, head: Block) -> bool:

@@ -20,7 +20,7 @@
 namespace {
 
 constexpr int64_t GROUP = 320;  // bytes of 32 inputs of 16 outputs in int4
-constexpr int64_t STEPS_AHEAD = 2;
+constexpr int64_t STEPS_AHEAD = 2;  // of int8 tiles that are prefetched: 64 inputs of a pair of blocks
 constexpr float FINE = 254;     // steps of the fine vector in one of the coarse one
 
 // Vectors as whole numbers, x = scale * (coarse + fine / FINE), in groups of up to 8: their coarse ones, their fine ones.

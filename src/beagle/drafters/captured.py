@@ -14,12 +14,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from beagle.drafters.base import Draft, TreePlan
+from beagle.drafters.base import Draft, TreePlan, best_first
 from beagle.drafters.block import Block, Rotations
 from beagle.drafters.context import HeadContext, write_unread
-from beagle.drafters.grow import Beams, EagerLevels, grow
+from beagle.drafters.grow import Beams, EagerLevels, grow, least_score
 from beagle.drafters.head_drafter import HeadDrafter
 from beagle.errors import first_line
+from beagle.limits import MAX_NODES
 from beagle.targets import aot_cache
 from beagle.targets.captured import GraphRecorder, Recorder, key_size
 
@@ -105,7 +106,7 @@ class _Recorded:
 
 
 class CapturedDraft:
-    """Graphs of one head's drafts, for all its contexts."""
+    """Implements ``WholeDrafts``: graphs of one head's drafts, for all its contexts."""
 
     def __init__(self, levels: EagerLevels, rotations: Rotations, record: Recorder | None = None) -> None:
         self._levels, self._rotations = levels, rotations
@@ -125,7 +126,7 @@ class CapturedDraft:
         min_expected_tokens: float = 0.0,
         noise: Tensor | None = None,
     ) -> Draft | None:
-        """All candidates; None: a static tree, or one that could not be recorded."""
+        """As of ``WholeDrafts``; None: a static tree, or one that could not be recorded."""
         if plan.kind == "static":
             return None
         write_unread([context])
@@ -145,7 +146,9 @@ class CapturedDraft:
                         highlight=False,
                     )
                     return None
-            return graph.run(context, root, plan.depth, noise)
+            found = graph.run(context, root, plan.depth, noise)
+        least = least_score(min_expected_tokens)
+        return best_first(found.tokens, found.parents, found.scores, plan.nodes or MAX_NODES, least)
 
     def _recorded(self, context: HeadContext, root: int, plan: TreePlan, keys: int) -> _Recorded:
         """A graph, compared with the eager draft of this context."""

@@ -230,6 +230,20 @@ def test_a_tree_that_grows_level_by_level_gets_the_same_bits(folder):
     assert torch.equal(torch.cat(parts).float(), together)
 
 
+@pytest.mark.parametrize("context", [70, 103, 231])
+def test_long_chains_run_over_the_end_of_a_chunk(folder, context):
+    """Their first tokens see nothing of the second chunk: what they leave there must not lie before its memory."""
+    fast, *_ = three(folder, "llama")
+    cache, ids = cache_of(fast, context), torch.arange(3, 63)
+    for n in (20, 40, 60):
+        together = fast.verify(cache, ids[:n], TreeShape.chain(n))
+    alone = []
+    for i in range(60):
+        alone.append(fast.verify(cache, ids[i : i + 1], TreeShape([-1])))
+        cache.compact([0])
+    assert torch.equal(torch.cat(alone), together)
+
+
 def test_each_cache_is_read_and_written_in_turn(folder):
     fast, *_ = three(folder, "llama")
     contexts, shape = (20, 40), TREES["tree"]

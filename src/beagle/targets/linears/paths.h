@@ -115,7 +115,7 @@ class Sheets {
     }
     const auto middle = blocks.begin() + std::min(own, first);
     near.push_back({std::min(before() + count, CHUNK), whole, {blocks.begin(), middle}});
-    far.push_back({before() + count - CHUNK, 0, {middle, blocks.end()}});
+    far.push_back({std::max<int64_t>(0, before() + count - CHUNK), 0, {middle, blocks.end()}});
     sheet.tokens++;
   }
 

@@ -243,7 +243,7 @@ def test_a_shortlist_s_weight_is_the_int8_one(kernel, outputs, inputs):
     assert torch.equal(scales, own)
     assert sums.tolist() == whole.sum(1).tolist()
     rest = (weight.float() - whole * own[:, None]).norm(dim=1)
-    assert ((rest <= left) & (left <= 1.01 * rest + 1e-3 * weight.float().norm(dim=1))).all()
+    assert ((rest <= left) & (left <= 1.02 * rest + 1e-3 * weight.float().norm(dim=1))).all()
 
 
 def test_a_shortlist_counts_all_that_int8_leaves(kernel):

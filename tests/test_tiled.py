@@ -13,6 +13,7 @@ from beagle.targets.linears import tiled
 from beagle.targets.linears.packed import packed
 from beagle.targets.linears.product import Int8Product, Near, Product
 from beagle.targets.linears.quantized import VectorQuantizer, dequantized, int8_weight, quantized
+from beagle.targets.lm_head import LMHead
 from beagle.targets.shape import TreeShape
 from beagle.targets.target import Target
 from conftest import tiny_model, tiny_tokenizer
@@ -262,6 +263,31 @@ def test_a_shortlist_counts_all_that_int8_leaves(kernel):
     assert product.largest(x[None])[1] == [1500]
     product.near = Near.of(weight)
     assert product.largest(x[None])[1] == [1500]
+
+
+def test_a_shortlist_keeps_ties_that_rounding_makes(kernel):
+    """Outputs of 257.25 and 258.77 are both 258 in bf16, but int8 says 256 of the first and 260 of the second."""
+    weight, x = torch.zeros(16 * 131, 128).bfloat16(), torch.zeros(1, 128).bfloat16()
+    x[0, :4] = torch.tensor([256.0, 1.0, 256.0, 3.015625])
+    weight[10, :3] = torch.tensor([1.0, 1.0, 2.0**-10])
+    weight[1500, :4] = torch.tensor([1.0, 0.0, -(2.0**-10), 1.0])
+    weight[[10, 1500], 4] = 127 / 64  # a step of int8 is 1 / 64, and the vector doesn't see it
+    product = Product(weight, None)
+    assert product(x)[0, [10, 1500]].tolist() == [258.0, 258.0]
+    near = Near.of(weight)
+    assert Int8Product(int8_weight(weight)[1], near.scales, None)(x)[0, [10, 1500]].tolist() == [256.0, 260.0]
+    product.near = near
+    assert product.largest(x) == ([258.0], [10])
+
+
+@pytest.mark.parametrize(("scale", "shortened"), [(1.0, True), (0.5, False)])
+def test_a_head_whose_logits_are_scaled_has_no_shortlist(kernel, scale, shortened):
+    own = tiny_model("llama", hidden_size=64).bfloat16()
+    own.config.logit_scale = scale
+    head = LMHead(own.lm_head, own.config, "tiny", pack=True)
+    assert head.shorten() == shortened
+    x = drawn(5, 64)
+    assert head.likeliest(x) == lists(tiled.largest(head(x)))
 
 
 @pytest.mark.parametrize("what", ["vector", "weight", "infinite vector", "infinite weight"])

@@ -44,6 +44,11 @@ class LMHead:
         """Numbers that it reads of a token."""
         return int(self._head.weight.shape[-1])
 
+    @property
+    def _is_plain(self) -> bool:
+        """Whether logits are the linear layer's outputs."""
+        return self._scale == 1.0 and self._softcap is None
+
     def without_scale(self) -> LMHead:
         """The same without the config's scale and soft cap, which models that also see may not apply."""
         plain = copy.copy(self)
@@ -59,7 +64,7 @@ class LMHead:
 
     def shorten(self) -> bool:
         """Let ``likeliest`` leave out most of the weight from now on; False: it reads all of it."""
-        if not isinstance(self._apply, Product):
+        if not (self._is_plain and isinstance(self._apply, Product)):
             return False
         self._apply.near = Near.of(self._head.weight.detach())
         return self._apply.near is not None
@@ -75,8 +80,7 @@ class LMHead:
 
     def likeliest(self, states: Tensor) -> tuple[list[float], list[int]]:
         """The largest logit of each of ``states [rows, hidden]`` and the first token that has it."""
-        plain = self._scale == 1.0 and self._softcap is None
-        if plain and isinstance(self._apply, Product | Int8Product):
+        if self._is_plain and isinstance(self._apply, Product | Int8Product):
             return self._apply.largest(states)
         values, tokens = tiled.largest(self(states))
         return values.tolist(), tokens.tolist()

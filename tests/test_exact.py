@@ -10,6 +10,7 @@ from beagle.decoding.sampling import Sampler, SamplingParams
 from beagle.decoding.sequence import Sequence
 from beagle.decoding.stats import Stats
 from beagle.drafters.base import TreePlan
+from beagle.errors import BeagleError
 from beagle.model import Model
 from beagle.targets.plan import EXACT_BLOCK, EXACT_TOKENS
 from beagle.targets.shape import TreeShape
@@ -93,3 +94,17 @@ def test_kernels_that_differ_by_number_of_rows_are_found_out(monkeypatch):
     eager = target.eager
     monkeypatch.setattr(target, "eager", lambda ids, plan: eager(ids, plan) * (1.02 if ids.shape[1] == 7 else 1))
     assert target.min_exact_tokens == 8
+
+
+def test_half_precision_on_a_gpu_has_no_exact_mode():
+    for dtype in (torch.bfloat16, torch.float32):
+        target = tiny_target(dtype=dtype)
+        assert target.why_not_exact is None
+        target.device = torch.device("cuda")
+        if dtype == torch.float32:
+            assert target.min_exact_tokens == EXACT_TOKENS
+            continue
+        with pytest.raises(
+            BeagleError, match=r"^there is no exact mode for tiny-llama: in half precision on a GPU.*float32"
+        ):
+            Decoder(target, exact=True)

@@ -300,7 +300,9 @@ def test_exact_mode_is_refused_with_a_remedy():
         lambda: model.decoder(2, exact=True),
         lambda: model.target.min_exact_tokens,
     ):
-        with pytest.raises(BeagleError, match=r"^tiny-bamba keeps a recurrent state.* leave exact out"):
+        with pytest.raises(
+            BeagleError, match=r"^there is no exact mode for tiny-bamba: it keeps a recurrent state.* leave exact out"
+        ):
             ask()
 
 

@@ -146,13 +146,13 @@ class Setup:
 
 def exact_of(target: Target, asked: bool) -> bool:
     """Whether answers are computed in exact mode; a line says so where it was asked for and the target has none."""
-    if asked and not target.has_exact:
+    why = target.why_not_exact
+    if asked and why:
         console.print(
-            f"{target.name}: there is no exact mode for a target with a recurrent state, so answers do without it; in "
-            "float32 (--dtype float32) near-ties hardly matter",
+            f"{target.name}: answers do without exact mode: {why}; with --dtype float32 near-ties hardly matter",
             style="dim", markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
-    return asked and target.has_exact
+    return asked and why is None
 
 
 def with_setup(command: Callable[..., None]) -> Callable[..., None]:

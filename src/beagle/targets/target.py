@@ -145,19 +145,23 @@ class Target(Passes):
         return ((self.pass_weights - self._of_head) * tiled.HALF_BITS + self._of_head * of_head) // 8
 
     @property
-    def has_exact(self) -> bool:
-        """Whether there are exact passes."""
-        return not self.chains_only
+    def why_not_exact(self) -> str | None:
+        """Why there are no exact passes; None: there are."""
+        if self.chains_only:
+            return "it keeps a recurrent state, whose bits depend on how many tokens share a pass"
+        if self.device.type == "cuda" and self.dtype != torch.float32:
+            return "in half precision on a GPU, exact passes were not always bit-equal (results/gpu_check_bf16.json)"
+        return None
 
     def refuse_exact(self) -> None:
         """
         Raises:
             BeagleError: there are no exact passes of this target.
         """
-        if not self.has_exact:
+        if why := self.why_not_exact:
             raise BeagleError(
-                f"{self.name} keeps a recurrent state, whose bits depend on how many tokens share a pass, so there is no "
-                "exact mode for it; leave exact out, and load it with dtype float32 where near-ties matter"
+                f"there is no exact mode for {self.name}: {why}; leave exact out, and load it with dtype float32 where "
+                "near-ties matter"
             )
 
     def verify_exact(self, cache: KVCache, tokens: Tensor, shape: TreeShape, keys: int) -> Tensor:
@@ -187,10 +191,12 @@ class Target(Passes):
     def min_exact_tokens(self) -> int:
         """Tokens from which on a token's bits are the same however many share an exact pass, on this machine.
 
-        Packed CPU kernels differ for a single token at most, GPU libraries for every number (then it is
-        ``EXACT_TOKENS``: all passes have as many). Tried out on a chain, for every number of tokens from two on.
+        Packed CPU kernels differ for a single token at most, which is tried out on a chain, for every number of tokens
+        from two on. GPU libraries choose kernels by every size, that of the context too: all passes have ``EXACT_TOKENS``.
         """
         self.refuse_exact()
+        if self.device.type == "cuda":
+            return EXACT_TOKENS
         ids = sample_ids(self.config, self.vocab_size, EXACT_TOKENS + 8).to(self.device)
         keys = 2 * EXACT_BLOCK
         cache = self.new_cache(1, keys)

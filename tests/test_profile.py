@@ -13,7 +13,9 @@ from beagle.drafters.base import TreePlan
 from beagle.drafters.lookup import LookupDrafter
 from beagle.evaluation import profile as profile_module
 from beagle.evaluation.breakdown import breakdown
+from beagle.evaluation.modes import Options
 from beagle.evaluation.roofline import ROUNDS, Machine, best_times, measure, roofline
+from beagle.model import Model
 from conftest import SMALL, tiny_target
 
 LAYER = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 48 + 2 * 32  # q, k, v, o; MLP; norms
@@ -90,6 +92,15 @@ def run(folders, beagle, tmp_path, monkeypatch):
         return ended, json.loads((tmp_path / "out.json").read_text()) if not ended.code else {}
 
     return call
+
+
+def test_the_best_of_two_measurements_counts(target, monkeypatch):
+    found = iter([(Machine(3e9, 1e10), {1: 0.2, 8: 0.3}), (Machine(2e9, 2e10), {1: 0.1, 8: 0.4})])
+    monkeypatch.setattr(profile_module, "measure", lambda *_: next(found))
+    monkeypatch.setattr("beagle.model.cached_costs", lambda *_: Costs([0.01] * 65, 0.005, 5))
+    profile = profile_module.Profile(Model(target), Options(max_new_tokens=4))
+    profile.measure_again()
+    assert (profile.machine, profile.passes) == (Machine(3e9, 2e10), {1: 0.1, 8: 0.3})
 
 
 def test_profile_of_a_drafting_model(run, tmp_path):

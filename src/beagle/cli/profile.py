@@ -54,6 +54,8 @@ def profile(
     records: list[Record] = []
     for part in follow(work.run(sets), sum(map(len, sets.values()))):
         records += part
+    with o.console.status("measuring memory, products and passes once more"):
+        work.measure_again()
     result = work.result(records)
     result["meta"] = {
         **describe(model.target, [model.drafter]),

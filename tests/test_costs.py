@@ -95,6 +95,13 @@ def test_costs_of_a_busy_machine_are_not_kept(target, monkeypatch):
     assert cached_costs(target, drafter, plan) == idle
 
 
+def test_a_machine_that_is_busy_for_a_moment_is_measured_again(target, monkeypatch):
+    busy, idle = (Costs([0.5] * 65, draft=0.1, depth=5, steady=steady) for steady in (False, True))
+    found = iter([busy, idle])
+    monkeypatch.setattr("beagle.decoding.costs.measure", lambda *_: next(found))
+    assert cached_costs(target, tiny_drafter(target), TreePlan()) == idle
+
+
 def test_costs_that_passes_are_far_faster_than_are_measured_again(target, monkeypatch):
     monkeypatch.setattr("beagle.decoding.costs.still_true", still_true)
     slow, now = (Costs([seconds] * 65, draft=0.1, depth=5) for seconds in (60.0, 1e-9))

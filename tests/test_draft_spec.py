@@ -27,7 +27,12 @@ def test_a_name_is_taken_apart_and_put_together(name):
 
 def test_auto_is_what_ships_for_the_target():
     assert str(DraftSpec.parse("auto", "smollm2-135m")) == "head+lookup"
-    assert DraftSpec.parse("auto", "tiny") == DraftSpec.parse(None, "tiny") == DraftSpec()
+    assert (
+        DraftSpec.parse("auto", "tiny")
+        == DraftSpec.parse(None, "tiny")
+        == DraftSpec.parse(False, "tiny")
+        == DraftSpec()
+    )
 
 
 @pytest.mark.parametrize("name", ["nowhere", "nowhere+lookup", "", "none+lookup", "lookup+lookup", "auto+lookup"])
@@ -35,3 +40,8 @@ def test_heads_that_are_not_there_are_refused_by_name(name, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BeagleError, match=f"draft '{name.removesuffix('+lookup')}': no such folder"):
         resolve_draft(name, "tiny")
+
+
+def test_what_is_no_name_is_refused():
+    with pytest.raises(BeagleError, match=r"^draft True is no text; give auto, head"):
+        resolve_draft(True, "tiny")

@@ -261,7 +261,7 @@ class Model:
 def load(
     target: str = DEFAULT_TARGET,
     *,
-    draft: str | None = "auto",
+    draft: str | bool | None = "auto",
     dtype: str = "auto",
     device: str = "auto",
     plan: TreePlan | None = None,
@@ -281,7 +281,7 @@ def load(
             ``lookup`` (what followed the same words before); ``head+lookup`` or ``FOLDER+lookup``
             (both in one tree); ``model:NAME`` (a smaller model with the same tokenizer, named as a
             target is); ``auto`` (``head+lookup`` where a head is shipped, else plain decoding);
-            None for plain decoding.
+            None or False for plain decoding.
         dtype: ``auto`` (bfloat16 where the hardware multiplies it), ``bfloat16``, ``float16`` or ``float32``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         plan: shape of the draft tree; by default its size follows from this machine's costs.

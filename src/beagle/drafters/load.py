@@ -12,6 +12,7 @@ from beagle.drafters.combined import CombinedDrafter
 from beagle.drafters.head_drafter import HeadDrafter
 from beagle.drafters.lookup import LookupDrafter
 from beagle.drafters.small import PREFIX, load_small
+from beagle.errors import BeagleError
 from beagle.targets.loading import compiled_dir
 from beagle.targets.target import Target
 
@@ -32,16 +33,21 @@ class DraftSpec:
     lookup: bool = False
 
     @classmethod
-    def parse(cls, draft: str | None, target_name: str) -> DraftSpec:
+    def parse(cls, draft: str | bool | None, target_name: str) -> DraftSpec:
         """Take a ``draft`` apart (see ``beagle.load``); whether there is such a head or model is not looked at.
 
         Args:
-            draft: ``auto`` is ``head+lookup`` where a head is shipped, else ``none``; None is ``none``.
+            draft: ``auto`` is ``head+lookup`` where a head is shipped, else ``none``; None and False are ``none``.
+
+        Raises:
+            BeagleError: it is no text.
         """
         if draft == "auto":
             draft = "head+lookup" if shipped_head(target_name) else "none"
-        if draft in (None, "none"):
+        if draft in (None, False, "none"):
             return cls()
+        if not isinstance(draft, str):
+            raise BeagleError(f"draft {draft!r} is no text; give auto, head, lookup, none or a head's folder")
         if draft == "lookup":
             return cls(lookup=True)
         base = draft.removesuffix("+lookup")
@@ -64,7 +70,7 @@ def state_layers(spec: DraftSpec, target_name: str) -> tuple[int, ...]:
     return kv_layers(find_head(spec.head, target_name)) if spec.head is not None else ()
 
 
-def resolve_draft(draft: str | None, target_name: str) -> DraftSpec:
+def resolve_draft(draft: str | bool | None, target_name: str) -> DraftSpec:
     """``DraftSpec.parse``, refusing what can be refused before a target is loaded.
 
     Raises:

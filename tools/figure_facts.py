@@ -130,7 +130,20 @@ def clients_ratio(result: Result, figure: str, one: tuple[str, int], other: tupl
     return f"{found[0] / found[1]:.2f}×"
 
 
+def plain_shape(result: Result, shape: str) -> Result:
+    """A shape's plain decoding."""
+    (found,) = (row for row in result["shapes"][shape]["rows"] if not row["candidates"])
+    return dict(found)
+
+
+def drafted_shape(result: Result, shape: str, chance: float) -> Result:
+    """A shape with 8 candidates that are right with a probability."""
+    (found,) = (row for row in result["shapes"][shape]["rows"] if (row["candidates"], row["chance"]) == (8, chance))
+    return dict(found)
+
+
 EAGLE3 = "eagle3/compare.json"
+SHAPES, SHAPE_NAMES = "gpu_shapes.json", {"1b": "Llama 1B's shape", "8b": "Llama 8B's shape"}
 TARGETS = {
     "SmolLM2-135M, the five sets": "bench_five_sets.json",
     "Qwen2.5-Coder-0.5B": "bench_qwen2.5-coder-0.5b.json",
@@ -245,14 +258,38 @@ FACTS: dict[str, list[Fact]] = {
         fact("the same from 2 million tokens on", "scaling.json")(
             lambda r: f"{r['trends']['step-α of the first draft']['large']['per_decade']:+.2f}"
         ),
-        fact("the trends at the shipped head's tokens, all sizes and from 2 million on", "scaling.json")(
-            lambda r: f"{expected(r, 'all', 1)} and {expected(r, 'large', 1)}; it has {r['whole']['step_alpha'][0]:.2f}"
+        fact("the trends at the whole store's tokens, all sizes and from 2 million on", "scaling.json")(
+            lambda r: f"{expected(r, 'all', 1)} and {expected(r, 'large', 1)}; its head has {r['whole']['step_alpha'][0]:.2f}"
         ),
-        fact("the trend from 2 million on at ten times the shipped head's tokens", "scaling.json")(
+        fact("the trend from 2 million on at ten times the whole store's tokens", "scaling.json")(
             lambda r: expected(r, "large", 10)
         ),
         fact("step-α of the first draft, the recipe's loss over LK", "scaling.json")(lambda r: ahead(r, "lk")),
         fact("the same over 0.9 total variation, 0.1 cross-entropy", "scaling.json")(lambda r: ahead(r, "tvce")),
+    ],
+    "gpu": [
+        fact(f"{name}, a pass of one token over its roofline", SHAPES)(
+            lambda r, shape=shape: f"{plain_shape(r, shape)['verify_ms'] / plain_shape(r, shape)['floor_ms']:.1f}×"
+        )
+        for shape, name in SHAPE_NAMES.items()
+    ]
+    + [
+        fact(f"{name}, a draft of five levels over that pass", SHAPES)(
+            lambda r, shape=shape: f"{drafted_shape(r, shape, 0.8)['draft_ms'] / plain_shape(r, shape)['verify_ms']:.2f}×"
+        )
+        for shape, name in SHAPE_NAMES.items()
+    ]
+    + [
+        fact(f"{name}, drafts of which a level is right in {chance:.0%}: speed-up", SHAPES)(
+            lambda r, shape=shape, chance=chance: "{speed_up:.2f}×, τ {tau:.2f}".format(**drafted_shape(r, shape, chance))
+        )
+        for shape, name in SHAPE_NAMES.items()
+        for chance in (0.6, 0.8)
+    ]
+    + [
+        fact("SmolLM2 in bfloat16, captured: answers with drafts that equal plain decoding's", "gpu_check_bf16.json")(
+            lambda r: f"{r['bfloat16, captured']['drafted']} of {r['prompts']}"
+        ),
     ],
     "targets": [
         fact(f"{name}, {what} over plain decoding", file)(

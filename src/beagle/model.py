@@ -10,6 +10,7 @@ from typing import Any, Unpack
 
 from beagle.decoding.costs import Costs, cached_costs
 from beagle.decoding.decoder import Decoder, decode
+from beagle.decoding.live_costs import LiveCosts
 from beagle.decoding.pieces import Answer, Piece, Pieces, Stream
 from beagle.decoding.prefixes import PrefixCache
 from beagle.decoding.sampling import Sampler
@@ -47,6 +48,7 @@ class Model:
         plan = plan or TreePlan()
         self.plan = plan.as_chain() if target.chains_only else plan
         self._costs: dict[tuple[bool, bool], Costs] = {}
+        self._live: dict[bool, LiveCosts] = {}  # by exact mode
 
     def costs(self, exact: bool = False, fresh: bool = False, batch: bool = False) -> Costs:
         """Measured costs of this machine. The first call takes some seconds, later ones are cached.
@@ -254,8 +256,15 @@ class Model:
         )
 
     def _costs_of_sizes(self, drafter: Drafter | None, exact: bool = False, batch: bool = False) -> Costs | None:
-        """Costs, where they choose the tree's size."""
-        return self.costs(exact, batch=batch) if drafter is not None and self.plan.sized_by_costs else None
+        """Costs, where they choose the tree's size. They follow the machine where another size changes no answer."""
+        if drafter is None or not self.plan.sized_by_costs:
+            return None
+        costs = self.costs(exact, batch=batch)
+        if batch or not self.target.drafts_change_no_bit:
+            return costs
+        if exact not in self._live or self._live[exact].start is not costs:
+            self._live[exact] = LiveCosts.of(costs)
+        return self._live[exact]
 
 
 def load(

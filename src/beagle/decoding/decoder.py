@@ -18,6 +18,7 @@ from torch import Tensor
 from beagle.decoding.costs import Costs
 from beagle.decoding.drafts import NOTHING, Drafts
 from beagle.decoding.live_cache import LiveCache, exact_keys
+from beagle.decoding.live_costs import LiveCosts
 from beagle.decoding.prefill import Prefill
 from beagle.decoding.prefixes import PrefixCache
 from beagle.decoding.sequence import Emitted, FinishReason, Sequence, SequenceError, Step
@@ -76,6 +77,7 @@ class Decoder:
         self._cache = LiveCache(target, size)
         self._prefill = Prefill(target, self._cache, None if exact else prefixes, piece, exact)
         self._drafter, self._exact = drafter, exact
+        self._live_costs = costs if isinstance(costs, LiveCosts) else None
         self._drafts = Drafts(drafter, plan or TreePlan(), costs, shared_costs, exact, target.chains_only)
         self._keep_states = keep_states or self._prefill.prefixes is not None
 
@@ -220,6 +222,8 @@ class Decoder:
             if one.error is None:
                 one.stats.note_pass(len(walk.path) - 1, len(walk.chosen), sizes[i] - 1)
         accepted_at = clock()
+        if self._live_costs is not None and count == 1:
+            self._live_costs.note(sizes[0], verified_at - drafted_at)
         for one in sequences:
             one.stats.draft_seconds += (drafted_at - began) / count
             one.stats.verify_seconds += (verified_at - drafted_at) / count

@@ -164,6 +164,11 @@ class Target(Passes):
                 "near-ties matter"
             )
 
+    @property
+    def drafts_change_no_bit(self) -> bool:
+        """Whether in any pass a token of a tree gets the bits that it would get alone."""
+        return self.compiled is not None and self.compiled.runner.exact
+
     def verify_exact(self, cache: KVCache, tokens: Tensor, shape: TreeShape, keys: int) -> Tensor:
         """``verify`` in exact mode: states bit-equal to those of one node at a time.
 
@@ -182,7 +187,7 @@ class Target(Passes):
 
     def _run_exact(self, cache: KVCache, tokens: Tensor, shape: TreeShape, keys: int, count: int) -> Tensor:
         """A pass of ``count`` tokens, of which the first are given, or of these alone where any pass is exact."""
-        if self.compiled is not None and self.compiled.runner.exact:
+        if self.drafts_change_no_bit:
             return self.verify(cache, tokens, shape)
         plan = of_exact_tree(cache, shape, keys, count, self.layers.distinct_windows)
         return self.run(F.pad(tokens, (0, count - len(tokens)))[None], plan)[0, : len(tokens)]

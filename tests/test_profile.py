@@ -43,6 +43,7 @@ def test_roofline_by_hand(target):
 
 
 def test_rates_are_those_of_work_done(target, monkeypatch):
+    monkeypatch.setattr("beagle.evaluation.roofline.LEAST_BYTES", 64 * 2**20)
     monkeypatch.setattr("beagle.evaluation.roofline.best_times", lambda works, device: [0.5] * (len(works) - 1) + [0.1])
     machine, passes = measure(target, {1: lambda: None, 8: lambda: None})
     assert machine == Machine(bandwidth=64 * 2**20 / 0.5, matrix_rate=2 * 2048**3 / 0.5)

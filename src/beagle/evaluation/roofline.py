@@ -14,7 +14,10 @@ from beagle.targets.linears import tiled
 from beagle.targets.linears.tiled import OUT
 from beagle.targets.target import Target
 
-LEAST_BYTES, MOST_BYTES = 64 * 2**20, 4 * 2**30
+LEAST_BYTES, MOST_BYTES = (
+    2**30,
+    4 * 2**30,
+)  # far more than caches hold, which neighbours on a shared machine take and leave
 ROUNDS = 5
 LEAST_SECONDS = 20.0  # of all rounds: what slows the machine for a while is over by then
 Work = Callable[[], object]
@@ -53,10 +56,7 @@ def measure(target: Target, passes: Mapping[int, Work] | None = None) -> tuple[M
 
 
 def reading(size: int, device: torch.device) -> tuple[int, list[Work]]:
-    """Bytes, about ``size``, and several ways of reading them: as many as the weights, so that caches help both alike.
-
-    The memory lies on huge pages where the weights do.
-    """
+    """Bytes, about ``size``, and several ways of reading them. The memory lies on huge pages where the weights do."""
     columns = 4096
     matrix = torch.ones(size // (4 * columns) // OUT * OUT, columns, device=device)
     if device.type == "cpu" and huge_pages_wanted():

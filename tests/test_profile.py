@@ -12,10 +12,12 @@ from beagle.decoding.costs import Costs, cached_costs
 from beagle.drafters.base import TreePlan
 from beagle.drafters.lookup import LookupDrafter
 from beagle.evaluation import profile as profile_module
+from beagle.evaluation.best_rates import best_rates
 from beagle.evaluation.breakdown import breakdown
 from beagle.evaluation.modes import Options
 from beagle.evaluation.roofline import ROUNDS, Machine, best_times, measure, roofline
 from beagle.model import Model
+from beagle.targets.loading import cache_dir
 from conftest import SMALL, tiny_target
 
 LAYER = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 48 + 2 * 32  # q, k, v, o; MLP; norms
@@ -101,7 +103,23 @@ def test_the_best_of_two_measurements_counts(target, monkeypatch):
     monkeypatch.setattr("beagle.model.cached_costs", lambda *_: Costs([0.01] * 65, 0.005, 5))
     profile = profile_module.Profile(Model(target), Options(max_new_tokens=4))
     profile.measure_again()
-    assert (profile.machine, profile.passes) == (Machine(3e9, 2e10), {1: 0.1, 8: 0.3})
+    assert (profile.now, profile.passes) == (Machine(3e9, 2e10), {1: 0.1, 8: 0.3})
+    assert profile.machine == Machine(3e9, 2e10)
+
+
+def test_the_best_rates_since_the_machine_started_are_kept(target, monkeypatch, tmp_path):
+    boot = tmp_path / "boot_id"
+    monkeypatch.setattr("beagle.evaluation.best_rates.BOOT", boot)
+    boot.write_text("one\n")
+    assert best_rates(Machine(3e9, 1e10), target) == Machine(3e9, 1e10)
+    assert best_rates(Machine(2e9, 2e10), target) == Machine(3e9, 2e10)
+    assert best_rates(Machine(1e9, 1e10), target) == Machine(3e9, 2e10)
+    half = tiny_target(dtype=torch.bfloat16)
+    assert best_rates(Machine(1e9, 1e9), half) == Machine(1e9, 1e9)  # products in another dtype are others
+    boot.write_text("two\n")
+    assert best_rates(Machine(1e9, 1e10), target) == Machine(1e9, 1e10)
+    (cache_dir() / "rates.json").write_text("no JSON")
+    assert best_rates(Machine(1e8, 1e10), target) == Machine(1e8, 1e10)
 
 
 def test_profile_of_a_drafting_model(run, tmp_path):

@@ -73,6 +73,15 @@ def read_json(path: Path, remedy: str) -> dict[str, Any] | None:
         raise BeagleError(f"'{path}' is damaged ({error}); {remedy}") from error
 
 
+def kept_entries(path: Path) -> list[dict[str, Any]]:
+    """The objects in the list that a file of the user's cache holds; none where it can't be read: they are made anew."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [entry for entry in content if isinstance(entry, dict)] if isinstance(content, list) else []
+
+
 def first_change(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
     """The first name in ``wanted`` whose value, as JSON has it, isn't the stored one; None if all are the same."""
     now = json.loads(json.dumps(wanted))

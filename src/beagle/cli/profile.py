@@ -79,12 +79,13 @@ def show_profile(result: dict[str, Any]) -> None:
     from beagle.evaluation.report.tables import PARTS, parts_table, per_pass
 
     console = Console()
-    rates = result["rates"]
+    rates, now = result["rates"], result["rates_now"]
     console.print(
         f"this machine reads {rates['bandwidth'] / 1e9:.1f} GB/s and multiplies {rates['matrix_rate'] / 1e9:.0f} "
-        f"GFLOP/s in {result['meta']['target']['dtype']}",
-        highlight=False,
-    )
+        f"GFLOP/s in {result['meta']['target']['dtype']} at its best since it started, {now['bandwidth'] / 1e9:.1f} GB/s and "
+        f"{now['matrix_rate'] / 1e9:.0f} GFLOP/s now",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
     names = ("ms", "floor_ms", "read_ms", "compute_ms")
     rows = [
         [str(p["rows"]), *(f"{p[name]:.2f}" for name in names), f"{p['ms'] / p['floor_ms']:.1f}×"]

@@ -6,20 +6,18 @@ candidate i, estimates the probability of its acceptance (EAGLE-2). Of a single 
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
 from beagle.drafters.base import Draft, Drafter, TreePlan
-from beagle.files import write_json
+from beagle.files import kept_entries, write_json
 from beagle.limits import MAX_NODES
 from beagle.memory import finish_huge_pages
 from beagle.targets.cache import KVCache
@@ -282,7 +280,7 @@ def cached_costs(
     if ranks.count > 1:
         key["ranks"] = ranks.count
     path = cache_dir() / "costs.json"
-    known = _read(path)
+    known = kept_entries(path)
     names = {field.name for field in fields(Costs)}
     kept = next((e["costs"] for e in known if e.get("key") == key and set(e.get("costs", ())) == names), None)
     kept = ranks.agree_on(None if fresh else kept)
@@ -303,11 +301,3 @@ def cached_costs(
     except OSError:
         pass  # a read-only home: measured again next time
     return costs
-
-
-def _read(path: Path) -> list[dict]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return []
-    return [entry for entry in content if isinstance(entry, dict)] if isinstance(content, list) else []

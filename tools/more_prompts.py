@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from beagle.errors import run_script
+from beagle.files import writing_to
+from beagle.training.prompts import Prompt, read_prompts
 
 SYSTEMS = (
     "You are a helpful assistant.",
@@ -40,27 +42,28 @@ FORMS = (
     "{question}\n\nHere are search results that may help:\n\n{numbered}",
 )
 WORDS, LONGEST = 100, 750  # of a passage, and of all passages of a prompt
+COMMON = 0.05  # a word that stands in such a share of the passages says little
 
 
 def words_of(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
-def question_of(row: dict[str, Any]) -> str | None:
+def question_of(row: Prompt) -> str | None:
     """The question that a prompt asks, without what it is asked about."""
-    text = row["turns"][0].strip()
-    if row["category"] == "qa" and len(text) < 250 and text.endswith("?"):
+    text = row.turns[0].strip()
+    if row.category == "qa" and len(text) < 250 and text.endswith("?"):
         return str(text)
-    if row["category"] == "rag" and (found := re.search(r"Question: ([^\n]{10,250}\?)\s*$", text)):
+    if row.category == "rag" and (found := re.search(r"Question: ([^\n]{10,250}\?)\s*$", text)):
         return found[1]
     return None
 
 
-def passages_of(row: dict[str, Any]) -> Iterator[str]:
+def passages_of(row: Prompt) -> Iterator[str]:
     """Passages of about a hundred words in a prompt's first turn."""
-    if row["category"] not in ("rag", "summarization"):
+    if row.category not in ("rag", "summarization"):
         return
-    for paragraph in row["turns"][0].split("\n\n")[1:]:
+    for paragraph in row.turns[0].split("\n\n")[1:]:
         words = re.sub(r"^\[\d+\] |^- |^Question: .*", "", paragraph.strip()).split()
         for at in range(0, len(words), WORDS):
             if len(words) - at >= WORDS // 2:
@@ -82,13 +85,13 @@ class Passages:
         scores: Counter[int] = Counter()
         for word in sorted(set(words_of(text))):
             places = self.places.get(word, ())
-            if 0 < len(places) < len(self.texts) / 20:
+            if 0 < len(places) < COMMON * len(self.texts):
                 for at in places:
                     scores[at] += math.log(len(self.texts) / len(places))  # type: ignore[assignment]
         return [self.texts[at] for at, _ in sorted(scores.items(), key=lambda found: (-found[1], found[0]))[:count]]
 
 
-def with_passages(rows: list[dict[str, Any]], count: int) -> Iterator[dict[str, Any]]:
+def with_passages(rows: list[Prompt], count: int) -> Iterator[dict[str, Any]]:
     """Questions of the rows, each behind passages that fit it."""
     pool = Passages(sorted({passage for row in rows for passage in passages_of(row)}))
     asked = [(row, question) for row in rows if (question := question_of(row))]
@@ -107,25 +110,24 @@ def with_passages(rows: list[dict[str, Any]], count: int) -> Iterator[dict[str, 
         yield {"id": f"passages-{number}", "category": "rag", "turns": [text]}
 
 
-def with_systems(rows: list[dict[str, Any]], count: int) -> Iterator[dict[str, Any]]:
+def with_systems(rows: list[Prompt], count: int) -> Iterator[dict[str, Any]]:
     """Prompts of one turn under another system message, all those with a text to work on among them."""
-    single = [row for row in rows if len(row["turns"]) == 1]
-    single.sort(key=lambda row: (row["category"] != "summarization", random.Random(row["id"]).random()))
+    single = [row for row in rows if len(row.turns) == 1]
+    single.sort(key=lambda row: (row.category != "summarization", random.Random(row.id).random()))
     for row in single[:count]:
-        system = random.Random(f"system/{row['id']}").choice(SYSTEMS)
-        yield {"id": f"system-{row['id']}", "category": row["category"], "system": system, "turns": row["turns"]}
+        system = random.Random(f"system/{row.id}").choice(SYSTEMS)
+        yield {"id": f"system-{row.id}", "category": row.category, "system": system, "turns": row.turns}
 
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompts", type=Path, help="gzipped JSON lines with id, category and turns")
+    parser.add_argument("prompts", type=Path, help="JSON lines with id, category and turns")
     parser.add_argument("--passages", type=int, default=7000, help="questions behind passages")
     parser.add_argument("--systems", type=int, default=13000, help="prompts with a system message")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(words)
-    with gzip.open(args.prompts, "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    with gzip.GzipFile(args.out, "wb", mtime=0) as packed:
+    rows = read_prompts(args.prompts)
+    with writing_to(args.out), gzip.GzipFile(args.out, "wb", mtime=0) as packed:
         for row in (*with_passages(rows, args.passages), *with_systems(rows, args.systems)):
             packed.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 

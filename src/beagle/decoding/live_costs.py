@@ -38,7 +38,12 @@ class LiveCosts(Costs):
         return live
 
     def note(self, tokens: int, seconds: float) -> None:
-        """A pass of so many tokens took so long."""
+        """Count a pass.
+
+        Args:
+            tokens: of the pass, its root included; those of large trees are not counted.
+            seconds: that it took.
+        """
         if tokens > min(KNEE, len(self.verify) - 1):
             return
         expected = self.verify[tokens]

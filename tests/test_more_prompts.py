@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from beagle.errors import BeagleError
 from beagle.training.prompts import read_prompts
 
 WHALES = " ".join(["Whales sing songs that other whales hear across an ocean."] * 7)
@@ -48,3 +49,11 @@ def test_questions_stand_with_passages_that_share_their_words(tool, tmp_path, mo
     assert sorted(p.turns[0] for p in systems) == sorted(row["turns"][0] for row in ROWS[:3])
     assert all(p.system in tool.SYSTEMS for p in systems)
     assert made(tool, tmp_path, "one.gz").count(b"\n") == 9
+
+
+def test_a_collection_without_questions(tool, tmp_path):
+    source = tmp_path / "chat.jsonl"
+    source.write_text(json.dumps(ROWS[3]) + "\n")
+    with pytest.raises(BeagleError, match=r"^no prompt asks a question.*--passages 0"):
+        tool.main([str(source), "--out", str(tmp_path / "out.gz")])
+    assert not (tmp_path / "out.gz").exists()

@@ -116,6 +116,7 @@ def test_one_screen():
     assert len(lines) <= 110
     assert next(i for i, line in enumerate(lines) if line.startswith("## ")) <= 45
     assert "Every figure here is from a CPU" in README
+    assert "are known for random weights alone" in README  # of a GPU
     assert {command.split()[0] for command in COMMANDS} == {"pip", "make", "beagle"}
 
 

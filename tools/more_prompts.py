@@ -15,12 +15,12 @@ import json
 import math
 import random
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from beagle.errors import run_script
+from beagle.errors import BeagleError, run_script
 from beagle.files import writing_to
 from beagle.training.prompts import Prompt, read_prompts
 
@@ -82,19 +82,25 @@ class Passages:
 
     def near(self, text: str, count: int) -> list[str]:
         """The ``count`` passages that share most with a text, rare words counting most."""
-        scores: Counter[int] = Counter()
+        scores: dict[int, float] = defaultdict(float)
         for word in sorted(set(words_of(text))):
             places = self.places.get(word, ())
             if 0 < len(places) < COMMON * len(self.texts):
                 for at in places:
-                    scores[at] += math.log(len(self.texts) / len(places))  # type: ignore[assignment]
+                    scores[at] += math.log(len(self.texts) / len(places))
         return [self.texts[at] for at, _ in sorted(scores.items(), key=lambda found: (-found[1], found[0]))[:count]]
 
 
 def with_passages(rows: list[Prompt], count: int) -> Iterator[dict[str, Any]]:
-    """Questions of the rows, each behind passages that fit it."""
+    """Questions of the rows, each behind passages that fit it.
+
+    Raises:
+        BeagleError: there is no question.
+    """
     pool = Passages(sorted({passage for row in rows for passage in passages_of(row)}))
     asked = [(row, question) for row in rows if (question := question_of(row))]
+    if count and not asked:
+        raise BeagleError("no prompt asks a question (category qa or rag); give others, or --passages 0")
     for number in range(count):
         row, question = asked[number % len(asked)]
         draw = random.Random(f"{number}/{question}")
@@ -127,8 +133,9 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(words)
     rows = read_prompts(args.prompts)
+    made = [*with_passages(rows, args.passages), *with_systems(rows, args.systems)]
     with writing_to(args.out), gzip.GzipFile(args.out, "wb", mtime=0) as packed:
-        for row in (*with_passages(rows, args.passages), *with_systems(rows, args.systems)):
+        for row in made:
             packed.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 

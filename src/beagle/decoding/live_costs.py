@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from beagle.decoding.costs import Costs
 
 KEPT = 0.99  # weight of a pass after each later one, so that about the last hundred count
-BEGIN = (1, 8, 16)  # passes by their tokens, measured before, that the sums begin with, each as so many passes:
-BEGIN_WEIGHT = 4.0
+BEGIN = (1, 8, 16)  # tokens of the measured passes that the sums begin with
+BEGIN_WEIGHT = 4.0  # of each of them, in passes
 KNEE = 16  # tokens up to which a pass takes longer evenly
 STEEPNESS = 30.0  # weight of the measured steepness, in passes times squared tokens: alike passes say nothing of it
 FAR = 2.0  # times further from what is expected are taken for so many times it: an interrupted pass

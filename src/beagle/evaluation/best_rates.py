@@ -34,7 +34,7 @@ def best_rates(now: Machine, target: Target) -> Machine:
     kept: Any = next((entry.get("rates") for entry in known if entry.get("key") == key), None)
     best = now
     if isinstance(kept, dict) and all(isinstance(kept.get(name), float) for name in asdict(now)):
-        best = Machine(max(now.bandwidth, kept["bandwidth"]), max(now.matrix_rate, kept["matrix_rate"]))
+        best = now.best(Machine(kept["bandwidth"], kept["matrix_rate"]))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         others = [entry for entry in known if entry.get("key") != key]

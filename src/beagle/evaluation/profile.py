@@ -69,8 +69,7 @@ class Profile:
         Rooflines are those of the best rates that the machine has shown so far.
         """
         machine, seconds = measure(self.model.target, self._work)
-        bandwidth = max(machine.bandwidth, self.now.bandwidth)
-        self.now = Machine(bandwidth, max(machine.matrix_rate, self.now.matrix_rate))
+        self.now = self.now.best(machine)
         self.machine = best_rates(self.now, self.model.target)
         self.passes = {tokens: min(seconds[tokens], before) for tokens, before in self.passes.items()}
 

@@ -30,6 +30,10 @@ class Machine:
     bandwidth: float
     matrix_rate: float
 
+    def best(self, other: Machine) -> Machine:
+        """The better one of each rate."""
+        return Machine(max(self.bandwidth, other.bandwidth), max(self.matrix_rate, other.matrix_rate))
+
 
 @dataclass(frozen=True)
 class Roofline:

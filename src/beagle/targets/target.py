@@ -150,7 +150,7 @@ class Target(Passes):
         if self.chains_only:
             return "it keeps a recurrent state, whose bits depend on how many tokens share a pass"
         if self.device.type == "cuda" and self.dtype != torch.float32:
-            return "in half precision on a GPU, exact passes were not always bit-equal (results/gpu_check_bf16.json)"
+            return "in half precision on a GPU, exact passes were not always bit-equal when they were tried"
         return None
 
     def refuse_exact(self) -> None:
